@@ -1,0 +1,94 @@
+"""The contracts between the worker, the scheduler and the libraries that run models."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from engine.types import Batch, SamplingParams, Sequence, StepResult
+from engine.wire import WorkerSpec
+from errors import ModelLoadFailed
+
+ReportProgress = Callable[[float], None]  # a fraction, 0…1
+
+
+class CacheFull(Exception):
+    """The memory had no cells for a batch, which was not computed. The memory is unchanged."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Every method may be called from any thread."""
+
+    n_vocab: int
+    bos: int | None  # the id to put before a raw prompt, None where the model wants none
+
+    def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
+        """Ids of `text`. Control tokens are recognised only with `parse_special`; with `continues`
+        the ids decode to exactly `text`, as in the middle of a prompt (no added space)."""
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that `token` adds to the text; none for control tokens."""
+
+    def ends_generation(self, token: int) -> bool: ...
+
+
+class Engine(Protocol):
+    """Generates. One thread calls it, except for `tokenizer`."""
+
+    tokenizer: Tokenizer
+    n_ctx: int  # most tokens of one sequence, prompt and answer
+    n_parallel: int
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is admitted, so `step` has nothing to do."""
+
+    def admit(self, id: int, prompt: list[int], sampling: SamplingParams) -> None:
+        """Take a sequence of 1…n_ctx - 1 valid tokens. It starts in this or a later step."""
+
+    def cancel(self, id: int) -> None:
+        """End a sequence before the next step. Unknown ids are fine: it may just have failed."""
+
+    def step(self) -> StepResult:
+        """One decode call for all. Faults of single sequences are in the result; an exception
+        means that the engine cannot go on."""
+
+    def close(self) -> None: ...
+
+
+class Memory(Protocol):
+    """The KV cells of a decoder, by slot."""
+
+    def truncate(self, slot: int, n_tokens: int) -> bool:
+        """Keep the first `n_tokens` of a slot. False, and unchanged, where the model's kind of
+        memory cannot drop an end (recurrent, hybrid, sliding window)."""
+
+    def clear(self, slot: int) -> None: ...
+
+
+class Decoder(Memory, Protocol):
+    """What the batch engine needs of a library that computes logits."""
+
+    tokenizer: Tokenizer
+
+    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> Any:
+        """A new sampler for one sequence. It is dropped with the sequence."""
+
+    def decode(self, batch: Batch) -> None:
+        """Compute one batch. Raises CacheFull, or anything else when the batch failed."""
+
+    def sample(self, row: int, sequence: Sequence) -> int:
+        """The next token of the sequence whose logits are the batch's `row`-th wanted ones."""
+
+    def close(self) -> None: ...
+
+
+def load_engine(spec: WorkerSpec, progress: ReportProgress) -> Engine:
+    """The loaded engine of `spec.backend`; raises ModelLoadFailed with a sentence for the user."""
+    if spec.backend == "llamacpp":
+        from engine.backends import llamacpp
+
+        return llamacpp.load(spec, progress)
+    if spec.backend == "fake":
+        from engine.backends import fake
+
+        return fake.load(spec, progress)
+    raise ModelLoadFailed(f"Backend '{spec.backend}' is not known.")

@@ -1,0 +1,183 @@
+"""A model without weights: deterministic, scripted, as slow and as faulty as you like.
+
+`LIGHT_BACKEND=fake` is all it takes to try a client without a model. `LIGHT_MODEL_PATH` may name a
+JSON file with a script; every key is optional:
+
+    {"load_s": 0, "step_ms": 0, "token_us": 0, "fault": "load",
+     "rules": [{"match": "weather", "answer": "It rains."},
+               {"match": "poison", "fault": "crash"}]}
+
+The first rule whose `match` occurs in the last user turn (the whole prompt of a raw completion)
+decides. Without one the answer is `You said: …`. A rule's `fault` happens in the first step that
+decodes the prompt's end, or after `after` bytes of the answer: `step` raises, `crash` kills the
+process, `hang` never returns.
+
+What it answers is read back from the cells that the scheduler filled, so a mistake in slots,
+positions or prefixes shows as a wrong answer.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
+from engine.batch_engine import BatchEngine
+from engine.types import Batch, Chunk, SamplingParams, Sequence
+from engine.wire import WorkerSpec
+from errors import ModelLoadFailed
+
+CONTROL_TOKENS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+N_CTX_TRAIN = 32768
+_END, _USER, _ASSISTANT = 256, 258, 259
+
+
+class Rule(msgspec.Struct, forbid_unknown_fields=True):
+    match: str = ""
+    answer: str | None = None
+    fault: Literal["step", "crash", "hang"] | None = None
+    after: int = 0
+
+
+class Script(msgspec.Struct, forbid_unknown_fields=True):
+    load_s: float = 0
+    step_ms: float = 0  # time of a step
+    token_us: float = 0  # and of each token in it
+    fault: Literal["load", "load_crash"] | None = None
+    rules: list[Rule] = []
+
+    @classmethod
+    def read(cls, path: str) -> "Script":
+        if not path:
+            return cls()
+        try:
+            return msgspec.json.decode(Path(path).read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ModelLoadFailed(
+                f"The fake backend cannot read the script {Path(path).name}: {error}"
+            ) from error
+
+    def rule(self, text: str) -> Rule:
+        return next((rule for rule in self.rules if rule.match in text), Rule())
+
+
+def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
+    script = Script.read(spec.model_path)
+    progress(0.0)
+    time.sleep(script.load_s)
+    if script.fault == "load":
+        raise ModelLoadFailed("The fake backend was told to fail.")
+    if script.fault == "load_crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    progress(1.0)
+    return BatchEngine(
+        FakeDecoder(script, n_slots=spec.n_parallel, n_cells=spec.kv_tokens),
+        n_ctx=min(spec.n_ctx, spec.kv_tokens, N_CTX_TRAIN),
+        n_parallel=spec.n_parallel,
+        n_cells=spec.kv_tokens,
+        n_batch=spec.n_batch,
+    )
+
+
+class FakeTokenizer:
+    """Bytes are tokens 0…255, control tokens follow."""
+
+    n_vocab = 256 + len(CONTROL_TOKENS)
+    bos: int | None = None
+
+    def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
+        if not parse_special:
+            return list(text.encode())
+        for number, literal in enumerate(CONTROL_TOKENS):
+            head, found, rest = text.partition(literal)
+            if found:
+                before = self.tokenize(head, parse_special=True, continues=continues)
+                after = self.tokenize(rest, parse_special=True, continues=True)
+                return [*before, 256 + number, *after]
+        return list(text.encode())
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
+    def ends_generation(self, token: int) -> bool:
+        return token == _END
+
+
+class FakeDecoder:
+    """Implements `engine.backends.base.Decoder`. Cells are lists of tokens."""
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        n_slots: int,
+        n_cells: int,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.tokenizer: Tokenizer = FakeTokenizer()
+        self.cells: list[list[int]] = [[] for _ in range(n_slots)]
+        self._script = script
+        self._n_cells = n_cells
+        self._sleep = sleep
+
+    def truncate(self, slot: int, n_tokens: int) -> bool:
+        del self.cells[slot][n_tokens:]
+        return True
+
+    def clear(self, slot: int) -> None:
+        self.cells[slot].clear()
+
+    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> None:
+        return None
+
+    def decode(self, batch: Batch) -> None:
+        if sum(map(len, self.cells)) + batch.n_tokens > self._n_cells:
+            raise CacheFull
+        for chunk in batch.chunks:
+            self._maybe_fault(chunk)
+        self._sleep(self._script.step_ms / 1e3 + self._script.token_us / 1e6 * batch.n_tokens)
+        for chunk in batch.chunks:
+            cells = self.cells[chunk.slot]
+            if len(cells) != chunk.start:
+                raise ValueError(f"slot {chunk.slot} has {len(cells)} cells, not {chunk.start}")
+            cells += chunk.sequence.tokens[chunk.start : chunk.end]
+
+    def sample(self, row: int, sequence: Sequence) -> int:
+        assert sequence.slot is not None
+        cells = self.cells[sequence.slot]
+        turn = _last_turn(cells[: sequence.n_prompt])
+        answer = self._script.rule(turn).answer
+        data = (f"You said: {turn}" if answer is None else answer).encode()
+        n_done = len(cells) - sequence.n_prompt
+        return data[n_done] if n_done < len(data) else _END
+
+    def close(self) -> None:
+        pass
+
+    def _maybe_fault(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        rule = self._script.rule(_last_turn(sequence.tokens[: sequence.n_prompt]))
+        if rule.fault is None or chunk.end != sequence.n_prompt + rule.after:
+            return
+        if rule.fault == "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rule.fault == "hang":
+            while True:
+                time.sleep(3600)
+        raise RuntimeError("the fake backend was told to fail this step")
+
+
+def _last_turn(prompt: list[int]) -> str:
+    """The text of the last user turn, or of the whole prompt if it has no turns."""
+    if _USER in prompt:
+        prompt = prompt[len(prompt) - prompt[::-1].index(_USER) :]
+        prompt = prompt[: prompt.index(_END)] if _END in prompt else prompt
+    return bytes(t for t in prompt if t < 256).decode(errors="replace")

@@ -1,0 +1,287 @@
+"""llama.cpp through llama-cpp-python's low-level binding: one context, many sequences."""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import llama_cpp as lib
+import numpy as np
+import numpy.typing as npt
+
+from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
+from engine.batch_engine import BatchEngine
+from engine.sampling import Penalties
+from engine.types import Batch, SamplingParams, Sequence
+from engine.wire import WorkerSpec
+from errors import ModelLoadFailed
+
+logger = logging.getLogger("llama.cpp")
+
+
+class Error(Exception):
+    """A call into llama.cpp failed."""
+
+
+def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
+    decoder = LlamaDecoder(spec, progress)
+    return BatchEngine(
+        decoder,
+        n_ctx=min(spec.n_ctx, decoder.n_cells, decoder.n_ctx_train),
+        n_parallel=spec.n_parallel,
+        n_cells=decoder.n_cells,
+        n_batch=decoder.n_batch,
+    )
+
+
+class LlamaTokenizer:
+    """A GGUF's vocabulary. llama.cpp's tokenizer may be called from any thread (llama.h)."""
+
+    def __init__(self, model: Any) -> None:
+        self._vocab = lib.llama_model_get_vocab(model)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        wants_bos = lib.llama_vocab_get_add_bos(self._vocab)
+        self.bos: int | None = lib.llama_vocab_bos(self._vocab) if wants_bos else None
+        self._pieces: dict[int, bytes] = {}
+        self._ordinary: dict[bytes, int] = {}  # ids of ordinary tokens, made when first needed
+
+    def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
+        if not parse_special:
+            return self._spell(text.encode())
+        ids = self._call(text.encode())
+        # SPM vocabularies put a space before a text; in the middle of a prompt there is none
+        if continues and ids and not text.startswith(" ") and self.piece(ids[0])[:1] == b" ":
+            ids[:1] = self._spell(self.piece(ids[0])[1:])
+        return ids
+
+    def piece(self, token: int) -> bytes:
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._read_piece(token)
+        return piece
+
+    def ends_generation(self, token: int) -> bool:
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+    def _call(self, data: bytes) -> list[int]:
+        n_room = len(data) + 16
+        while True:
+            ids = (lib.llama_token * n_room)()
+            n = lib.llama_tokenize(self._vocab, data, len(data), ids, n_room, False, True)
+            if n >= 0:
+                return list(ids[:n])
+            n_room = -n  # a character can be many tokens: llama.cpp says how many
+
+    def _spell(self, data: bytes) -> list[int]:
+        """Ids of ordinary tokens whose pieces join to exactly `data`, longest first."""
+        if not self._ordinary:
+            mask = lib.LLAMA_TOKEN_ATTR_NORMAL | lib.LLAMA_TOKEN_ATTR_BYTE
+            for token in range(self.n_vocab):
+                if lib.llama_vocab_get_attr(self._vocab, token) & mask:
+                    self._ordinary.setdefault(self.piece(token), token)
+        ids = []
+        while data:
+            n = next((n for n in range(len(data), 0, -1) if data[:n] in self._ordinary), 0)
+            if n == 0:
+                raise Error(f"the vocabulary has no token for {data[:1]!r}")
+            ids.append(self._ordinary[data[:n]])
+            data = data[n:]
+        return ids
+
+    def _read_piece(self, token: int) -> bytes:
+        n_room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(n_room)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, n_room, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            n_room = -n
+
+
+class LlamaDecoder:
+    """Implements `engine.backends.base.Decoder`: a model, its context and one reused batch."""
+
+    def __init__(self, spec: WorkerSpec, progress: ReportProgress) -> None:
+        self._log = LlamaLog()
+        self._model = _load_model(spec, progress, self._log)
+        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
+        self._context = _new_context(self._model, spec, self._log)
+        self._memory = lib.llama_get_memory(self._context)
+        if not self._memory:
+            raise ModelLoadFailed(f"{_name(spec)} is an encoder; it cannot generate text.")
+        self.n_cells: int = lib.llama_n_ctx(self._context)
+        self.n_batch: int = lib.llama_n_batch(self._context)
+        self.tokenizer: Tokenizer = LlamaTokenizer(self._model)
+        self._batch = _BatchArrays(self.n_batch)
+
+    def close(self) -> None:
+        lib.llama_free(self._context)
+        lib.llama_model_free(self._model)
+
+    # memory
+
+    def truncate(self, slot: int, n_tokens: int) -> bool:
+        return bool(lib.llama_memory_seq_rm(self._memory, slot, n_tokens, -1))
+
+    def clear(self, slot: int) -> None:
+        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    # decoding
+
+    def decode(self, batch: Batch) -> None:
+        status = lib.llama_decode(self._context, self._batch.fill(batch))
+        if status == 1:
+            raise CacheFull
+        if status != 0:
+            raise Error(f"llama_decode returned {status}")
+
+    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler":
+        return LlamaSampler(sampling, prompt)
+
+    def sample(self, row: int, sequence: Sequence) -> int:
+        index = self._batch.logits_at[row]
+        logits = lib.llama_get_logits_ith(self._context, index)
+        view = np.ctypeslib.as_array(logits, shape=(self.tokenizer.n_vocab,))
+        sampler: LlamaSampler = sequence.sampler
+        return sampler.sample(self._context, index, view)
+
+
+class LlamaSampler:
+    """How one sequence chooses: penalties, then argmax or a chain of llama.cpp's samplers."""
+
+    def __init__(self, sampling: SamplingParams, prompt: list[int]) -> None:
+        self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
+        self._chain = None if sampling.is_greedy else _new_chain(sampling)
+
+    def sample(self, context: Any, index: int, logits: npt.NDArray[np.float32]) -> int:
+        if self._penalties:
+            self._penalties.apply(logits)
+        if self._chain is None:
+            token = int(logits.argmax())
+        else:
+            token = lib.llama_sampler_sample(self._chain, context, index)
+        if self._penalties:
+            self._penalties.accept(token)
+        return token
+
+    def __del__(self) -> None:
+        if self._chain is not None:
+            lib.llama_sampler_free(self._chain)
+
+
+class _BatchArrays:
+    """The arrays behind a llama_batch, allocated once and filled as slices."""
+
+    def __init__(self, n_batch: int) -> None:
+        self.logits_at: list[int] = []  # batch index of each wanted row
+        self._token = np.zeros(n_batch, dtype=np.int32)
+        self._pos = np.zeros(n_batch, dtype=np.int32)
+        self._slot = np.zeros(n_batch, dtype=np.int32)
+        self._wanted = np.zeros(n_batch, dtype=np.int8)
+        self._n_seq_id = np.ones(n_batch, dtype=np.int32)
+        # llama_batch.seq_id holds, for each token, the address of its list of sequences: one here
+        self._seq_id = self._slot.ctypes.data + self._slot.itemsize * np.arange(
+            n_batch, dtype=np.uintp
+        )
+        self._batch = lib.llama_batch(
+            token=_pointer(self._token, "token"),
+            pos=_pointer(self._pos, "pos"),
+            n_seq_id=_pointer(self._n_seq_id, "n_seq_id"),
+            seq_id=_pointer(self._seq_id, "seq_id"),
+            logits=_pointer(self._wanted, "logits"),
+        )
+
+    def fill(self, batch: Batch) -> Any:
+        self.logits_at = []
+        self._wanted[: batch.n_tokens] = 0
+        at = 0
+        for chunk in batch.chunks:
+            end = at + chunk.n_tokens
+            self._token[at:end] = chunk.sequence.tokens[chunk.start : chunk.end]
+            self._pos[at:end] = np.arange(chunk.start, chunk.end)
+            self._slot[at:end] = chunk.slot
+            if chunk.wants_logits:
+                self._wanted[end - 1] = 1
+                self.logits_at.append(end - 1)
+            at = end
+        self._batch.n_tokens = batch.n_tokens
+        return self._batch
+
+
+def _pointer(array: "npt.NDArray[Any]", field: str) -> Any:
+    return array.ctypes.data_as(dict(lib.llama_batch._fields_)[field])
+
+
+def _new_chain(sampling: SamplingParams) -> Any:
+    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    add: Callable[[Any], None] = lambda sampler: lib.llama_sampler_chain_add(chain, sampler)  # noqa: E731
+    if sampling.top_k > 0:
+        add(lib.llama_sampler_init_top_k(sampling.top_k))
+    if sampling.top_p < 1:
+        add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
+    if sampling.min_p > 0:
+        add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
+    add(lib.llama_sampler_init_temp(sampling.temperature))
+    # llama.cpp draws its own seed for 0xFFFFFFFF
+    add(lib.llama_sampler_init_dist(min(sampling.seed, 0xFFFFFFFE)))
+    return chain
+
+
+def _load_model(spec: WorkerSpec, progress: ReportProgress, log: "LlamaLog") -> Any:
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = spec.n_gpu_layers
+
+    @lib.llama_progress_callback  # type: ignore[untyped-decorator]
+    def go_on(fraction: float, _: Any) -> bool:
+        progress(fraction)
+        return True
+
+    params.progress_callback = go_on
+    model = lib.llama_model_load_from_file(spec.model_path.encode(), params)
+    if not model:
+        raise ModelLoadFailed(f"llama.cpp cannot load {_name(spec)}: {log.last_error}.")
+    return model
+
+
+def _new_context(model: Any, spec: WorkerSpec, log: "LlamaLog") -> Any:
+    params = lib.llama_context_default_params()
+    # beyond the length it was trained on a model's answers are noise, and encoders abort
+    n_ctx_train = lib.llama_model_n_ctx_train(model)
+    params.n_ctx = max(min(spec.n_ctx, n_ctx_train), spec.kv_tokens)
+    # a batch must fit one physical batch: encoders and long prompts abort otherwise
+    params.n_batch = params.n_ubatch = min(spec.n_batch, params.n_ctx)
+    params.n_seq_max = spec.n_parallel
+    params.kv_unified = True
+    params.n_threads = params.n_threads_batch = spec.n_threads
+    context = lib.llama_init_from_model(model, params)
+    if not context:
+        raise ModelLoadFailed(
+            f"llama.cpp cannot make a context of {params.n_ctx} tokens for {_name(spec)}:"
+            f" {log.last_error}."
+        )
+    return context
+
+
+def _name(spec: WorkerSpec) -> str:
+    return Path(spec.model_path).name
+
+
+class LlamaLog:
+    """Sends llama.cpp's log to `logging`, and remembers its last error: often the reason."""
+
+    # ggml.h: 1 debug, 2 info, 3 warning, 4 error, 5 goes on with the line before
+    LEVELS: ClassVar = {3: logging.WARNING, 4: logging.ERROR}  # its info is chatter: DEBUG
+
+    def __init__(self) -> None:
+        self.last_error = "it gives no reason"
+        self._callback = lib.llama_log_callback(self._write)  # must live as long as it is set
+        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _write(self, level: int, text: bytes, _: Any) -> None:
+        line = text.decode(errors="replace").rstrip()
+        if not line.strip("."):
+            return
+        logger.log(self.LEVELS.get(level, logging.DEBUG), line)
+        if level == 4:
+            self.last_error = line

@@ -1,0 +1,249 @@
+"""The server's side of a worker: starts it, sends it jobs, hands on what it says, ends it."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+from engine import wire
+from errors import ModelLoadFailed, ServiceError, WorkerCrashed
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parent.parent
+EndReason = str  # how a worker ended, for people
+
+
+class Handle(Protocol):
+    """A started worker as the operating system sees it."""
+
+    pid: int
+
+    async def wait(self) -> EndReason: ...
+
+    def kill(self) -> None: ...
+
+
+Launcher = Callable[[socket.socket], Awaitable[Handle]]
+
+
+class JobSink(Protocol):
+    """Who gets what the worker says about one job."""
+
+    def deliver(self, message: wire.Started | wire.TokenOut | wire.Failed) -> None: ...
+
+
+class Worker:
+    """A loaded model in its process. Make one with `Worker.start`."""
+
+    def __init__(
+        self,
+        name: str,
+        handle: Handle,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        ready: wire.Ready,
+        on_lost: Callable[["Worker", EndReason], None],
+    ) -> None:
+        self.name = name
+        self.ready = ready
+        self.pid = handle.pid
+        self._handle = handle
+        self._reader = reader
+        self._writer = writer
+        self._on_lost = on_lost
+        self._sinks: dict[int, JobSink] = {}
+        self._heard_at = asyncio.get_running_loop().time()
+        self._is_stopping = False
+        self._task = asyncio.create_task(self._listen(), name=f"worker {name}")
+
+    @classmethod
+    async def start(
+        cls,
+        spec: wire.WorkerSpec,
+        *,
+        launch: Launcher,
+        on_progress: Callable[[float], None],
+        on_lost: Callable[["Worker", EndReason], None],
+    ) -> "Worker":
+        """Start a worker and wait until its model is loaded. Raises ModelLoadFailed.
+
+        `on_lost` is called once if it ends without being told to.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            handle = await launch(theirs)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            writer.write(wire.frame(wire.Load(spec)))
+            while isinstance(message := await wire.read(reader), wire.Progress):
+                on_progress(message.fraction)
+            if isinstance(message, wire.Ready):
+                return cls(spec.name, handle, reader, writer, message, on_lost)
+            if isinstance(message, wire.LoadFailed):
+                raise ModelLoadFailed(message.reason)
+            reason = await handle.wait()
+            raise ModelLoadFailed(f"The worker ended while it loaded the model: {reason}.")
+        except BaseException:
+            writer.close()
+            handle.kill()
+            await asyncio.shield(handle.wait())
+            raise
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the worker was last heard of."""
+        return asyncio.get_running_loop().time() - self._heard_at
+
+    def generate(self, request: wire.Generate, sink: JobSink) -> None:
+        if not self._sinks:
+            self._heard_at = asyncio.get_running_loop().time()
+        self._sinks[request.job] = sink
+        self._send(request)
+
+    def cancel(self, job: int) -> None:
+        """The sink hears no more of the job, and the worker drops it before its next step."""
+        if self._sinks.pop(job, None) is not None:
+            self._send(wire.Cancel(job))
+
+    def ping(self) -> None:
+        self._send(wire.Ping())
+
+    def kill(self) -> None:
+        """End a worker that does not answer. It counts as lost."""
+        self._handle.kill()
+
+    async def stop(self, timeout_s: float = 5.0) -> None:
+        """End the worker: politely first. Its memory is free when this returns."""
+        self._is_stopping = True
+        self._send(wire.Shutdown())
+        try:
+            await asyncio.wait_for(asyncio.shield(self._task), timeout_s)
+        except asyncio.TimeoutError:
+            self._handle.kill()
+            await self._task
+
+    def _send(self, message: wire.Message) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(wire.frame(message))
+
+    async def _listen(self) -> None:
+        try:
+            while (message := await wire.read(self._reader)) is not None:
+                self._heard_at = asyncio.get_running_loop().time()
+                self._dispatch(message)
+        except Exception:
+            logger.exception("What worker %s said makes no sense; it is ended", self.name)
+            self._handle.kill()
+        self._writer.close()
+        reason = await self._handle.wait()
+        if not self._is_stopping:
+            self._on_lost(self, reason)
+
+    def _dispatch(self, message: wire.FromWorker) -> None:
+        if isinstance(message, wire.Step):
+            for out in message.outs:
+                self._deliver(out.job, out, is_last=out.done is not None)
+        elif isinstance(message, wire.Started | wire.Failed):
+            self._deliver(message.job, message, is_last=isinstance(message, wire.Failed))
+
+    def _deliver(
+        self, job: int, message: wire.Started | wire.TokenOut | wire.Failed, *, is_last: bool
+    ) -> None:
+        sink = self._sinks.pop(job, None) if is_last else self._sinks.get(job)
+        if sink is not None:
+            sink.deliver(message)
+
+
+def error_from(failed: wire.Failed) -> ServiceError:
+    """The exception that a worker's Failed stands for."""
+    error_class = _by_code().get(failed.code, WorkerCrashed)
+    return error_class(failed.message, param=failed.param, **failed.numbers)
+
+
+def _by_code() -> dict[str | None, type[ServiceError]]:
+    classes = [ServiceError]
+    for error_class in classes:
+        classes += error_class.__subclasses__()
+    return {error_class.code: error_class for error_class in classes}
+
+
+# launchers
+
+
+class _Process:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.pid = process.pid
+        self._process = process
+
+    async def wait(self) -> EndReason:
+        code = await self._process.wait()
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+
+async def launch_process(theirs: socket.socket) -> Handle:
+    """A worker in a process of its own, started afresh: GPU libraries do not survive a fork."""
+    environment = {
+        "GOMP_SPINCOUNT": "1000",  # idle OpenMP threads that spin starve whoever else wants a core
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "worker",
+        str(theirs.fileno()),
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=environment,
+    )
+    return _Process(process)
+
+
+class _Thread:
+    """A worker in this process, for tests: the same frames, the same loop."""
+
+    pid = 0
+
+    def __init__(self, serve: Callable[[socket.socket], int], sock: socket.socket) -> None:
+        self._sock = sock
+        self._code = 0
+        self._ended = threading.Event()
+
+        def run() -> None:
+            try:
+                self._code = serve(sock)
+            finally:
+                sock.close()
+                self._ended.set()
+
+        threading.Thread(target=run, daemon=True).start()
+
+    async def wait(self) -> EndReason:
+        await asyncio.to_thread(self._ended.wait)
+        return f"exit code {self._code}"
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
+def thread_launcher(serve: Callable[[socket.socket], int]) -> Launcher:
+    async def launch(theirs: socket.socket) -> Handle:
+        return _Thread(serve, theirs.dup())
+
+    return launch

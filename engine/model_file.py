@@ -1,0 +1,477 @@
+"""What a GGUF header says about a model, without loading it.
+
+A GGUF file is: magic, version, counts; the metadata, as keys with typed values; the list of
+tensors; padding; the tensors' bytes. Only what stands before the padding is read. Arrays are
+stepped over, and from the vocabulary only the few texts are fetched that somebody asks for.
+"""
+
+import mmap
+import re
+import stat
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from errors import ModelLoadFailed
+
+Kind = Literal["chat", "embedding", "reranker"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """The facts of one model that its users need before, or without, loading it."""
+
+    path: Path
+    size_bytes: int  # all parts of a split model together
+    architecture: str
+    name: str
+    n_ctx_train: int
+    n_layer: int
+    n_embd: int
+    n_vocab: int
+    kv_bytes_per_token: int  # f16 keys and values of all layers; 0 for encoders
+    tokenizer_model: str  # gpt2 | llama | t5 | bert …
+    chat_template: str | None
+    bos_token: str  # "" where the model has none, also eos_token
+    eos_token: str
+    add_bos: bool
+    control_tokens: tuple[str, ...]  # longest first; the literals that parse_special would obey
+    kind: Kind
+
+
+def read_model_file(path: Path) -> ModelFile:
+    """The header of the GGUF at `path`, or ModelLoadFailed with one sentence that names the file.
+
+    The sentence holds the file's name and never its folder: it goes to HTTP clients.
+    """
+    with open_header(path) as header:
+        return _describe(path, header)
+
+
+@contextmanager
+def open_header(path: Path) -> Iterator["Header"]:
+    """The header itself, for readers that want more of it; raises like read_model_file."""
+    name = path.name.encode("utf-8", "replace").decode() or "the model path"
+    with _map(path, name) as data:
+        yield Header(data, name)
+
+
+# fmt: off
+# Scalar types by their number in the file, as codes that struct and numpy share.
+_SCALARS = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}
+_U32, _STRING, _ARRAY, _U64 = 4, 8, 9, 10
+
+# Tensor types by their number: elements a block, bytes a block (ggml.h, ggml-common.h).
+_TENSOR_TYPES = {
+    0: (1, 4), 1: (1, 2), 30: (1, 2), 28: (1, 8),           # F32 F16 BF16 F64
+    24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8),         # I8 I16 I32 I64
+    2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24),     # Q4_0 Q4_1 Q5_0 Q5_1
+    8: (32, 34), 9: (32, 40),                               # Q8_0 Q8_1
+    10: (256, 84), 11: (256, 110), 12: (256, 144),          # Q2_K Q3_K Q4_K
+    13: (256, 176), 14: (256, 210), 15: (256, 292),         # Q5_K Q6_K Q8_K
+    16: (256, 66), 17: (256, 74), 22: (256, 82),            # IQ2_XXS IQ2_XS IQ2_S
+    18: (256, 98), 21: (256, 110), 20: (32, 18),            # IQ3_XXS IQ3_S IQ4_NL
+    23: (256, 136), 19: (256, 50), 29: (256, 56),           # IQ4_XS IQ1_S IQ1_M
+    34: (256, 54), 35: (256, 66), 39: (32, 17),             # TQ1_0 TQ2_0 MXFP4
+    40: (64, 36), 41: (128, 18),                            # NVFP4 Q1_0
+}
+
+# Architectures that llama.cpp runs without a KV cache.
+_ENCODERS = frozenset([
+    "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2",
+    "jina-bert-v3", "eurobert", "gemma-embedding", "t5encoder",
+])
+_POOLING_NONE, _POOLING_RANK = 0, 4
+_CLASSIFIER = "cls.output.weight"
+
+# llama-vocab.cpp: who adds BOS when the file does not say, and which ids stand in for missing
+# ones. Its BOS 11 for gpt2 is left out: that is Falcon's, and a comma elsewhere.
+_BOS_TOKENIZERS = frozenset(["llama", "bert", "gemma4"])
+_BOS_PRE_TOKENIZERS = frozenset([
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+    "jina-v5-nano", "tekken", "chameleon",
+])
+_DEFAULT_BOS = {"llama": 1, "bert": 101}
+_DEFAULT_EOS = {"llama": 2, "t5": 1}
+
+_TYPE_UNKNOWN, _TYPE_CONTROL = 2, 3
+# Ends of turn that llama-vocab.cpp makes control tokens, whatever type the file gives them.
+_CONTROL_BY_NAME = frozenset([
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<｜end▁of▁sentence｜>", "[e~[",
+])
+# fmt: on
+_CONTROL_INITIALS = np.frombuffer(b"<[_", np.uint8)
+
+# Far above any real model; they bound the time that a hostile file can take.
+_MAX_KEYS = 1 << 16
+_MAX_TENSORS = 1 << 16
+_MAX_TEXTS = 1 << 22  # elements of all string arrays together
+_MAX_TEXT_BYTES = 1 << 24
+_MAX_LAYERS = 1 << 12
+_MAX_NUMBER = (1 << 31) - 1
+
+_ARCHITECTURE_NAME = re.compile(r"[\w.-]{1,64}")
+_SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True, slots=True)
+class _Array:
+    """Where an array stands in the file; its elements are read when somebody needs them."""
+
+    type: int
+    count: int
+    start: int
+    texts: NDArray[np.int64]  # for strings: where each begins, and where the last one ends
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    shape: tuple[int, ...]
+    type: int
+    offset: int  # from the beginning of the data section
+
+
+class Header:
+    """Steps through a header once. Every length in it is checked before it is used."""
+
+    def __init__(self, data: mmap.mmap, name: str) -> None:
+        self.data = data
+        self.name = name
+        self.size = len(data)
+        self.pos = 0
+        self._n_texts = 0
+        self._read_magic()
+        n_tensors = self._count(_MAX_TENSORS, "tensors")
+        n_keys = self._count(_MAX_KEYS, "metadata keys")
+        self.metadata = {self._text(): self._value() for _ in range(n_keys)}
+        self.tensors = {self._text(): self._tensor() for _ in range(n_tensors)}
+
+    def fail(self, reason: str) -> NoReturn:
+        raise ModelLoadFailed(f"{self.name} {reason}.")
+
+    def damaged(self, reason: str) -> NoReturn:
+        self.fail(f"is damaged: {reason}; download it again")
+
+    def cut_short(self, reason: str) -> NoReturn:
+        self.fail(f"is cut short: {reason}; download it again")
+
+    def wrong_type(self, key: str) -> NoReturn:
+        self.damaged(f"{key} has a value of the wrong type")
+
+    # Facts, once the header has been stepped through.
+
+    def text(self, key: str, default: str = "") -> str:
+        value = self.metadata.get(key, default)
+        if not isinstance(value, str):
+            self.wrong_type(key)
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.metadata.get(key, default)
+        if not isinstance(value, bool):
+            self.wrong_type(key)
+        return value
+
+    def number(self, key: str, default: int) -> int:
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.wrong_type(key)
+        if not 0 <= value <= _MAX_NUMBER:
+            self.damaged(f"{key} is out of range")
+        return value
+
+    def size_of(self, key: str) -> int:
+        """A number without which there is no language model."""
+        value = self.number(key, 0)
+        if value < 1:
+            self.fail(f"is not a whole language model (no {key} in it); give the model's main file")
+        return value
+
+    def per_layer(self, key: str, n_layer: int, default: list[int]) -> list[int]:
+        """A value that some architectures give once and some for each layer."""
+        value = self.metadata.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, _Array):
+            return [self.number(key, 0)] * n_layer
+        numbers = self.numbers(key, n_layer)
+        if len(numbers) < n_layer or numbers.min() < 0 or numbers.max() > _MAX_NUMBER:
+            self.damaged(f"{key} does not fit its {n_layer} layers")
+        return [int(number) for number in numbers]
+
+    def array(self, key: str) -> _Array | None:
+        value = self.metadata.get(key)
+        if not isinstance(value, _Array | None):
+            self.wrong_type(key)
+        return value
+
+    def numbers(self, key: str, at_most: int) -> NDArray[Any]:
+        """The first `at_most` elements of an array of integers, empty where there is none."""
+        array = self.array(key)
+        if array is None:
+            return np.empty(0, np.int64)
+        code = _SCALARS.get(array.type, "f")
+        if code in "fd?":
+            self.wrong_type(key)
+        # Copied, because the map cannot be closed under a view of it.
+        count = min(array.count, at_most)
+        dtype: np.dtype[Any] = np.dtype(f"<{code}")
+        return np.array(np.frombuffer(self.data, dtype, count, array.start))
+
+    def texts(self, array: _Array, indices: Iterable[int]) -> list[str]:
+        """Elements of an array of strings."""
+        spans = ((array.texts[i] + 8, array.texts[i + 1]) for i in indices)
+        return [self.data[start:end].decode("utf-8", "replace") for start, end in spans]
+
+    # Stepping. Each method begins at `pos` and leaves it behind what it has read.
+
+    def _skip(self, n_bytes: int) -> int:
+        start = self.pos
+        if n_bytes > self.size - start:
+            self.cut_short("it ends inside its header")
+        self.pos = start + n_bytes
+        return start
+
+    def _scalar(self, type_: int) -> Any:
+        code = self._code(type_)
+        return struct.unpack_from(code, self.data, self._skip(struct.calcsize(code)))[0]
+
+    def _code(self, type_: int) -> str:
+        if type_ not in _SCALARS:
+            self.damaged(f"its header has a value of unknown type {type_}")
+        return f"<{_SCALARS[type_]}"
+
+    def _count(self, limit: int, what: str) -> int:
+        count: int = self._scalar(_U64)
+        if count > limit:
+            self.damaged(f"it claims {count} {what}")
+        return count
+
+    def _text(self) -> str:
+        n_bytes = self._count(_MAX_TEXT_BYTES, "bytes of text for one value")
+        start = self._skip(n_bytes)
+        return self.data[start : start + n_bytes].decode("utf-8", "replace")
+
+    def _value(self) -> Any:
+        type_ = self._scalar(_U32)
+        if type_ == _STRING:
+            return self._text()
+        if type_ == _ARRAY:
+            return self._array()
+        return self._scalar(type_)
+
+    def _array(self) -> _Array:
+        type_ = self._scalar(_U32)
+        if type_ == _ARRAY:
+            self.fail("has an array within an array, which no model needs; download it again")
+        if type_ == _STRING:
+            self._n_texts += (count := self._count(_MAX_TEXTS - self._n_texts, "strings"))
+            start = self.pos
+            return _Array(type_, count, start, self._step_over_texts(count))
+        item_bytes = struct.calcsize(self._code(type_))
+        count = self._scalar(_U64)
+        start = self._skip(count * item_bytes)
+        return _Array(type_, count, start, np.empty(0, np.int64))
+
+    def _step_over_texts(self, count: int) -> NDArray[np.int64]:
+        # The loop that decides how long a header takes: a vocabulary passes through it.
+        data, pos, last = self.data, self.pos, self.size - 8
+        length_at = struct.Struct("<Q").unpack_from
+        starts = [pos]
+        for _ in range(count):
+            if pos > last:
+                break
+            pos += 8 + length_at(data, pos)[0]
+            starts.append(pos)
+        if len(starts) <= count or pos > self.size:
+            self.cut_short("it ends inside its vocabulary")
+        self.pos = pos
+        return np.array(starts, np.int64)
+
+    def _tensor(self) -> _Tensor:
+        n_dims = self._scalar(_U32)
+        if n_dims > 4:
+            self.damaged(f"it claims a tensor of {n_dims} dimensions")
+        shape = tuple(self._scalar(_U64) for _ in range(n_dims))
+        return _Tensor(shape, self._scalar(_U32), self._scalar(_U64))
+
+    def _read_magic(self) -> None:
+        start = self.data[:8]
+        if start[:4] == b"vers" and self.data[:40].startswith(b"version https://git-lfs"):
+            self.fail("is a Git LFS pointer and not the model itself; fetch it with `git lfs pull`")
+        if start[:4] != b"GGUF":
+            self.fail("is not a GGUF file; llama.cpp needs a model in that format")
+        self._skip(4)
+        version = self._scalar(_U32)
+        if version and version & 0xFFFF == 0:
+            self.fail("is a big-endian GGUF; use the little-endian one")
+        if version not in (2, 3):
+            self.fail(f"has GGUF version {version}, and only 2 and 3 are read; convert it again")
+
+
+def _map(path: Path, name: str) -> mmap.mmap:
+    try:
+        status = path.stat()  # before opening: that would wait for ever on a named pipe
+        if stat.S_ISDIR(status.st_mode):
+            raise ModelLoadFailed(f"{name} is a directory; give the GGUF file inside it.")
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelLoadFailed(f"{name} is not a regular file; give a GGUF file.")
+        if status.st_size == 0:
+            raise ModelLoadFailed(f"{name} is empty; download it again.")
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelLoadFailed(f"{name} does not exist; check its path.") from None
+    except PermissionError:
+        raise ModelLoadFailed(f"{name} may not be read; check its permissions.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path, a file emptied just now
+        reason = getattr(error, "strerror", None) or "the path is not valid"
+        raise ModelLoadFailed(f"{name} cannot be read ({reason}); check its path.") from None
+
+
+def _describe(path: Path, header: Header) -> ModelFile:
+    architecture = header.text("general.architecture")
+    if not architecture:
+        header.fail("does not name its architecture (general.architecture); convert it again")
+    if not _ARCHITECTURE_NAME.fullmatch(architecture):
+        header.damaged("its general.architecture is not a name")
+    _check_tensor_data(header)
+    n_layer = header.size_of(f"{architecture}.block_count")
+    if n_layer > _MAX_LAYERS:
+        header.damaged(f"it claims {n_layer} layers")
+    tokens = _vocabulary(header)
+    tokenizer_model = header.text("tokenizer.ggml.model")
+    bos_token = _special(header, tokens, "bos", _DEFAULT_BOS.get(tokenizer_model))
+    adds_bos = (
+        tokenizer_model in _BOS_TOKENIZERS
+        or header.text("tokenizer.ggml.pre") in _BOS_PRE_TOKENIZERS
+    )
+    return ModelFile(
+        path=path,
+        size_bytes=_size_bytes(path, header),
+        architecture=architecture,
+        name=header.text("general.name") or path.stem,
+        n_ctx_train=header.size_of(f"{architecture}.context_length"),
+        n_layer=n_layer,
+        n_embd=header.size_of(f"{architecture}.embedding_length"),
+        n_vocab=tokens.count if tokens else header.number(f"{architecture}.vocab_size", 0),
+        kv_bytes_per_token=_kv_bytes_per_token(header, architecture, n_layer),
+        tokenizer_model=tokenizer_model,
+        chat_template=header.text("tokenizer.chat_template") or None,
+        bos_token=bos_token,
+        eos_token=_special(header, tokens, "eos", _DEFAULT_EOS.get(tokenizer_model)),
+        add_bos=header.flag("tokenizer.ggml.add_bos_token", adds_bos) and bos_token != "",
+        control_tokens=_control_tokens(header, tokens),
+        kind=_kind(header, architecture),
+    )
+
+
+def _check_tensor_data(header: Header) -> None:
+    alignment = header.number("general.alignment", 32)
+    if alignment < 1:
+        header.damaged("its general.alignment is 0")
+    data_start = -(-header.pos // alignment) * alignment
+    ends = [
+        data_start + tensor.offset + _tensor_bytes(tensor) for tensor in header.tensors.values()
+    ]
+    if max(ends, default=0) > header.size:
+        header.cut_short(f"it has {header.size:,} bytes of {max(ends):,}")
+
+
+def _tensor_bytes(tensor: _Tensor) -> int:
+    block, n_bytes = _TENSOR_TYPES.get(tensor.type, (1, 0))  # a newer type: its size is not known
+    return prod(tensor.shape) // block * n_bytes
+
+
+def _size_bytes(path: Path, header: Header) -> int:
+    """Bytes of the file, or of all parts where the model is split."""
+    n_parts = header.number("split.count", 1)
+    named = _SPLIT_NAME.fullmatch(path.name)
+    if n_parts <= 1 or not named or int(named[3]) != n_parts:
+        return header.size
+    if int(named[2]) != 1:
+        header.fail("is a later part of a split model; give the first part")
+    size_bytes = header.size
+    for i in range(2, n_parts + 1):
+        part = path.with_name(f"{named[1]}-{i:05}-of-{named[3]}.gguf")
+        try:
+            size_bytes += part.stat().st_size
+        except OSError:
+            header.fail(f"is split, and {part.name} is not beside it; download all parts")
+    return size_bytes
+
+
+def _kv_bytes_per_token(header: Header, architecture: str, n_layer: int) -> int:
+    """An upper bound: sliding windows and layers without attention may hold less."""
+    if architecture in _ENCODERS:
+        return 0
+    attention = f"{architecture}.attention"
+    n_head = header.per_layer(f"{attention}.head_count", n_layer, [0] * n_layer)
+    n_head_kv = header.per_layer(f"{attention}.head_count_kv", n_layer, n_head)
+    n_embd = header.size_of(f"{architecture}.embedding_length")
+    n_embd_head = n_embd // max(*n_head, 1)
+    n_key = header.number(f"{attention}.key_length", n_embd_head)
+    n_value = header.number(f"{attention}.value_length", n_embd_head)
+    return sum(n_head_kv) * (n_key + n_value) * 2
+
+
+def _kind(header: Header, architecture: str) -> Kind:
+    pooling = header.number(f"{architecture}.pooling_type", _POOLING_NONE)
+    labels = f"{architecture}.classifier.output_labels"
+    if pooling == _POOLING_RANK or labels in header.metadata or _CLASSIFIER in header.tensors:
+        return "reranker"
+    if pooling != _POOLING_NONE or architecture in _ENCODERS:
+        return "embedding"
+    return "chat"
+
+
+def _vocabulary(header: Header) -> _Array | None:
+    tokens = header.array("tokenizer.ggml.tokens")
+    if tokens and tokens.type != _STRING:
+        header.damaged("its vocabulary is not text")
+    return tokens
+
+
+def _special(header: Header, tokens: _Array | None, which: str, default: int | None) -> str:
+    """The text of BOS or EOS. An id outside the vocabulary is ignored, as in llama.cpp."""
+    if tokens is None:
+        return ""
+    declared = header.metadata.get(f"tokenizer.ggml.{which}_token_id")
+    for token in (declared, default):
+        if isinstance(token, int) and 0 <= token < tokens.count:
+            return header.texts(tokens, [token])[0]
+    return ""
+
+
+def _control_tokens(header: Header, tokens: _Array | None) -> tuple[str, ...]:
+    """Texts that llama.cpp turns into one special id when it parses specials in a prompt.
+
+    Those are the tokens of type control, and the unknown token, and the names it knows by heart.
+    """
+    if tokens is None:
+        return ()
+    types = header.numbers("tokenizer.ggml.token_type", tokens.count)
+    special = np.flatnonzero((types == _TYPE_CONTROL) | (types == _TYPE_UNKNOWN))
+    texts = set(header.texts(tokens, special))
+    texts.update(_CONTROL_BY_NAME.intersection(header.texts(tokens, _look_alikes(header, tokens))))
+    return tuple(sorted(texts - {""}, key=lambda text: (-len(text), text)))
+
+
+def _look_alikes(header: Header, tokens: _Array) -> NDArray[np.int64]:
+    """Ids of the tokens that begin like a name in `_CONTROL_BY_NAME`: hundreds of a vocabulary."""
+    starts = tokens.texts[:-1] + 8
+    starts = np.minimum(starts, header.size - 1)  # of an empty text that ends the file
+    initials = np.frombuffer(header.data, np.uint8)[starts]
+    return np.flatnonzero(np.isin(initials, _CONTROL_INITIALS))

@@ -1,0 +1,50 @@
+"""Penalties on a row of logits, in place, before the backend samples from it."""
+
+from collections import Counter, deque
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.types import SamplingParams
+
+REPEAT_LAST_N = 64  # tokens that repeat_penalty looks at, as llama.cpp's default
+
+
+class Penalties:
+    """Counts one sequence's tokens and lowers their logits.
+
+    frequency and presence: OpenAI's formula over generated tokens. repeat_penalty: divides a
+    positive logit and multiplies a negative one (Keskar et al. 2019, as llama.cpp does), over the
+    last REPEAT_LAST_N tokens of prompt and answer.
+    """
+
+    def __init__(self, sampling: SamplingParams, prompt: Iterable[int]) -> None:
+        self._sampling = sampling
+        self._generated: Counter[int] = Counter()
+        self._recent = deque(prompt, maxlen=REPEAT_LAST_N)
+
+    @staticmethod
+    def wanted(sampling: SamplingParams) -> bool:
+        return (
+            sampling.repeat_penalty != 1
+            or sampling.frequency_penalty != 0
+            or sampling.presence_penalty != 0
+        )
+
+    def accept(self, token: int) -> None:
+        self._generated[token] += 1
+        self._recent.append(token)
+
+    def apply(self, logits: npt.NDArray[np.float32]) -> None:
+        if self._sampling.repeat_penalty != 1:
+            ids = np.array(list(set(self._recent)), dtype=np.intp)
+            values = logits[ids]
+            factor = np.float32(self._sampling.repeat_penalty)
+            logits[ids] = np.where(values > 0, values / factor, values * factor)
+        if self._generated:
+            ids = np.fromiter(self._generated.keys(), np.intp, len(self._generated))
+            counts = np.fromiter(self._generated.values(), np.float32, len(self._generated))
+            logits[ids] -= (
+                counts * self._sampling.frequency_penalty + self._sampling.presence_penalty
+            ).astype(np.float32)

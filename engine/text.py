@@ -1,0 +1,41 @@
+"""Token bytes to text that is safe to send: whole characters, and no stop string."""
+
+import codecs
+from collections.abc import Sequence
+
+
+class TextStream:
+    """Feed bytes, get text. Holds back half a character and what may begin a stop string."""
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self.stopped = False  # a stop string was met; nothing more comes out
+        self._stops = tuple(stops)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def push(self, data: bytes) -> str:
+        """The text that `data` makes certain, without the stop string and what follows it."""
+        text = self._held + self._decoder.decode(data)
+        if not self._stops:
+            return text
+        cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
+        if cut >= 0:
+            self.stopped = True
+            self._held = ""
+            return text[:cut]
+        n_held = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+    def finish(self) -> str:
+        """What was held back, when no more bytes will come. Half a character is dropped."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` without completing it."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

@@ -1,0 +1,94 @@
+"""The values that the scheduler and the backends pass to each other."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+
+Finish = Literal["stop", "length"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen. Values that switch a rule off: see each line.
+
+    `frequency_penalty` and `presence_penalty` count generated tokens only, as OpenAI defines them;
+    `repeat_penalty` looks at the last 64 tokens of prompt and answer, as llama.cpp does.
+    """
+
+    temperature: float = 0.8  # 0: greedy
+    top_p: float = 0.95  # 1: off
+    top_k: int = 40  # 0 or less: off
+    min_p: float = 0.05  # 0: off
+    repeat_penalty: float = 1.0  # 1: off
+    frequency_penalty: float = 0.0  # 0: off
+    presence_penalty: float = 0.0  # 0: off
+    seed: int = 0  # 32 bits; the server draws one where the client gave none
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature <= 0 or self.top_k == 1
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt being answered. `tokens[:n_past]` have KV cells in `slot`, the rest is pending."""
+
+    id: int
+    tokens: list[int]  # the prompt, then what was sampled
+    sampler: Any = None  # the backend's own; survives preemption
+    slot: int | None = None
+    n_past: int = 0
+    n_cached: int = 0  # prompt tokens that needed no decoding
+    has_started: bool = False  # was given a slot before
+    n_prompt: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.n_prompt = len(self.tokens)
+
+    @property
+    def n_pending(self) -> int:
+        return len(self.tokens) - self.n_past
+
+
+@dataclass(slots=True)
+class Chunk:
+    """`n_tokens` tokens of one sequence in a batch, from its position `start`."""
+
+    sequence: Sequence
+    start: int
+    n_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.n_tokens
+
+    @property
+    def wants_logits(self) -> bool:
+        """The chunk reaches the end of what is known, so the next token is to be sampled."""
+        return self.end == len(self.sequence.tokens)
+
+    @property
+    def slot(self) -> int:
+        assert self.sequence.slot is not None
+        return self.sequence.slot
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one decode call computes: at most one chunk per sequence."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    n_tokens: int = 0
+
+    def add(self, sequence: Sequence, n_tokens: int) -> None:
+        self.chunks.append(Chunk(sequence, sequence.n_past, n_tokens))
+        self.n_tokens += n_tokens
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one step of an engine did, by sequence id."""
+
+    started: list[tuple[int, int]] = field(default_factory=list)  # id, prompt tokens reused
+    tokens: list[tuple[int, int]] = field(default_factory=list)  # id, token sampled
+    failed: list[tuple[int, Exception]] = field(default_factory=list)

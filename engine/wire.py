@@ -1,0 +1,187 @@
+"""The messages between the server process and a worker, and how they are framed.
+
+A frame is a 4-byte little-endian length and that many bytes of msgpack: one message. The first
+frame to a worker is Load. Its answer is Ready or LoadFailed, with Progress before it.
+"""
+
+import asyncio
+import socket
+import struct
+from typing import Union
+
+import msgspec
+
+from engine.types import Finish, SamplingParams
+
+MAX_FRAME_BYTES = 1 << 30
+_LENGTH = struct.Struct("<I")
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a worker needs to know. It never reads settings or the environment's `.env`."""
+
+    name: str  # the tier's, for logs
+    backend: str
+    model_path: str
+    n_ctx: int  # most tokens of one request, prompt and answer
+    n_parallel: int  # sequences at once
+    kv_tokens: int  # cells that all sequences share
+    n_batch: int
+    n_threads: int
+    n_gpu_layers: int  # negative: all
+    log_level: str = "INFO"
+
+
+class Segment(msgspec.Struct, frozen=True):
+    """A piece of a prompt's text. Control tokens are recognised only where `parse_special`."""
+
+    text: str
+    parse_special: bool
+
+
+class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Base of every message: a msgpack array that begins with the class's name."""
+
+
+# to the worker
+
+
+class Load(Message, frozen=True):
+    spec: WorkerSpec
+
+
+class Generate(Message, frozen=True):
+    job: int
+    prompt: list[Segment | int]  # text in segments, or token ids
+    add_bos: bool  # put the vocabulary's BOS before a text prompt, if it wants one
+    sampling: SamplingParams
+    stop: list[str]
+    max_tokens: int | None  # None: to the end of the context
+
+
+class Cancel(Message, frozen=True):
+    job: int
+
+
+class Ping(Message, frozen=True):
+    """Answered by Pong from the step loop, so a Pong proves that the loop turns."""
+
+
+class Shutdown(Message, frozen=True):
+    pass
+
+
+# from the worker
+
+
+class Progress(Message, frozen=True):
+    fraction: float  # 0…1 of the load
+
+
+class Ready(Message, frozen=True):
+    n_ctx: int
+    n_parallel: int
+    n_vocab: int
+
+
+class LoadFailed(Message, frozen=True):
+    reason: str
+
+
+class Started(Message, frozen=True):
+    """The job passed every check and has its place. Nothing before this reaches the client."""
+
+    job: int
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True):
+    finish: Finish
+    usage: Usage
+
+
+class TokenOut(msgspec.Struct, frozen=True, array_like=True):
+    """Text that one step added to one job; `done` with the last. Text held back comes later."""
+
+    job: int
+    text: str
+    done: Done | None = None
+
+
+class Step(Message, frozen=True):
+    """One frame for all sequences of a step."""
+
+    outs: list[TokenOut]
+
+
+class Failed(Message, frozen=True):
+    """The job ended without an answer; `code` names a class of errors.py by its code."""
+
+    job: int
+    code: str | None
+    message: str
+    param: str | None = None
+    numbers: dict[str, int] = {}
+
+
+class Pong(Message, frozen=True):
+    pass
+
+
+ToWorker = Union[Load, Generate, Cancel, Ping, Shutdown]  # noqa: UP007 (a runtime type)
+FromWorker = Union[Progress, Ready, LoadFailed, Started, Step, Failed, Pong]  # noqa: UP007
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def frame(message: Message) -> bytes:
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def receive(sock: socket.socket) -> ToWorker | None:
+    """The next message of the server, or None when it has gone. Blocks."""
+    head = _receive_exactly(sock, _LENGTH.size)
+    if head is None:
+        return None
+    body = _receive_exactly(sock, _length(head))
+    return None if body is None else _to_worker.decode(body)
+
+
+async def read(reader: asyncio.StreamReader) -> FromWorker | None:
+    """The next message of the worker, or None when it has gone."""
+    try:
+        body = await reader.readexactly(_length(await reader.readexactly(_LENGTH.size)))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+    return _from_worker.decode(body)
+
+
+def _length(head: bytes | memoryview) -> int:
+    (length,) = _LENGTH.unpack(head)
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return int(length)
+
+
+def _receive_exactly(sock: socket.socket, n_bytes: int) -> memoryview | None:
+    buffer = memoryview(bytearray(n_bytes))
+    filled = 0
+    while filled < n_bytes:
+        try:
+            n = sock.recv_into(buffer[filled:])
+        except ConnectionError:
+            return None
+        if n == 0:
+            return None
+        filled += n
+    return buffer

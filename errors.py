@@ -1,0 +1,125 @@
+"""Every error that a client can see, and what it looks like on the wire.
+
+ServiceError
+├── BadRequest                     the request itself is wrong
+│   ├── UnsupportedParameter       a field (or route) that is understood but cannot be honoured
+│   └── ContextLengthExceeded      the prompt does not fit the tier's context
+├── InvalidApiKey                  no key, or an unknown one
+├── Forbidden                      a host or address that must not be served
+├── ModelNotFound                  no configured tier has that name
+├── RouteNotFound                  no such path
+├── MethodNotAllowed               the path exists, the method does not
+├── BodyTooLarge                   more than MAX_BODY_BYTES
+├── QueueFull                      the tier has as many waiting requests as it takes
+├── TierUnavailable                the tier cannot serve right now, a later try may succeed
+├── ModelLoadFailed                the model cannot be loaded, a later try will not help
+├── WorkerCrashed                  the process with the model ended while this request was in it
+└── InternalError                  a fault of ours; the log has the traceback under the request id
+"""
+
+from typing import Any, ClassVar
+
+
+class ServiceError(Exception):
+    """An error with its place in OpenAI's envelope. Raise a subclass where the cause is known."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        **numbers: int,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.numbers = numbers  # extra integers of the body, such as n_prompt_tokens
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error envelope: `{"error": {message, type, param, code, …numbers}}`."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error | self.numbers}
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+class BadRequest(ServiceError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class UnsupportedParameter(BadRequest):
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(BadRequest):
+    code = "context_length_exceeded"
+
+
+class InvalidApiKey(ServiceError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(ServiceError):
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class ModelNotFound(ServiceError):
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class RouteNotFound(ServiceError):
+    status = 404
+    type = "invalid_request_error"
+    code = "route_not_found"
+
+
+class MethodNotAllowed(ServiceError):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class BodyTooLarge(ServiceError):
+    status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+
+class QueueFull(ServiceError):
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+
+class TierUnavailable(ServiceError):
+    status = 503
+    code = "model_unavailable"
+
+
+class ModelLoadFailed(ServiceError):
+    code = "model_load_failed"
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | {"x-should-retry": "false"}
+
+
+class WorkerCrashed(ServiceError):
+    code = "worker_crashed"
+
+
+class InternalError(ServiceError):
+    code = "internal_error"

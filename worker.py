@@ -1,0 +1,227 @@
+"""The process that owns one loaded model: reads messages, steps the engine, writes messages.
+
+`python -m worker FD` serves the socket with that number. One thread receives: it tokenises and
+checks new jobs beside the step loop, and ends the process when the server has gone. The main
+thread owns the engine and does all the writing.
+"""
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine import wire
+from engine.backends.base import Engine, Tokenizer, load_engine
+from engine.text import TextStream
+from engine.types import Finish, StepResult
+from errors import BadRequest, ContextLengthExceeded, InternalError, ModelLoadFailed, ServiceError
+
+logger = logging.getLogger("worker")
+
+EXIT_OK, EXIT_ENGINE_FAILED = 0, 70  # 70: EX_SOFTWARE of sysexits.h
+
+
+@dataclass(slots=True)
+class Job:
+    """One request in the worker: its prompt, its text so far and its limits."""
+
+    request: wire.Generate
+    prompt: list[int]
+    max_tokens: int
+    text: TextStream
+    n_prompt: int = field(init=False)
+    n_cached: int = 0
+    n_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.n_prompt = len(self.prompt)
+
+    def accept(self, token: int, tokenizer: Tokenizer) -> wire.TokenOut | None:
+        """What the client gets for this token; None while it is all held back."""
+        if self.max_tokens == 0:  # asked for the prefill only
+            return self._last("", "length")
+        self.n_tokens += 1
+        if tokenizer.ends_generation(token):
+            return self._last(self.text.finish(), "stop")
+        text = self.text.push(tokenizer.piece(token))
+        if self.text.stopped:
+            return self._last(text, "stop")
+        if self.n_tokens >= self.max_tokens:
+            return self._last(text + self.text.finish(), "length")
+        return wire.TokenOut(self.request.job, text) if text else None
+
+    def _last(self, text: str, finish: Finish) -> wire.TokenOut:
+        usage = wire.Usage(self.n_prompt, self.n_cached, self.n_tokens)
+        return wire.TokenOut(self.request.job, text, wire.Done(finish, usage))
+
+
+def prepare(request: wire.Generate, engine: Engine) -> Job:
+    """Tokenise and check a request. Raises a ServiceError that is the client's answer."""
+    prompt = _tokenize(request, engine.tokenizer)
+    if not prompt:
+        raise BadRequest("The prompt is empty.", param="prompt")
+    n_vocab = engine.tokenizer.n_vocab
+    if any(not 0 <= token < n_vocab for token in prompt):
+        raise BadRequest(f"Token ids must be from 0 to {n_vocab - 1}.", param="prompt")
+    n_left = engine.n_ctx - len(prompt)
+    if n_left < 1:
+        raise ContextLengthExceeded(
+            f"The prompt has {len(prompt)} tokens; this tier takes {engine.n_ctx} with the answer. "
+            "Shorten it, or raise N_CTX as far as the model allows.",
+            param="messages",
+            n_prompt_tokens=len(prompt),
+            n_ctx=engine.n_ctx,
+        )
+    max_tokens = n_left if request.max_tokens is None else min(request.max_tokens, n_left)
+    return Job(request, prompt, max_tokens, TextStream(request.stop))
+
+
+def _tokenize(request: wire.Generate, tokenizer: Tokenizer) -> list[int]:
+    ids: list[int] = []
+    if request.add_bos and tokenizer.bos is not None:
+        ids.append(tokenizer.bos)
+    for n, piece in enumerate(request.prompt):
+        if isinstance(piece, int):
+            ids.append(piece)
+        else:
+            ids += tokenizer.tokenize(
+                piece.text, parse_special=piece.parse_special, continues=n > 0
+            )
+    return ids
+
+
+Incoming = Job | wire.Cancel | wire.Failed | wire.Ping | wire.Shutdown
+
+
+def serve(sock: socket.socket, on_disconnect: Callable[[], None] = lambda: None) -> int:
+    """Serve one server on `sock` until it says Shutdown or goes. Returns the exit code."""
+    load = wire.receive(sock)
+    if not isinstance(load, wire.Load):
+        return EXIT_OK
+    spec = load.spec
+    logging.getLogger().setLevel(spec.log_level)
+
+    def send(*messages: wire.Message) -> None:
+        sock.sendall(b"".join(map(wire.frame, messages)))
+
+    try:
+        engine = load_engine(spec, lambda fraction: send(wire.Progress(fraction)))
+    except ModelLoadFailed as error:
+        send(wire.LoadFailed(error.message))
+        return EXIT_OK
+    except MemoryError:
+        send(wire.LoadFailed("There is not enough memory to load the model."))
+        return EXIT_OK
+    try:
+        send(wire.Ready(engine.n_ctx, engine.n_parallel, engine.tokenizer.n_vocab))
+        inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        receiver = threading.Thread(
+            target=_receive, args=(sock, engine, inbox, on_disconnect), daemon=True
+        )
+        receiver.start()
+        return _loop(engine, inbox, send)
+    except ConnectionError:
+        return EXIT_OK
+    finally:
+        engine.close()
+
+
+def _receive(
+    sock: socket.socket,
+    engine: Engine,
+    inbox: "queue.SimpleQueue[Incoming]",
+    on_disconnect: Callable[[], None],
+) -> None:
+    try:
+        while (message := wire.receive(sock)) is not None:
+            if not isinstance(message, wire.Generate):
+                assert not isinstance(message, wire.Load)
+                inbox.put(message)
+                continue
+            try:
+                inbox.put(prepare(message, engine))
+            except Exception as error:
+                inbox.put(_failure(message.job, error))
+    finally:
+        on_disconnect()
+        inbox.put(wire.Shutdown())
+
+
+def _loop(
+    engine: Engine,
+    inbox: "queue.SimpleQueue[Incoming]",
+    send: Callable[..., None],
+) -> int:
+    jobs: dict[int, Job] = {}
+    while True:
+        while not inbox.empty() or engine.idle:
+            message = inbox.get()
+            if isinstance(message, wire.Shutdown):
+                return EXIT_OK
+            if isinstance(message, Job):
+                job_id = message.request.job
+                jobs[job_id] = message
+                engine.admit(job_id, message.prompt, message.request.sampling)
+            elif isinstance(message, wire.Cancel):
+                jobs.pop(message.job, None)
+                engine.cancel(message.job)
+            elif isinstance(message, wire.Ping):
+                send(wire.Pong())
+            else:
+                send(message)
+        try:
+            result = engine.step()
+        except Exception:
+            logger.critical("The engine cannot go on; the worker ends", exc_info=True)
+            return EXIT_ENGINE_FAILED
+        if messages := _report(result, jobs, engine):
+            send(*messages)
+
+
+def _report(result: StepResult, jobs: dict[int, Job], engine: Engine) -> list[wire.Message]:
+    """The messages for one step. Jobs that ended are taken out of `jobs` and the engine."""
+    messages: list[wire.Message] = []
+    for job_id, n_cached in result.started:
+        job = jobs[job_id]
+        job.n_cached = n_cached
+        messages.append(wire.Started(job_id, job.n_prompt, n_cached))
+    outs = []
+    for job_id, token in result.tokens:
+        out = jobs[job_id].accept(token, engine.tokenizer)
+        if out is None:
+            continue
+        outs.append(out)
+        if out.done:
+            del jobs[job_id]
+            engine.cancel(job_id)
+    if outs:
+        messages.append(wire.Step(outs))
+    for job_id, error in result.failed:
+        del jobs[job_id]
+        messages.append(_failure(job_id, error))
+    return messages
+
+
+def _failure(job: int, error: Exception) -> wire.Failed:
+    if not isinstance(error, ServiceError):
+        logger.error("Job %d failed", job, exc_info=error)
+        error = InternalError("The model failed at this request. The log has the reason.")
+    return wire.Failed(job, error.code, error.message, error.param, error.numbers)
+
+
+def main() -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s[%(process)d]: %(message)s")
+    # Ctrl-C goes to the whole process group; the server decides when its workers end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    # without its server a worker has nobody to serve, whatever it is doing
+    sys.exit(serve(sock, on_disconnect=lambda: os._exit(EXIT_OK)))
+
+
+if __name__ == "__main__":
+    main()
