@@ -98,58 +98,64 @@ def _tokenize(request: wire.Generate, tokenizer: Tokenizer) -> list[int]:
 Incoming = Job | wire.Cancel | wire.Failed | wire.Ping | wire.Shutdown
 
 
+class Receiver(threading.Thread):
+    """Reads the socket. Messages wait in `inbox`; new jobs are tokenised and checked here, beside
+    the step loop. `on_disconnect` is called as soon as the server has gone."""
+
+    def __init__(self, sock: socket.socket, on_disconnect: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
+        self.engine: Engine | None = None  # must be set before the server is told Ready
+        self._sock = sock
+        self._on_disconnect = on_disconnect
+
+    def run(self) -> None:
+        try:
+            while (message := wire.receive(self._sock)) is not None:
+                assert not isinstance(message, wire.Load)
+                self.inbox.put(
+                    self._prepare(message) if isinstance(message, wire.Generate) else message
+                )
+        finally:
+            self._on_disconnect()
+            self.inbox.put(wire.Shutdown())
+
+    def _prepare(self, request: wire.Generate) -> Job | wire.Failed:
+        assert self.engine is not None
+        try:
+            return prepare(request, self.engine)
+        except Exception as error:
+            return _failure(request.job, error)
+
+
 def serve(sock: socket.socket, on_disconnect: Callable[[], None] = lambda: None) -> int:
     """Serve one server on `sock` until it says Shutdown or goes. Returns the exit code."""
     load = wire.receive(sock)
     if not isinstance(load, wire.Load):
         return EXIT_OK
-    spec = load.spec
-    logging.getLogger().setLevel(spec.log_level)
+    logging.getLogger().setLevel(load.spec.log_level)
+    receiver = Receiver(sock, on_disconnect)
+    receiver.start()  # before the load, which takes long: without a server it is for nobody
 
     def send(*messages: wire.Message) -> None:
         sock.sendall(b"".join(map(wire.frame, messages)))
 
     try:
-        engine = load_engine(spec, lambda fraction: send(wire.Progress(fraction)))
+        engine = load_engine(load.spec, lambda fraction: send(wire.Progress(fraction)))
     except ModelLoadFailed as error:
         send(wire.LoadFailed(error.message))
         return EXIT_OK
     except MemoryError:
         send(wire.LoadFailed("There is not enough memory to load the model."))
         return EXIT_OK
+    receiver.engine = engine
     try:
         send(wire.Ready(engine.n_ctx, engine.n_parallel, engine.tokenizer.n_vocab))
-        inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
-        receiver = threading.Thread(
-            target=_receive, args=(sock, engine, inbox, on_disconnect), daemon=True
-        )
-        receiver.start()
-        return _loop(engine, inbox, send)
+        return _loop(engine, receiver.inbox, send)
     except ConnectionError:
         return EXIT_OK
     finally:
         engine.close()
-
-
-def _receive(
-    sock: socket.socket,
-    engine: Engine,
-    inbox: "queue.SimpleQueue[Incoming]",
-    on_disconnect: Callable[[], None],
-) -> None:
-    try:
-        while (message := wire.receive(sock)) is not None:
-            if not isinstance(message, wire.Generate):
-                assert not isinstance(message, wire.Load)
-                inbox.put(message)
-                continue
-            try:
-                inbox.put(prepare(message, engine))
-            except Exception as error:
-                inbox.put(_failure(message.job, error))
-    finally:
-        on_disconnect()
-        inbox.put(wire.Shutdown())
 
 
 def _loop(

@@ -52,6 +52,7 @@ class Worker:
         writer: asyncio.StreamWriter,
         ready: wire.Ready,
         on_lost: Callable[["Worker", EndReason], None],
+        timeout_s: float,
     ) -> None:
         self.name = name
         self.ready = ready
@@ -64,6 +65,7 @@ class Worker:
         self._heard_at = asyncio.get_running_loop().time()
         self._is_stopping = False
         self._task = asyncio.create_task(self._listen(), name=f"worker {name}")
+        self._watchdog = asyncio.create_task(self._watch(timeout_s), name=f"watchdog {name}")
 
     @classmethod
     async def start(
@@ -73,10 +75,12 @@ class Worker:
         launch: Launcher,
         on_progress: Callable[[float], None],
         on_lost: Callable[["Worker", EndReason], None],
+        timeout_s: float,
     ) -> "Worker":
         """Start a worker and wait until its model is loaded. Raises ModelLoadFailed.
 
-        `on_lost` is called once if it ends without being told to.
+        `on_lost` is called once if it ends without being told to. It is ended when it has jobs and
+        its step loop says nothing for `timeout_s`.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -87,7 +91,7 @@ class Worker:
             while isinstance(message := await wire.read(reader), wire.Progress):
                 on_progress(message.fraction)
             if isinstance(message, wire.Ready):
-                return cls(spec.name, handle, reader, writer, message, on_lost)
+                return cls(spec.name, handle, reader, writer, message, on_lost, timeout_s)
             if isinstance(message, wire.LoadFailed):
                 raise ModelLoadFailed(message.reason)
             reason = await handle.wait()
@@ -97,11 +101,6 @@ class Worker:
             handle.kill()
             await asyncio.shield(handle.wait())
             raise
-
-    @property
-    def silent_s(self) -> float:
-        """Seconds since the worker was last heard of."""
-        return asyncio.get_running_loop().time() - self._heard_at
 
     def generate(self, request: wire.Generate, sink: JobSink) -> None:
         if not self._sinks:
@@ -113,13 +112,6 @@ class Worker:
         """The sink hears no more of the job, and the worker drops it before its next step."""
         if self._sinks.pop(job, None) is not None:
             self._send(wire.Cancel(job))
-
-    def ping(self) -> None:
-        self._send(wire.Ping())
-
-    def kill(self) -> None:
-        """End a worker that does not answer. It counts as lost."""
-        self._handle.kill()
 
     async def stop(self, timeout_s: float = 5.0) -> None:
         """End the worker: politely first. Its memory is free when this returns."""
@@ -143,10 +135,21 @@ class Worker:
         except Exception:
             logger.exception("What worker %s said makes no sense; it is ended", self.name)
             self._handle.kill()
+        self._watchdog.cancel()
         self._writer.close()
         reason = await self._handle.wait()
         if not self._is_stopping:
             self._on_lost(self, reason)
+
+    async def _watch(self, timeout_s: float) -> None:
+        while True:
+            await asyncio.sleep(timeout_s / 4)
+            silent_s = asyncio.get_running_loop().time() - self._heard_at
+            if self._sinks and silent_s > timeout_s:
+                logger.error("Worker %s has hung for %.0f s and is ended", self.name, silent_s)
+                self._handle.kill()
+            elif self._sinks and silent_s > timeout_s / 2:
+                self._send(wire.Ping())
 
     def _dispatch(self, message: wire.FromWorker) -> None:
         if isinstance(message, wire.Step):

@@ -51,12 +51,12 @@ class Load(Message, frozen=True):
 
 
 class Generate(Message, frozen=True):
-    job: int
     prompt: list[Segment | int]  # text in segments, or token ids
     add_bos: bool  # put the vocabulary's BOS before a text prompt, if it wants one
     sampling: SamplingParams
     stop: list[str]
     max_tokens: int | None  # None: to the end of the context
+    job: int = 0  # given by the tier
 
 
 class Cancel(Message, frozen=True):

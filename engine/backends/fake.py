@@ -27,6 +27,7 @@ import msgspec
 
 from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
+from engine.model_file import ModelFile
 from engine.types import Batch, Chunk, SamplingParams, Sequence
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
@@ -67,6 +68,29 @@ class Script(msgspec.Struct, forbid_unknown_fields=True):
 
     def rule(self, text: str) -> Rule:
         return next((rule for rule in self.rules if rule.match in text), Rule())
+
+
+def model_file(script: Path | Literal[""]) -> ModelFile:
+    """What a header would say. Raises ModelLoadFailed where the script cannot be read."""
+    Script.read(str(script))
+    return ModelFile(
+        path=Path(script or "fake"),
+        size_bytes=0,
+        architecture="fake",
+        name="fake",
+        n_ctx_train=N_CTX_TRAIN,
+        n_layer=0,
+        n_embd=0,
+        n_vocab=FakeTokenizer.n_vocab,
+        kv_bytes_per_token=0,
+        tokenizer_model="bytes",
+        chat_template=CHAT_TEMPLATE,
+        bos_token="",
+        eos_token=CONTROL_TOKENS[0],
+        add_bos=False,
+        control_tokens=CONTROL_TOKENS,
+        kind="chat",
+    )
 
 
 def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:

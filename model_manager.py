@@ -1,0 +1,440 @@
+"""The tiers: each owns a queue, the life of one worker, and what happens when that dies.
+
+A tier's state goes stopped → starting → ready → stopping → stopped, or to failed from starting.
+One task per tier makes every transition, so none of them can race:
+
+1. A waiting job starts the worker. A load that fails fails the jobs that wait for it; a worker
+   that could not load is tried again after a back-off, when the next job comes.
+2. While the worker has free sequences it gets the oldest waiting job.
+3. When nobody has a lease for IDLE_TTL_S the worker is stopped.
+4. When the worker dies, jobs that had sent text fail; the others are suspects: each is tried again
+   alone on a fresh worker, and a second death is its own fault. Waiting jobs just wait on.
+"""
+
+import asyncio
+import copy
+import itertools
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import psutil
+
+from engine import wire
+from engine.client import EndReason, Launcher, Worker, error_from, launch_process
+from engine.model_file import ModelFile, read_model_file
+from errors import (
+    InternalError,
+    ModelLoadFailed,
+    ModelNotFound,
+    QueueFull,
+    ServiceError,
+    TierUnavailable,
+    WorkerCrashed,
+)
+from settings import Settings, TierName, TierSettings
+
+logger = logging.getLogger(__name__)
+
+State = Literal["stopped", "starting", "ready", "stopping", "failed"]
+
+DEFAULT_N_CTX = 8192
+KV_SHARE_OF_MEMORY = 1 / 16  # of the machine's, for one tier, where KV_TOKENS is not set
+MAX_BACK_OFF_S = 60.0
+MAX_RETRY_AFTER_S = 60
+
+
+class Generation:
+    """One request in a tier: first `started()`, then iterate over what it says.
+
+    Leaving the `with` block ends it, wherever it is: waiting, in a prefill or finished.
+    """
+
+    def __init__(self, tier: "Tier", request: wire.Generate) -> None:
+        self.request = request
+        self.has_sent_text = False
+        self.n_crashes = 0
+        self._tier = tier
+        self._has_started = False
+        self._messages: asyncio.Queue[wire.Started | wire.TokenOut | ServiceError] = asyncio.Queue()
+
+    async def started(self) -> wire.Started:
+        """Wait until the request has passed every check and has its place. Raises ServiceError."""
+        message = await self._next()
+        assert isinstance(message, wire.Started)
+        return message
+
+    async def __aiter__(self) -> AsyncIterator[wire.TokenOut]:
+        """The rest, up to the one that is `done`. Raises ServiceError."""
+        while True:
+            message = await self._next()
+            assert isinstance(message, wire.TokenOut)
+            yield message
+            if message.done:
+                return
+
+    def __enter__(self) -> "Generation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tier.drop(self)
+
+    async def _next(self) -> wire.Started | wire.TokenOut:
+        message = await self._messages.get()
+        if isinstance(message, ServiceError):
+            raise message
+        return message
+
+    def deliver(self, message: wire.Started | wire.TokenOut | wire.Failed) -> None:
+        """Take what the worker says (JobSink)."""
+        if isinstance(message, wire.Failed):
+            self._tier.drop(self)
+            self.fail(error_from(message))
+        elif isinstance(message, wire.TokenOut):
+            self.has_sent_text = self.has_sent_text or bool(message.text)
+            if message.done:
+                self._tier.drop(self)
+            self._messages.put_nowait(message)
+        elif not self._has_started:  # a second start, after a retry, is nobody's business
+            self._has_started = True
+            self._messages.put_nowait(message)
+
+    def fail(self, error: ServiceError) -> None:
+        self._messages.put_nowait(copy.copy(error))  # one error may end many requests
+
+
+class Tier:
+    """One model and everybody who wants it."""
+
+    def __init__(
+        self, name: TierName, settings: TierSettings, *, launch: Launcher, worker_timeout_s: float,
+        log_level: str = "INFO",
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.settings = settings
+        self.state: State = "stopped"
+        self.progress = 0.0  # of a load, 0…1
+        self.reason: str | None = None  # of the last failure, until a load succeeds
+        self._launch = launch
+        self._worker_timeout_s = worker_timeout_s
+        self._log_level = log_level
+        self._model: ModelFile | None = None
+        self._model_signature: object = None
+        self._worker: Worker | None = None
+        self._waiting: deque[Generation] = deque()
+        self._suspects: deque[Generation] = deque()
+        self._running: dict[int, tuple[Generation, float]] = {}  # with the time it was handed over
+        self._job_ids = itertools.count(1)
+        self._n_leases = 0
+        self._n_load_failures = 0
+        self._retry_at = 0.0
+        self._job_s = 1.0  # what a job takes, averaged; for Retry-After
+        self._is_wanted = settings.preload
+        self._is_closing = False
+        self._wakeup = asyncio.Event()
+        self._wakeup.set()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def n_ctx(self) -> int:
+        """Most tokens of one request, prompt and answer. Raises ModelLoadFailed."""
+        return min(self.settings.n_ctx or DEFAULT_N_CTX, self.model().n_ctx_train)
+
+    @property
+    def aliases(self) -> list[str]:
+        """Further names that requests may use."""
+        stem = Path(self.settings.model_path).stem
+        return [*self.settings.aliases, *([stem] if stem else [])]
+
+    def model(self) -> ModelFile:
+        """What the file's header says, read again when the file has changed and is not loaded.
+        Raises ModelLoadFailed."""
+        if self._model is None or self._worker is None:
+            signature = _signature(self.settings.path)
+            if self._model is None or signature != self._model_signature:
+                self._model = _read_model(self.settings)
+                self._model_signature = signature
+        return self._model
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """While somebody has one, the worker is not stopped for being idle."""
+        self._n_leases += 1
+        try:
+            yield
+        finally:
+            self._n_leases -= 1
+            self._wakeup.set()
+
+    def submit(self, request: wire.Generate) -> Generation:
+        """Queue a request. Raises QueueFull, or TierUnavailable when the service is stopping."""
+        if self._is_closing:
+            raise TierUnavailable("The service is stopping.", retry_after_s=5)
+        n_waiting = len(self._waiting)
+        if n_waiting >= self.settings.queue_size:
+            wait_s = self._job_s * n_waiting / self.settings.n_parallel
+            raise QueueFull(
+                f"{n_waiting} requests are waiting for tier '{self.name}', and it takes no more "
+                f"({self.name.upper()}_QUEUE_SIZE). Try again later.",
+                retry_after_s=min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S),
+            )
+        request = msgspec.structs.replace(request, job=next(self._job_ids))
+        generation = Generation(self, request)
+        self._waiting.append(generation)
+        self._wakeup.set()
+        return generation
+
+    def drop(self, generation: Generation) -> None:
+        """Forget a request that ended or whose client left. Unknown ones are fine."""
+        job = generation.request.job
+        if job in self._running:
+            _, handed_at = self._running.pop(job)
+            self._job_s += 0.2 * (time.monotonic() - handed_at - self._job_s)
+            assert self._worker is not None
+            self._worker.cancel(job)
+        for queue in (self._waiting, self._suspects):
+            if generation in queue:
+                queue.remove(generation)
+        self._wakeup.set()
+
+    def start(self) -> None:
+        """Begin to serve what is submitted."""
+        self._task = asyncio.create_task(self._run(), name=f"tier {self.name}")
+
+    async def close(self) -> None:
+        """End everything. No process is left when this returns."""
+        self._is_closing = True
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._stop_worker()
+        self._fail_all(TierUnavailable("The service is stopping.", retry_after_s=5))
+
+    # the tier's task
+
+    async def _run(self) -> None:
+        while True:
+            self._wakeup.clear()
+            try:
+                await self._hand_out()
+            except ServiceError as error:
+                self._fail_waiting(error)
+            except Exception:
+                logger.exception("Tier %s: its requests fail by a fault of ours", self.name)
+                self._fail_all(InternalError("The tier failed. The log has the reason."))
+            try:
+                await asyncio.wait_for(self._wakeup.wait(), self._idle_timeout_s())
+            except asyncio.TimeoutError:
+                if self._idle_timeout_s() is not None:  # nobody took a lease meanwhile
+                    logger.info("Tier %s has been idle and is unloaded", self.name)
+                    await self._stop_worker()
+
+    def _idle_timeout_s(self) -> float | None:
+        if self._worker is None or self._n_leases or self.settings.pin:
+            return None
+        return self.settings.idle_ttl_s
+
+    async def _hand_out(self) -> None:
+        while self._is_wanted or self._suspects or self._waiting:
+            worker = await self._ensure_ready()
+            self._is_wanted = False
+            generation = self._next(worker.ready.n_parallel)
+            if generation is None:
+                return
+            if worker is not self._worker:  # it died just now: this one waits for the next
+                self._waiting.appendleft(generation)
+                continue
+            self._running[generation.request.job] = generation, time.monotonic()
+            worker.generate(generation.request, generation)
+
+    def _next(self, n_seats: int) -> Generation | None:
+        """Who goes to the worker now.
+
+        1. Nobody while a suspect is in there, alone.
+        2. A suspect, once the worker is empty.
+        3. The oldest waiting one, if a sequence is free.
+        """
+        if any(generation.n_crashes for generation, _ in self._running.values()):
+            return None
+        if self._suspects:
+            return None if self._running else self._suspects.popleft()
+        if self._waiting and len(self._running) < n_seats:
+            return self._waiting.popleft()
+        return None
+
+    async def _ensure_ready(self) -> Worker:
+        if self._worker is not None:
+            return self._worker
+        if time.monotonic() < self._retry_at:
+            raise ModelLoadFailed(self.reason or "The model could not be loaded.")
+        self.state, self.progress = "starting", 0.0
+        started_at = time.monotonic()
+        try:
+            model = await asyncio.to_thread(self.model)
+            spec = worker_spec(self.name, self.settings, model, self._log_level)
+            logger.info("Tier %s: loading %s", self.name, model.name)
+            self._worker = await Worker.start(
+                spec,
+                launch=self._launch,
+                on_progress=self._on_progress,
+                on_lost=self._on_lost,
+                timeout_s=self._worker_timeout_s,
+            )
+        except Exception as error:
+            self._load_failed(error)
+            raise
+        except BaseException:
+            self.state = "stopped"
+            raise
+        self.state, self.reason, self._n_load_failures = "ready", None, 0
+        logger.info(
+            "Tier %s: ready after %.1f s, %d tokens of context, %d requests at once",
+            self.name, time.monotonic() - started_at, self._worker.ready.n_ctx,
+            self._worker.ready.n_parallel,
+        )  # fmt: skip
+        return self._worker
+
+    def _on_progress(self, fraction: float) -> None:
+        self.progress = fraction
+
+    def _load_failed(self, error: Exception) -> None:
+        self.state = "failed"
+        self._is_wanted = False
+        self.reason = error.message if isinstance(error, ServiceError) else "A fault of ours."
+        logger.error("Tier %s cannot be loaded: %s", self.name, self.reason)
+        if self._model is not None:  # the header was fine, so trying again costs a process
+            self._n_load_failures += 1
+            self._retry_at = time.monotonic() + min(2.0**self._n_load_failures, MAX_BACK_OFF_S)
+
+    async def _stop_worker(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            self.state = "stopping"
+            await worker.stop()
+            self.state = "stopped"
+
+    def _on_lost(self, worker: Worker, end: EndReason) -> None:
+        logger.error("Tier %s: its worker died with %d requests in it: %s",
+                     self.name, len(self._running), end)  # fmt: skip
+        self._worker = None
+        self.state = "stopped"
+        self.reason = f"The worker died ({end}); the next request starts another."
+        crashed = WorkerCrashed(f"The process with the model of tier '{self.name}' died ({end}).")
+        for generation, _ in self._running.values():
+            generation.n_crashes += 1
+            if generation.has_sent_text or generation.n_crashes > 1:
+                generation.fail(crashed)
+            else:
+                self._suspects.append(generation)
+        self._running.clear()
+        self._wakeup.set()
+
+    def _fail_waiting(self, error: ServiceError) -> None:
+        for queue in (self._waiting, self._suspects):
+            while queue:
+                queue.popleft().fail(error)
+
+    def _fail_all(self, error: ServiceError) -> None:
+        self._fail_waiting(error)
+        for generation, _ in list(self._running.values()):
+            self.drop(generation)
+            generation.fail(error)
+
+
+class ModelManager:
+    """The configured tiers, by name. Use it as `async with`: no worker outlives the block."""
+
+    def __init__(self, settings: Settings, *, launch: Launcher = launch_process) -> None:
+        self.tiers: Mapping[TierName, Tier] = {
+            name: Tier(
+                name,
+                tier,
+                launch=launch,
+                worker_timeout_s=settings.server.worker_timeout_s,
+                log_level=settings.server.log_level,
+            )
+            for name, tier in settings.tiers.items()
+        }
+
+    def resolve(self, model: str) -> Tier:
+        """The tier that a request names: by tier, alias or file stem, in this order.
+        Raises ModelNotFound."""
+        for tier in self.tiers.values():
+            if tier.name == model:
+                return tier
+        for tier in self.tiers.values():
+            if model in tier.aliases:
+                return tier
+        known = ", ".join(
+            dict.fromkeys(n for t in self.tiers.values() for n in (t.name, *t.aliases))
+        )
+        raise ModelNotFound(
+            f"The model '{model}' does not exist here. Known: {known}.", param="model"
+        )
+
+    async def __aenter__(self) -> "ModelManager":
+        for tier in self.tiers.values():
+            tier.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(tier.close() for tier in self.tiers.values()))
+
+
+def worker_spec(
+    name: str, settings: TierSettings, model: ModelFile, log_level: str
+) -> wire.WorkerSpec:
+    """What a worker is told, with the values that depend on the model and the machine decided."""
+    n_ctx = min(settings.n_ctx or DEFAULT_N_CTX, model.n_ctx_train)
+    return wire.WorkerSpec(
+        name=name,
+        backend=settings.backend,
+        model_path=str(settings.path) if settings.model_path else "",
+        n_ctx=n_ctx,
+        n_parallel=settings.n_parallel,
+        kv_tokens=settings.kv_tokens or default_kv_tokens(n_ctx, settings.n_parallel, model),
+        n_batch=settings.n_batch,
+        n_threads=settings.n_threads or default_n_threads(),
+        n_gpu_layers=settings.n_gpu_layers,
+        log_level=log_level,
+    )
+
+
+def default_kv_tokens(n_ctx: int, n_parallel: int, model: ModelFile) -> int:
+    """Room for every sequence to be full, less where that is much of the memory."""
+    affordable = psutil.virtual_memory().total * KV_SHARE_OF_MEMORY
+    affordable /= max(model.kv_bytes_per_token, 1)
+    return max(n_ctx, min(n_ctx * n_parallel, int(affordable)))
+
+
+def default_n_threads() -> int:
+    """Physical cores that this process may use; their second threads only get in the way."""
+    physical = psutil.cpu_count(logical=False) or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    return min(physical, allowed)
+
+
+def _read_model(settings: TierSettings) -> ModelFile:
+    if settings.backend == "fake":
+        from engine.backends import fake
+
+        return fake.model_file(settings.model_path and settings.path)
+    model = read_model_file(settings.path)
+    if model.kind != "chat":
+        raise ModelLoadFailed(f"{settings.path.name} is not a chat model but for {model.kind}.")
+    return model
+
+
+def _signature(path: Path) -> object:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
