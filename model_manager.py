@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 State = Literal["stopped", "starting", "ready", "stopping", "failed"]
 
 DEFAULT_N_CTX = 8192
-KV_SHARE_OF_MEMORY = 1 / 16  # of the machine's, for one tier, where KV_TOKENS is not set
+KV_SHARE_OF_MEMORY = 1 / 64  # for one tier; each cell is cleared at the start, which takes time
 MAX_BACK_OFF_S = 60.0
 MAX_RETRY_AFTER_S = 60
 
@@ -163,6 +163,12 @@ class Tier:
                 self._model_signature = signature
         return self._model
 
+    @property
+    def created(self) -> int:
+        """When the model file was written, in seconds since 1970."""
+        model = self.model()
+        return int(model.path.stat().st_mtime) if self.settings.model_path else 0
+
     @contextmanager
     def lease(self) -> Iterator[None]:
         """While somebody has one, the worker is not stopped for being idle."""
@@ -176,7 +182,7 @@ class Tier:
     def submit(self, request: wire.Generate) -> Generation:
         """Queue a request. Raises QueueFull, or TierUnavailable when the service is stopping."""
         if self._is_closing:
-            raise TierUnavailable("The service is stopping.", retry_after_s=5)
+            raise _stopping()
         n_waiting = len(self._waiting)
         if n_waiting >= self.settings.queue_size:
             wait_s = self._job_s * n_waiting / self.settings.n_parallel
@@ -210,12 +216,19 @@ class Tier:
 
     async def close(self) -> None:
         """End everything. No process is left when this returns."""
-        self._is_closing = True
+        self.abandon(_stopping())
         if self._task:
             self._task.cancel()
             await asyncio.wait([self._task])
         await self._stop_worker()
-        self._fail_all(TierUnavailable("The service is stopping.", retry_after_s=5))
+
+    def abandon(self, error: ServiceError) -> None:
+        """Take no more requests, and end those that are here."""
+        self._is_closing = True
+        self._fail_waiting(error)
+        for generation, _ in list(self._running.values()):
+            self.drop(generation)
+            generation.fail(error)
 
     # the tier's task
 
@@ -228,7 +241,7 @@ class Tier:
                 self._fail_waiting(error)
             except Exception:
                 logger.exception("Tier %s: its requests fail by a fault of ours", self.name)
-                self._fail_all(InternalError("The tier failed. The log has the reason."))
+                self._fail_waiting(InternalError("The tier failed. The log has the reason."))
             try:
                 await asyncio.wait_for(self._wakeup.wait(), self._idle_timeout_s())
             except asyncio.TimeoutError:
@@ -341,12 +354,6 @@ class Tier:
             while queue:
                 queue.popleft().fail(error)
 
-    def _fail_all(self, error: ServiceError) -> None:
-        self._fail_waiting(error)
-        for generation, _ in list(self._running.values()):
-            self.drop(generation)
-            generation.fail(error)
-
 
 class ModelManager:
     """The configured tiers, by name. Use it as `async with`: no worker outlives the block."""
@@ -379,6 +386,11 @@ class ModelManager:
             f"The model '{model}' does not exist here. Known: {known}.", param="model"
         )
 
+    def abandon(self) -> None:
+        """End all requests with an error."""
+        for tier in self.tiers.values():
+            tier.abandon(_stopping())
+
     async def __aenter__(self) -> "ModelManager":
         for tier in self.tiers.values():
             tier.start()
@@ -386,6 +398,10 @@ class ModelManager:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(tier.close() for tier in self.tiers.values()))
+
+
+def _stopping() -> ServiceError:
+    return TierUnavailable("The service is stopping.", retry_after_s=5)
 
 
 def worker_spec(

@@ -9,13 +9,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from dotenv import dotenv_values
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=BaseSettings)
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CHAT_MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"  # setup.sh puts it there
@@ -154,17 +156,15 @@ def unknown_keys(env_file: Path | None) -> list[tuple[str, str | None]]:
     ]
 
 
-def _read(
-    of: type[BaseSettings], prefix: str, env_file: Path | None, faults: list[str]
-) -> BaseSettings | None:
+def _read(of: type[T], prefix: str, env_file: Path | None, faults: list[str]) -> T:
     try:
-        return of(_env_prefix=prefix, _env_file=env_file)  # type: ignore[call-arg]
+        return of(_env_prefix=prefix, _env_file=env_file)
     except ValidationError as error:
         for fault in error.errors():
             key = f"{prefix}{fault['loc'][0]}".upper() if fault["loc"] else prefix.rstrip("_")
             given = f" (it is {fault['input']!r})" if fault["loc"] else ""
             faults.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}{given}")
-        return None
+        return of.model_construct()  # stands in until the caller has all faults
 
 
 def _configured(tiers: dict[TierName, TierSettings]) -> dict[TierName, TierSettings]:

@@ -222,8 +222,9 @@ def _failure(job: int, error: Exception) -> wire.Failed:
 
 def main() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s[%(process)d]: %(message)s")
-    # Ctrl-C goes to the whole process group; the server decides when its workers end
+    # a terminal or a supervisor signals the whole group; the server decides when its workers end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
     # without its server a worker has nobody to serve, whatever it is doing
     sys.exit(serve(sock, on_disconnect=lambda: os._exit(EXIT_OK)))

@@ -282,6 +282,8 @@ class LlamaLog:
         line = text.decode(errors="replace").rstrip()
         if not line.strip("."):
             return
+        if "possible training context overflow" in line:
+            level = 2  # the cells are for all sequences; each one's length is bounded by us
         logger.log(self.LEVELS.get(level, logging.DEBUG), line)
         if level == 4:
             self.last_error = line

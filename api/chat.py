@@ -1,0 +1,148 @@
+"""POST /v1/chat/completions"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from starlette.responses import JSONResponse, Response
+
+from api import generation
+from api.deps import ServicesDep, while_connected
+from api.sampling import GenerationFields, ignored_params, max_tokens, refuse, sampling_params
+from api.sse import EventStream, event
+from engine import wire
+from errors import UnsupportedParameter
+
+router = APIRouter()
+
+# OpenAI's fields that this version does not have, with the values that ask for nothing
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "grammar": ("",),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    text: str = ""
+
+
+def _content_kind(value: Any) -> str:
+    return "<parts>" if isinstance(value, list) else "<text>"
+
+
+Content = Annotated[
+    Annotated[str | None, Tag("<text>")] | Annotated[list[ContentPart], Tag("<parts>")],
+    Discriminator(_content_kind),
+]
+
+
+class ChatMessage(BaseModel):
+    """Other fields (name, tool_calls, tool_call_id …) go to the model's template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: Content = None
+
+
+class ChatRequest(GenerationFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(
+    body: ChatRequest, request: Request, services: ServicesDep
+) -> Response:
+    tier = services.chat_tier(body.model)
+    headers = ignored_params(body, UNSUPPORTED, strict=services.settings.server.strict_params)
+    refuse(body, UNSUPPORTED)
+    _refuse_parts(body.messages)
+    body.check_stream_options()
+    template = await asyncio.to_thread(services.template, tier)
+    messages = [message.model_dump(exclude_unset=True) for message in body.messages]
+    prompt = await asyncio.to_thread(template.render, messages, now=datetime.now())
+    outs = await generation.start(
+        request.receive,
+        tier,
+        [
+            wire.Generate(
+                prompt=list(prompt),
+                add_bos=True,
+                sampling=sampling_params(body, tier.settings),
+                stop=body.stop or [],
+                max_tokens=max_tokens(tier.settings, body.max_tokens, body.max_completion_tokens),
+            )
+        ],
+    )
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion.chunk" if body.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": tier.name,
+    }
+    if body.stream:
+        return EventStream(_events(outs, head, include_usage=body.include_usage), headers)
+    (text,), (done,) = await while_connected(request.receive, generation.fold(outs, 1))
+    message = {"role": "assistant", "content": text, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish}
+    return JSONResponse(
+        head | {"choices": [choice], "usage": generation.usage([done])}, headers=headers
+    )
+
+
+async def _events(
+    outs: generation.Outs, head: dict[str, Any], *, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    more = {"usage": None} if include_usage else {}
+
+    def chunk(delta: dict[str, str], finish: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return event(head | {"choices": [choice]} | more)
+
+    async with aclosing(outs):
+        yield chunk({"role": "assistant", "content": ""})
+        async for _, out in outs:
+            if out.text:
+                yield chunk({"content": out.text})
+            if out.done:
+                yield chunk({}, out.done.finish)
+                if include_usage:
+                    yield event(head | {"choices": [], "usage": generation.usage([out.done])})
+
+
+def _refuse_parts(messages: Sequence[ChatMessage]) -> None:
+    for m, message in enumerate(messages):
+        if not isinstance(message.content, list):
+            continue
+        for p, part in enumerate(message.content):
+            if part.type != "text":
+                raise UnsupportedParameter(
+                    f"Content of type '{part.type}' is not supported; send text.",
+                    param=f"messages[{m}].content[{p}].type",
+                )

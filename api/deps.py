@@ -1,0 +1,78 @@
+"""What a handler needs: the services, and to stop working when its client has left."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from starlette.types import Receive
+
+from chat.template import ChatTemplate
+from engine.model_file import ModelFile
+from errors import BadRequest
+from model_manager import ModelManager, Tier
+from settings import CHAT_TIERS, Settings, TierName
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Services:
+    """Everything that outlives a request."""
+
+    settings: Settings
+    manager: ModelManager
+    _templates: dict[TierName, tuple[ModelFile, ChatTemplate]] = field(default_factory=dict)
+
+    def chat_tier(self, model: str) -> Tier:
+        """The tier that a request for text names. Raises ModelNotFound or BadRequest."""
+        tier = self.manager.resolve(model)
+        if tier.name not in CHAT_TIERS:
+            raise BadRequest(f"The model '{model}' does not generate text.", param="model")
+        return tier
+
+    def template(self, tier: Tier) -> ChatTemplate:
+        """The chat template of the tier's model. Raises ModelLoadFailed."""
+        model = tier.model()
+        known = self._templates.get(tier.name)
+        if known is None or known[0] is not model:
+            known = self._templates[tier.name] = model, ChatTemplate.from_model_file(model)
+        return known[1]
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+
+
+class ClientLeft(Exception):
+    """Nobody is there to read the answer."""
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves. Raises ClientLeft.
+
+    The request's body must have been read: what comes after it is the disconnect.
+    """
+    task = asyncio.ensure_future(work)
+    left = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientLeft
+    finally:
+        left.cancel()
+        task.cancel()
+        await asyncio.wait({task, left})
+        if not left.cancelled():
+            left.exception()  # a server that fails in receive() has lost the client too
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,97 @@
+"""Every error as HTTP: OpenAI's envelope, whoever raised it."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from api.deps import ClientLeft
+from errors import (
+    BadRequest,
+    BodyTooLarge,
+    InternalError,
+    MethodNotAllowed,
+    RouteNotFound,
+    ServiceError,
+)
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499  # nobody receives it; it is what the log says
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer every error in the envelope."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(ClientLeft, _client_left)
+
+
+def response(error: ServiceError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+def as_service_error(error: Exception) -> ServiceError:
+    """The error that a client is told of; a fault of ours goes to the log with its traceback."""
+    if isinstance(error, ServiceError):
+        return error
+    logger.error("A request failed by a fault of ours", exc_info=error)
+    return InternalError("A fault of the service. Its log has the reason under the request's id.")
+
+
+def dotted(location: Sequence[str | int]) -> str:
+    """A place in a JSON body, such as `messages[0].content`."""
+    text = ""
+    for step in location:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        elif not step.startswith("<"):  # <…> are our own tags of union members
+            text += f".{step}" if text else step
+    return text
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    return response(as_service_error(error))
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return response(_explain(error.errors()[0], request.headers.get("content-type", "")))
+
+
+def _explain(fault: dict[str, Any], content_type: str) -> BadRequest:
+    location = fault["loc"][1:]  # without "body"
+    reason = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "json_invalid":
+        return BadRequest(f"The body is not valid JSON: {fault['ctx']['error']}.")
+    if not location:
+        if content_type.partition(";")[0].strip().lower() != "application/json":
+            return BadRequest("Send the body as JSON, with `Content-Type: application/json`.")
+        return BadRequest("The body must be a JSON object.")
+    param = dotted(location)
+    if fault["type"] == "missing":
+        return BadRequest(f"'{param}' is required.", param=param)
+    return BadRequest(f"'{param}': {reason}", param=param)
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    by_status: dict[int, ServiceError] = {
+        404: RouteNotFound(f"There is no {where} here."),
+        405: MethodNotAllowed(f"{where} is not possible."),
+        413: BodyTooLarge(str(error.detail)),
+    }
+    reply = response(by_status.get(error.status_code, BadRequest(str(error.detail))))
+    if error.status_code == 405 and error.headers:
+        reply.headers.update(error.headers)  # Allow
+    return reply
+
+
+async def _client_left(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_LEFT)

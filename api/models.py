@@ -1,0 +1,64 @@
+"""GET /v1/models, GET /v1/models/{id} and GET /health: what is configured, and how it is."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from api.deps import ServicesDep
+from errors import ModelLoadFailed
+from model_manager import Tier
+from settings import CHAT_TIERS
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+def list_models(services: ServicesDep) -> Response:
+    tiers = services.manager.tiers.values()
+    return JSONResponse({"object": "list", "data": [_describe(tier) for tier in tiers]})
+
+
+@router.get("/v1/models/{model:path}")
+def retrieve_model(model: str, services: ServicesDep) -> Response:
+    return JSONResponse(_describe(services.manager.resolve(model)))
+
+
+@router.get("/health")
+async def health(services: ServicesDep) -> Response:
+    """503 while a tier that was to be loaded at start cannot be; else 200."""
+    tiers = services.manager.tiers.values()
+    failed = any(tier.state == "failed" and tier.settings.preload for tier in tiers)
+    body = {"status": "failed" if failed else "ok", "tiers": {t.name: _state(t) for t in tiers}}
+    return JSONResponse(body, status_code=503 if failed else 200)
+
+
+def _describe(tier: Tier) -> dict[str, Any]:
+    """The model object; what it says of the model comes from the file's header."""
+    about: dict[str, Any] = {
+        "id": tier.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "quintet",
+        "tier": tier.name,
+        "path": tier.settings.path.name if tier.settings.model_path else None,
+        "backend": tier.settings.backend,
+        "context_length": None,
+        "capabilities": ["chat", "completion"] if tier.name in CHAT_TIERS else [],
+        "aliases": tier.aliases,
+    }
+    try:
+        about["context_length"] = tier.n_ctx
+        about["created"] = tier.created
+    except ModelLoadFailed as error:
+        about["error"] = error.message
+    return about | _state(tier)
+
+
+def _state(tier: Tier) -> dict[str, Any]:
+    state: dict[str, Any] = {"state": tier.state}
+    if tier.state == "starting":
+        state["progress"] = round(tier.progress, 2)
+    if tier.reason is not None:
+        state["reason"] = tier.reason
+    return state

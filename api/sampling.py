@@ -1,0 +1,118 @@
+"""The fields that chat and raw completions share, and what becomes of those we do not know."""
+
+import random
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+from engine.types import SamplingParams
+from errors import BadRequest, UnsupportedParameter
+from settings import TierSettings
+
+MAX_STOPS = 64
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StopList = Annotated[
+    list[Annotated[str, StringConstraints(min_length=1)]],
+    Field(max_length=MAX_STOPS),
+    BeforeValidator(_as_list),
+]
+UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding against eavesdroppers: there are none on a loopback
+
+
+class GenerationFields(BaseModel):
+    """Fields of a request for text. None: the tier's own value."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=-1)  # -1, as some clients say it: no limit
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: UnitInterval | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: UnitInterval | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: StopList | None = None
+    user: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check_stream_options(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("It is only for `stream: true`.", param="stream_options")
+
+
+def sampling_params(fields: GenerationFields, tier: TierSettings) -> SamplingParams:
+    """How to sample: the request's values over the tier's."""
+    asked = {
+        name: value
+        for name in SamplingParams.__struct_fields__
+        if name != "seed" and (value := getattr(fields, name)) is not None
+    }
+    tiers = {
+        name: getattr(tier, name)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
+    }
+    # the sampler takes 32 bits
+    seed = random.getrandbits(32) if fields.seed is None else fields.seed % 2**32
+    return SamplingParams(**(tiers | asked), seed=seed)
+
+
+def max_tokens(tier: TierSettings, *asked: int | None) -> int | None:
+    """The limit that holds, of the names it has in a request; None: to the end of the context."""
+    given = {limit for limit in asked if limit is not None}
+    if len(given) > 1:
+        raise BadRequest(
+            "max_tokens and max_completion_tokens differ; send one of them.", param="max_tokens"
+        )
+    limit = given.pop() if given else tier.max_tokens
+    return None if limit == -1 else limit
+
+
+def refuse(fields: BaseModel, unsupported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise UnsupportedParameter for a field of OpenAI's API that asks for what is not there.
+
+    `unsupported` has the values of each field that ask for nothing.
+    """
+    for name, neutral in unsupported.items():
+        value = (fields.model_extra or {}).get(name)
+        if value is not None and not any(_is_same(value, n) for n in neutral):
+            raise UnsupportedParameter(
+                f"'{name}' is not supported by this version; leave it out.", param=name
+            )
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # 1 == True in Python
+
+
+def ignored_params(fields: BaseModel, known: Mapping[str, Any], *, strict: bool) -> dict[str, str]:
+    """The header that names the unknown fields of a body. Raises BadRequest where `strict`."""
+    unknown = [name for name in fields.model_extra or {} if name not in known]
+    if not unknown:
+        return {}
+    if strict:
+        raise BadRequest(
+            f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
+        )
+    names = ",".join(name.encode("ascii", "backslashreplace").decode() for name in unknown)
+    printable = "".join(c if c.isprintable() else "?" for c in names)
+    return {"X-Ignored-Params": printable[:1000]}

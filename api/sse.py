@@ -1,0 +1,59 @@
+"""Server-sent events: how they look, and a response that ends its work with its client."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.deps import ClientLeft, while_connected
+from api.errors import as_service_error
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+_encode = msgspec.json.Encoder().encode
+
+
+def event(data: Any) -> bytes:
+    return b"data: " + _encode(data) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends events as they come, an error as the event that clients know, then `[DONE]`.
+
+    The generator is closed when the client has left, so what it holds is released at once.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(headers=HEADERS | (headers or {}))
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {
+            "type": "http.response.start",
+            "status": self.status_code,
+            "headers": self.raw_headers,
+        }
+        async with aclosing(self._events):
+            await send(start)
+            try:
+                await while_connected(receive, self._send_all(send))
+            except ClientLeft:
+                scope["client_left"] = True  # for the access log: the status is sent already
+
+    async def _send_all(self, send: Send) -> None:
+        try:
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except Exception as error:
+            data = event(as_service_error(error).body())
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": DONE, "more_body": False})

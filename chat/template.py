@@ -1,0 +1,263 @@
+"""A model's chat template: from messages to prompt text, in which clients write no control tokens.
+
+A client's text may hold the literal of a control token, whole or in pieces that a template puts
+together: `'<' ~ key ~ '>'`, two messages with nothing between them, a `replace` inside a message.
+So the path of single characters is followed:
+
+1. In client text, each character that control tokens are made of, such as `<`, `|` and `>`, gets a
+   guard before it: a character that occurs nowhere else.
+2. The template renders that text. Constants that it may look for, such as `</think>`, are left
+   without guards, so that `split`, `replace` and `in` find them.
+3. In the result, a literal of a control token with a guard in it is the client's and becomes a
+   segment of its own, to be read as plain text. One without a guard is the template's.
+
+Letters and digits have no guard: with `'<|' + role + '|>'` a template makes a token of a role.
+Lengths that a template measures count the guards.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.model_file import ModelFile
+from engine.wire import Segment
+from errors import BadRequest, ModelLoadFailed
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# Printable, because a template that prints a dict shows others as an escape; and hardly in use.
+_GUARDS = range(0x13000, 0x110000)  # hieroglyphs first
+
+# A template may print tools several times, but not without end.
+_MAX_GROWTH = 16
+_MAX_OWN_CHARS = 1 << 20
+
+
+class ChatTemplate:
+    """A compiled template. Threads may share it.
+
+    `source` None stands for CHATML. With `add_bos` the tokenizer puts a BOS before the prompt, so
+    one that the template begins with is left out: whoever sends the prompt to a worker always
+    passes the model's `add_bos` on.
+    """
+
+    def __init__(
+        self,
+        source: str | None,
+        *,
+        bos_token: str,
+        eos_token: str,
+        control_tokens: Sequence[str],
+        add_bos: bool,
+    ) -> None:
+        self._bos_token = bos_token
+        self._eos_token = eos_token
+        self._add_bos = add_bos
+        self._source = CHATML if source is None else source
+        environment = _environment()
+        try:
+            tree = environment.parse(self._source)
+            constants = [node.value for node in tree.find_all(nodes.Const)]
+            self._template = environment.from_string(tree)
+        except (TemplateError, SyntaxError, RecursionError) as error:
+            raise ModelLoadFailed(f"The model's chat template does not parse: {error}") from error
+
+        self._control = re.compile(_any_of(control_tokens))
+        marks = {char for token in control_tokens for char in token if _is_mark(char)}
+        words = {token for token in control_tokens if marks.isdisjoint(token)}
+        sought = {
+            text
+            for text in constants
+            if isinstance(text, str) and not self._control.search(text)
+            # Not the bare `>` that a template writes rather than looks for.
+            if not marks.isdisjoint(text) and any(char.isalnum() for char in text)
+        }
+        self._sought_or_guarded = re.compile(f"({_any_of(sought)})|{_any_of(marks | words)}")
+
+    @classmethod
+    def from_model_file(cls, model: ModelFile) -> "ChatTemplate":
+        return cls(
+            model.chat_template,
+            bos_token=model.bos_token,
+            eos_token=model.eos_token,
+            control_tokens=model.control_tokens,
+            add_bos=model.add_bos,
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        now: datetime,
+        add_generation_prompt: bool = True,
+        **extra: Any,
+    ) -> list[Segment]:
+        """The prompt: one segment, or more where the client wrote a control token's literal.
+
+        `extra` is for the template, such as tools, and as little trusted as the messages. What
+        the template refuses or cannot render raises BadRequest.
+        """
+        guard = ""
+        try:
+            client = {"messages": [_normalised(message) for message in messages], "extra": extra}
+            text = json.dumps(client, ensure_ascii=False, default=str)
+            text.encode()
+            guard = next(c for c in map(chr, _GUARDS) if c not in text and c not in self._source)
+            client = _changed(client, lambda text: self._guarded(text, guard))
+            variables = {"tools": None, "documents": None} | client["extra"]
+            variables |= {
+                "messages": client["messages"],
+                "add_generation_prompt": add_generation_prompt,
+                "bos_token": self._bos_token,
+                "eos_token": self._eos_token,
+                "strftime_now": now.strftime,
+            }
+            rendered = self._rendered(variables, _MAX_OWN_CHARS + _MAX_GROWTH * len(text))
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            reason = f"A text has half of a surrogate pair (U+{code:04X}); send whole characters."
+            raise BadRequest(reason, param="messages") from None
+        except _Refused as error:
+            raise BadRequest(str(error).replace(guard, ""), param="messages") from None
+        except Exception as error:  # whatever the template's expressions raise
+            reason = f"The model's chat template cannot render these messages: {error}"
+            raise BadRequest(reason.replace(guard, ""), param="messages") from error
+        return self._segments(rendered, guard)
+
+    def _guarded(self, text: str, guard: str) -> str:
+        return self._sought_or_guarded.sub(lambda m: m[0] if m[1] else guard + m[0], text)
+
+    def _rendered(self, variables: dict[str, Any], max_chars: int) -> str:
+        parts = []
+        for part in self._template.generate(variables):
+            parts.append(part)
+            max_chars -= len(part)
+            if max_chars < 0:
+                raise _Refused("The model's chat template makes far too long a prompt of these.")
+        return "".join(parts)
+
+    def _segments(self, rendered: str, guard: str) -> list[Segment]:
+        first, *others = rendered.split(guard)
+        text, offset = first + "".join(others), len(first)
+        guarded = set()
+        for part in others:
+            guarded.add(offset)
+            offset += len(part)
+
+        segments, start, pos = [], 0, 0
+        # Step by one character: a literal of the template may overlap with one of the client.
+        while guarded and (found := self._control.search(text, pos)):
+            pos = found.start() + 1
+            if not guarded.isdisjoint(range(*found.span())):
+                segments.append(Segment(text[start : found.start()], True))
+                segments.append(Segment(found[0], False))
+                start = pos = found.end()
+        segments.append(Segment(text[start:], True))
+
+        if self._add_bos:  # the first segment is never the client's
+            segments[0] = Segment(segments[0].text.removeprefix(self._bos_token), True)
+        return [segment for segment in segments if segment.text] or [Segment("", True)]
+
+
+class _Refused(Exception):
+    """The template called raise_exception, or its output has no end. The text is for clients."""
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` tells trainers which text is the model's. Here it means nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 (as in the base class)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    # As apply_chat_template of transformers sets it up: templates are written for that.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _GenerationTag],
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = _tojson
+    return environment
+
+
+def _raise_exception(message: object) -> None:
+    raise _Refused(str(message))
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own, which escapes HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=False,  # whatever is asked for: guards must stay single characters
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _normalised(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message as templates expect it: nothing null, content a text, arguments an object."""
+    given = {key: value for key, value in message.items() if value is not None}
+    content = given.get("content", "")
+    if not isinstance(content, str):
+        content = "".join(part["text"] for part in content)
+    changes: dict[str, Any] = {"content": content}
+    if given["role"] == "developer":
+        changes["role"] = "system"
+    if "tool_calls" in given:
+        changes["tool_calls"] = [_with_object(call) for call in given["tool_calls"]]
+    return given | changes
+
+
+def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"])
+    except (TypeError, ValueError, RecursionError):  # an object already, or no JSON
+        return dict(call)
+    if not isinstance(arguments, dict):
+        return dict(call)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy with every string in it changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_changed(key, change): _changed(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_changed(item, change) for item in value]
+    return value
+
+
+def _is_mark(char: str) -> bool:
+    return not (char.isalnum() or char.isspace() or char == "_")
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """A pattern of all texts, the longest first; of none, one that matches nowhere."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
