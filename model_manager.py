@@ -163,6 +163,15 @@ class Tier:
                 self._model_signature = signature
         return self._model
 
+    def status(self) -> tuple[State, str | None]:
+        """The state, and why the tier is not as it should be."""
+        if self._worker is None and self.state != "starting":
+            try:
+                self.model()
+            except ModelLoadFailed as error:
+                return "failed", error.message
+        return self.state, self.reason
+
     @property
     def created(self) -> int:
         """When the model file was written, in seconds since 1970."""
@@ -233,7 +242,7 @@ class Tier:
     # the tier's task
 
     async def _run(self) -> None:
-        while True:
+        while not self._is_closing:  # wait_for may swallow a cancellation before Python 3.12
             self._wakeup.clear()
             try:
                 await self._hand_out()

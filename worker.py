@@ -73,7 +73,7 @@ def prepare(request: wire.Generate, engine: Engine) -> Job:
         raise ContextLengthExceeded(
             f"The prompt has {len(prompt)} tokens; this tier takes {engine.n_ctx} with the answer. "
             "Shorten it, or raise N_CTX as far as the model allows.",
-            param="messages",
+            param="prompt",
             n_prompt_tokens=len(prompt),
             n_ctx=engine.n_ctx,
         )

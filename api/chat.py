@@ -99,6 +99,7 @@ async def create_chat_completion(
                 max_tokens=max_tokens(tier.settings, body.max_tokens, body.max_completion_tokens),
             )
         ],
+        prompt_field="messages",
     )
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",

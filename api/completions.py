@@ -36,7 +36,7 @@ Tokens = Annotated[list[Token], Field(min_length=1)]
 
 
 def _prompt_kind(value: Any) -> str:
-    first = value[0] if isinstance(value, list) and value else value
+    first = value[0] if isinstance(value, list) and value else None
     if isinstance(first, list):
         return "<lists of tokens>"
     if isinstance(first, int):
@@ -86,6 +86,7 @@ async def create_completion(
             )
             for prompt in prompts
         ],
+        prompt_field="prompt",
     )
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",

@@ -9,19 +9,27 @@ from starlette.types import Receive
 
 from api.deps import while_connected
 from engine import wire
+from errors import BadRequest
 from model_manager import Generation, Tier
 
 Outs = AsyncGenerator[tuple[int, wire.TokenOut], None]  # with the index of the choice
 
 
-async def start(receive: Receive, tier: Tier, requests: Sequence[wire.Generate]) -> Outs:
+async def start(
+    receive: Receive, tier: Tier, requests: Sequence[wire.Generate], *, prompt_field: str
+) -> Outs:
     """Submit one request for each choice and wait until all have started: from here on nothing
     that is wrong with them can come up. Close the generator to cancel them.
 
-    Raises ServiceError, or ClientLeft.
+    Raises ServiceError, which names `prompt_field` where the prompt is at fault, or ClientLeft.
     """
     outs = _generate(tier, requests)
-    await while_connected(receive, anext(outs))
+    try:
+        await while_connected(receive, anext(outs))
+    except BadRequest as error:
+        if error.param == "prompt":
+            error.param = prompt_field
+        raise
     return outs
 
 

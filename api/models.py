@@ -1,5 +1,6 @@
 """GET /v1/models, GET /v1/models/{id} and GET /health: what is configured, and how it is."""
 
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter
@@ -25,11 +26,12 @@ def retrieve_model(model: str, services: ServicesDep) -> Response:
 
 
 @router.get("/health")
-async def health(services: ServicesDep) -> Response:
+def health(services: ServicesDep) -> Response:
     """503 while a tier that was to be loaded at start cannot be; else 200."""
     tiers = services.manager.tiers.values()
-    failed = any(tier.state == "failed" and tier.settings.preload for tier in tiers)
-    body = {"status": "failed" if failed else "ok", "tiers": {t.name: _state(t) for t in tiers}}
+    states = {tier.name: _state(tier) for tier in tiers}
+    failed = any(t.settings.preload and states[t.name]["state"] == "failed" for t in tiers)
+    body = {"status": "failed" if failed else "ok", "tiers": states}
     return JSONResponse(body, status_code=503 if failed else 200)
 
 
@@ -47,18 +49,16 @@ def _describe(tier: Tier) -> dict[str, Any]:
         "capabilities": ["chat", "completion"] if tier.name in CHAT_TIERS else [],
         "aliases": tier.aliases,
     }
-    try:
-        about["context_length"] = tier.n_ctx
-        about["created"] = tier.created
-    except ModelLoadFailed as error:
-        about["error"] = error.message
+    with suppress(ModelLoadFailed):  # the state says so
+        about |= {"context_length": tier.n_ctx, "created": tier.created}
     return about | _state(tier)
 
 
 def _state(tier: Tier) -> dict[str, Any]:
-    state: dict[str, Any] = {"state": tier.state}
-    if tier.state == "starting":
-        state["progress"] = round(tier.progress, 2)
-    if tier.reason is not None:
-        state["reason"] = tier.reason
-    return state
+    state, reason = tier.status()
+    about: dict[str, Any] = {"state": state}
+    if state == "starting":
+        about["progress"] = round(tier.progress, 2)
+    if reason is not None:
+        about["reason"] = reason
+    return about

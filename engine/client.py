@@ -231,6 +231,7 @@ class _Thread:
             try:
                 self._code = serve(sock)
             finally:
+                self.kill()  # closing alone does not wake a thread that receives
                 sock.close()
                 self._ended.set()
 

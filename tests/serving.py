@@ -1,0 +1,90 @@
+"""A service on a free port and the fake backend, with its workers in threads unless told."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+import worker
+from engine.client import Launcher, thread_launcher
+from model_manager import ModelManager
+from server import create_app
+from settings import ServerSettings, Settings, TierSettings
+
+in_threads: Launcher = thread_launcher(worker.serve)
+
+
+@dataclass
+class Service:
+    url: str
+    http: httpx.Client
+    manager: ModelManager
+    app: Any
+
+    def chat(self, text: str = "Hi", **fields: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": text}]
+        body = {"model": "light", "messages": messages} | fields
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def complete(self, prompt: Any = "Hi", **fields: Any) -> httpx.Response:
+        body = {"model": "light", "prompt": prompt} | fields
+        return self.http.post("/v1/completions", json=body)
+
+
+def script(folder: Path, *rules: dict[str, Any], **values: Any) -> str:
+    """A script for the fake backend; its path."""
+    path = folder / f"script{len(list(folder.iterdir()))}.json"
+    path.write_text(json.dumps({"rules": rules, **values}))
+    return str(path)
+
+
+def fake(model_path: str = "", **values: Any) -> TierSettings:
+    return TierSettings(backend="fake", model_path=model_path, **values)
+
+
+def settings(server: dict[str, Any] | None = None, **tiers: TierSettings) -> Settings:
+    return Settings(ServerSettings(**(server or {})), tiers or {"light": fake()})  # type: ignore[arg-type]
+
+
+@contextmanager
+def serving(of: Settings | None = None, *, launch: Launcher = in_threads) -> Iterator[Service]:
+    app = create_app(of or settings(), launch=launch)
+    config = uvicorn.Config(
+        app, port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            thread.join(0.005)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+            yield Service(url, http, app.state.services.manager, app)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive(), "the server did not end"
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The events of a stream; the last must be [DONE], which is left out."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    parts = response.text.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""], parts[-3:]
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def wait_until(holds: Callable[[], object], timeout_s: float = 10) -> None:
+    give_up_at = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < give_up_at, "it never came true"
+        time.sleep(0.005)

@@ -1,0 +1,100 @@
+"""POST /v1/completions over HTTP, on the fake backend."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.serving import Service, events, fake, script, serving, settings
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    path = script(
+        tmp_path_factory.mktemp("completions"),
+        {"match": "once", "answer": " upon a time"},
+        {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
+    )
+    with serving(settings(light=fake(path, queue_size=4, n_ctx=256, n_parallel=2))) as service:
+        yield service
+
+
+def test_a_whole_answer_has_openais_shape(service: Service) -> None:
+    body = service.complete("once").json()
+    assert body["id"].startswith("cmpl-")
+    assert (body["object"], body["model"]) == ("text_completion", "light")
+    assert body["choices"] == [
+        {"index": 0, "text": " upon a time", "logprobs": None, "finish_reason": "stop"}
+    ]
+    assert (body["usage"]["prompt_tokens"], body["usage"]["total_tokens"]) == (4, 17)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("once", [" upon a time"]),
+        (["once", "a", "once"], [" upon a time", "You said: a", " upon a time"]),
+        (list(b"once"), [" upon a time"]),
+        ([list(b"a"), list(b"once")], ["You said: a", " upon a time"]),
+    ],
+)
+def test_every_form_of_prompt_streamed_and_not(
+    service: Service, prompt: Any, texts: list[str]
+) -> None:
+    body = service.complete(prompt).json()
+    assert [(c["index"], c["text"]) for c in body["choices"]] == list(enumerate(texts))
+    *chunks, last = events(
+        service.complete(prompt, stream=True, stream_options={"include_usage": True})
+    )
+    streamed = [""] * len(texts)
+    finishes: list[Any] = [None] * len(texts)
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        streamed[choice["index"]] += choice["text"]
+        finishes[choice["index"]] = finishes[choice["index"]] or choice["finish_reason"]
+    assert streamed == texts
+    assert finishes == ["stop"] * len(texts)
+    assert last["choices"] == []
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert last["usage"][count] == body["usage"][count]
+
+
+def test_control_tokens_in_a_raw_prompt_are_obeyed(service: Service) -> None:
+    usage = service.complete("<|user|>hi<|end|><|assistant|>").json()["usage"]
+    assert usage["prompt_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", [], [""], ["a", ""], [[]], [[1], []], [1, "a"], ["a", 1], {"a": 1}, None, 5, [-1], [1.5],
+     ["a"] * 5, [260, 261], [999999]],
+)  # fmt: skip
+def test_a_bad_prompt_is_a_400_that_names_it(service: Service, prompt: Any) -> None:
+    response = service.complete(prompt)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("prompt")
+
+
+def test_an_over_long_prompt_is_named_as_such(service: Service) -> None:
+    error = service.complete("x" * 300).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"n": 2}, {"best_of": 2}, {"logprobs": 0}, {"echo": True}, {"suffix": "x"},
+     {"logit_bias": {"1": 1}}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_not_there_is_refused_by_name(service: Service, field: dict[str, Any]) -> None:
+    response = service.complete(**field)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", next(iter(field)))
+
+
+def test_one_of_several_that_breaks_ends_the_stream_with_an_error(service: Service) -> None:
+    *_, last = events(service.complete(["once", "break"], stream=True))
+    assert last["error"]["code"] == "internal_error"
+    assert service.complete(["once", "break"]).status_code == 500
+    assert service.complete("once").status_code == 200

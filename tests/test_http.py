@@ -1,0 +1,264 @@
+"""What holds for every route: errors, request ids, keys, hosts, CORS, limits, models and health."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from api.middleware import Gate
+from errors import ServiceError
+from model_manager import Tier
+from settings import ServerSettings, TierSettings
+from tests.serving import Service, fake, script, serving, settings, wait_until
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with serving(settings({"max_body_bytes": 5000}, light=fake(aliases=["small"]))) as service:
+        yield service
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert {"message", "type", "param", "code"} <= error.keys()
+    return error
+
+
+CHAT = "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+
+
+def test_an_unknown_route_is_a_404(service: Service) -> None:
+    assert error_of(service.http.get("/v2/nothing"), 404)["code"] == "route_not_found"
+
+
+def test_a_wrong_method_is_a_405_that_names_the_right_one(service: Service) -> None:
+    response = service.http.get(CHAT)
+    assert error_of(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{'a': 1}", b"\xff\xfe", b"[" * 4000])
+def test_a_body_that_is_not_json_is_a_400(service: Service, content: bytes) -> None:
+    error = error_of(service.http.post(CHAT, content=content, headers=JSON), 400)
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("content", [b"[]", b"5", b'"x"', b"null"])
+def test_a_body_that_is_not_an_object_is_a_400(service: Service, content: bytes) -> None:
+    error = error_of(service.http.post(CHAT, content=content, headers=JSON), 400)
+    assert error["message"] == "The body must be a JSON object."
+
+
+def test_a_body_of_another_type_is_told_which_to_send(service: Service) -> None:
+    body = '{"model": "light", "messages": [{"role": "user", "content": "x"}]}'
+    for headers in ({}, {"Content-Type": "text/plain"}):
+        error = error_of(service.http.post(CHAT, content=body, headers=headers), 400)
+        assert "Content-Type: application/json" in error["message"]
+
+
+def test_a_body_that_is_too_large_is_a_413_whether_it_says_so_or_not(service: Service) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(10):
+            yield b" " * 1000
+
+    for content in (b" " * 6000, chunks()):
+        error = error_of(service.http.post(CHAT, content=content, headers=JSON), 413)
+        assert error["code"] == "body_too_large"
+        assert "MAX_BODY_BYTES" in error["message"]
+
+
+def test_a_fault_of_ours_is_a_500_under_the_requests_id(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: Tier, request: object) -> None:
+        raise RuntimeError("secret detail")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tier, "submit", fail)
+        response = service.http.post(
+            CHAT,
+            json={"model": "light", "messages": [{"role": "user", "content": "x"}]},
+            headers={"X-Request-Id": "mine-1", "Origin": "http://localhost:5173"},
+        )
+    error = error_of(response, 500)
+    assert error["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"] == "mine-1"
+    assert response.headers["access-control-allow-origin"] == "http://localhost:5173"
+    assert "secret detail" in caplog.text
+    assert "mine-1" in caplog.text
+    assert service.chat().status_code == 200
+
+
+@pytest.mark.parametrize("given", [None, "a b", "x" * 200, "ü".encode().decode("latin-1")])
+def test_every_reply_has_a_request_id(service: Service, given: str | None) -> None:
+    headers = {} if given is None else {"X-Request-Id": given.encode("latin-1")}
+    for path in ("/health", "/v2/nothing"):
+        assert service.http.get(path, headers=headers).headers["x-request-id"].startswith("req-")
+
+
+@pytest.mark.parametrize("route", ["/v1/embeddings", "/v1/rerank", "/v1/responses"])
+def test_routes_that_are_not_there_yet_say_so(service: Service, route: str) -> None:
+    error = error_of(service.http.post(route, json={"input": "x"}), 400)
+    assert error["code"] == "unsupported_parameter"
+
+
+# CORS
+
+
+def test_a_browser_on_localhost_may_ask(service: Service) -> None:
+    origin = {"Origin": "http://localhost:3000"}
+    wish = {"Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
+    preflight = service.http.options(CHAT, headers=origin | wish)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert "authorization" in preflight.headers["access-control-allow-headers"]
+    assert "access-control-allow-credentials" not in preflight.headers
+    reply = service.http.get("/v1/models", headers=origin)
+    assert reply.headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert "X-Request-Id" in reply.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "http://localhost.evil.example", "null", "http://127.0.0.12"]
+)
+def test_a_page_from_elsewhere_may_not(service: Service, origin: str) -> None:
+    reply = service.http.get("/v1/models", headers={"Origin": origin})
+    assert "access-control-allow-origin" not in reply.headers
+
+
+def test_cors_origins_replace_localhost() -> None:
+    with serving(settings({"cors_origins": ["https://app.example"]})) as service:
+        for origin, allowed in (("https://app.example", True), ("http://localhost:1", False)):
+            reply = service.http.get("/v1/models", headers={"Origin": origin})
+            assert ("access-control-allow-origin" in reply.headers) is allowed
+
+
+# keys and hosts
+
+
+def test_with_keys_every_route_but_health_needs_one() -> None:
+    with serving(settings({"api_keys": ["one", "two"]})) as service:
+        for headers in (
+            {"Authorization": "Bearer one"}, {"Authorization": "bearer two"}, {"x-api-key": "two"},
+        ):  # fmt: skip
+            assert service.http.get("/v1/models", headers=headers).status_code == 200
+        for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "Basic one"},
+                        {"x-api-key": ""}, {"Authorization": "Bearer"}):  # fmt: skip
+            reply = service.http.get(
+                "/v1/models", headers=headers | {"Origin": "http://localhost:1"}
+            )
+            assert error_of(reply, 401)["code"] == "invalid_api_key"
+            assert "access-control-allow-origin" in reply.headers
+        assert service.http.get("/health").status_code == 200
+        wish = {"Origin": "http://localhost:1", "Access-Control-Request-Method": "POST"}
+        assert service.http.options(CHAT, headers=wish).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost", 200), ("localhost:8000", 200), ("127.0.0.1:1", 200), ("[::1]:80", 200),
+     ("app.localhost", 200), ("192.168.1.5", 200), ("evil.example", 403), ("localhost.evil", 403)],
+)  # fmt: skip
+def test_a_rebound_host_is_refused(service: Service, host: str, status: int) -> None:
+    assert service.http.get("/v1/models", headers={"Host": host}).status_code == status
+
+
+def test_allowed_hosts_are_served() -> None:
+    with serving(settings({"allowed_hosts": ["Box.lan"]})) as service:
+        assert service.http.get("/health", headers={"Host": "box.lan:80"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("server", "address", "is_served"),
+    [
+        ({}, "127.0.0.1", True),
+        ({}, "::1", True),
+        ({}, "192.168.1.5", False),
+        ({"allow_insecure": True}, "192.168.1.5", True),
+        ({"api_keys": ["k"]}, "192.168.1.5", True),
+    ],
+)
+def test_other_machines_are_served_only_with_keys_or_by_decision(
+    server: dict[str, Any], address: str, is_served: bool
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    statuses = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    scope = {"type": "http", "path": "/x", "method": "GET", "server": (address, 8000),
+             "headers": [(b"host", b"localhost"), (b"x-api-key", b"k")]}  # fmt: skip
+    asyncio.run(Gate(app, ServerSettings(**server))(scope, None, send))  # type: ignore[arg-type]
+    assert statuses == [200 if is_served else 403]
+
+
+# models and health
+
+
+def test_models_are_described_without_being_loaded() -> None:
+    tiers = {"light": fake(aliases=["small"]), "heavy": fake(n_ctx=1000)}
+    with serving(settings(**tiers)) as service:
+        body = service.http.get("/v1/models").json()
+        assert body["object"] == "list"
+        assert [model["id"] for model in body["data"]] == ["light", "heavy"]
+        assert body["data"][1] == {
+            "id": "heavy", "object": "model", "created": 0, "owned_by": "quintet",
+            "tier": "heavy", "path": None, "backend": "fake", "context_length": 1000,
+            "capabilities": ["chat", "completion"], "aliases": [], "state": "stopped",
+        }  # fmt: skip
+        assert service.http.get("/v1/models/small").json() == body["data"][0]
+        assert error_of(service.http.get("/v1/models/nope"), 404)["code"] == "model_not_found"
+        service.chat()
+        states = service.http.get("/health").json()["tiers"]
+        assert states == {"light": {"state": "ready"}, "heavy": {"state": "stopped"}}
+
+
+def test_a_model_that_cannot_be_read_says_why_and_the_rest_serves(tmp_path: Any) -> None:
+    (tmp_path / "letter.gguf").write_text("This is not a model.")
+    tiers = {
+        "light": fake(),
+        "medium": TierSettings(model_path=str(tmp_path / "absent.gguf")),
+        "heavy": TierSettings(model_path=str(tmp_path / "letter.gguf")),
+    }
+    with serving(settings(**tiers)) as service:
+        for name, why in (("medium", "absent.gguf does not exist"), ("heavy", "not a GGUF")):
+            response = service.chat(model=name)
+            error = error_of(response, 500)
+            assert error["code"] == "model_load_failed"
+            assert why in error["message"]
+            assert str(tmp_path) not in response.text
+            assert response.headers["x-should-retry"] == "false"
+            assert why in service.http.get(f"/v1/models/{name}").json()["reason"]
+            assert why in service.http.get("/health").json()["tiers"][name]["reason"]
+        assert service.http.get("/health").status_code == 200
+        assert service.chat().status_code == 200
+
+
+def test_health_is_503_when_a_preloaded_tier_failed(tmp_path: Any) -> None:
+    tiers = {"light": fake(), "heavy": fake(script(tmp_path, fault="load"), preload=True)}
+    with serving(settings(**tiers)) as service:
+        wait_until(lambda: service.manager.tiers["heavy"].state == "failed")
+        reply = service.http.get("/health")
+        assert reply.status_code == 503
+        assert reply.json()["tiers"]["heavy"] == {
+            "state": "failed", "reason": "The fake backend was told to fail.",
+        }  # fmt: skip
+        assert service.chat().status_code == 200
+
+
+def test_every_error_class_has_its_own_code() -> None:
+    classes = [ServiceError]
+    for error_class in classes:
+        classes += error_class.__subclasses__()
+    codes = [c.code for c in classes if c.code]
+    assert len(codes) == len(set(codes))

@@ -1,0 +1,353 @@
+"""The tiers' queues, workers' lives and the failure contract, without HTTP."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+
+from engine import wire
+from engine.backends.fake import model_file
+from engine.client import Handle, Launcher, launch_process
+from engine.types import SamplingParams
+from errors import (
+    ModelLoadFailed,
+    ModelNotFound,
+    QueueFull,
+    ServiceError,
+    TierUnavailable,
+    WorkerCrashed,
+)
+from model_manager import ModelManager, Tier, default_kv_tokens
+from settings import TierSettings
+from tests.serving import fake, in_threads, script, settings
+
+T = TypeVar("T")
+LONG = {"match": "long", "answer": "0123456789" * 1000}
+
+
+def request(text: str = "Hi", max_tokens: int | None = None) -> wire.Generate:
+    prompt: list[Any] = [wire.Segment(f"<|user|>{text}<|end|><|assistant|>", parse_special=True)]
+    return wire.Generate(prompt, True, SamplingParams(), [], max_tokens)
+
+
+async def ask(tier: Tier, text: str = "Hi") -> str:
+    with tier.submit(request(text)) as generation:
+        await generation.started()
+        return "".join([out.text async for out in generation])
+
+
+async def until(holds: Callable[[], object]) -> None:
+    async def poll() -> None:
+        while not holds():  # noqa: ASYNC110 (there is no event for what others see)
+            await asyncio.sleep(0.002)
+
+    await asyncio.wait_for(poll(), 20)
+
+
+class Launches:
+    """A launcher that remembers what it launched."""
+
+    def __init__(self, launch: Launcher = in_threads) -> None:
+        self.handles: list[Handle] = []
+        self._launch = launch
+
+    async def __call__(self, sock: Any) -> Handle:
+        self.handles.append(await self._launch(sock))
+        return self.handles[-1]
+
+    @property
+    def pids(self) -> list[int]:
+        return [handle.pid for handle in self.handles]
+
+
+def run(
+    test: Callable[[ModelManager], Awaitable[T]],
+    launch: Launcher = in_threads,
+    server: dict[str, Any] | None = None,
+    **tiers: TierSettings,
+) -> T:
+    async def main() -> T:
+        async with ModelManager(settings(server, **tiers), launch=launch) as manager:
+            return await asyncio.wait_for(test(manager), 60)
+
+    return asyncio.run(main())
+
+
+def test_nothing_is_started_before_somebody_asks() -> None:
+    launches = Launches()
+
+    async def test(manager: ModelManager) -> None:
+        await asyncio.sleep(0)
+        assert manager.tiers["light"].state == "stopped"
+
+    run(test, launches)
+    assert launches.handles == []
+
+
+def test_many_first_requests_start_one_worker() -> None:
+    launches = Launches()
+
+    async def test(manager: ModelManager) -> list[str]:
+        return await asyncio.gather(*(ask(manager.tiers["light"], f"{i}") for i in range(20)))
+
+    assert run(test, launches) == [f"You said: {i}" for i in range(20)]
+    assert len(launches.handles) == 1
+
+
+def test_a_model_is_found_by_tier_then_alias_then_stem(tmp_path: Path) -> None:
+    path = script(tmp_path)
+    tiers = {"light": fake(path, aliases=["heavy", "gpt"]), "heavy": fake(path, aliases=["gpt"])}
+
+    async def test(manager: ModelManager) -> None:
+        assert manager.resolve("heavy").name == "heavy"
+        assert manager.resolve("gpt").name == "light"
+        assert manager.resolve(Path(path).stem).name == "light"
+        with pytest.raises(ModelNotFound, match="Known: light, heavy, gpt, script0"):
+            manager.resolve("Light")
+
+    run(test, **tiers)
+
+
+def test_the_queue_is_bounded_also_while_the_model_loads(tmp_path: Path) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        tasks = [asyncio.create_task(ask(tier, f"{i}")) for i in range(3)]
+        await until(lambda: tier.state == "starting")
+        with pytest.raises(QueueFull) as caught:
+            tier.submit(request())
+        assert caught.value.retry_after_s is not None
+        assert await asyncio.gather(*tasks) == ["You said: 0", "You said: 1", "You said: 2"]
+        assert await ask(tier) == "You said: Hi"
+
+    run(test, light=fake(script(tmp_path, load_s=0.1), queue_size=3))
+
+
+def test_requests_are_served_in_the_order_in_which_they_came(tmp_path: Path) -> None:
+    async def test(manager: ModelManager) -> list[int]:
+        order: list[int] = []
+
+        async def one(i: int) -> None:
+            await ask(manager.tiers["light"], f"{i}")
+            order.append(i)
+
+        await asyncio.gather(*map(one, range(10)))
+        return order
+
+    assert run(test, light=fake(n_parallel=1)) == list(range(10))
+
+
+def test_leaving_the_block_ends_a_request_wherever_it_is(tmp_path: Path) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        with tier.submit(request("long")) as running, tier.submit(request("long")):
+            await running.started()
+        assert await asyncio.wait_for(ask(tier), 5) == "You said: Hi"
+
+    run(test, light=fake(script(tmp_path, LONG, step_ms=1), n_parallel=1))
+
+
+def test_one_that_left_during_the_load_is_never_run_and_the_load_is_kept(tmp_path: Path) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        with tier.submit(request("poison")):
+            await until(lambda: tier.state == "starting")
+        assert await ask(tier) == "You said: Hi"
+
+    poison = {"match": "poison", "fault": "step"}
+    launches = Launches()
+    run(test, launches, light=fake(script(tmp_path, poison, load_s=0.1)))
+    assert len(launches.handles) == 1
+
+
+def test_a_load_that_fails_fails_who_waits_and_is_not_repeated_at_once(tmp_path: Path) -> None:
+    launches = Launches()
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        for results in (
+            await asyncio.gather(*(ask(tier) for _ in range(3)), return_exceptions=True),
+            await asyncio.gather(ask(tier), return_exceptions=True),
+        ):
+            for error in results:
+                assert isinstance(error, ModelLoadFailed)
+                assert error.message == "The fake backend was told to fail."
+        assert tier.state == "failed"
+        assert await ask(manager.tiers["heavy"]) == "You said: Hi"
+
+    tiers = {"light": fake(script(tmp_path, fault="load")), "heavy": fake()}
+    run(test, launches, **tiers)
+    assert len(launches.handles) == 2
+
+
+def test_a_file_that_was_repaired_is_loaded(tmp_path: Path) -> None:
+    path = Path(script(tmp_path))
+    good = path.read_text()
+    path.write_text("not a script")
+
+    def repair() -> None:
+        path.write_text(good)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        with pytest.raises(ModelLoadFailed, match="cannot read the script"):
+            await ask(tier)
+        repair()
+        assert await ask(tier) == "You said: Hi"
+        assert tier.status() == ("ready", None)
+
+    run(test, light=fake(str(path)))
+
+
+def test_an_idle_worker_is_stopped_and_started_again(tmp_path: Path) -> None:
+    launches = Launches()
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        assert await ask(tier) == "You said: Hi"
+        await until(lambda: tier.state == "stopped")
+        assert await ask(tier) == "You said: Hi"
+
+    run(test, launches, light=fake(idle_ttl_s=0.01))
+    assert len(launches.handles) == 2
+
+
+def test_a_lease_keeps_the_worker(tmp_path: Path) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        with tier.lease():
+            await ask(tier)
+            await asyncio.sleep(0.1)
+            assert tier.state == "ready"
+        await until(lambda: tier.state == "stopped")
+
+    run(test, light=fake(idle_ttl_s=0.02))
+
+
+def test_a_pinned_tier_stays_and_a_preloaded_one_needs_no_request() -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        await until(lambda: tier.state == "ready")
+        await ask(tier)
+        await asyncio.sleep(0.05)
+        assert tier.state == "ready"
+
+    run(test, light=fake(preload=True, pin=True, idle_ttl_s=0.01))
+
+
+def test_closing_fails_what_is_left_and_leaves_no_process(tmp_path: Path) -> None:
+    launches = Launches(launch_process)
+
+    async def test(manager: ModelManager) -> list[asyncio.Task[str]]:
+        tier = manager.tiers["light"]
+        tasks = [asyncio.create_task(ask(tier, "long")) for _ in range(3)]
+        await until(lambda: len(tier._running) == 2)
+        return tasks
+
+    async def main() -> None:
+        tier = fake(script(tmp_path, LONG, step_ms=1), n_parallel=2)
+        async with ModelManager(settings(light=tier), launch=launches) as manager:
+            tasks = await test(manager)
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, TierUnavailable)
+        with pytest.raises(TierUnavailable):
+            manager.tiers["light"].submit(request())
+
+    asyncio.run(main())
+    assert not any(psutil.pid_exists(pid) for pid in launches.pids)
+
+
+def test_closing_during_a_load_leaves_no_process(tmp_path: Path) -> None:
+    launches = Launches(launch_process)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        task = asyncio.create_task(ask(tier))
+        await until(lambda: launches.handles and tier.state == "starting")
+        task.cancel()
+
+    run(test, launches, light=fake(script(tmp_path, load_s=30)))
+    assert not any(psutil.pid_exists(pid) for pid in launches.pids)
+
+
+# when a worker dies
+
+
+async def outcome(work: Coroutine[Any, Any, str]) -> str | ServiceError:
+    try:
+        return await work
+    except ServiceError as error:
+        return error
+
+
+def test_a_worker_that_dies_costs_only_those_that_had_text_and_the_poison(tmp_path: Path) -> None:
+    launches = Launches(launch_process)
+    path = script(tmp_path, LONG, {"match": "poison", "fault": "crash"}, step_ms=1)
+
+    async def test(manager: ModelManager) -> None:
+        tier, other = manager.tiers["light"], manager.tiers["heavy"]
+        elsewhere = asyncio.create_task(ask(other, "hello " * 50))
+        with tier.submit(request("long")) as streaming:
+            await streaming.started()
+            assert (await anext(aiter(streaming))).text
+            batch = ["poison", *(f"{i}" for i in range(8))]  # more than there are sequences
+            tasks = [asyncio.create_task(outcome(ask(tier, text))) for text in batch]
+            with pytest.raises(WorkerCrashed, match="died"):
+                async for _ in streaming:
+                    pass
+        poisoned, *results = await asyncio.gather(*tasks)
+        assert isinstance(poisoned, WorkerCrashed)
+        assert results == [f"You said: {i}" for i in range(8)]
+        assert await elsewhere == "You said: " + "hello " * 50
+        assert await ask(tier) == "You said: Hi"
+        assert tier.status() == ("ready", None)
+
+    tiers = {"light": fake(path, n_parallel=4), "heavy": fake(script(tmp_path, step_ms=1))}
+    run(test, launches, **tiers)
+    assert len(launches.handles) == 4  # heavy's, the first, the poison's second try, the last
+    assert not any(psutil.pid_exists(pid) for pid in launches.pids)
+
+
+def test_a_worker_that_is_killed_is_replaced_for_the_queue(tmp_path: Path) -> None:
+    launches = Launches(launch_process)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        running = asyncio.create_task(outcome(ask(tier, "long")))
+        waiting = asyncio.create_task(ask(tier, "patient"))
+        await until(lambda: any(g.has_sent_text for g, _ in tier._running.values()))
+        psutil.Process(launches.pids[0]).kill()
+        assert isinstance(await running, WorkerCrashed)
+        assert await waiting == "You said: patient"
+
+    run(test, launches, light=fake(script(tmp_path, LONG, step_ms=1), n_parallel=1))
+
+
+def test_a_worker_that_hangs_is_ended_and_its_requests_tried_again(tmp_path: Path) -> None:
+    launches = Launches(launch_process)
+    path = script(tmp_path, {"match": "tar", "fault": "hang"})
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        stuck, fine = await asyncio.gather(outcome(ask(tier, "tar")), outcome(ask(tier)))
+        assert isinstance(stuck, WorkerCrashed)
+        assert fine == "You said: Hi"
+
+    run(test, launches, {"worker_timeout_s": 0.4}, light=fake(path))
+
+
+def test_a_worker_that_dies_while_it_loads_is_a_load_failure(tmp_path: Path) -> None:
+    async def test(manager: ModelManager) -> None:
+        with pytest.raises(ModelLoadFailed, match="killed by SIGKILL"):
+            await ask(manager.tiers["light"])
+
+    run(test, launch_process, light=fake(script(tmp_path, fault="load_crash")))
+
+
+def test_kv_tokens_are_never_less_than_one_request_needs() -> None:
+    model = model_file("")
+    assert default_kv_tokens(1000, 4, model) == 4000
+    assert default_kv_tokens(1000, 4, replace(model, kv_bytes_per_token=1 << 40)) == 1000
