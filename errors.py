@@ -12,7 +12,7 @@ ServiceError
 ├── BodyTooLarge                   more than MAX_BODY_BYTES
 ├── QueueFull                      the tier has as many waiting requests as it takes
 ├── TierUnavailable                the tier cannot serve right now, a later try may succeed
-├── ModelLoadFailed                the model cannot be loaded, a later try will not help
+├── ModelLoadFailed                the model cannot be loaded; trying again at once will not help
 ├── WorkerCrashed                  the process with the model ended while this request was in it
 └── InternalError                  a fault of ours; the log has the traceback under the request id
 """

@@ -39,7 +39,7 @@ from errors import (
     TierUnavailable,
     WorkerCrashed,
 )
-from settings import Settings, TierName, TierSettings
+from settings import CHAT_TIERS, Settings, TierName, TierSettings
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Tier:
     @property
     def n_ctx(self) -> int:
         """Most tokens of one request, prompt and answer. Raises ModelLoadFailed."""
-        return min(self.settings.n_ctx or DEFAULT_N_CTX, self.model().n_ctx_train)
+        return effective_n_ctx(self.settings, self.model())
 
     @property
     def aliases(self) -> list[str]:
@@ -159,7 +159,7 @@ class Tier:
         if self._model is None or self._worker is None:
             signature = _signature(self.settings.path)
             if self._model is None or signature != self._model_signature:
-                self._model = _read_model(self.settings)
+                self._model = _read_model(self.name, self.settings)
                 self._model_signature = signature
         return self._model
 
@@ -417,7 +417,7 @@ def worker_spec(
     name: str, settings: TierSettings, model: ModelFile, log_level: str
 ) -> wire.WorkerSpec:
     """What a worker is told, with the values that depend on the model and the machine decided."""
-    n_ctx = min(settings.n_ctx or DEFAULT_N_CTX, model.n_ctx_train)
+    n_ctx = effective_n_ctx(settings, model)
     return wire.WorkerSpec(
         name=name,
         backend=settings.backend,
@@ -430,6 +430,12 @@ def worker_spec(
         n_gpu_layers=settings.n_gpu_layers,
         log_level=log_level,
     )
+
+
+def effective_n_ctx(settings: TierSettings, model: ModelFile) -> int:
+    """Most tokens of one request: what is set, or else what the cells and the model allow."""
+    n_ctx = settings.n_ctx or min(DEFAULT_N_CTX, settings.kv_tokens or DEFAULT_N_CTX)
+    return min(n_ctx, model.n_ctx_train)
 
 
 def default_kv_tokens(n_ctx: int, n_parallel: int, model: ModelFile) -> int:
@@ -446,14 +452,16 @@ def default_n_threads() -> int:
     return min(physical, allowed)
 
 
-def _read_model(settings: TierSettings) -> ModelFile:
+def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
+    if name not in CHAT_TIERS:
+        raise ModelLoadFailed(f"Tier '{name}' is not served by this version.")
     if settings.backend == "fake":
         from engine.backends import fake
 
         return fake.model_file(settings.model_path and settings.path)
     model = read_model_file(settings.path)
     if model.kind != "chat":
-        raise ModelLoadFailed(f"{settings.path.name} is not a chat model but for {model.kind}.")
+        raise ModelLoadFailed(f"{model.path.name} is made for {model.kind} and not for chat.")
     return model
 
 

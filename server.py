@@ -8,7 +8,7 @@ import logging
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -22,7 +22,7 @@ from api.middleware import Faults, Gate, RequestLog, is_loopback
 from engine.client import Launcher, launch_process
 from errors import ModelLoadFailed
 from model_manager import ModelManager, Tier
-from settings import LOCAL_ORIGINS, ServerSettings, Settings, SettingsError
+from settings import CHAT_TIERS, LOCAL_ORIGINS, ServerSettings, Settings, SettingsError
 
 EXIT_USAGE = 2
 EXPOSED_HEADERS = ["X-Request-Id", "X-Ignored-Params", "Retry-After"]
@@ -41,6 +41,8 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
         title="Quintet",
         description="Five local models behind one OpenAI-compatible endpoint",
         lifespan=lifespan,
+        docs_url=None,  # these pages load scripts from another server
+        redoc_url=None,
         middleware=[
             Middleware(RequestLog),
             Middleware(CORSMiddleware, **_cors(settings.server)),
@@ -113,11 +115,14 @@ def banner(services: Services, host: str, port: int) -> str:
     tiers = list(services.manager.tiers.values())
     lines = ["", f"Quintet serves {base}/v1", ""]
     lines += [_tier_line(tier) for tier in tiers]
+    chat = [tier.name for tier in tiers if tier.name in CHAT_TIERS]
+    if not chat:
+        return "\n".join([*lines, ""])
     key = " -H 'Authorization: Bearer YOUR_KEY'" if services.settings.server.api_keys else ""
     lines += [
         "",
         f"  curl {base}/v1/chat/completions{key} -H 'Content-Type: application/json' \\",
-        f'''    -d '{{"model": "{tiers[0].name}", '''
+        f'''    -d '{{"model": "{chat[0]}", '''
         """"messages": [{"role": "user", "content": "Hello!"}]}\'""",
         "",
     ]
@@ -134,6 +139,10 @@ def _tier_line(tier: Tier) -> str:
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        print("server.py takes no arguments: HOST, PORT and the rest are read from the environment"
+              " and from .env.", file=sys.stderr)  # fmt: skip
+        sys.exit(EXIT_USAGE)
     try:
         settings = Settings.load()
     except SettingsError as error:
@@ -160,7 +169,8 @@ def main() -> None:
         ws="none",
         timeout_graceful_shutdown=int(server.shutdown_grace_s) + 2,
     )
-    Server(config, app.state.services).run()
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again once everything has ended
+        Server(config, app.state.services).run()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,11 @@ LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
 def _split(value: Any) -> Any:
-    return [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+    """Items of a comma-separated text. Nothing between commas is no item: it would be a key that
+    everybody has."""
+    if not isinstance(value, str):
+        return value
+    return [item for part in value.split(",") if (item := part.strip())]
 
 
 CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split)]

@@ -71,8 +71,8 @@ def prepare(request: wire.Generate, engine: Engine) -> Job:
     n_left = engine.n_ctx - len(prompt)
     if n_left < 1:
         raise ContextLengthExceeded(
-            f"The prompt has {len(prompt)} tokens; this tier takes {engine.n_ctx} with the answer. "
-            "Shorten it, or raise N_CTX as far as the model allows.",
+            f"The prompt has {len(prompt):,} tokens; the tier takes {engine.n_ctx:,} with the "
+            "answer (its N_CTX).",
             param="prompt",
             n_prompt_tokens=len(prompt),
             n_ctx=engine.n_ctx,
@@ -140,22 +140,31 @@ def serve(sock: socket.socket, on_disconnect: Callable[[], None] = lambda: None)
     def send(*messages: wire.Message) -> None:
         sock.sendall(b"".join(map(wire.frame, messages)))
 
+    engine = None
     try:
-        engine = load_engine(load.spec, lambda fraction: send(wire.Progress(fraction)))
-    except ModelLoadFailed as error:
-        send(wire.LoadFailed(error.message))
-        return EXIT_OK
-    except MemoryError:
-        send(wire.LoadFailed("There is not enough memory to load the model."))
-        return EXIT_OK
-    receiver.engine = engine
-    try:
+        engine = _load(load.spec, send)
+        if engine is None:
+            return EXIT_OK
+        receiver.engine = engine
         send(wire.Ready(engine.n_ctx, engine.n_parallel, engine.tokenizer.n_vocab))
         return _loop(engine, receiver.inbox, send)
-    except ConnectionError:
+    except ConnectionError:  # the server has gone
         return EXIT_OK
     finally:
-        engine.close()
+        if engine is not None:
+            engine.close()
+
+
+def _load(spec: wire.WorkerSpec, send: Callable[..., None]) -> Engine | None:
+    """The engine, or None when the server was told why there is none."""
+    try:
+        return load_engine(spec, lambda fraction: send(wire.Progress(fraction)))
+    except ModelLoadFailed as error:
+        reason = error.message
+    except MemoryError:
+        reason = "There is not enough memory to load the model."
+    send(wire.LoadFailed(reason))
+    return None
 
 
 def _loop(
@@ -192,10 +201,12 @@ def _loop(
 def _report(result: StepResult, jobs: dict[int, Job], engine: Engine) -> list[wire.Message]:
     """The messages for one step. Jobs that ended are taken out of `jobs` and the engine."""
     messages: list[wire.Message] = []
+    failed = {job_id for job_id, _ in result.failed}
     for job_id, n_cached in result.started:
         job = jobs[job_id]
         job.n_cached = n_cached
-        messages.append(wire.Started(job_id, job.n_prompt, n_cached))
+        if job_id not in failed:  # else its client is told by an HTTP status
+            messages.append(wire.Started(job_id, job.n_prompt, n_cached))
     outs = []
     for job_id, token in result.tokens:
         out = jobs[job_id].accept(token, engine.tokenizer)

@@ -22,29 +22,23 @@ import asyncio
 import contextlib
 import ipaddress
 import json
-import math
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import numpy as np
 
 NOT_FINISHED = "not finished within --timeout"
-TEXT_FIELDS = ("content", "reasoning_content", "reasoning", "tool_calls")
-_WORDS = (
+WORDS = (
     "river stone lamp bird cloud letter garden winter bridge coffee paper train window music "
     "forest silver market island candle mirror story engine summer shadow painter doctor ocean "
-    "bread clock horse violin tower desert flower kitchen sailor valley thunder ladder blanket "
-    "orange pocket whisper copper basket castle feather harbor lantern meadow needle pepper "
-    "rocket saddle temple velvet wagon yellow anchor button circle dragon"
-)
-WORDS = _WORDS.split()
-
-
-# --- what is asked for ---------------------------------------------------------------------------
+    "bread clock horse violin tower desert flower kitchen sailor valley thunder ladder blanket"
+).split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +59,12 @@ class Load:
     """What every target has to serve."""
 
     levels: tuple[int, ...] = (1, 4, 8, 16)
-    requests_per_level: int = 32
+    requests: int = 32  # of a level, at least as many as its concurrency
     max_tokens: int = 40
     prompt_words: int = 32
     shared_words: int = 0
     seed: int = 0
-    timeout_s: float = 300.0
-    extra: dict[str, Any] = field(default_factory=dict)  # further fields of each request body
+    timeout_s: float = 300.0  # of one level on one target
 
 
 def chat_url(url: str) -> str:
@@ -90,7 +83,7 @@ def is_loopback(url: str) -> bool:
 
 def request_bodies(load: Load, level: int, model: str) -> list[dict[str, Any]]:
     """The requests of one level: the same for every target, no two alike, none met before."""
-    count = max(load.requests_per_level, level)
+    count = max(load.requests, level)
     return [_body(load, model, f"{load.seed}/{level}/{index}") for index in range(count)]
 
 
@@ -108,32 +101,18 @@ def _body(load: Load, model: str, name: str) -> dict[str, Any]:
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
-    } | load.extra
-
-
-# --- what comes back -----------------------------------------------------------------------------
+    }
 
 
 class SSEParser:
-    """Bytes as they arrive → payloads of whole events, however the bytes were cut."""
+    """Bytes as they arrive → the data of whole events, however the bytes were cut."""
 
     def __init__(self) -> None:
         self._rest = b""
-        self._data: list[bytes] = []
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        lines = (self._rest + chunk).splitlines(keepends=True)
-        # A line that ends in \r alone may be the first half of \r\n: it waits as well.
-        self._rest = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
-        payloads: list[bytes] = []
-        for line in lines:
-            name, _, value = line.rstrip(b"\r\n").partition(b":")
-            if name == b"data":
-                self._data.append(value.removeprefix(b" "))
-            elif not line.strip(b"\r\n") and self._data:
-                payloads.append(b"\n".join(self._data))
-                self._data.clear()
-        return payloads
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        return [line[5:].strip() for line in lines if line.startswith(b"data:")]
 
 
 @dataclass(slots=True)
@@ -141,146 +120,80 @@ class Trace:
     """What one request showed. It counts as failed until its end is seen."""
 
     sent_at: float = 0.0
-    first_token_s: float | None = None
-    gaps_s: list[float] = field(default_factory=list)
-    chunks: int = 0
-    usage: dict[str, Any] = field(default_factory=dict)
+    text_at: list[float] = field(default_factory=list)  # when each piece of text came
+    counted_tokens: int = 0  # by the server; where it does not, the pieces of text count
     finished: bool = False
     error: str | None = NOT_FINISHED
-    _last_at: float = 0.0
 
     def observe(self, payload: bytes, now: float) -> None:
         """Take in one event. ValueError: it is not what this API sends."""
         if payload == b"[DONE]":
             self.finished = True
             return
-        try:
-            event = json.loads(payload)
-        except ValueError:
-            raise ValueError(f"event is not JSON: {payload[:80]!r}") from None
-        if not isinstance(event, dict):
-            raise ValueError(f"event is no object: {payload[:80]!r}")
-        if event.get("error"):
-            raise ValueError(f"error event: {error_message(event)}")
-        self.usage = event.get("usage") or self.usage
+        event = json.loads(payload)
+        if not isinstance(event, dict) or event.get("error"):
+            raise ValueError(f"error event: {payload[:300].decode(errors='replace')}")
+        usage = event.get("usage") or {}
+        self.counted_tokens = usage.get("completion_tokens") or self.counted_tokens
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or {}
-            if any(delta.get(name) for name in TEXT_FIELDS):
-                self._text_at(now)
+            if any(delta.get(name) for name in ("content", "reasoning_content", "reasoning")):
+                self.text_at.append(now)
             self.finished = self.finished or bool(choice.get("finish_reason"))
-
-    def _text_at(self, now: float) -> None:
-        if self.first_token_s is None:
-            self.first_token_s = now - self.sent_at
-        else:
-            self.gaps_s.append(now - self._last_at)
-        self._last_at = now
-        self.chunks += 1
-
-    @property
-    def completion_tokens(self) -> int:
-        """As the server counts them; where it does not, the chunks that carried text."""
-        return int(self.usage.get("completion_tokens") or self.chunks)
-
-    @property
-    def prompt_tokens(self) -> int:
-        return int(self.usage.get("prompt_tokens") or 0)
-
-    @property
-    def cached_tokens(self) -> int:
-        details = self.usage.get("prompt_tokens_details") or {}
-        return int(details.get("cached_tokens") or 0)
-
-
-def error_message(body: Any) -> str:
-    """The words of an error body, in OpenAI's envelope or one of the shapes other servers use."""
-    error = body.get("error") or body.get("detail") or body if isinstance(body, dict) else body
-    message = error.get("message", error) if isinstance(error, dict) else error
-    return " ".join(str(message).split())[:300]
-
-
-# --- statistics ----------------------------------------------------------------------------------
 
 
 def percentile(samples: Sequence[float], percent: float) -> float | None:
     """Linear between the two nearest ranks; None where nothing was measured."""
-    if not samples:
-        return None
-    ordered = sorted(samples)
-    rank = (len(ordered) - 1) * percent / 100
-    low, high = math.floor(rank), math.ceil(rank)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+    return float(np.percentile(samples, percent)) if samples else None
 
 
 @dataclass(frozen=True, slots=True)
 class LevelReport:
-    """One target at one concurrency. Rates and latencies are of the requests that succeeded."""
+    """One target at one concurrency. The metrics are of the requests that succeeded."""
 
     target: str
     concurrency: int
     requests: int
-    wall_s: float
     completion_tokens: int
-    tokens_per_s: float
-    requests_per_s: float
-    first_token_p50_s: float | None
-    first_token_p99_s: float | None
-    gap_p50_s: float | None
-    gap_p99_s: float | None
-    cached_share: float | None  # of the prompt tokens; None: the server does not count them
-    client_cpu: float  # of one core; near 1 the client is what was measured
+    wall_s: float
+    metrics: dict[str, float | None]
     errors: int
     first_error: str | None
 
 
-def summarise(
-    target: str, concurrency: int, traces: Sequence[Trace], wall_s: float, cpu_s: float
-) -> LevelReport:
+def summarise(target: str, concurrency: int, traces: Sequence[Trace], wall_s: float) -> LevelReport:
     good = [trace for trace in traces if trace.error is None]
     errors = [trace.error for trace in traces if trace.error is not None]
-    tokens = sum(trace.completion_tokens for trace in good)
-    first = [trace.first_token_s for trace in good if trace.first_token_s is not None]
-    gaps = [gap for trace in good for gap in trace.gaps_s]
-    prompt_tokens = sum(trace.prompt_tokens for trace in good)
+    tokens = sum(trace.counted_tokens or len(trace.text_at) for trace in good)
+    first_ms = [(trace.text_at[0] - trace.sent_at) * 1000 for trace in good if trace.text_at]
+    gaps_ms = [(b - a) * 1000 for trace in good for a, b in pairwise(trace.text_at)]
+    metrics = {
+        "tokens_per_s": tokens / wall_s,
+        "first_token_p50_ms": percentile(first_ms, 50),
+        "first_token_p99_ms": percentile(first_ms, 99),
+        "gap_p50_ms": percentile(gaps_ms, 50),
+        "gap_p99_ms": percentile(gaps_ms, 99),
+    }
     return LevelReport(
         target=target,
         concurrency=concurrency,
         requests=len(traces),
-        wall_s=wall_s,
         completion_tokens=tokens,
-        tokens_per_s=tokens / wall_s,
-        requests_per_s=len(good) / wall_s,
-        first_token_p50_s=percentile(first, 50),
-        first_token_p99_s=percentile(first, 99),
-        gap_p50_s=percentile(gaps, 50),
-        gap_p99_s=percentile(gaps, 99),
-        cached_share=(
-            sum(trace.cached_tokens for trace in good) / prompt_tokens if prompt_tokens else None
-        ),
-        client_cpu=cpu_s / wall_s,
+        wall_s=wall_s,
+        metrics=metrics,
         errors=len(errors),
         # What the server said tells more than that time ran out.
         first_error=min(errors, key=lambda error: error == NOT_FINISHED, default=None),
     )
 
 
-RATIOS = (
-    "tokens_per_s",
-    "requests_per_s",
-    "first_token_p50_s",
-    "first_token_p99_s",
-    "gap_p50_s",
-    "gap_p99_s",
-)
-
-
-def ratios(ours: LevelReport, peer: LevelReport) -> dict[str, float | None]:
-    """Ours over the peer's, by metric: more is better for rates, less for latencies."""
-    pairs = {name: (getattr(ours, name), getattr(peer, name)) for name in RATIOS}
+def ratio(reports: Sequence[LevelReport]) -> dict[str, float | None] | None:
+    """Of two targets, ours over the peer's: more is better for the rate, less for the times."""
+    if len(reports) != 2:
+        return None
+    ours, peer = (report.metrics for report in reports)
+    pairs = {name: (ours[name], peer[name]) for name in ours}
     return {name: a / b if a is not None and b else None for name, (a, b) in pairs.items()}
-
-
-# --- the run -------------------------------------------------------------------------------------
 
 
 class TargetDown(Exception):
@@ -309,7 +222,7 @@ async def run_level(
     """Serve all bodies, `concurrency` at a time; what `timeout_s` leaves undone is an error."""
     traces = [Trace() for _ in bodies]
     work = iter(zip(bodies, traces, strict=True))
-    headers = {"accept-encoding": "identity"}
+    headers = {"accept-encoding": "identity"}  # no compressor that waits for more text
     if target.api_key:
         headers["authorization"] = f"Bearer {target.api_key}"
     # One client a level: a connection that idled during a peer's turn may be closed by its server.
@@ -319,125 +232,79 @@ async def run_level(
         limits=httpx.Limits(max_connections=concurrency),
         trust_env=False,  # no proxy between the clock and the server
     ) as client:
-        started, cpu = time.perf_counter(), time.process_time()
+        started = time.perf_counter()
         lanes = asyncio.gather(*(_lane(client, target.url, work) for _ in range(concurrency)))
         # Another class than the built-in TimeoutError in Python 3.10. What is open then says so.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(lanes, timeout_s)
-        wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
-    return summarise(target.label, concurrency, traces, wall_s, cpu_s)
+        wall_s = time.perf_counter() - started
+    return summarise(target.label, concurrency, traces, wall_s)
 
 
 async def _lane(
     client: httpx.AsyncClient, url: str, work: Iterator[tuple[dict[str, Any], Trace]]
 ) -> None:
     for body, trace in work:
-        await _request(client, url, json.dumps(body).encode(), trace)
-
-
-async def _request(client: httpx.AsyncClient, url: str, content: bytes, trace: Trace) -> None:
-    """One request to its end; whatever goes wrong in it is its trace's error, not the run's."""
-    trace.sent_at = time.perf_counter()
-    try:
-        async with client.stream(
-            "POST", url, content=content, headers={"content-type": "application/json"}
-        ) as response:
-            await _read_stream(response, trace)
-        trace.error = None
-    except ValueError as fault:
-        trace.error = str(fault)
-    except (httpx.HTTPError, AttributeError, TypeError) as fault:  # the last two: odd JSON
-        trace.error = f"{type(fault).__name__}: {fault}"
+        trace.sent_at = time.perf_counter()
+        try:
+            async with client.stream("POST", url, json=body) as response:
+                await _read_stream(response, trace)
+            trace.error = None
+        # Whatever goes wrong is the request's error and not the run's; the last two: odd JSON.
+        except (httpx.HTTPError, ValueError, AttributeError, TypeError) as fault:
+            trace.error = f"{type(fault).__name__}: {fault}"
 
 
 async def _read_stream(response: httpx.Response, trace: Trace) -> None:
     if response.status_code != 200:
-        raise ValueError(f"HTTP {response.status_code}: {_words(await response.aread())}")
+        said = (await response.aread()).decode(errors="replace")
+        raise ValueError(f"HTTP {response.status_code}: {' '.join(said.split())[:300]}")
     parser = SSEParser()
-    async for chunk in response.aiter_raw():
+    async for chunk in response.aiter_bytes():
         now = time.perf_counter()
         for payload in parser.feed(chunk):
             trace.observe(payload, now)
     if not trace.finished:
-        kind = response.headers.get("content-type", "no content type")
-        raise ValueError(f"the stream ended without finish_reason or [DONE] ({kind})")
+        raise ValueError("the stream ended without finish_reason or [DONE]")
 
 
-def _words(body: bytes) -> str:
-    try:
-        return error_message(json.loads(body))
-    except ValueError:
-        return error_message(body.decode(errors="replace"))
-
-
-# --- printing ------------------------------------------------------------------------------------
-
-HEAD = (
-    f"{'conc':>4} {'tok/s':>8} {'req/s':>7} {'first p50':>10} {'p99 ms':>8} "
-    f"{'gap p50':>8} {'p99 ms':>8} {'reused':>6} {'client':>6} {'errors':>6}"
-)
+HEAD = "conc      tok/s  first p50     p99 ms    gap p50     p99 ms  errors  target"
 
 
 def table_rows(reports: Sequence[LevelReport]) -> Iterator[str]:
-    """One line a target, the first with its ratios to the second; then what went wrong."""
-    for index, report in enumerate(reports):
-        row = (
-            f"{report.concurrency:>4} {report.tokens_per_s:>8.1f} {report.requests_per_s:>7.2f} "
-            f"{_ms(report.first_token_p50_s):>10} {_ms(report.first_token_p99_s):>8} "
-            f"{_ms(report.gap_p50_s):>8} {_ms(report.gap_p99_s):>8} "
-            f"{_percent(report.cached_share):>6} {_percent(report.client_cpu):>6} "
-            f"{report.errors:>6}"
-        )
-        if len(reports) == 2:
-            ratio = ratios(*reports) if index == 0 else {}
-            row += f" {_times(ratio.get('tokens_per_s')):>8}"
-            row += f" {_times(ratio.get('first_token_p50_s')):>8}"
-        yield f"{row}  {report.target}"
+    """A line for each target; then the ratio of the two, and what went wrong."""
+    for report in reports:
+        cells = _cells(report.metrics, ".1f")
+        yield f"{report.concurrency:>4} {cells} {report.errors:>7}  {report.target}"
+    if ours_to_peer := ratio(reports):
+        yield f"{'':4} {_cells(ours_to_peer, '.2f')} {'':7}  ours / peer"
     for report in reports:
         if report.errors:
-            yield (
-                f"     {report.target}: {report.errors} of {report.requests} requests failed, "
-                f"first: {report.first_error}"
-            )
+            failed = f"{report.errors} of {report.requests} requests failed"
+            yield f"     {report.target}: {failed}, first: {report.first_error}"
 
 
-def table_head(n_targets: int) -> str:
-    return HEAD + (f" {'x tok/s':>8} {'x first':>8}" if n_targets == 2 else "") + "  target"
+def _cells(metrics: dict[str, float | None], form: str) -> str:
+    return " ".join(f"{'-' if x is None else format(x, form):>10}" for x in metrics.values())
 
 
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1000:.1f}"
+async def measure(load: Load, targets: Sequence[Target], *, as_json: bool) -> int:
+    """Run and print; the number of failed requests."""
+    levels = []
+    if not as_json:
+        print(", ".join(f"{name} {value}" for name, value in asdict(load).items()))
+        print(HEAD, flush=True)
+    async for reports in run(load, targets):
+        levels.append(reports)
+        if not as_json:
+            print(*table_rows(reports), sep="\n", flush=True)
+    if as_json:
+        parts = [{"runs": list(map(asdict, level)), "ratio": ratio(level)} for level in levels]
+        print(json.dumps({"load": asdict(load), "levels": parts}, indent=2))
+    return sum(report.errors for level in levels for report in level)
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}"
-
-
-def as_json(load: Load, levels: Iterable[Sequence[LevelReport]]) -> str:
-    return json.dumps(
-        {
-            "load": asdict(load),
-            "levels": [
-                {
-                    "concurrency": reports[0].concurrency,
-                    "runs": [asdict(report) for report in reports],
-                    "ratio": ratios(*reports) if len(reports) == 2 else None,
-                }
-                for reports in levels
-            ],
-        },
-        indent=2,
-    )
-
-
-# --- the command ---------------------------------------------------------------------------------
-
-
-def _levels(text: str) -> tuple[int, ...]:
+def _counts(text: str) -> tuple[int, ...]:
     return tuple(_count(part) for part in text.split(","))
 
 
@@ -447,84 +314,32 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:  # a run that ends by itself needs an end
-        raise argparse.ArgumentTypeError(f"a positive number of seconds is needed, not {text!r}")
-    return value
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as fault:
-        raise argparse.ArgumentTypeError(f"not JSON: {fault}") from fault
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("a JSON object is needed")
-    return value
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bench/http.py", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("url", help="server root, its /v1, or the chat completions URL in full")
     add("--model", default="light")
     add("--api-key", help="sent to URL only")
-    add(
-        "--concurrency", type=_levels, default=(1, 4, 8, 16), metavar="N,N", help="levels, in order"
-    )
-    add("--requests-per-level", type=_count, default=32, metavar="N", help="at least the level's N")
+    add("--concurrency", type=_counts, default=(1, 4, 8, 16), metavar="N,N", help="levels in order")
+    add("--requests", type=_count, default=32, metavar="N", help="of a level, at least its N")
     add("--max-tokens", type=_count, default=40, metavar="N")
-    add("--prompt-tokens", type=_count, default=32, metavar="N", help="about N: words of one token")
-    add("--shared-prefix", type=_count, default=0, metavar="N", help="a system message for all")
+    add("--prompt-words", type=_count, default=32, metavar="N", help="about one token each")
+    add("--shared-words", type=_count, default=0, metavar="N", help="a system message for all")
     add("--peer", metavar="URL", help="a second server, measured level by level in turns")
     add("--peer-model", metavar="NAME", help="default: that of --model")
     add("--peer-api-key", metavar="KEY")
-    add("--extra", type=_json_object, default={}, metavar="JSON", help="further request fields")
-    add(
-        "--seed",
-        type=int,
-        help="of the prompts; default: a new one, so a second run meets no cache",
-    )
-    add("--timeout", type=_seconds, default=300.0, metavar="S", help="of one level on one target")
+    add("--seed", type=int, help="of the prompts; default: a new one, so a second run is no rerun")
+    add("--timeout", type=_count, default=300, metavar="S", help="of one level on one target")
     add("--allow-remote", action="store_true", help="targets that are not on this machine")
     add("--json", action="store_true", help="one JSON object in place of the table")
     args = parser.parse_args(argv)
     for url in filter(None, (args.url, args.peer)):
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            parser.error(f"{url!r} is no http:// or https:// URL")
         if not args.allow_remote and not is_loopback(url):
-            parser.error(
-                f"{url} is not on this machine; --allow-remote puts load on it all the same"
-            )
+            parser.error(f"{url} is not on this machine; --allow-remote loads it all the same")
     same = args.peer and chat_url(args.peer) == chat_url(args.url)
     if same and args.peer_model in (None, args.model):
         parser.error("--peer is the same model of the same server: its cache would answer")
     return args
-
-
-async def measure(load: Load, targets: Sequence[Target], *, json_only: bool) -> int:
-    """Run and print; the number of failed requests."""
-    levels = []
-    if not json_only:
-        print(
-            f"{load.requests_per_level} requests a level, {load.prompt_words}"
-            f"{f' + {load.shared_words} shared' if load.shared_words else ''} prompt words, "
-            f"at most {load.max_tokens} tokens, seed {load.seed}"
-        )
-        print(table_head(len(targets)), flush=True)
-    async for reports in run(load, targets):
-        levels.append(reports)
-        if not json_only:
-            print(*table_rows(reports), sep="\n", flush=True)
-    if json_only:
-        print(as_json(load, levels))
-    return sum(report.errors for reports in levels for report in reports)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -532,20 +347,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     load = Load(
         levels=args.concurrency,
-        requests_per_level=args.requests_per_level,
+        requests=args.requests,
         max_tokens=args.max_tokens,
-        prompt_words=args.prompt_tokens,
-        shared_words=args.shared_prefix,
+        prompt_words=args.prompt_words,
+        shared_words=args.shared_words,
         seed=random.SystemRandom().randrange(1_000_000) if args.seed is None else args.seed,
         timeout_s=args.timeout,
-        extra=args.extra,
     )
     targets = [Target(chat_url(args.url), args.model, args.api_key)]
     if args.peer:
         peer_model = args.peer_model or args.model
         targets.append(Target(chat_url(args.peer), peer_model, args.peer_api_key))
     try:
-        return 1 if asyncio.run(measure(load, targets, json_only=args.json)) else 0
+        return 1 if asyncio.run(measure(load, targets, as_json=args.json)) else 0
     except TargetDown as fault:
         print(f"no measurement: {fault}", file=sys.stderr)
     except KeyboardInterrupt:

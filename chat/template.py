@@ -48,9 +48,8 @@ _MAX_OWN_CHARS = 1 << 20
 class ChatTemplate:
     """A compiled template. Threads may share it.
 
-    `source` None stands for CHATML. With `add_bos` the tokenizer puts a BOS before the prompt, so
-    one that the template begins with is left out: whoever sends the prompt to a worker always
-    passes the model's `add_bos` on.
+    `source` None stands for CHATML. With `add_bos` the vocabulary wants a BOS before a prompt, and
+    the worker puts it there, so one that the template begins with is left out.
     """
 
     def __init__(

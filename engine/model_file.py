@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from errors import ModelLoadFailed
 
+T = TypeVar("T")
 Kind = Literal["chat", "embedding", "reranker"]
 
 
@@ -84,40 +85,36 @@ _TENSOR_TYPES = {
     34: (256, 54), 35: (256, 66), 39: (32, 17),             # TQ1_0 TQ2_0 MXFP4
     40: (64, 36), 41: (128, 18),                            # NVFP4 Q1_0
 }
+# fmt: on
 
 # Architectures that llama.cpp runs without a KV cache.
-_ENCODERS = frozenset([
-    "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2",
-    "jina-bert-v3", "eurobert", "gemma-embedding", "t5encoder",
-])
+_ENCODERS = frozenset(
+    "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert "
+    "gemma-embedding t5encoder".split()
+)
 _POOLING_NONE, _POOLING_RANK = 0, 4
-_CLASSIFIER = "cls.output.weight"
 
 # llama-vocab.cpp: who adds BOS when the file does not say, and which ids stand in for missing
 # ones. Its BOS 11 for gpt2 is left out: that is Falcon's, and a comma elsewhere.
-_BOS_TOKENIZERS = frozenset(["llama", "bert", "gemma4"])
-_BOS_PRE_TOKENIZERS = frozenset([
-    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
-    "jina-v5-nano", "tekken", "chameleon",
-])
+_BOS_TOKENIZERS = ("llama", "bert", "gemma4")
+_BOS_PRE_TOKENIZERS = frozenset(
+    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken "
+    "chameleon".split()
+)
 _DEFAULT_BOS = {"llama": 1, "bert": 101}
 _DEFAULT_EOS = {"llama": 2, "t5": 1}
 
 _TYPE_UNKNOWN, _TYPE_CONTROL = 2, 3
 # Ends of turn that llama-vocab.cpp makes control tokens, whatever type the file gives them.
-_CONTROL_BY_NAME = frozenset([
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
-    "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
-    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
-    "<｜end▁of▁sentence｜>", "[e~[",
-])
-# fmt: on
-_CONTROL_INITIALS = np.frombuffer(b"<[_", np.uint8)
+_CONTROL_BY_NAME = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> "
+    "<|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> "
+    "<eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[".split()
+)
 
 # Far above any real model; they bound the time that a hostile file can take.
-_MAX_KEYS = 1 << 16
-_MAX_TENSORS = 1 << 16
-_MAX_TEXTS = 1 << 22  # elements of all string arrays together
+_MAX_ENTRIES = 1 << 16  # metadata keys, tensors
+_MAX_TEXTS = 1 << 21  # elements of all string arrays together
 _MAX_TEXT_BYTES = 1 << 24
 _MAX_LAYERS = 1 << 12
 _MAX_NUMBER = (1 << 31) - 1
@@ -136,13 +133,6 @@ class _Array:
     texts: NDArray[np.int64]  # for strings: where each begins, and where the last one ends
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    shape: tuple[int, ...]
-    type: int
-    offset: int  # from the beginning of the data section
-
-
 class Header:
     """Steps through a header once. Every length in it is checked before it is used."""
 
@@ -153,9 +143,10 @@ class Header:
         self.pos = 0
         self._n_texts = 0
         self._read_magic()
-        n_tensors = self._count(_MAX_TENSORS, "tensors")
-        n_keys = self._count(_MAX_KEYS, "metadata keys")
+        n_tensors = self._count(_MAX_ENTRIES, "tensors")
+        n_keys = self._count(_MAX_ENTRIES, "metadata keys")
         self.metadata = {self._text(): self._value() for _ in range(n_keys)}
+        # By name, where each ends in the data section.
         self.tensors = {self._text(): self._tensor() for _ in range(n_tensors)}
 
     def fail(self, reason: str) -> NoReturn:
@@ -164,37 +155,30 @@ class Header:
     def damaged(self, reason: str) -> NoReturn:
         self.fail(f"is damaged: {reason}; download it again")
 
-    def cut_short(self, reason: str) -> NoReturn:
-        self.fail(f"is cut short: {reason}; download it again")
-
     def wrong_type(self, key: str) -> NoReturn:
         self.damaged(f"{key} has a value of the wrong type")
 
     # Facts, once the header has been stepped through.
 
-    def text(self, key: str, default: str = "") -> str:
-        value = self.metadata.get(key, default)
-        if not isinstance(value, str):
-            self.wrong_type(key)
-        return value
+    def text(self, key: str) -> str:
+        return self.value(key, "")
 
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.metadata.get(key, default)
-        if not isinstance(value, bool):
-            self.wrong_type(key)
-        return value
-
-    def number(self, key: str, default: int) -> int:
-        value = self.metadata.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            self.wrong_type(key)
-        if not 0 <= value <= _MAX_NUMBER:
+    def number(self, key: str, default: int, limit: int = _MAX_NUMBER) -> int:
+        value = self.value(key, default)
+        if not 0 <= value <= limit:
             self.damaged(f"{key} is out of range")
         return value
 
-    def size_of(self, key: str) -> int:
+    def value(self, key: str, default: T) -> T:
+        """The value, which has to be of the same type as the default."""
+        value = self.metadata.get(key, default)
+        if type(value) is not type(default):
+            self.wrong_type(key)
+        return value
+
+    def size_of(self, key: str, limit: int = _MAX_NUMBER) -> int:
         """A number without which there is no language model."""
-        value = self.number(key, 0)
+        value = self.number(key, 0, limit)
         if value < 1:
             self.fail(f"is not a whole language model (no {key} in it); give the model's main file")
         return value
@@ -240,7 +224,7 @@ class Header:
     def _skip(self, n_bytes: int) -> int:
         start = self.pos
         if n_bytes > self.size - start:
-            self.cut_short("it ends inside its header")
+            self.fail("is cut short: it ends inside its header; download it again")
         self.pos = start + n_bytes
         return start
 
@@ -268,9 +252,7 @@ class Header:
         type_ = self._scalar(_U32)
         if type_ == _STRING:
             return self._text()
-        if type_ == _ARRAY:
-            return self._array()
-        return self._scalar(type_)
+        return self._array() if type_ == _ARRAY else self._scalar(type_)
 
     def _array(self) -> _Array:
         type_ = self._scalar(_U32)
@@ -296,24 +278,26 @@ class Header:
             pos += 8 + length_at(data, pos)[0]
             starts.append(pos)
         if len(starts) <= count or pos > self.size:
-            self.cut_short("it ends inside its vocabulary")
+            self.fail("is cut short: it ends inside its vocabulary; download it again")
         self.pos = pos
         return np.array(starts, np.int64)
 
-    def _tensor(self) -> _Tensor:
+    def _tensor(self) -> int:
         n_dims = self._scalar(_U32)
         if n_dims > 4:
             self.damaged(f"it claims a tensor of {n_dims} dimensions")
-        shape = tuple(self._scalar(_U64) for _ in range(n_dims))
-        return _Tensor(shape, self._scalar(_U32), self._scalar(_U64))
+        n_elements: int = prod(self._scalar(_U64) for _ in range(n_dims))
+        # A type that is newer than the table counts as nothing.
+        block, block_bytes = _TENSOR_TYPES.get(self._scalar(_U32), (1, 0))
+        offset: int = self._scalar(_U64)
+        return offset + n_elements // block * block_bytes
 
     def _read_magic(self) -> None:
-        start = self.data[:8]
-        if start[:4] == b"vers" and self.data[:40].startswith(b"version https://git-lfs"):
+        if self.data[:8] == b"version ":
             self.fail("is a Git LFS pointer and not the model itself; fetch it with `git lfs pull`")
-        if start[:4] != b"GGUF":
+        if self.data[:4] != b"GGUF":
             self.fail("is not a GGUF file; llama.cpp needs a model in that format")
-        self._skip(4)
+        self.pos = 4
         version = self._scalar(_U32)
         if version and version & 0xFFFF == 0:
             self.fail("is a big-endian GGUF; use the little-endian one")
@@ -324,40 +308,30 @@ class Header:
 def _map(path: Path, name: str) -> mmap.mmap:
     try:
         status = path.stat()  # before opening: that would wait for ever on a named pipe
-        if stat.S_ISDIR(status.st_mode):
-            raise ModelLoadFailed(f"{name} is a directory; give the GGUF file inside it.")
         if not stat.S_ISREG(status.st_mode):
-            raise ModelLoadFailed(f"{name} is not a regular file; give a GGUF file.")
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise ModelLoadFailed(f"{name} is {kind}; give the path of a GGUF file.")
         if status.st_size == 0:
             raise ModelLoadFailed(f"{name} is empty; download it again.")
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelLoadFailed(f"{name} does not exist; check its path.") from None
-    except PermissionError:
-        raise ModelLoadFailed(f"{name} may not be read; check its permissions.") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path, a file emptied just now
-        reason = getattr(error, "strerror", None) or "the path is not valid"
-        raise ModelLoadFailed(f"{name} cannot be read ({reason}); check its path.") from None
+        reason = getattr(error, "strerror", None) or "The path is not valid"
+        raise ModelLoadFailed(f"{name} cannot be read: {reason}; check its path.") from None
 
 
 def _describe(path: Path, header: Header) -> ModelFile:
     architecture = header.text("general.architecture")
-    if not architecture:
-        header.fail("does not name its architecture (general.architecture); convert it again")
     if not _ARCHITECTURE_NAME.fullmatch(architecture):
-        header.damaged("its general.architecture is not a name")
+        header.fail("does not name its architecture (general.architecture); convert it again")
     _check_tensor_data(header)
-    n_layer = header.size_of(f"{architecture}.block_count")
-    if n_layer > _MAX_LAYERS:
-        header.damaged(f"it claims {n_layer} layers")
-    tokens = _vocabulary(header)
-    tokenizer_model = header.text("tokenizer.ggml.model")
+    n_layer = header.size_of(f"{architecture}.block_count", _MAX_LAYERS)
+    tokens = header.array("tokenizer.ggml.tokens")
+    if tokens and tokens.type != _STRING:
+        header.damaged("its vocabulary is not text")
+    tokenizer_model, pre = header.text("tokenizer.ggml.model"), header.text("tokenizer.ggml.pre")
     bos_token = _special(header, tokens, "bos", _DEFAULT_BOS.get(tokenizer_model))
-    adds_bos = (
-        tokenizer_model in _BOS_TOKENIZERS
-        or header.text("tokenizer.ggml.pre") in _BOS_PRE_TOKENIZERS
-    )
+    adds_bos = tokenizer_model in _BOS_TOKENIZERS or pre in _BOS_PRE_TOKENIZERS
     return ModelFile(
         path=path,
         size_bytes=_size_bytes(path, header),
@@ -372,27 +346,18 @@ def _describe(path: Path, header: Header) -> ModelFile:
         chat_template=header.text("tokenizer.chat_template") or None,
         bos_token=bos_token,
         eos_token=_special(header, tokens, "eos", _DEFAULT_EOS.get(tokenizer_model)),
-        add_bos=header.flag("tokenizer.ggml.add_bos_token", adds_bos) and bos_token != "",
+        add_bos=header.value("tokenizer.ggml.add_bos_token", adds_bos) and bos_token != "",
         control_tokens=_control_tokens(header, tokens),
         kind=_kind(header, architecture),
     )
 
 
 def _check_tensor_data(header: Header) -> None:
-    alignment = header.number("general.alignment", 32)
-    if alignment < 1:
-        header.damaged("its general.alignment is 0")
+    alignment = header.number("general.alignment", 32) or 32
     data_start = -(-header.pos // alignment) * alignment
-    ends = [
-        data_start + tensor.offset + _tensor_bytes(tensor) for tensor in header.tensors.values()
-    ]
-    if max(ends, default=0) > header.size:
-        header.cut_short(f"it has {header.size:,} bytes of {max(ends):,}")
-
-
-def _tensor_bytes(tensor: _Tensor) -> int:
-    block, n_bytes = _TENSOR_TYPES.get(tensor.type, (1, 0))  # a newer type: its size is not known
-    return prod(tensor.shape) // block * n_bytes
+    end = data_start + max(header.tensors.values(), default=0)
+    if header.tensors and end > header.size:
+        header.fail(f"is cut short: it has {header.size:,} bytes of {end:,}; download it again")
 
 
 def _size_bytes(path: Path, header: Header) -> int:
@@ -429,19 +394,10 @@ def _kv_bytes_per_token(header: Header, architecture: str, n_layer: int) -> int:
 
 def _kind(header: Header, architecture: str) -> Kind:
     pooling = header.number(f"{architecture}.pooling_type", _POOLING_NONE)
-    labels = f"{architecture}.classifier.output_labels"
-    if pooling == _POOLING_RANK or labels in header.metadata or _CLASSIFIER in header.tensors:
+    has_labels = f"{architecture}.classifier.output_labels" in header.metadata
+    if pooling == _POOLING_RANK or has_labels or "cls.output.weight" in header.tensors:
         return "reranker"
-    if pooling != _POOLING_NONE or architecture in _ENCODERS:
-        return "embedding"
-    return "chat"
-
-
-def _vocabulary(header: Header) -> _Array | None:
-    tokens = header.array("tokenizer.ggml.tokens")
-    if tokens and tokens.type != _STRING:
-        header.damaged("its vocabulary is not text")
-    return tokens
+    return "embedding" if pooling != _POOLING_NONE or architecture in _ENCODERS else "chat"
 
 
 def _special(header: Header, tokens: _Array | None, which: str, default: int | None) -> str:
@@ -464,14 +420,6 @@ def _control_tokens(header: Header, tokens: _Array | None) -> tuple[str, ...]:
         return ()
     types = header.numbers("tokenizer.ggml.token_type", tokens.count)
     special = np.flatnonzero((types == _TYPE_CONTROL) | (types == _TYPE_UNKNOWN))
-    texts = set(header.texts(tokens, special))
-    texts.update(_CONTROL_BY_NAME.intersection(header.texts(tokens, _look_alikes(header, tokens))))
+    every = header.texts(tokens, range(tokens.count))
+    texts = {every[i] for i in special} | _CONTROL_BY_NAME.intersection(every)
     return tuple(sorted(texts - {""}, key=lambda text: (-len(text), text)))
-
-
-def _look_alikes(header: Header, tokens: _Array) -> NDArray[np.int64]:
-    """Ids of the tokens that begin like a name in `_CONTROL_BY_NAME`: hundreds of a vocabulary."""
-    starts = tokens.texts[:-1] + 8
-    starts = np.minimum(starts, header.size - 1)  # of an empty text that ends the file
-    initials = np.frombuffer(header.data, np.uint8)[starts]
-    return np.flatnonzero(np.isin(initials, _CONTROL_INITIALS))

@@ -39,6 +39,7 @@ class Scheduler:
     def __init__(self, memory: Memory, *, n_slots: int, n_cells: int, n_batch: int) -> None:
         self._memory = memory
         self._n_cells = n_cells
+        self._n_admitted = n_cells  # tokens that may run together; less where the memory says so
         self._n_batch = n_batch
         self._slots = [Slot(i) for i in range(n_slots)]
         self._waiting: list[Sequence] = []  # by age: ids grow with arrival
@@ -93,6 +94,8 @@ class Scheduler:
         """Send the youngest running sequence back to the queue. False if it runs alone."""
         if len(self._running) < 2:
             return False
+        # without this bound it would come back to where it did not fit, and nobody would go on
+        self._n_admitted = min(self._n_admitted, sum(len(s.tokens) for s in self._running))
         sequence = self._running[-1]
         self._release(sequence, keep=False)
         self.add(sequence)
@@ -105,7 +108,7 @@ class Scheduler:
         while self._waiting:
             sequence = self._waiting[0]
             n_running = sum(len(s.tokens) for s in self._running)
-            if self._running and n_running + len(sequence.tokens) >= self._n_cells:
+            if self._running and n_running + len(sequence.tokens) >= self._n_admitted:
                 break
             slot, n_match = self._choose_slot(sequence.tokens)
             if slot is None:

@@ -18,7 +18,9 @@ class TextStream:
         text = self._held + self._decoder.decode(data)
         if not self._stops:
             return text
-        cut = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=-1)
+        # the stop that is complete first counts, so how text is cut into tokens changes nothing
+        found = ((at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0)
+        _, cut = min(found, default=(0, -1))
         if cut >= 0:
             self.stopped = True
             self._held = ""

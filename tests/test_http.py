@@ -231,7 +231,7 @@ def test_a_model_that_cannot_be_read_says_why_and_the_rest_serves(tmp_path: Any)
         "heavy": TierSettings(model_path=str(tmp_path / "letter.gguf")),
     }
     with serving(settings(**tiers)) as service:
-        for name, why in (("medium", "absent.gguf does not exist"), ("heavy", "not a GGUF")):
+        for name, why in (("medium", "absent.gguf cannot be read"), ("heavy", "not a GGUF")):
             response = service.chat(model=name)
             error = error_of(response, 500)
             assert error["code"] == "model_load_failed"

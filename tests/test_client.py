@@ -1,0 +1,465 @@
+"""The server's side of a worker: one in a thread, a process that dies, one that talks nonsense."""
+
+import asyncio
+import json
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import errors
+import worker
+from engine import wire
+from engine.client import (
+    EndReason,
+    Handle,
+    JobSink,
+    Launcher,
+    Worker,
+    error_from,
+    launch_process,
+    thread_launcher,
+)
+from engine.types import SamplingParams
+from errors import ModelLoadFailed, ServiceError
+
+WAIT_S = 20
+in_thread = thread_launcher(worker.serve)
+
+
+def spec(script: str = "", **values: Any) -> wire.WorkerSpec:
+    defaults: dict[str, Any] = {
+        "name": "light",
+        "backend": "fake",
+        "n_ctx": 1000,
+        "n_parallel": 2,
+        "kv_tokens": 2000,
+        "n_batch": 32,
+        "n_threads": 1,
+        "n_gpu_layers": 0,
+        "log_level": "WARNING",
+    }
+    return wire.WorkerSpec(model_path=script, **defaults | values)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., str]:
+    def write(*rules: dict[str, Any], **values: Any) -> str:
+        path = tmp_path / "script.json"
+        path.write_text(json.dumps({"rules": rules, **values}))
+        return str(path)
+
+    return write
+
+
+def generate(prompt: str, job: int = 1) -> wire.Generate:
+    return wire.Generate([wire.Segment(prompt, True)], False, SamplingParams(), [], None, job)
+
+
+class Sink(JobSink):
+    """Keeps what it is told; the last word can be waited for."""
+
+    def __init__(self) -> None:
+        self.messages: list[wire.Started | wire.TokenOut | wire.Failed] = []
+        self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._last: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def deliver(self, message: wire.Started | wire.TokenOut | wire.Failed) -> None:
+        assert not self._last.done(), "nothing comes after the last word"
+        self.messages.append(message)
+        if not self._first.done():
+            self._first.set_result(None)
+        if isinstance(message, wire.Failed) or getattr(message, "done", None):
+            self._last.set_result(None)
+
+    async def first(self) -> None:
+        await asyncio.wait_for(self._first, WAIT_S)
+
+    async def last(self) -> None:
+        await asyncio.wait_for(self._last, WAIT_S)
+
+    @property
+    def text(self) -> str:
+        return "".join(m.text for m in self.messages if isinstance(m, wire.TokenOut))
+
+
+class Started:
+    """A worker that was started, and what it reported."""
+
+    worker: Worker
+
+    def __init__(self, launch: Launcher) -> None:
+        self._launch = launch
+        self.handle: Handle | None = None
+        self.progress: list[float] = []
+        self.is_loading = asyncio.Event()
+        self.losses: list[tuple[Worker, EndReason]] = []
+        self._is_lost = asyncio.Event()
+
+    async def start(self, spec: wire.WorkerSpec, timeout_s: float = WAIT_S) -> Worker:
+        self.worker = await Worker.start(
+            spec,
+            launch=self._keep_handle,
+            on_progress=self._on_progress,
+            on_lost=self._on_lost,
+            timeout_s=timeout_s,
+        )
+        return self.worker
+
+    async def lost(self) -> EndReason:
+        await asyncio.wait_for(self._is_lost.wait(), WAIT_S)
+        ((lost, reason),) = self.losses
+        assert lost is self.worker
+        return reason
+
+    async def _keep_handle(self, theirs: socket.socket) -> Handle:
+        self.handle = await self._launch(theirs)
+        return self.handle
+
+    def _on_progress(self, fraction: float) -> None:
+        self.progress.append(fraction)
+        self.is_loading.set()
+
+    def _on_lost(self, lost: Worker, reason: EndReason) -> None:
+        self.losses.append((lost, reason))
+        self._is_lost.set()
+
+    @property
+    def has_process(self) -> bool:
+        assert self.handle is not None
+        try:
+            os.kill(self.handle.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    async def with_limit() -> None:
+        await asyncio.wait_for(test(), 3 * WAIT_S)
+
+    asyncio.run(with_limit())
+
+
+# jobs
+
+
+def test_a_job_hears_that_it_started_its_text_and_its_end() -> None:
+    async def test() -> None:
+        started = Started(in_thread)
+        worker = await started.start(spec())
+        assert started.progress == [0.0, 1.0]
+        assert (worker.ready.n_ctx, worker.ready.n_parallel) == (1000, 2)
+        sink = Sink()
+        worker.generate(generate("Hi", job=5), sink)
+        await sink.last()
+        assert sink.messages[0] == wire.Started(5, 2, 0)
+        assert sink.text == "You said: Hi"
+        await worker.stop()
+        assert started.losses == []
+
+    run(test)
+
+
+def test_each_job_hears_its_own_text() -> None:
+    async def test() -> None:
+        worker = await Started(in_thread).start(spec())
+        sinks = {job: Sink() for job in range(6)}
+        for job, sink in sinks.items():
+            worker.generate(generate(f"prompt {job}", job), sink)
+        for sink in sinks.values():
+            await sink.last()
+        assert [sink.text for sink in sinks.values()] == [f"You said: prompt {j}" for j in sinks]
+        await worker.stop()
+
+    run(test)
+
+
+def test_a_job_that_is_refused_hears_why() -> None:
+    async def test() -> None:
+        worker = await Started(in_thread).start(spec(n_ctx=10))
+        sink = Sink()
+        worker.generate(generate("much too long", 1), sink)
+        await sink.last()
+        (failed,) = sink.messages
+        assert isinstance(failed, wire.Failed)
+        assert isinstance(error_from(failed), errors.ContextLengthExceeded)
+        await worker.stop()
+
+    run(test)
+
+
+def test_a_cancelled_job_hears_no_more_and_makes_room(script: Callable[..., str]) -> None:
+    async def test() -> None:
+        path = script({"match": "long", "answer": "x" * 900}, step_ms=1)
+        worker = await Started(in_thread).start(spec(path, n_parallel=1))
+        sink, next_sink = Sink(), Sink()
+        worker.generate(generate("long", 1), sink)
+        worker.generate(generate("Hi", 2), next_sink)
+        await sink.first()
+        worker.cancel(1)
+        worker.cancel(1)
+        n_heard = len(sink.messages)
+        await next_sink.last()
+        assert next_sink.text == "You said: Hi"
+        assert len(sink.messages) == n_heard
+        await worker.stop()
+
+    run(test)
+
+
+# loads that fail
+
+
+def test_a_load_that_fails_is_model_load_failed_with_the_reason(
+    script: Callable[..., str],
+) -> None:
+    async def test() -> None:
+        started = Started(in_thread)
+        with pytest.raises(ModelLoadFailed, match="told to fail"):
+            await started.start(spec(script(fault="load")))
+        assert started.losses == []
+
+    run(test)
+
+
+def test_a_process_that_dies_while_it_loads_is_model_load_failed(
+    script: Callable[..., str],
+) -> None:
+    async def test() -> None:
+        started = Started(launch_process)
+        with pytest.raises(ModelLoadFailed, match="killed by SIGKILL"):
+            await started.start(spec(script(fault="load_crash")))
+        assert not started.has_process
+        assert started.losses == []
+
+    run(test)
+
+
+def test_a_start_that_is_given_up_leaves_no_process(script: Callable[..., str]) -> None:
+    async def test() -> None:
+        started = Started(launch_process)
+        task = asyncio.create_task(started.start(spec(script(load_s=600))))
+        await asyncio.wait_for(started.is_loading.wait(), WAIT_S)
+        assert started.has_process
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not started.has_process
+
+    run(test)
+
+
+# ends
+
+
+def test_a_process_that_dies_is_told_once_with_the_reason(script: Callable[..., str]) -> None:
+    async def test() -> None:
+        path = script({"match": "poison", "answer": "abcdef", "fault": "crash", "after": 3})
+        started = Started(launch_process)
+        worker = await started.start(spec(path))
+        sink = Sink()
+        worker.generate(generate("poison"), sink)
+        assert await started.lost() == "killed by SIGKILL"
+        assert sink.text == "abc"
+        assert not started.has_process
+        worker.cancel(1)  # whoever does not know yet may still say so
+        worker.generate(generate("Hi", 2), Sink())
+        await worker.stop()
+        assert len(started.losses) == 1
+
+    run(test)
+
+
+def test_a_process_that_hangs_is_ended(script: Callable[..., str]) -> None:
+    async def test() -> None:
+        started = Started(launch_process)
+        path = script({"match": "poison", "fault": "hang"})
+        worker = await started.start(spec(path), timeout_s=0.4)
+        worker.generate(generate("poison"), Sink())
+        assert await started.lost() == "killed by SIGKILL"
+        assert not started.has_process
+
+    run(test)
+
+
+def test_a_worker_that_ends_by_itself_is_told_with_its_code(script: Callable[..., str]) -> None:
+    async def test() -> None:
+        started = Started(in_thread)
+        running = await started.start(spec(script({"match": "poison", "fault": "step"})))
+        for job in (1, 2, 3):
+            sink = Sink()
+            running.generate(generate("poison", job), sink)
+            await (sink.last() if job < 3 else started.lost())
+        assert await started.lost() == f"exit code {worker.EXIT_ENGINE_FAILED}"
+
+    run(test)
+
+
+def test_stop_leaves_no_process_and_is_no_loss() -> None:
+    async def test() -> None:
+        started = Started(launch_process)
+        worker = await started.start(spec())
+        assert worker.pid not in (0, os.getpid())
+        assert started.has_process
+        await worker.stop()
+        assert not started.has_process
+        assert started.losses == []
+
+    run(test)
+
+
+def test_stop_does_not_wait_for_one_that_hangs(script: Callable[..., str]) -> None:
+    async def test() -> None:
+        started = Started(launch_process)
+        path = script({"match": "poison", "answer": "abc", "fault": "hang", "after": 1})
+        worker = await started.start(spec(path))
+        sink = Sink()
+        worker.generate(generate("poison"), sink)
+        await sink.first()  # the next step never returns
+        await worker.stop(timeout_s=0.2)
+        assert not started.has_process
+        assert started.losses == []
+
+    run(test)
+
+
+# a worker that follows a script of frames
+
+
+class Scripted:
+    """A handle of a worker that is a coroutine on the other end of the socket."""
+
+    pid = 0
+
+    def __init__(self) -> None:
+        self._ended = asyncio.Event()
+        self.is_killed = False
+        self.task: asyncio.Task[None] | None = None
+
+    async def wait(self) -> EndReason:
+        await self._ended.wait()
+        return "killed" if self.is_killed else "exit code 0"
+
+    def kill(self) -> None:
+        self.is_killed = True
+        self._ended.set()
+
+
+Talk = Callable[[Callable[[], Awaitable[wire.ToWorker]], asyncio.StreamWriter], Awaitable[None]]
+
+
+def scripted(talk: Talk) -> Launcher:
+    async def launch(theirs: socket.socket) -> Handle:
+        handle = Scripted()
+        reader, writer = await asyncio.open_connection(sock=theirs.dup())
+
+        async def receive() -> wire.ToWorker:
+            (length,) = struct.unpack("<I", await reader.readexactly(4))
+            return wire._to_worker.decode(await reader.readexactly(length))
+
+        async def live() -> None:
+            await receive()  # Load
+            writer.write(wire.frame(wire.Ready(100, 2, 10)))
+            try:
+                await talk(receive, writer)
+            finally:
+                writer.close()
+                await writer.wait_closed()
+
+        handle.task = asyncio.create_task(live())
+        handle.task.add_done_callback(lambda task: handle._ended.set())
+        return handle
+
+    return launch
+
+
+@pytest.mark.parametrize("junk", [b"\xff\xff\xff\xff", b"\x01\x00\x00\x00\xc1", b"\x04\0\0\0junk"])
+def test_a_worker_that_talks_nonsense_is_ended(junk: bytes) -> None:
+    async def test() -> None:
+        async def talk(
+            receive: Callable[[], Awaitable[wire.ToWorker]], writer: asyncio.StreamWriter
+        ) -> None:
+            writer.write(junk)
+            with pytest.raises(asyncio.IncompleteReadError):
+                await receive()
+
+        started = Started(scripted(talk))
+        await started.start(spec())
+        assert await started.lost() == "killed"
+
+    run(test)
+
+
+def test_a_busy_worker_that_answers_pings_is_left_alone() -> None:
+    async def test() -> None:
+        async def talk(
+            receive: Callable[[], Awaitable[wire.ToWorker]], writer: asyncio.StreamWriter
+        ) -> None:
+            assert isinstance(await receive(), wire.Generate)
+            for _ in range(2):
+                assert isinstance(await receive(), wire.Ping)
+                writer.write(wire.frame(wire.Pong()))
+            writer.write(wire.frame(wire.Failed(1, None, "The end.")))
+            assert isinstance(await receive(), wire.Shutdown)
+
+        started = Started(scripted(talk))
+        worker = await started.start(spec(), timeout_s=0.8)
+        sink = Sink()
+        worker.generate(generate("a long prompt"), sink)
+        await sink.last()  # after more than timeout_s without a word of the job
+        await worker.stop()
+        assert started.losses == []
+
+    run(test)
+
+
+def test_what_is_said_of_unknown_jobs_is_not_heard() -> None:
+    async def test() -> None:
+        async def talk(
+            receive: Callable[[], Awaitable[wire.ToWorker]], writer: asyncio.StreamWriter
+        ) -> None:
+            await receive()
+            writer.write(wire.frame(wire.Started(9, 1, 0)))
+            writer.write(wire.frame(wire.Step([wire.TokenOut(9, "x"), wire.TokenOut(1, "y")])))
+            writer.write(wire.frame(wire.Failed(9, None, "gone")))
+            writer.write(wire.frame(wire.Failed(1, None, "The end.")))
+            await receive()
+
+        worker = await Started(scripted(talk)).start(spec())
+        sink = Sink()
+        worker.generate(generate("Hi"), sink)
+        await sink.last()
+        assert sink.text == "y"
+        await worker.stop()
+
+    run(test)
+
+
+# errors
+
+
+def subclasses(of: type[ServiceError]) -> list[type[ServiceError]]:
+    return [c for sub in of.__subclasses__() for c in (sub, *subclasses(sub))]
+
+
+@pytest.mark.parametrize("error_class", subclasses(ServiceError))
+def test_every_error_crosses_the_wire(error_class: type[ServiceError]) -> None:
+    error = error_class("What happened.", param="prompt", n_ctx=8192)
+    back = error_from(worker._failure(1, error))
+    assert type(back) is error_class
+    assert back.body() == error.body()
+
+
+def test_an_error_without_a_name_is_an_internal_error() -> None:
+    back = error_from(worker._failure(1, RuntimeError("secret")))
+    assert isinstance(back, errors.InternalError)
+    assert "secret" not in back.message
+
+
+def test_an_error_of_an_unknown_name_is_a_crash_of_the_worker() -> None:
+    assert isinstance(error_from(wire.Failed(1, "of_tomorrow", "?")), errors.WorkerCrashed)

@@ -1,0 +1,330 @@
+"""What the documents say is what the code does, and imports go one way."""
+
+import ast
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.routing import iter_route_contexts
+
+from api.chat import ChatRequest
+from server import create_app
+from settings import (
+    ROOT,
+    ServerSettings,
+    Settings,
+    TierSettings,
+    known_keys,
+    unknown_keys,
+)
+
+DOCUMENTS = [
+    "README.md",
+    "CLAUDE.md",
+    "CHANGELOG.md",
+    "docs/architecture.md",
+]
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def table_rows(text: str) -> Iterator[list[str]]:
+    """The cells of every table row."""
+    for line in text.splitlines():
+        if line.startswith("| "):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def default_text(default: object) -> str:
+    """A default as one writes it in .env; nothing where the code decides."""
+    if default is None or default == []:
+        return ""
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def server_defaults() -> dict[str, str]:
+    fields = ServerSettings.model_fields.items()
+    return {name.upper(): default_text(field.default) for name, field in fields}
+
+
+def tier_defaults(prefix: str) -> dict[str, str]:
+    fields = TierSettings.model_fields.items()
+    return {prefix + name.upper(): default_text(field.default) for name, field in fields}
+
+
+# .env.example
+
+DEFAULT = re.compile(r"# ([A-Z_]+)=(.*)")
+EXAMPLE = re.compile(r"#     ([A-Z_]+)=(.*)")
+
+
+def uncommented(pattern: re.Pattern[str], path: Path) -> Path:
+    """An env file of the lines of .env.example that match."""
+    found = filter(None, map(pattern.fullmatch, read(".env.example").splitlines()))
+    path.write_text("".join(f"{m[1]}={m[2]}\n" for m in found))
+    return path
+
+
+def test_the_example_file_changes_nothing_as_it_is() -> None:
+    assert all(not line or line.startswith("#") for line in read(".env.example").splitlines())
+    assert Settings.load(ROOT / ".env.example") == Settings.load(None)
+
+
+def test_the_example_file_has_every_key_once_in_order_with_its_default(tmp_path: Path) -> None:
+    found = filter(None, map(DEFAULT.fullmatch, read(".env.example").splitlines()))
+    keys = [(match[1], match[2]) for match in found]
+    assert [key for key, _ in keys] == known_keys()
+    defaults = server_defaults()
+    for tier in ("LIGHT_", "MEDIUM_", "HEAVY_", "EMBEDDING_", "RERANKER_"):
+        defaults |= tier_defaults(tier)
+    assert dict(keys) == defaults
+    assert Settings.load(uncommented(DEFAULT, tmp_path / ".env")) == Settings.load(None)
+
+
+def test_every_key_is_explained_at_its_first_tier() -> None:
+    lines = read(".env.example").splitlines()
+    for n, line in enumerate(lines):
+        match = DEFAULT.fullmatch(line)
+        if match and match[1] in server_defaults() | tier_defaults("LIGHT_"):
+            sentence = lines[n - 1]
+            assert re.fullmatch(r"# .+\.", sentence), f"{match[1]} is not explained: {sentence!r}"
+            assert lines[n - 2] == "", f"the explanation of {match[1]} has more than one line"
+
+
+def test_the_examples_in_the_example_file_load(tmp_path: Path) -> None:
+    path = uncommented(EXAMPLE, tmp_path / ".env")
+    assert not {key for key, _ in unknown_keys(path)} - {key for key, _ in unknown_keys(None)}
+    assert list(Settings.load(path).tiers) == ["light", "embedding", "reranker"]
+
+
+# tables
+
+
+def test_the_readmes_settings_are_all_settings_with_their_defaults() -> None:
+    rows = [
+        row for row in table_rows(read("README.md")) if re.match(r"`(<TIER>_)?[A-Z_]+`$", row[0])
+    ]
+    written = {row[0].strip("`"): row[1] for row in rows}
+    assert len(written) == len(rows)
+    defaults = server_defaults() | tier_defaults("<TIER>_")
+    assert list(written) == list(defaults)
+    for key, default in defaults.items():
+        if default:
+            assert written[key] == f"`{default}`", key
+        else:  # in words
+            assert not re.fullmatch(r"`[^`]*`|", written[key]), key
+
+
+@pytest.mark.parametrize("document", ["README.md", "CLAUDE.md"])
+def test_the_endpoint_table_is_the_routes(document: str) -> None:
+    app = create_app(Settings.load(None))
+    routes = {
+        (method, re.sub(r":\w+}", "}", context.path or ""))
+        for context in iter_route_contexts(app.routes)
+        for method in context.methods or ()
+    }
+    # HEAD comes with GET, and /docs has a page of its own for signing in
+    routes = {(m, path) for m, path in routes if m != "HEAD" and not path.startswith("/docs/")}
+    rows = [row for row in table_rows(read(document)) if row[0] in ("GET", "POST")]
+    assert len(rows) == len(routes)
+    assert {(row[0], row[1].strip("`")) for row in rows} == routes
+
+
+def test_the_readme_says_which_routes_are_refused() -> None:
+    refused = {
+        context.path
+        for context in iter_route_contexts(create_app(Settings.load(None)).routes)
+        if getattr(context.endpoint, "__module__", "") == "api.unsupported"
+    }
+    rows = [row for row in table_rows(read("README.md")) if row[0] in ("GET", "POST")]
+    assert {row[1].strip("`") for row in rows if row[2].startswith("400")} == refused
+
+
+# commands, snippets, links
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_script_that_is_named_can_be_run(document: str) -> None:
+    for name in set(re.findall(r"(?:\./\w+\.sh|scripts/\w+)", read(document))):
+        assert os.access(ROOT / name, os.X_OK), f"{document} names {name}"
+    for name in set(re.findall(r"python ([\w/]+\.py)", read(document))):
+        assert (ROOT / name).is_file(), f"{document} names {name}"
+
+
+def snippets(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", read(document), re.S | re.M)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_snippets_parse(document: str) -> None:
+    for snippet in snippets(document, "python"):
+        ast.parse(snippet)
+    for snippet in snippets(document, "json"):
+        json.loads(snippet)
+
+
+def test_the_readme_has_a_request_that_is_valid_for_curl_and_python() -> None:
+    bodies = re.findall(r"-d '(\{.*?\})'$", read("README.md"), re.M)
+    assert bodies
+    for body in bodies:
+        ChatRequest.model_validate_json(body)
+    assert snippets("README.md", "python")
+
+
+def test_the_settings_in_the_readmes_example_load(tmp_path: Path) -> None:
+    (block,) = (text for text in snippets("README.md", "bash") if "_MODEL_PATH=" in text)
+    path = tmp_path / ".env"
+    path.write_text(block)
+    assert not {key for key, _ in unknown_keys(path)} - {key for key, _ in unknown_keys(None)}
+    assert list(Settings.load(path).tiers) == ["light", "heavy"]  # as the text below it says
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    text = read(document)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert ((ROOT / document).parent / target).exists(), target
+
+
+# the tree
+
+PACKAGES = ("api", "bench", "chat", "engine")
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of the project by name, without the tests."""
+    files = [*ROOT.glob("*.py")]
+    for package in PACKAGES:
+        files += (ROOT / package).rglob("*.py")
+    named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    return {name.removesuffix(".__init__"): path for name, path in named.items()}
+
+
+MODULES = module_files()
+
+
+def test_the_tree_in_the_architecture_is_the_tree() -> None:
+    (tree,) = (t for t in snippets("docs/architecture.md", "") if "server.py" in t)
+    written, folder = [], ""
+    for line in tree.splitlines():
+        for name in line[:29].split(", "):
+            stripped = name.strip()
+            if stripped.endswith("/"):
+                folder = stripped
+            else:
+                written.append(folder + stripped if name.startswith("  ") else stripped)
+    assert all((ROOT / name).is_file() for name in written), written
+    modules = {path.relative_to(ROOT) for path in MODULES.values() if path.stem != "__init__"}
+    assert {Path(name) for name in written if name.endswith(".py")} == modules
+
+
+# Which modules of ours a module may import, by the most specific name that fits the importer. A
+# package stands for all that is in it.
+MAY_IMPORT = {
+    "server": {"api", "chat", "engine", "model_manager", "settings", "errors"},
+    "worker": {"engine", "errors"},
+    "model_manager": {
+        "engine.client",
+        "engine.wire",
+        "engine.model_file",
+        "engine.backends.fake",
+        "settings",
+        "errors",
+    },
+    "settings": set(),
+    "errors": set(),
+    "api": {
+        "api",
+        "chat",
+        "engine.wire",
+        "engine.types",
+        "engine.model_file",
+        "model_manager",
+        "settings",
+        "errors",
+    },
+    "chat": {"chat", "engine.wire", "engine.model_file", "errors"},
+    "engine": {"engine", "errors"},
+    "engine.client": {"engine.wire", "errors"},
+    "engine.wire": {"engine.types"},
+    "engine.scheduler": {"engine.backends.base", "engine.types"},
+    "test_api": set(),
+    "bench": set(),
+}
+# Libraries that only some modules may import.
+ONLY_IN = {
+    "fastapi": {"api", "server"},
+    "starlette": {"api", "server"},
+    "uvicorn": {"server"},
+    "llama_cpp": {"engine.backends.llamacpp"},
+}
+
+
+def imports(path: Path) -> Iterator[tuple[str, ast.stmt]]:
+    """What a file imports: modules where that is known, else `module.name`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield (name if name in MODULES else node.module or ""), node
+
+
+def fits(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def rule_for(module: str) -> set[str]:
+    names = [name for name in MAY_IMPORT if fits(module, {name})]
+    assert names, f"{module} has no rule: say in MAY_IMPORT what it may import"
+    return MAY_IMPORT[max(names, key=len)]
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_one_way(module: str) -> None:
+    allowed = rule_for(module)
+    for imported, node in imports(MODULES[module]):
+        where = f"{module}, line {node.lineno}, imports {imported}"
+        if imported in MODULES:
+            assert fits(imported, allowed), where
+        library = imported.partition(".")[0]
+        assert fits(module, ONLY_IN.get(library, {module})), where
+
+
+def test_every_rule_is_about_something() -> None:
+    for name in MAY_IMPORT.keys() | set().union(*MAY_IMPORT.values()):
+        assert name in MODULES or name in PACKAGES, name
+
+
+def test_the_manager_imports_the_fake_backend_only_where_it_uses_it() -> None:
+    tree = ast.parse(MODULES["model_manager"].read_text(encoding="utf-8"))
+    assert not any(
+        isinstance(node, ast.ImportFrom) and "backends" in (node.module or "") for node in tree.body
+    )
+
+
+def test_chat_knows_nothing_of_the_wire_but_segments() -> None:
+    for module, path in MODULES.items():
+        if fits(module, {"chat"}):
+            for imported, node in imports(path):
+                if imported == "engine.wire":
+                    assert [alias.name for alias in getattr(node, "names", [])] == ["Segment"], path
+
+
+def test_the_smoke_test_needs_only_httpx() -> None:
+    libraries = {name.partition(".")[0] for name, _ in imports(MODULES["test_api"])}
+    assert libraries - sys.stdlib_module_names == {"httpx"}

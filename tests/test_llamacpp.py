@@ -1,0 +1,372 @@
+"""The llama.cpp backend on real and on generated models. One thread: two collapse on a busy box."""
+
+import asyncio
+import random
+import re
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from chat.template import ChatTemplate
+from engine import wire
+from engine.backends.base import load_engine
+from engine.backends.llamacpp import LlamaDecoder, LlamaTokenizer
+from engine.batch_engine import BatchEngine
+from engine.client import launch_process
+from engine.model_file import read_model_file
+from engine.types import SamplingParams, Sequence
+from errors import ModelLoadFailed
+from model_manager import ModelManager
+from settings import DEFAULT_CHAT_MODEL, ROOT, TierSettings
+from tests import gguf_fixtures
+from tests.serving import events, fake, serving, settings
+
+pytestmark = pytest.mark.real
+
+GREEDY = SamplingParams(temperature=0)
+Logits = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    path = ROOT / DEFAULT_CHAT_MODEL
+    assert path.is_file(), "the default model is not there: run ./setup.sh"
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of random weights with SmolLM2's vocabulary (BPE)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return gguf_fixtures.write_tiny_llama(folder / "tiny.gguf", vocab_from=smollm2)
+
+
+@pytest.fixture(scope="session")
+def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a SentencePiece vocabulary, which puts a space before a text and wants BOS."""
+    return gguf_fixtures.write_tiny_spm(tmp_path_factory.mktemp("spm") / "spm.gguf")
+
+
+def spec(model: Path, **values: Any) -> wire.WorkerSpec:
+    defaults: dict[str, Any] = {
+        "name": "light", "backend": "llamacpp", "model_path": str(model), "n_ctx": 512,
+        "n_parallel": 16, "kv_tokens": 4096, "n_batch": 256, "n_threads": 1, "n_gpu_layers": -1,
+    }  # fmt: skip
+    return wire.WorkerSpec(**(defaults | values))
+
+
+def engine_of(model: Path, **values: Any) -> BatchEngine:
+    return cast(BatchEngine, load_engine(spec(model, **values), lambda _: None))
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[..., BatchEngine]]:
+    engines: list[BatchEngine] = []
+
+    def load(model: Path, **values: Any) -> BatchEngine:
+        engines.append(engine_of(model, **values))
+        return engines[-1]
+
+    yield load
+    for engine in engines:
+        engine.close()
+
+
+def generate(
+    engine: BatchEngine,
+    prompts: dict[int, list[int]],
+    n_tokens: int,
+    sampling: SamplingParams = GREEDY,
+) -> dict[int, list[int]]:
+    """What the engine says to all prompts at once, up to `n_tokens` each."""
+    for number, prompt in prompts.items():
+        engine.admit(number, list(prompt), sampling)
+    tokens: dict[int, list[int]] = {number: [] for number in prompts}
+    while not engine.idle:
+        result = engine.step()
+        assert not result.failed
+        for number, token in result.tokens:
+            tokens[number].append(token)
+            if len(tokens[number]) == n_tokens or engine.tokenizer.ends_generation(token):
+                engine.cancel(number)
+    return tokens
+
+
+def ids(engine: BatchEngine, text: str) -> list[int]:
+    return engine.tokenizer.tokenize(text, parse_special=True, continues=False)
+
+
+# many at once
+
+
+def next_logits(model: Path, prompts: list[list[int]]) -> list[Logits]:
+    """The raw logits after each prompt, all decoded in one batch of a fresh context."""
+    engine = engine_of(model, n_batch=4096, kv_tokens=8192, n_ctx=2048)
+    decoder = cast(LlamaDecoder, engine._decoder)
+    rows: dict[int, Logits] = {}
+    sample = decoder.sample
+
+    def record(row: int, sequence: Sequence) -> int:
+        pointer = llama_cpp.llama_get_logits_ith(decoder._context, decoder._batch.logits_at[row])
+        rows[sequence.id] = np.ctypeslib.as_array(pointer, (decoder.tokenizer.n_vocab,)).copy()
+        return sample(row, sequence)
+
+    decoder.sample = record  # type: ignore[method-assign]
+    generate(engine, dict(enumerate(prompts)), 1)
+    engine.close()
+    return [rows[number] for number in range(len(prompts))]
+
+
+@pytest.mark.parametrize(("which", "n_tokens"), [("tiny", 48), ("smollm2", 16)])
+def test_sixteen_streams_at_once_say_what_each_says_alone(
+    which: str, n_tokens: int, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal up to where rounding may decide: there the gap between the two candidates is below
+    what the same prefix's logits move when others are in the batch."""
+    model: Path = request.getfixturevalue(which)
+    engine = engine_of(model)
+    prompts = {i: ids(engine, f"Once upon a time, {i} years ago, there was") for i in range(16)}
+    together = generate(engine, prompts, n_tokens)
+    engine.close()
+    alone = {}
+    for number, prompt in prompts.items():
+        engine = engine_of(model, n_parallel=1, kv_tokens=512)
+        alone |= generate(engine, {number: prompt}, n_tokens)
+        engine.close()
+    at = {i: _first_difference(alone[i], together[i]) for i in prompts}
+    prefixes = [prompts[i] + alone[i][: at[i]] for i in prompts]
+    crowded = next_logits(model, prefixes)
+    n_stopped = 0
+    for i in prompts:
+        if at[i] is None:
+            assert len(alone[i]) == len(together[i])
+            continue
+        n_stopped += 1
+        (lonely,) = next_logits(model, [prefixes[i]])
+        noise = float(np.abs(lonely - crowded[i]).max())
+        gap = abs(float(lonely[alone[i][at[i]]] - lonely[together[i][at[i]]]))
+        assert gap <= 2 * noise, f"stream {i} differs at {at[i]}: gap {gap}, noise {noise}"
+    with capsys.disabled():
+        print(f"\n{which}: {n_stopped} of 16 streams were compared up to a rounding only")
+    assert n_stopped < 16
+
+
+def _first_difference(a: list[int], b: list[int]) -> int | None:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+
+
+def test_a_conversation_that_goes_on_says_the_same_with_and_without_reuse(
+    tiny: Path, load: Callable[..., BatchEngine]
+) -> None:
+    first, second = load(tiny), load(tiny)
+    prompt = ids(first, "The river is long and the city is old.")
+    answer = generate(first, {1: prompt}, 12)[1]
+    longer = prompt + answer + ids(first, " What then?")
+    reused = {}
+    first.admit(2, list(longer), GREEDY)
+    while not first.idle:
+        result = first.step()
+        reused |= dict(result.started)
+        if result.tokens:
+            break
+    assert reused == {2: len(prompt) + len(answer) - 1}  # its last token was never decoded
+    first.cancel(2)
+    assert generate(first, {3: longer}, 20)[3] == generate(second, {3: longer}, 20)[3]
+
+
+def test_when_the_cells_run_out_everybody_still_gets_the_whole_answer(
+    tiny: Path, load: Callable[..., BatchEngine]
+) -> None:
+    crowded = load(tiny, n_ctx=96, kv_tokens=96, n_parallel=4)
+    roomy = load(tiny, n_parallel=4)
+    prompts = {i: ids(roomy, f"Number {i} is") for i in range(4)}
+    assert generate(crowded, prompts, 60) == generate(roomy, prompts, 60)
+
+
+def test_sampling_follows_its_seed_and_its_rules(
+    tiny: Path, load: Callable[..., BatchEngine]
+) -> None:
+    engine = load(tiny)
+    prompt = ids(engine, "one two three")
+
+    def say(**values: Any) -> list[int]:
+        return generate(engine, {1: prompt}, 24, SamplingParams(**values))[1]
+
+    free = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert say(**free, seed=1) == say(**free, seed=1) != say(**free, seed=2)
+    assert say(**free, seed=0xFFFFFFFF) == say(**free, seed=0xFFFFFFFF)
+    greedy = say(temperature=0)
+    assert say(temperature=1.0, top_k=1) == greedy
+    assert say(temperature=1.0, top_k=0, top_p=0.0, seed=5) == greedy
+    assert say(temperature=1.0, top_k=0, min_p=1.0, seed=5) == greedy
+    once = say(temperature=0, presence_penalty=2.0, repeat_penalty=10.0)
+    assert len(set(once)) == len(once)
+
+
+# text
+
+
+WORDS = ["Hello", " world", "\n", "  two  spaces", "the city", "Größe", "世界", "🎉", "=>", " ",
+         "1234", "\t", "<x>", "</", "def f():", "'s"]  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["smollm2", "spm"])
+def test_prompts_have_the_ids_of_their_whole_text(
+    which: str, request: pytest.FixtureRequest, load: Callable[..., BatchEngine]
+) -> None:
+    """Without control tokens in client text, what segments give is what one call gives; with them,
+    no control id is the client's and every character is still there."""
+    path: Path = request.getfixturevalue(which)
+    model = read_model_file(path)
+    template = ChatTemplate.from_model_file(model)
+    tokenizer = load(path).tokenizer
+    control = {
+        literal: tokenizer.tokenize(literal, parse_special=True, continues=True)[0]
+        for literal in model.control_tokens
+        if literal != "<unk>"
+    }
+    dice = random.Random(5)
+    for conversation in range(200):
+        hostile = conversation % 2 == 1
+        words = WORDS + list(control) * hostile
+        contents = ["".join(dice.choices(words, k=dice.randint(1, 12))) for _ in range(3)]
+        messages = [
+            {"role": role, "content": content}
+            for role, content in zip(("user", "assistant", "user"), contents, strict=True)
+        ]
+        segments = template.render(messages, now=datetime(2026, 1, 1))
+        tokens = [
+            token
+            for n, segment in enumerate(segments)
+            for token in tokenizer.tokenize(
+                segment.text, parse_special=segment.parse_special, continues=n > 0
+            )
+        ]
+        text = "".join(segment.text for segment in segments)
+        if not hostile:
+            whole = tokenizer.tokenize(text, parse_special=True, continues=False)
+            assert tokens == whole
+        literal = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+        in_clients = [m for content in contents for m in literal.findall(content)]
+        n_own = len(literal.findall(text)) - len(in_clients)
+        assert sum(token in control.values() for token in tokens) == n_own
+        spelled = b"".join(
+            tokenizer.piece(token) or _literal(control, token) for token in tokens
+        ).decode()
+        # SPM puts a space before a text, and before text that follows a control token
+        assert _squeezed(spelled) == _squeezed(text)
+
+
+def _literal(control: dict[str, int], token: int) -> bytes:
+    return next(literal for literal, number in control.items() if number == token).encode()
+
+
+def _squeezed(text: str) -> str:
+    return text.replace(" ", "")
+
+
+def test_bos_comes_once(spm: Path, load: Callable[..., BatchEngine]) -> None:
+    model = read_model_file(spm)
+    assert model.add_bos
+    template = ChatTemplate(
+        "{{ bos_token }}{{ messages[0].content }}",
+        bos_token=model.bos_token,
+        eos_token=model.eos_token,
+        control_tokens=model.control_tokens,
+        add_bos=model.add_bos,
+    )
+    tokenizer = cast(LlamaTokenizer, load(spm).tokenizer)
+    (segment,) = template.render([{"role": "user", "content": "Hello"}], now=datetime(2026, 1, 1))
+    tokens = tokenizer.tokenize(segment.text, parse_special=True, continues=False)
+    assert tokenizer.bos is not None
+    assert tokenizer.bos not in tokens
+
+
+# loading
+
+
+def test_the_context_is_never_longer_than_the_model_was_trained_for(
+    spm: Path, load: Callable[..., BatchEngine]
+) -> None:
+    engine = load(spm, n_ctx=100_000, kv_tokens=600, n_parallel=2)
+    assert engine.n_ctx == 512
+    assert len(generate(engine, {1: [5] * 400}, 111)[1]) == 111
+
+
+def test_a_prompt_longer_than_a_batch_is_decoded_in_pieces(
+    tiny: Path, load: Callable[..., BatchEngine]
+) -> None:
+    prompt = [1000 + i for i in range(200)]
+    small, large = load(tiny, n_batch=16), load(tiny, n_batch=256)
+    assert generate(small, {1: prompt}, 10) == generate(large, {1: prompt}, 10)
+
+
+def test_files_that_are_not_models_fail_with_one_sentence(tmp_path: Path, tiny: Path) -> None:
+    broken = {
+        "cut.gguf": gguf_fixtures.truncate(tiny, tmp_path / "cut.gguf", -1000),
+        "odd.gguf": gguf_fixtures.write_unknown_architecture(tmp_path / "odd.gguf"),
+        "letter.gguf": gguf_fixtures.write_text(tmp_path / "letter.gguf"),
+        "absent.gguf": tmp_path / "absent.gguf",
+    }
+    for name, path in broken.items():
+        with pytest.raises(ModelLoadFailed) as caught:
+            engine_of(path)
+        assert name in caught.value.message
+        assert str(tmp_path) not in caught.value.message
+
+
+def test_a_tier_with_a_broken_file_says_so_and_the_others_serve(
+    tmp_path: Path, tiny: Path, smollm2: Path
+) -> None:
+    def tier(path: Path) -> TierSettings:
+        return TierSettings(model_path=str(path), n_threads=1, n_parallel=2, n_ctx=256)
+
+    cut = gguf_fixtures.truncate(tiny, tmp_path / "cut.gguf", -1000)
+    odd = gguf_fixtures.write_unknown_architecture(tmp_path / "odd.gguf")
+    tiers = {"light": tier(smollm2), "medium": tier(cut), "heavy": tier(odd)}
+    with serving(settings(**tiers), launch=launch_process) as service:
+        for name, path in (("medium", cut), ("heavy", odd)):
+            reply = service.chat(model=name)
+            assert reply.status_code == 500
+            error = reply.json()["error"]
+            assert error["code"] == "model_load_failed"
+            assert path.name in error["message"]
+            health = service.http.get("/health").json()["tiers"][name]
+            assert health == {"state": "failed", "reason": error["message"]}
+        first = service.chat("What is 2 and 2?", temperature=0, max_tokens=12).json()
+        text = first["choices"][0]["message"]["content"]
+        chunks = events(service.chat("What is 2 and 2?", temperature=0, max_tokens=12, stream=True))
+        streamed = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
+        assert streamed == text
+        again = service.chat("What is 2 and 2?", temperature=0, max_tokens=12).json()
+        n_prompt = again["usage"]["prompt_tokens"]
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == n_prompt - 1
+
+
+def test_killing_a_worker_of_llama_cpp_costs_only_its_streams(tiny: Path) -> None:
+    async def main() -> None:
+        tier = TierSettings(model_path=str(tiny), n_threads=1, n_parallel=2, n_ctx=2048)
+        async with ModelManager(settings(light=tier, heavy=fake())) as manager:
+            light = manager.tiers["light"]
+            request = wire.Generate([1000, 1001], True, GREEDY, [], 1500)
+            with light.submit(request) as generation:
+                await generation.started()
+                assert light._worker
+                light._worker._handle.kill()
+                with pytest.raises(Exception, match="killed by SIGKILL"):
+                    async for _ in generation:
+                        pass
+            short = wire.Generate([1000, 1001], True, GREEDY, [], 5)
+            with light.submit(short) as generation:
+                await generation.started()
+                outs = [out async for out in generation]
+            assert outs[-1].done
+            assert outs[-1].done.usage.completion_tokens == 5
+
+    asyncio.run(main())

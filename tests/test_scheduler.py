@@ -1,0 +1,571 @@
+"""The scheduler as lists of plain calls, on cells that are lists of tokens."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.scheduler import Scheduler
+from engine.types import Batch, Sequence
+
+
+class Cells:
+    """What a decoder remembers. `can_truncate=False` is memory that cannot drop an end."""
+
+    def __init__(self, n_slots: int, n_cells: int, *, can_truncate: bool = True) -> None:
+        self.slots: list[list[int]] = [[] for _ in range(n_slots)]
+        self.n_cells = n_cells
+        self.can_truncate = can_truncate
+
+    def truncate(self, slot: int, n_tokens: int) -> bool:
+        if self.can_truncate:
+            del self.slots[slot][n_tokens:]
+        return self.can_truncate
+
+    def clear(self, slot: int) -> None:
+        self.slots[slot].clear()
+
+    def decode(self, batch: Batch) -> None:
+        for chunk in batch.chunks:
+            cells = self.slots[chunk.slot]
+            assert len(cells) == chunk.start, "a chunk begins where the cells of its slot end"
+            cells += chunk.sequence.tokens[chunk.start : chunk.end]
+        assert sum(map(len, self.slots)) <= self.n_cells
+
+
+def next_token(cells: list[int]) -> int:
+    """Depends on every cell and its position, so that a wrong cell gives a wrong answer."""
+    return hash(tuple(cells)) % 1000
+
+
+def answer_to(prompt: list[int], n_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(n_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class Bench:
+    """A scheduler with its cells; `step` computes a batch as an engine would."""
+
+    def __init__(
+        self,
+        *,
+        n_slots: int = 4,
+        n_cells: int = 1000,
+        n_batch: int = 100,
+        can_truncate: bool = True,
+    ) -> None:
+        self.memory = Cells(n_slots, n_cells, can_truncate=can_truncate)
+        self.n_batch = n_batch
+        self.scheduler = Scheduler(self.memory, n_slots=n_slots, n_cells=n_cells, n_batch=n_batch)
+        self.sequences: dict[int, Sequence] = {}  # what was added and has not ended
+        self.wanted: dict[int, int] = {}
+        self.answers: dict[int, list[int]] = {}  # of those that got all they wanted
+        self.started: list[int] = []
+
+    def add(self, id: int, prompt: list[int], n_wanted: int = 1000) -> Sequence:
+        sequence = self.sequences[id] = Sequence(id, list(prompt))
+        self.wanted[id] = n_wanted
+        self.scheduler.add(sequence)
+        return sequence
+
+    def cancel(self, id: int) -> None:
+        self.sequences.pop(id, None)
+        self.scheduler.cancel(id)
+
+    def step(self) -> dict[int, int]:
+        """Number of tokens that each sequence had in the batch, by id."""
+        batch = self.plan()
+        self.commit(batch)
+        return {chunk.sequence.id: chunk.n_tokens for chunk in batch.chunks}
+
+    def plan(self) -> Batch:
+        batch, started = self.scheduler.plan()
+        self.started += [sequence.id for sequence in started]
+        assert batch.n_tokens == sum(chunk.n_tokens for chunk in batch.chunks) <= self.n_batch
+        assert all(chunk.n_tokens > 0 for chunk in batch.chunks)
+        ids = [chunk.sequence.id for chunk in batch.chunks]
+        assert len(ids) == len(set(ids)), "one chunk for each sequence"
+        return batch
+
+    def commit(self, batch: Batch) -> None:
+        self.memory.decode(batch)
+        wanting = [chunk.sequence for chunk in batch.chunks if chunk.wants_logits]
+        sampled = [next_token(self.cells_of(sequence)) for sequence in wanting]
+        self.scheduler.commit(batch, sampled)
+        for sequence in wanting:
+            answer = sequence.tokens[sequence.n_prompt :]
+            if len(answer) >= self.wanted[sequence.id]:
+                self.answers[sequence.id] = answer
+                self.cancel(sequence.id)
+        self.check()
+
+    def check(self) -> None:
+        held = set()
+        for sequence in self.sequences.values():
+            if sequence.slot is None:
+                assert sequence.n_past == 0
+            else:
+                assert self.cells_of(sequence) == sequence.tokens[: sequence.n_past]
+                assert sequence.slot not in held, "a slot belongs to one sequence"
+                held.add(sequence.slot)
+
+    def cells_of(self, sequence: Sequence) -> list[int]:
+        assert sequence.slot is not None
+        return self.memory.slots[sequence.slot]
+
+    def run(self, max_steps: int = 1000) -> None:
+        for _ in range(max_steps):
+            if self.scheduler.idle:
+                return
+            assert self.step(), "while anything is there to do, something is done"
+        pytest.fail("it does not end")
+
+    def talk(self, id: int, prompt: list[int], n_wanted: int = 1) -> Sequence:
+        """Add a sequence and run until all is idle. It is returned for its `n_cached`."""
+        sequence = self.add(id, prompt, n_wanted)
+        self.run()
+        return sequence
+
+
+def tokens(first: int, n: int) -> list[int]:
+    """`n` tokens that no other `first` (a multiple of 1000) has."""
+    return [first + i for i in range(n)]
+
+
+# continuous batching
+
+
+def test_nothing_to_do_is_an_empty_batch() -> None:
+    bench = Bench()
+    assert bench.scheduler.idle
+    batch, started = bench.scheduler.plan()
+    assert (batch.chunks, batch.n_tokens, started) == ([], 0, [])
+
+
+def test_a_prompt_is_decoded_in_one_batch_and_then_a_token_at_a_time() -> None:
+    bench = Bench()
+    bench.add(1, tokens(1000, 7))
+    assert not bench.scheduler.idle
+    assert [bench.step() for _ in range(3)] == [{1: 7}, {1: 1}, {1: 1}]
+
+
+def test_sequences_join_and_leave_at_any_step() -> None:
+    bench = Bench()
+    bench.add(1, tokens(1000, 5))
+    assert bench.step() == {1: 5}
+    bench.add(2, tokens(2000, 3))
+    assert bench.step() == {1: 1, 2: 3}
+    bench.add(3, tokens(3000, 2))
+    bench.cancel(1)
+    assert bench.step() == {2: 1, 3: 2}
+    bench.cancel(2)
+    assert bench.step() == {3: 1}
+    bench.cancel(3)
+    assert bench.scheduler.idle
+    assert bench.step() == {}
+
+
+def test_each_sequence_gets_the_answer_it_would_get_alone() -> None:
+    bench = Bench(n_slots=3, n_batch=5)
+    prompts = {id: tokens(1000 * id, 2 + 3 * id) for id in range(1, 7)}
+    for id, prompt in prompts.items():
+        bench.add(id, prompt, n_wanted=2 * id)
+    bench.run()
+    assert bench.answers == {id: answer_to(prompt, 2 * id) for id, prompt in prompts.items()}
+
+
+def test_a_sequence_starts_once_and_in_the_order_of_arrival() -> None:
+    bench = Bench(n_slots=2)
+    for id in (1, 2, 3, 4):
+        bench.add(id, tokens(1000 * id, 4), n_wanted=id)
+    bench.step()
+    assert bench.started == [1, 2]
+    bench.run()
+    assert bench.started == [1, 2, 3, 4]
+
+
+def test_a_newcomer_waits_while_its_prompt_does_not_fit_and_nobody_overtakes_it() -> None:
+    bench = Bench(n_slots=4, n_cells=20)
+    bench.add(1, tokens(1000, 10))
+    bench.add(2, tokens(2000, 10))  # with this the cells would be full, and nobody could go on
+    bench.add(3, tokens(3000, 1))
+    assert bench.step() == {1: 10}
+    assert bench.step() == {1: 1}
+    bench.cancel(1)
+    assert bench.step() == {2: 10, 3: 1}
+
+
+def test_a_prompt_one_short_of_all_cells_runs_alone() -> None:
+    bench = Bench(n_cells=20)
+    bench.talk(1, tokens(1000, 19), n_wanted=2)
+    assert bench.answers[1] == answer_to(tokens(1000, 19), 2)
+
+
+# prompts in chunks
+
+
+def test_a_long_prompt_is_cut_to_the_batch() -> None:
+    bench = Bench(n_batch=8)
+    bench.add(1, tokens(1000, 20))
+    assert [bench.step() for _ in range(4)] == [{1: 8}, {1: 8}, {1: 4}, {1: 1}]
+
+
+def test_a_long_prompt_stalls_no_decode() -> None:
+    bench = Bench(n_batch=8)
+    bench.add(1, tokens(1000, 3))
+    bench.step()
+    bench.add(2, tokens(2000, 20))
+    assert [bench.step() for _ in range(4)] == [
+        {1: 1, 2: 7},
+        {1: 1, 2: 7},
+        {1: 1, 2: 6},
+        {1: 1, 2: 1},
+    ]
+
+
+def test_short_prompts_share_a_batch_first_come_first_served() -> None:
+    bench = Bench(n_batch=8)
+    for id in (1, 2, 3):
+        bench.add(id, tokens(1000 * id, 5))
+    assert bench.step() == {1: 5, 2: 3}
+    assert bench.step() == {1: 1, 2: 2, 3: 5}
+    assert bench.step() == {1: 1, 2: 1, 3: 1}
+
+
+def test_only_the_chunk_at_the_end_of_a_prompt_wants_logits() -> None:
+    bench = Bench(n_batch=8)
+    sequence = bench.add(1, tokens(1000, 12))
+    (chunk,) = bench.plan().chunks
+    assert (chunk.start, chunk.end, chunk.wants_logits) == (0, 8, False)
+    bench.commit(bench.plan())
+    assert (sequence.n_past, len(sequence.tokens)) == (8, 12)
+    (chunk,) = bench.plan().chunks
+    assert (chunk.start, chunk.end, chunk.wants_logits) == (8, 12, True)
+
+
+def test_more_decodes_than_a_batch_holds_all_come_to_their_end() -> None:
+    bench = Bench(n_slots=4, n_batch=2)
+    for id in (1, 2, 3, 4):
+        bench.add(id, tokens(1000 * id, 1), n_wanted=3)
+    bench.run()
+    assert bench.answers == {id: answer_to(tokens(1000 * id, 1), 3) for id in (1, 2, 3, 4)}
+
+
+# prefix reuse
+
+
+def test_the_next_turn_of_a_conversation_decodes_only_what_is_new() -> None:
+    bench = Bench()
+    bench.talk(1, tokens(1000, 10), n_wanted=5)
+    history = tokens(1000, 10) + bench.answers[1]
+    second = bench.talk(2, history + tokens(2000, 3), n_wanted=4)
+    # the last token that was sampled has no cell: nothing came after it
+    assert second.n_cached == 14
+    assert bench.answers[2] == answer_to(history + tokens(2000, 3), 4)
+
+
+def test_the_same_prompt_again_decodes_its_last_token_for_the_logits() -> None:
+    bench = Bench()
+    prompt = tokens(1000, 10)
+    bench.talk(1, prompt, n_wanted=3)
+    again = bench.add(2, prompt, n_wanted=3)
+    assert bench.step() == {2: 1}
+    assert again.n_cached == 9
+    bench.run()
+    assert bench.answers[2] == bench.answers[1]
+
+
+def test_a_regenerated_turn_keeps_what_comes_before_it() -> None:
+    bench = Bench()
+    bench.talk(1, tokens(1000, 10), n_wanted=8)
+    edited = tokens(1000, 9) + tokens(2000, 4)
+    assert bench.talk(2, edited, n_wanted=4).n_cached == 9
+    assert bench.answers[2] == answer_to(edited, 4)
+
+
+def test_each_conversation_finds_its_own_slot() -> None:
+    bench = Bench(n_slots=3)
+    first = {id: tokens(1000 * id, 10) for id in (1, 2, 3)}
+    for id, prompt in first.items():
+        bench.talk(id, prompt)
+    for id in (2, 3, 1):
+        assert bench.talk(10 + id, [*first[id], 7, 8]).n_cached == 10
+
+
+def test_a_short_match_does_not_overwrite_another_conversation() -> None:
+    bench = Bench(n_slots=2)
+    system = tokens(1000, 4)
+    bench.talk(1, system + tokens(2000, 20))
+    other = bench.talk(2, system + tokens(3000, 20))
+    assert other.n_cached == 0  # a slot of its own, from the beginning
+    assert bench.talk(3, system + tokens(2000, 20) + [7]).n_cached == 24
+    assert bench.talk(4, system + tokens(3000, 20) + [7]).n_cached == 24
+
+
+def test_half_of_what_a_slot_remembers_is_enough_of_a_match() -> None:
+    bench = Bench(n_slots=2)
+    bench.talk(1, tokens(1000, 10))
+    assert bench.talk(2, tokens(1000, 5) + tokens(2000, 9)).n_cached == 5
+
+
+def test_less_than_half_takes_an_empty_slot() -> None:
+    bench = Bench(n_slots=2)
+    bench.talk(1, tokens(1000, 10))
+    assert bench.talk(2, tokens(1000, 4) + tokens(2000, 9)).n_cached == 0
+    assert bench.talk(3, [*tokens(1000, 10), 7]).n_cached == 10
+
+
+def test_the_longest_match_is_taken() -> None:
+    bench = Bench(n_slots=3)
+    bench.add(1, tokens(1000, 6) + tokens(2000, 3), n_wanted=1)
+    bench.add(2, tokens(1000, 8) + tokens(3000, 1), n_wanted=1)
+    bench.run()
+    assert bench.talk(3, tokens(1000, 12)).n_cached == 8
+
+
+def test_without_a_match_the_slot_least_recently_used_is_taken() -> None:
+    bench = Bench(n_slots=2)
+    bench.talk(1, tokens(1000, 10))
+    bench.talk(2, tokens(2000, 10))
+    bench.talk(3, [*tokens(1000, 10), 7])  # the first is now the younger one
+    bench.talk(4, tokens(4000, 10))
+    assert bench.talk(5, [*tokens(1000, 10), 7, 8]).n_cached == 11
+
+
+def test_of_a_slot_in_use_nothing_is_taken() -> None:
+    bench = Bench(n_slots=2)
+    bench.add(1, tokens(1000, 10))
+    bench.step()
+    twin = bench.add(2, tokens(1000, 10))
+    assert bench.step() == {1: 1, 2: 10}
+    assert twin.n_cached == 0
+
+
+def test_an_empty_prompt_tail_after_a_cached_start_is_one_token_beside_the_decodes() -> None:
+    bench = Bench(n_slots=2, n_batch=4)
+    bench.talk(1, tokens(1000, 3))
+    bench.add(2, tokens(2000, 3))
+    bench.step()
+    bench.add(3, tokens(1000, 3))
+    assert bench.step() == {2: 1, 3: 1}
+
+
+def test_memory_that_cannot_drop_an_end_decodes_the_whole_prompt_again() -> None:
+    bench = Bench(can_truncate=False)
+    prompt = tokens(1000, 10)
+    bench.talk(1, prompt, n_wanted=5)
+    again = bench.talk(2, prompt, n_wanted=5)
+    assert again.n_cached == 0
+    assert bench.answers[2] == bench.answers[1] == answer_to(prompt, 5)
+
+
+def test_memory_that_cannot_drop_an_end_still_goes_on_where_it_stopped() -> None:
+    bench = Bench(can_truncate=False)
+    bench.talk(1, tokens(1000, 10), n_wanted=5)
+    history = tokens(1000, 10) + bench.answers[1]
+    assert bench.talk(2, [*history, 7], n_wanted=2).n_cached == 14
+    assert bench.answers[2] == answer_to([*history, 7], 2)
+
+
+# cancel
+
+
+def test_a_cancelled_sequence_is_in_no_further_batch() -> None:
+    bench = Bench()
+    bench.add(1, tokens(1000, 5))
+    bench.add(2, tokens(2000, 5))
+    bench.step()
+    bench.cancel(1)
+    assert bench.step() == {2: 1}
+
+
+def test_a_waiting_sequence_that_is_cancelled_never_starts() -> None:
+    bench = Bench(n_slots=1)
+    for id in (1, 2, 3):
+        bench.add(id, tokens(1000 * id, 5), n_wanted=1)
+    bench.cancel(2)
+    bench.run()
+    assert bench.started == [1, 3]
+    assert set(bench.answers) == {1, 3}
+
+
+def test_cancel_in_the_middle_of_a_prompt_frees_the_slot_and_keeps_the_cells() -> None:
+    bench = Bench(n_slots=1, n_batch=8)
+    bench.add(1, tokens(1000, 20))
+    bench.step()
+    bench.step()
+    bench.cancel(1)
+    assert bench.scheduler.idle
+    assert bench.talk(2, tokens(1000, 20)).n_cached == 16
+    assert bench.answers[2] == answer_to(tokens(1000, 20), 1)
+
+
+def test_cancelling_what_is_unknown_changes_nothing() -> None:
+    bench = Bench()
+    bench.add(1, tokens(1000, 5))
+    bench.cancel(7)
+    assert bench.step() == {1: 5}
+
+
+# cells run out
+
+
+def test_idle_slots_are_forgotten_least_recently_used_first() -> None:
+    bench = Bench(n_slots=4, n_cells=40)
+    for id in (1, 2, 3):
+        bench.talk(id, tokens(1000 * id, 10))
+    bench.talk(4, tokens(4000, 15))  # 10 cells are free, so one slot must go
+    assert [len(slot) for slot in bench.memory.slots] == [0, 10, 10, 15]
+
+
+def test_a_decode_that_finds_no_cell_forgets_an_idle_slot() -> None:
+    bench = Bench(n_slots=2, n_cells=20)
+    bench.talk(1, tokens(1000, 10))
+    bench.talk(2, tokens(2000, 9), n_wanted=4)
+    assert [len(slot) for slot in bench.memory.slots] == [0, 12]
+    assert bench.answers[2] == answer_to(tokens(2000, 9), 4)
+
+
+def test_when_cells_run_out_the_youngest_goes_back_to_the_queue_with_its_tokens() -> None:
+    bench = Bench(n_slots=3, n_cells=20)
+    old = bench.add(1, tokens(1000, 8))
+    young = bench.add(2, tokens(2000, 8))
+    for _ in range(3):
+        bench.step()
+    assert bench.step() == {1: 1}  # 2 × 10 cells are used: no room for two more
+    assert (young.slot, young.n_past) == (None, 0)
+    assert young.tokens == tokens(2000, 8) + answer_to(tokens(2000, 8), 3)
+    assert old.slot is not None
+
+
+def test_a_preempted_sequence_resumes_with_the_same_continuation_and_starts_only_once() -> None:
+    bench = Bench(n_slots=3, n_cells=20)
+    bench.add(1, tokens(1000, 8), n_wanted=8)
+    bench.add(2, tokens(2000, 8), n_wanted=8)
+    bench.run()
+    assert bench.answers == {id: answer_to(tokens(1000 * id, 8), 8) for id in (1, 2)}
+    assert bench.started == [1, 2]
+
+
+def test_a_preempted_sequence_is_ahead_of_younger_ones_that_wait() -> None:
+    bench = Bench(n_slots=2, n_cells=20)
+    bench.add(1, tokens(1000, 8), n_wanted=8)
+    bench.add(2, tokens(2000, 8), n_wanted=8)
+    bench.step()
+    bench.add(3, tokens(3000, 8), n_wanted=8)
+    bench.run()
+    assert list(bench.answers) == [1, 2, 3]
+
+
+def test_a_preempted_sequence_keeps_the_count_of_its_first_start() -> None:
+    bench = Bench(n_slots=3, n_cells=30)
+    bench.talk(1, tokens(2000, 6))
+    bench.add(2, tokens(1000, 10), n_wanted=12)
+    young = bench.add(3, [*tokens(2000, 6), 7], n_wanted=12)
+    bench.run()
+    assert young.n_cached == 6
+    assert bench.answers[3] == answer_to([*tokens(2000, 6), 7], 12)
+
+
+def test_a_preempted_sequence_can_be_cancelled() -> None:
+    bench = Bench(n_slots=2, n_cells=20)
+    bench.add(1, tokens(1000, 8), n_wanted=9)
+    bench.add(2, tokens(2000, 8))
+    for _ in range(4):
+        bench.step()
+    bench.cancel(2)
+    bench.run()
+    assert list(bench.answers) == [1]
+
+
+def test_the_last_running_sequence_is_not_preempted() -> None:
+    bench = Bench()
+    bench.add(1, tokens(1000, 5))
+    assert not bench.scheduler.preempt_youngest()
+    bench.step()
+    assert not bench.scheduler.preempt_youngest()
+    bench.add(2, tokens(2000, 5))
+    bench.step()
+    assert bench.scheduler.preempt_youngest()
+
+
+def test_nothing_to_forget_is_told() -> None:
+    bench = Bench()
+    assert not bench.scheduler.forget_idle(1)
+    bench.talk(1, tokens(1000, 5))
+    assert bench.scheduler.forget_idle(1)
+    assert not bench.scheduler.forget_idle(1)
+
+
+# a failed batch
+
+
+def test_a_failed_batch_ends_its_sequences_and_frees_their_cells() -> None:
+    bench = Bench(n_slots=2, n_batch=8)
+    bench.add(1, tokens(1000, 8))
+    bench.step()
+    bench.add(2, tokens(2000, 5))
+    batch = bench.plan()
+    assert [s.id for s in bench.scheduler.fail(batch)] == [1, 2]
+    assert bench.scheduler.idle
+    assert bench.memory.slots == [[], []]
+    # what may be wrong in those cells is not built upon
+    assert bench.talk(3, tokens(1000, 8), n_wanted=2).n_cached == 0
+    assert bench.answers[3] == answer_to(tokens(1000, 8), 2)
+
+
+def test_a_failed_batch_spares_who_was_not_in_it() -> None:
+    bench = Bench(n_slots=2, n_batch=4)
+    bench.add(1, tokens(1000, 6))
+    bench.add(2, tokens(2000, 6), n_wanted=2)
+    bench.add(3, tokens(3000, 6), n_wanted=2)
+    batch = bench.plan()
+    assert [s.id for s in bench.scheduler.fail(batch)] == [1]
+    bench.run()
+    assert bench.answers == {id: answer_to(tokens(1000 * id, 6), 2) for id in (2, 3)}
+
+
+# anything, in any order
+
+Prompt = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    n_slots=st.integers(1, 4),
+    n_cells=st.integers(16, 40),
+    n_batch=st.integers(1, 9),
+    can_truncate=st.booleans(),
+    prompts=st.lists(st.tuples(Prompt, st.integers(1, 4)), min_size=1, max_size=12),
+    rng=st.randoms(use_true_random=False),
+)
+def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_alone(
+    n_slots: int,
+    n_cells: int,
+    n_batch: int,
+    can_truncate: bool,
+    prompts: list[tuple[list[int], int]],
+    rng: random.Random,
+) -> None:
+    bench = Bench(n_slots=n_slots, n_cells=n_cells, n_batch=n_batch, can_truncate=can_truncate)
+    todo = dict(enumerate(prompts))
+    expected = {id: answer_to(prompt, n_wanted) for id, (prompt, n_wanted) in todo.items()}
+    while todo or not bench.scheduler.idle:
+        action = rng.random()
+        if todo and action < 0.4:
+            id = min(todo)
+            bench.add(id, *todo.pop(id))
+        elif bench.sequences and action < 0.5:
+            id = rng.choice(sorted(bench.sequences))
+            bench.cancel(id)
+            del expected[id]
+        elif action < 0.55:
+            for sequence in bench.scheduler.fail(bench.plan()):
+                del bench.sequences[sequence.id], expected[sequence.id]
+        elif not bench.step():
+            assert bench.scheduler.idle, "while anything is there to do, something is done"
+    assert bench.answers == expected
+    assert sorted(bench.started) == sorted(set(bench.started))

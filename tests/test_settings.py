@@ -1,0 +1,278 @@
+"""Settings: what is read, what is refused, and what a user is told about it."""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from settings import (
+    CHAT_TIERS,
+    DEFAULT_CHAT_MODEL,
+    ROOT,
+    TIERS,
+    ServerSettings,
+    Settings,
+    SettingsError,
+    TierSettings,
+    known_keys,
+    unknown_keys,
+)
+
+Load = Callable[[str], Settings]
+EnvFile = Callable[[str], Path]
+
+# the block of the design that this project was asked for with
+DESIGN_BLOCK = """
+EMBEDDING_MODEL_PATH=/path/to/bge-m3-Q8_0.gguf
+EMBEDDING_BACKEND=llamacpp
+EMBEDDING_EMBEDDING_MODE=true
+EMBEDDING_EMBEDDING_DIMENSION=1024
+EMBEDDING_N_CTX=8192
+RERANKER_MODEL_PATH=/path/to/bge-reranker-v2-m3-Q8_0.gguf
+RERANKER_BACKEND=llamacpp
+RERANKER_N_CTX=512
+RERANKER_TEMPERATURE=0.01
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_unknown_keys_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The known ones are taken away for all tests (conftest.py)."""
+    for key, _ in unknown_keys(None):
+        monkeypatch.delenv(key)
+
+
+@pytest.fixture
+def env_file(tmp_path: Path) -> EnvFile:
+    def write(text: str) -> Path:
+        path = tmp_path / ".env"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def load(env_file: EnvFile) -> Load:
+    return lambda text: Settings.load(env_file(text))
+
+
+def faults(load: Load, text: str) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        load(text)
+    return str(caught.value).splitlines()
+
+
+def values_of(settings: ServerSettings | TierSettings, **expected: Any) -> Mapping[str, Any]:
+    return {name: getattr(settings, name) for name in expected}
+
+
+# defaults
+
+
+def test_without_any_configuration_the_chat_tiers_run_the_default_model(load: Load) -> None:
+    tiers = load("").tiers
+    assert tuple(tiers) == CHAT_TIERS
+    assert {tier.path for tier in tiers.values()} == {ROOT / DEFAULT_CHAT_MODEL}
+    assert {tier.backend for tier in tiers.values()} == {"llamacpp"}
+
+
+def test_a_missing_file_is_as_good_as_an_empty_one(load: Load, tmp_path: Path) -> None:
+    assert Settings.load(tmp_path / "nowhere") == Settings.load(None) == load("")
+
+
+def test_the_defaults_are_those_that_the_design_promises(load: Load) -> None:
+    settings = load("")
+    server: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, "api_keys": [], "cors_origins": []}
+    assert values_of(settings.server, **server) == server
+    tier: dict[str, Any] = {
+        "n_ctx": None, "n_parallel": 8, "kv_tokens": None, "n_batch": 512, "n_threads": None,
+        "n_gpu_layers": -1, "max_tokens": None, "queue_size": 64, "idle_ttl_s": 600,
+        "pin": False, "preload": False,
+    }  # fmt: skip
+    assert values_of(settings.tiers["light"], **tier) == tier
+
+
+def test_settings_of_an_unconfigured_tier_hold_for_its_default_model(load: Load) -> None:
+    tiers = load("LIGHT_N_CTX=1024\nHEAVY_TEMPERATURE=0").tiers
+    assert tiers["light"].n_ctx == 1024
+    assert tiers["heavy"].temperature == 0
+    assert tiers["light"].path == ROOT / DEFAULT_CHAT_MODEL
+
+
+# what is read
+
+
+def test_each_tier_reads_its_own_prefix_only(load: Load) -> None:
+    text = "\n".join(
+        f"{tier.upper()}_MODEL_PATH=/models/{tier}.gguf\n{tier.upper()}_N_CTX={100 + n}"
+        for n, tier in enumerate(TIERS)
+    )
+    tiers = load(text).tiers
+    assert tuple(tiers) == TIERS
+    for n, name in enumerate(TIERS):
+        assert tiers[name].path == Path(f"/models/{name}.gguf")
+        assert tiers[name].n_ctx == 100 + n
+
+
+def test_only_configured_tiers_exist(load: Load) -> None:
+    assert list(load("MEDIUM_MODEL_PATH=a.gguf\nLIGHT_N_CTX=512").tiers) == ["medium"]
+
+
+def test_the_fake_backend_needs_no_model_to_configure_a_tier(load: Load) -> None:
+    assert list(load("HEAVY_BACKEND=fake").tiers) == ["heavy"]
+
+
+def test_the_example_of_the_design_loads(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    tiers = load(DESIGN_BLOCK).tiers
+    assert list(tiers) == ["embedding", "reranker"]
+    embedding: dict[str, Any] = {
+        "model_path": "/path/to/bge-m3-Q8_0.gguf", "embedding_mode": True,
+        "embedding_dimension": 1024, "n_ctx": 8192,
+    }  # fmt: skip
+    assert values_of(tiers["embedding"], **embedding) == embedding
+    assert (tiers["reranker"].n_ctx, tiers["reranker"].temperature) == (512, 0.01)
+    assert not caplog.records
+
+
+def test_the_environment_wins_over_the_file(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "9000")
+    monkeypatch.setenv("LIGHT_N_CTX", "4096")
+    settings = load("PORT=8080\nLIGHT_N_CTX=1024\nLIGHT_N_BATCH=256")
+    assert settings.server.port == 9000
+    assert settings.tiers["light"].n_ctx == 4096
+    assert settings.tiers["light"].n_batch == 256
+
+
+def test_an_empty_value_is_not_set(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load("".join(f"{key}=\n" for key in known_keys())) == load("")
+    monkeypatch.setenv("PORT", "")
+    assert load("PORT=8080").server.port == 8080
+
+
+def test_keys_may_be_written_small(load: Load) -> None:
+    assert load("port=8080\nlight_n_ctx=512").server.port == 8080
+
+
+@pytest.mark.parametrize(
+    ("value", "items"),
+    [
+        ("one", ["one"]),
+        ("one,two", ["one", "two"]),
+        (" one , two ", ["one", "two"]),
+        ("one,,two,", ["one", "two"]),
+        ("','", []),
+        ("' '", []),
+    ],
+)
+def test_lists_are_comma_separated(load: Load, value: str, items: list[str]) -> None:
+    settings = load(
+        "".join(
+            f"{key}={value}\n"
+            for key in ("API_KEYS", "ALLOWED_HOSTS", "CORS_ORIGINS", "LIGHT_ALIASES")
+        )
+    )
+    assert settings.server.api_keys == items
+    assert settings.server.allowed_hosts == items
+    assert settings.server.cors_origins == items
+    assert settings.tiers["light"].aliases == items
+
+
+def test_a_relative_path_starts_at_the_project(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    tiers = load(
+        "LIGHT_MODEL_PATH=models/a.gguf\nMEDIUM_MODEL_PATH=/b.gguf\nHEAVY_MODEL_PATH=~/c.gguf"
+    ).tiers
+    assert tiers["light"].path == ROOT / "models" / "a.gguf"
+    assert tiers["medium"].path == Path("/b.gguf")
+    assert tiers["heavy"].path == Path("/home/someone/c.gguf")
+
+
+# what is refused
+
+
+def test_all_faults_are_reported_at_once_with_their_keys(load: Load) -> None:
+    lines = faults(
+        load, "PORT=eighty\nLIGHT_N_CTX=many\nHEAVY_TEMPERATURE=9\nRERANKER_BACKEND=mlx\nPORTT=1"
+    )
+    assert [line.partition(":")[0] for line in lines] == [
+        "PORT",
+        "LIGHT_N_CTX",
+        "HEAVY_TEMPERATURE",
+        "RERANKER_BACKEND",
+    ]
+    assert "'eighty'" in lines[0]
+    assert "'llamacpp' or 'fake'" in lines[3]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "PORT=65536",
+        "LOG_LEVEL=LOUD",
+        "MAX_BODY_BYTES=0",
+        "WORKER_TIMEOUT_S=0",
+        "ALLOW_INSECURE=perhaps",
+        "LIGHT_N_CTX=0",
+        "LIGHT_N_PARALLEL=0",
+        "LIGHT_N_THREADS=0",
+        "LIGHT_TEMPERATURE=-0.1",
+        "LIGHT_TEMPERATURE=nan",
+        "LIGHT_TOP_P=1.5",
+        "LIGHT_REPEAT_PENALTY=0",
+        "LIGHT_MAX_TOKENS=0",
+        "LIGHT_QUEUE_SIZE=0",
+        "LIGHT_IDLE_TTL_S=-1",
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_key(load: Load, line: str) -> None:
+    key, _, value = line.partition("=")
+    (fault,) = faults(load, line)
+    assert fault.startswith(f"{key}: ")
+    assert f"(it is '{value}')" in fault
+
+
+def test_a_batch_that_cannot_hold_a_token_of_each_sequence_is_refused(load: Load) -> None:
+    (fault,) = faults(load, "LIGHT_N_BATCH=4\nLIGHT_N_PARALLEL=8")
+    assert fault == "LIGHT: N_BATCH (4) must not be less than N_PARALLEL (8)"
+    assert load("LIGHT_N_BATCH=8\nLIGHT_N_PARALLEL=8").tiers["light"].n_batch == 8
+
+
+def test_fewer_cells_than_one_request_may_use_are_refused(load: Load) -> None:
+    (fault,) = faults(load, "HEAVY_KV_TOKENS=1000\nHEAVY_N_CTX=2000")
+    assert fault == "HEAVY: KV_TOKENS (1000) must not be less than N_CTX (2000)"
+    assert load("HEAVY_KV_TOKENS=2000\nHEAVY_N_CTX=2000").tiers["heavy"].kv_tokens == 2000
+
+
+# what is warned of
+
+
+def test_an_unknown_key_is_warned_of_with_the_nearest_one(
+    load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "settings"):
+        settings = load("LIGHT_MODLE_PATH=a.gguf\nFRUIT=apple")
+    nearest, unlike = (record.getMessage() for record in caplog.records)
+    assert nearest.startswith("The setting LIGHT_MODLE_PATH is not known")
+    assert nearest.endswith("did you mean LIGHT_MODEL_PATH?")
+    assert unlike == "The setting FRUIT is not known and does nothing"
+    assert tuple(settings.tiers) == CHAT_TIERS
+
+
+def test_of_the_environment_only_a_tiers_prefix_is_ours(
+    monkeypatch: pytest.MonkeyPatch, env_file: EnvFile
+) -> None:
+    monkeypatch.setenv("HEAVY_N_CTXX", "1")
+    monkeypatch.setenv("SOMETHING_ELSE", "1")
+    assert unknown_keys(env_file("HEAVY_N_CTXX=2\n")) == [("HEAVY_N_CTXX", "HEAVY_N_CTX")]
+
+
+def test_known_keys_are_all_known(env_file: EnvFile) -> None:
+    keys = known_keys()
+    assert len(keys) == len(set(keys))
+    assert unknown_keys(env_file("".join(f"{key}=\n" for key in keys))) == []

@@ -1,0 +1,141 @@
+"""Token bytes to text: whole characters, and no stop string."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.text import TextStream
+
+
+def said(chunks: list[bytes], *stops: str) -> str:
+    """All that comes out of a stream, up to where it stops or ends."""
+    stream = TextStream(stops)
+    text = ""
+    for chunk in chunks:
+        text += stream.push(chunk)
+        if stream.stopped:
+            return text
+    return text + stream.finish()
+
+
+def pushes(chunks: list[bytes], *stops: str) -> list[str]:
+    stream = TextStream(stops)
+    return [stream.push(chunk) for chunk in chunks]
+
+
+def in_bytes(text: str) -> list[bytes]:
+    return [bytes([byte]) for byte in text.encode()]
+
+
+# characters
+
+
+def test_half_a_character_waits_for_the_rest() -> None:
+    assert pushes(in_bytes("aé€🎉")) == ["a", "", "é", "", "", "€", "", "", "", "🎉"]
+
+
+def test_half_a_character_at_the_end_is_dropped() -> None:
+    assert said([b"ab\xf0\x9f"]) == "ab"
+    assert said([b"ab\xf0\x9f"], "zz") == "ab"
+
+
+def test_bytes_that_are_no_text_become_replacement_characters() -> None:
+    assert said([b"a\xff", b"b"]) == "a�b"
+    assert said([b"\xe2\x82", b"b"]) == "�b"
+
+
+# stops
+
+
+def test_without_stops_nothing_is_held_back() -> None:
+    assert pushes([b"one ", b"two"]) == ["one ", "two"]
+
+
+def test_text_ends_before_the_stop_string() -> None:
+    stream = TextStream(["END"])
+    assert stream.push(b"some text END and more") == "some text "
+    assert stream.stopped
+    assert stream.finish() == ""
+
+
+def test_what_may_begin_a_stop_string_is_held_back() -> None:
+    assert pushes(in_bytes("a<|b"), "<|end|>") == ["a", "", "", "<|b"]
+
+
+@pytest.mark.parametrize("chunks", [["x", "END"], ["xE", "ND"], ["xE", "N", "D"], ["xEND"]])
+def test_a_stop_string_is_found_across_tokens(chunks: list[str]) -> None:
+    assert said([chunk.encode() for chunk in chunks], "END") == "x"
+
+
+def test_a_stop_string_inside_a_character_of_many_bytes_is_found() -> None:
+    assert said(in_bytes("über 世界!"), "世界") == "über "
+
+
+def test_held_back_text_comes_when_it_was_no_stop_string() -> None:
+    assert said([b"text E", b"N"], "END") == "text EN"
+    assert pushes([b"E", b"N", b"X"], "END") == ["", "", "ENX"]
+
+
+def test_a_look_alike_may_end_in_the_beginning_of_another() -> None:
+    assert said(in_bytes("aab"), "aab") == ""
+    assert said(in_bytes("aaab"), "aab") == "a"
+    assert pushes(in_bytes("aaac"), "aab") == ["", "", "a", "aac"]
+
+
+def test_stops_that_share_their_beginning_are_told_apart() -> None:
+    assert said(in_bytes("one\nUser: two"), "\nUser:", "\nSystem:") == "one"
+    assert said(in_bytes("one\nSun\nSystem: two"), "\nUser:", "\nSystem:") == "one\nSun"
+
+
+def test_of_several_stops_the_one_that_is_complete_first_counts() -> None:
+    assert said([b"a END b STOP"], "STOP", "END") == "a "
+    assert said([b"abcd"], "abcd", "bc") == "a"
+    assert said(in_bytes("abcd"), "abcd", "bc") == "a"
+
+
+def test_a_stop_that_ends_another_takes_the_longer_one() -> None:
+    assert said(in_bytes("a\n\nb"), "\n\n", "\n") == "a"
+    assert said(in_bytes("xabc"), "bc", "abc") == "x"
+
+
+# any text, any cuts
+
+Texts = st.text(alphabet="abc é世🎉", max_size=30)
+Stops = st.lists(st.text(alphabet="abc é世", min_size=1, max_size=4), max_size=3)
+
+
+def before_first_stop(text: str, stops: list[str]) -> str:
+    """The plain definition: read on until the text ends in a stop, the longest one counts."""
+    for end in range(len(text) + 1):
+        if found := [stop for stop in stops if text[:end].endswith(stop)]:
+            return text[: end - max(map(len, found))]
+    return text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=Texts, stops=Stops, cuts=st.lists(st.integers(0, 90), max_size=6))
+def test_cuts_between_tokens_change_nothing(text: str, stops: list[str], cuts: list[int]) -> None:
+    data = text.encode()
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    chunks = [data[start:end] for start, end in pairwise(edges)]
+    expected = before_first_stop(text, stops)
+    assert said(chunks, *stops) == expected
+    assert said(in_bytes(text), *stops) == expected
+    assert not any(stop in expected for stop in stops)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=Texts, stops=Stops)
+def test_no_more_is_held_back_than_may_begin_a_stop(text: str, stops: list[str]) -> None:
+    stream = TextStream(stops)
+    out = ""
+    for n, character in enumerate(text, start=1):
+        out += stream.push(character.encode())
+        if stream.stopped:
+            return
+        held = text[len(out) : n]
+        assert out + held == text[:n]
+        assert not held or any(stop.startswith(held) for stop in stops)
+    assert stream.finish() == text[len(out) :]

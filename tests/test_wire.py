@@ -1,0 +1,161 @@
+"""Frames between the server and a worker."""
+
+import asyncio
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from engine import wire
+from engine.types import SamplingParams
+
+SPEC = wire.WorkerSpec(
+    name="light",
+    backend="fake",
+    model_path="/models/müsli.gguf",
+    n_ctx=8192,
+    n_parallel=8,
+    kv_tokens=65536,
+    n_batch=512,
+    n_threads=2,
+    n_gpu_layers=-1,
+    log_level="DEBUG",
+)
+TO_WORKER: list[wire.ToWorker] = [
+    wire.Load(SPEC),
+    wire.Generate(
+        [wire.Segment("<|user|>", True), wire.Segment("über 世界 \0", False)],
+        True,
+        SamplingParams(temperature=0, seed=2**32 - 1),
+        ["\n", "END"],
+        None,
+        7,
+    ),
+    wire.Generate([1, 2, 0], False, SamplingParams(), [], 0),
+    wire.Cancel(7),
+    wire.Ping(),
+    wire.Shutdown(),
+]
+FROM_WORKER: list[wire.FromWorker] = [
+    wire.Progress(0.25),
+    wire.Ready(8192, 8, 151936),
+    wire.LoadFailed("The file is no model."),
+    wire.Started(7, 100, 99),
+    wire.Step([]),
+    wire.Step(
+        [
+            wire.TokenOut(7, "half"),
+            wire.TokenOut(8, "", wire.Done("stop", wire.Usage(9, 0, 3))),
+            wire.TokenOut(9, "世", wire.Done("length", wire.Usage(9, 8, 4))),
+        ]
+    ),
+    wire.Failed(7, None, "A fault."),
+    wire.Failed(8, "context_length_exceeded", "Too long.", "messages", {"n_ctx": 8192}),
+    wire.Pong(),
+]
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def read_all(data: bytes) -> list[wire.FromWorker | None]:
+    """What the server reads when exactly these bytes come, up to the None of the end."""
+
+    async def run() -> list[wire.FromWorker | None]:
+        reader = asyncio.StreamReader()
+        reader.feed_data(data)
+        reader.feed_eof()
+        messages = []
+        while not messages or messages[-1] is not None:
+            messages.append(await wire.read(reader))
+        return messages
+
+    return asyncio.run(run())
+
+
+def test_every_message_is_in_these_tests() -> None:
+    assert {type(message) for message in TO_WORKER} == set(wire.ToWorker.__args__)
+    assert {type(message) for message in FROM_WORKER} == set(wire.FromWorker.__args__)
+
+
+def test_a_worker_receives_what_was_sent(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    ours.sendall(b"".join(map(wire.frame, TO_WORKER)))
+    assert [wire.receive(theirs) for _ in TO_WORKER] == TO_WORKER
+
+
+def test_the_server_reads_what_was_sent() -> None:
+    assert read_all(b"".join(map(wire.frame, FROM_WORKER))) == [*FROM_WORKER, None]
+
+
+def test_a_frame_that_comes_in_pieces_is_put_together(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    long = wire.Generate([wire.Segment("long " * 300_000, False)], False, SamplingParams(), [], 1)
+    sender = threading.Thread(target=ours.sendall, args=(wire.frame(long),))
+    sender.start()  # more than a socket's buffer holds
+    assert wire.receive(theirs) == long
+    sender.join()
+
+
+def test_a_frame_is_a_length_and_a_message_with_its_name() -> None:
+    data = wire.frame(wire.Started(7, 100, 99))
+    assert struct.unpack("<I", data[:4]) == (len(data) - 4,)
+    assert msgspec.msgpack.decode(data[4:]) == ["Started", 7, 100, 99]
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 3, 4, 5, -1])
+def test_an_end_in_the_middle_of_a_frame_is_none(
+    n_bytes: int, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair
+    ours.sendall(wire.frame(wire.Cancel(7))[:n_bytes])
+    ours.shutdown(socket.SHUT_WR)
+    assert wire.receive(theirs) is None
+    assert read_all(wire.frame(wire.Started(7, 1, 0))[:n_bytes]) == [None]
+
+
+def test_a_closed_socket_is_none(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    ours.close()
+    assert wire.receive(theirs) is None
+    theirs.close()
+    assert wire.receive(theirs) is None
+
+
+@pytest.mark.parametrize("length", [wire.MAX_FRAME_BYTES + 1, 2**32 - 1])
+def test_a_length_over_the_limit_is_an_error_and_takes_no_memory(
+    length: int, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = pair
+    head = struct.pack("<I", length)
+    ours.sendall(head)
+    with pytest.raises(ValueError, match=f"{length} bytes"):
+        wire.receive(theirs)
+    with pytest.raises(ValueError, match=f"{length} bytes"):
+        read_all(head)
+
+
+def test_a_message_of_the_other_direction_is_an_error(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    ours.sendall(wire.frame(wire.Pong()))
+    with pytest.raises(msgspec.ValidationError):
+        wire.receive(theirs)
+    with pytest.raises(msgspec.ValidationError):
+        read_all(wire.frame(wire.Ping()))
+
+
+def test_a_message_with_a_wrong_type_in_it_is_an_error() -> None:
+    body = msgspec.msgpack.encode(["Started", "seven", 1, 0])
+    with pytest.raises(msgspec.ValidationError):
+        read_all(struct.pack("<I", len(body)) + body)
