@@ -17,15 +17,18 @@ class Decoder(FakeDecoder):
         super().__init__(Script(), n_slots=n_slots, n_cells=n_cells, sleep=lambda seconds: None)
         self.decode_errors: list[Exception] = []
         self.sample_errors: list[Exception] = []
+        self._rows: list[Sequence] = []
 
     def decode(self, batch: Batch) -> None:
         if self.decode_errors:
             raise self.decode_errors.pop()
         super().decode(batch)
+        self._rows = [chunk.sequence for chunk in batch.chunks if chunk.wants_logits]
 
     def sample(self, row: int, sequence: Sequence) -> int:
         if self.sample_errors:
             raise self.sample_errors.pop()
+        assert self._rows[row] is sequence
         return super().sample(row, sequence)
 
 

@@ -313,80 +313,115 @@ def test_stop_leaves_no_process_and_is_no_loss() -> None:
     run(test)
 
 
-def test_stop_does_not_wait_for_one_that_hangs(script: Callable[..., str]) -> None:
-    async def test() -> None:
-        started = Started(launch_process)
-        path = script({"match": "poison", "answer": "abc", "fault": "hang", "after": 1})
-        worker = await started.start(spec(path))
-        sink = Sink()
-        worker.generate(generate("poison"), sink)
-        await sink.first()  # the next step never returns
-        await worker.stop(timeout_s=0.2)
-        assert not started.has_process
-        assert started.losses == []
-
-    run(test)
-
-
 # a worker that follows a script of frames
 
 
+Receive = Callable[[], Awaitable[wire.ToWorker]]
+Say = Callable[..., None]
+Talk = Callable[[Receive, Say], Awaitable[None]]
+
+
 class Scripted:
-    """A handle of a worker that is a coroutine on the other end of the socket."""
+    """The handle of a worker that is a coroutine on the other end of the socket."""
 
     pid = 0
 
-    def __init__(self) -> None:
-        self._ended = asyncio.Event()
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.is_killed = False
-        self.task: asyncio.Task[None] | None = None
+        self._reader = reader
+        self._writer = writer
+        self._task: asyncio.Task[None]
+
+    def live(self, talk: Talk) -> None:
+        self._task = asyncio.create_task(self._live(talk))
 
     async def wait(self) -> EndReason:
-        await self._ended.wait()
+        await asyncio.wait([self._task])
+        if not self._task.cancelled():
+            self._task.result()
         return "killed" if self.is_killed else "exit code 0"
 
     def kill(self) -> None:
         self.is_killed = True
-        self._ended.set()
+        self._task.cancel()
+
+    async def _live(self, talk: Talk) -> None:
+        try:
+            assert isinstance(await self._receive(), wire.Load)
+            await talk(self._receive, self._say)
+        finally:
+            self._writer.close()
+
+    async def _receive(self) -> wire.ToWorker:
+        (length,) = struct.unpack("<I", await self._reader.readexactly(4))
+        return wire._to_worker.decode(await self._reader.readexactly(length))
+
+    def _say(self, *messages: wire.Message | bytes) -> None:
+        for message in messages:
+            self._writer.write(message if isinstance(message, bytes) else wire.frame(message))
 
 
-Talk = Callable[[Callable[[], Awaitable[wire.ToWorker]], asyncio.StreamWriter], Awaitable[None]]
+READY = wire.Ready(100, 2, 10)
+FOR_EVER = asyncio.Event  # nobody sets it
 
 
 def scripted(talk: Talk) -> Launcher:
     async def launch(theirs: socket.socket) -> Handle:
-        handle = Scripted()
-        reader, writer = await asyncio.open_connection(sock=theirs.dup())
-
-        async def receive() -> wire.ToWorker:
-            (length,) = struct.unpack("<I", await reader.readexactly(4))
-            return wire._to_worker.decode(await reader.readexactly(length))
-
-        async def live() -> None:
-            await receive()  # Load
-            writer.write(wire.frame(wire.Ready(100, 2, 10)))
-            try:
-                await talk(receive, writer)
-            finally:
-                writer.close()
-                await writer.wait_closed()
-
-        handle.task = asyncio.create_task(live())
-        handle.task.add_done_callback(lambda task: handle._ended.set())
+        handle = Scripted(*await asyncio.open_connection(sock=theirs.dup()))
+        handle.live(talk)
         return handle
 
     return launch
 
 
-@pytest.mark.parametrize("junk", [b"\xff\xff\xff\xff", b"\x01\x00\x00\x00\xc1", b"\x04\0\0\0junk"])
+def text(job: int, words: str, *, is_last: bool = False) -> wire.Step:
+    done = wire.Done("stop", wire.Usage(1, 0, 1)) if is_last else None
+    return wire.Step([wire.TokenOut(job, words, done)])
+
+
+def test_a_worker_that_does_not_end_when_told_is_killed() -> None:
+    async def test() -> None:
+        async def talk(receive: Receive, say: Say) -> None:
+            say(READY)
+            assert isinstance(await receive(), wire.Shutdown)
+            await FOR_EVER().wait()
+
+        started = Started(scripted(talk))
+        worker = await started.start(spec())
+        await worker.stop(timeout_s=0.01)
+        assert isinstance(started.handle, Scripted)
+        assert started.handle.is_killed
+        assert started.losses == []
+
+    run(test)
+
+
+@pytest.mark.parametrize("says_more", [b"", b"\xff\xff\xff\xff", wire.frame(wire.LoadFailed("no"))])
+def test_a_worker_that_could_not_be_started_is_killed(says_more: bytes) -> None:
+    async def test() -> None:
+        async def talk(receive: Receive, say: Say) -> None:
+            say(wire.Progress(0.5), says_more)
+            await FOR_EVER().wait()
+
+        started = Started(scripted(talk))
+        start = asyncio.create_task(started.start(spec()))
+        await asyncio.wait_for(started.is_loading.wait(), WAIT_S)
+        if not says_more:
+            start.cancel()
+        with pytest.raises((asyncio.CancelledError, ValueError, ModelLoadFailed)):
+            await start
+        assert isinstance(started.handle, Scripted)
+        assert started.handle.is_killed
+
+    run(test)
+
+
+@pytest.mark.parametrize("junk", [b"\xff\xff\xff\xff", b"\x01\0\0\0\xc1", b"\x04\0\0\0junk"])
 def test_a_worker_that_talks_nonsense_is_ended(junk: bytes) -> None:
     async def test() -> None:
-        async def talk(
-            receive: Callable[[], Awaitable[wire.ToWorker]], writer: asyncio.StreamWriter
-        ) -> None:
-            writer.write(junk)
-            with pytest.raises(asyncio.IncompleteReadError):
-                await receive()
+        async def talk(receive: Receive, say: Say) -> None:
+            say(READY, junk)
+            await FOR_EVER().wait()
 
         started = Started(scripted(talk))
         await started.start(spec())
@@ -397,18 +432,17 @@ def test_a_worker_that_talks_nonsense_is_ended(junk: bytes) -> None:
 
 def test_a_busy_worker_that_answers_pings_is_left_alone() -> None:
     async def test() -> None:
-        async def talk(
-            receive: Callable[[], Awaitable[wire.ToWorker]], writer: asyncio.StreamWriter
-        ) -> None:
+        async def talk(receive: Receive, say: Say) -> None:
+            say(READY)
             assert isinstance(await receive(), wire.Generate)
-            for _ in range(2):
+            for _ in range(3):
                 assert isinstance(await receive(), wire.Ping)
-                writer.write(wire.frame(wire.Pong()))
-            writer.write(wire.frame(wire.Failed(1, None, "The end.")))
+                say(wire.Pong())
+            say(text(1, "at last", is_last=True))
             assert isinstance(await receive(), wire.Shutdown)
 
         started = Started(scripted(talk))
-        worker = await started.start(spec(), timeout_s=0.8)
+        worker = await started.start(spec(), timeout_s=0.6)
         sink = Sink()
         worker.generate(generate("a long prompt"), sink)
         await sink.last()  # after more than timeout_s without a word of the job
@@ -418,24 +452,52 @@ def test_a_busy_worker_that_answers_pings_is_left_alone() -> None:
     run(test)
 
 
-def test_what_is_said_of_unknown_jobs_is_not_heard() -> None:
+def test_after_a_jobs_last_word_its_sink_hears_no_more() -> None:
     async def test() -> None:
-        async def talk(
-            receive: Callable[[], Awaitable[wire.ToWorker]], writer: asyncio.StreamWriter
-        ) -> None:
-            await receive()
-            writer.write(wire.frame(wire.Started(9, 1, 0)))
-            writer.write(wire.frame(wire.Step([wire.TokenOut(9, "x"), wire.TokenOut(1, "y")])))
-            writer.write(wire.frame(wire.Failed(9, None, "gone")))
-            writer.write(wire.frame(wire.Failed(1, None, "The end.")))
-            await receive()
+        async def talk(receive: Receive, say: Say) -> None:
+            say(READY)
+            for _ in range(3):
+                assert isinstance(await receive(), wire.Generate)
+            say(text(1, "one", is_last=True), wire.Failed(2, None, "two"))
+            say(text(1, "more"), text(2, "more"), text(9, "never asked"))
+            say(text(3, "three", is_last=True))
+            assert isinstance(await receive(), wire.Shutdown)
 
         worker = await Started(scripted(talk)).start(spec())
-        sink = Sink()
-        worker.generate(generate("Hi"), sink)
-        await sink.last()
-        assert sink.text == "y"
+        sinks = [Sink(), Sink(), Sink()]
+        for job, sink in enumerate(sinks, start=1):
+            worker.generate(generate("Hi", job), sink)
+        await sinks[2].last()
+        assert [len(sink.messages) for sink in sinks] == [1, 1, 1]
         await worker.stop()
+
+    run(test)
+
+
+def test_a_cancelled_job_hears_no_more_and_its_worker_is_told_once() -> None:
+    async def test() -> None:
+        async def talk(receive: Receive, say: Say) -> None:
+            say(READY)
+            assert isinstance(await receive(), wire.Generate)
+            say(wire.Started(1, 2, 0))
+            assert await receive() == wire.Cancel(1)
+            say(text(1, "on its way when the worker was told"))
+            assert isinstance(await receive(), wire.Generate)
+            say(text(2, "two", is_last=True))
+            assert await receive() == wire.Shutdown()
+
+        started = Started(scripted(talk))
+        worker = await started.start(spec())
+        first, second = Sink(), Sink()
+        worker.generate(generate("Hi", 1), first)
+        await first.first()
+        worker.cancel(1)
+        worker.cancel(1)
+        worker.generate(generate("Hi", 2), second)
+        await second.last()
+        assert first.messages == [wire.Started(1, 2, 0)]
+        await worker.stop()
+        assert started.losses == []
 
     run(test)
 

@@ -335,6 +335,15 @@ def test_without_a_match_the_slot_least_recently_used_is_taken() -> None:
     assert bench.talk(5, [*tokens(1000, 10), 7, 8]).n_cached == 11
 
 
+def test_an_empty_slot_is_taken_before_one_that_remembers() -> None:
+    bench = Bench(n_slots=2)
+    bench.talk(1, tokens(1000, 10))
+    bench.add(2, tokens(2000, 10))
+    bench.scheduler.fail(bench.plan())  # its slot is empty and the younger one
+    bench.talk(3, tokens(3000, 10))
+    assert bench.talk(4, [*tokens(1000, 10), 7]).n_cached == 10
+
+
 def test_of_a_slot_in_use_nothing_is_taken() -> None:
     bench = Bench(n_slots=2)
     bench.add(1, tokens(1000, 10))
@@ -344,7 +353,7 @@ def test_of_a_slot_in_use_nothing_is_taken() -> None:
     assert twin.n_cached == 0
 
 
-def test_an_empty_prompt_tail_after_a_cached_start_is_one_token_beside_the_decodes() -> None:
+def test_a_prompt_cached_up_to_its_last_token_goes_beside_the_decodes() -> None:
     bench = Bench(n_slots=2, n_batch=4)
     bench.talk(1, tokens(1000, 3))
     bench.add(2, tokens(2000, 3))
@@ -455,7 +464,7 @@ def test_a_preempted_sequence_is_ahead_of_younger_ones_that_wait() -> None:
     bench.add(1, tokens(1000, 8), n_wanted=8)
     bench.add(2, tokens(2000, 8), n_wanted=8)
     bench.step()
-    bench.add(3, tokens(3000, 8), n_wanted=8)
+    bench.add(3, tokens(3000, 12), n_wanted=1)  # one of the two fits when the first has ended
     bench.run()
     assert list(bench.answers) == [1, 2, 3]
 
