@@ -95,8 +95,9 @@ class Generation:
     def deliver(self, message: wire.Started | wire.TokenOut | wire.Failed) -> None:
         """Take what the worker says (JobSink)."""
         if isinstance(message, wire.Failed):
+            error = error_from(message)
             self._tier.drop(self)
-            self.fail(error_from(message))
+            self.fail(error)
         elif isinstance(message, wire.TokenOut):
             self.has_sent_text = self.has_sent_text or bool(message.text)
             if message.done:

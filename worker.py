@@ -23,6 +23,7 @@ from errors import BadRequest, ContextLengthExceeded, InternalError, ModelLoadFa
 
 logger = logging.getLogger("worker")
 
+LOGGERS = ("worker", "engine", "llama.cpp")
 EXIT_OK, EXIT_ENGINE_FAILED = 0, 70  # 70: EX_SOFTWARE of sysexits.h
 
 
@@ -133,7 +134,8 @@ def serve(sock: socket.socket, on_disconnect: Callable[[], None] = lambda: None)
     load = wire.receive(sock)
     if not isinstance(load, wire.Load):
         return EXIT_OK
-    logging.getLogger().setLevel(load.spec.log_level)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(load.spec.log_level)
     receiver = Receiver(sock, on_disconnect)
     receiver.start()  # before the load, which takes long: without a server it is for nobody
 
@@ -179,9 +181,7 @@ def _loop(
             if isinstance(message, wire.Shutdown):
                 return EXIT_OK
             if isinstance(message, Job):
-                job_id = message.request.job
-                jobs[job_id] = message
-                engine.admit(job_id, message.prompt, message.request.sampling)
+                _admit(message, jobs, engine, send)
             elif isinstance(message, wire.Cancel):
                 jobs.pop(message.job, None)
                 engine.cancel(message.job)
@@ -196,6 +196,16 @@ def _loop(
             return EXIT_ENGINE_FAILED
         if messages := _report(result, jobs, engine):
             send(*messages)
+
+
+def _admit(job: Job, jobs: dict[int, Job], engine: Engine, send: Callable[..., None]) -> None:
+    job_id = job.request.job
+    try:
+        engine.admit(job_id, job.prompt, job.request.sampling)
+    except Exception as error:
+        send(_failure(job_id, error))
+    else:
+        jobs[job_id] = job
 
 
 def _report(result: StepResult, jobs: dict[int, Job], engine: Engine) -> list[wire.Message]:
@@ -232,7 +242,7 @@ def _failure(job: int, error: Exception) -> wire.Failed:
 
 
 def main() -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s[%(process)d]: %(message)s")
+    logging.basicConfig(level="NOTSET", format="%(levelname)s %(name)s[%(process)d]: %(message)s")
     # a terminal or a supervisor signals the whole group; the server decides when its workers end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

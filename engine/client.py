@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from engine import wire
-from errors import ModelLoadFailed, ServiceError, WorkerCrashed
+from errors import BadRequest, ModelLoadFailed, ServiceError
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,11 @@ class Worker:
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            handle = await launch(theirs)
+            try:
+                handle = await launch(theirs)
+            except OSError as error:
+                ours.close()
+                raise ModelLoadFailed(f"The worker cannot be started: {error}.") from error
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
             writer.write(wire.frame(wire.Load(spec)))
@@ -168,15 +172,12 @@ class Worker:
 
 def error_from(failed: wire.Failed) -> ServiceError:
     """The exception that a worker's Failed stands for."""
-    error_class = _by_code().get(failed.code, WorkerCrashed)
-    return error_class(failed.message, param=failed.param, **failed.numbers)
-
-
-def _by_code() -> dict[str | None, type[ServiceError]]:
-    classes = [ServiceError]
+    classes = [BadRequest, *ServiceError.__subclasses__()]  # the first has no code
     for error_class in classes:
+        if error_class.code == failed.code:
+            return error_class(failed.message, param=failed.param, **failed.numbers)
         classes += error_class.__subclasses__()
-    return {error_class.code: error_class for error_class in classes}
+    raise ValueError(f"no error has the code {failed.code!r}")
 
 
 # launchers

@@ -523,5 +523,6 @@ def test_an_error_without_a_name_is_an_internal_error() -> None:
     assert "secret" not in back.message
 
 
-def test_an_error_of_an_unknown_name_is_a_crash_of_the_worker() -> None:
-    assert isinstance(error_from(wire.Failed(1, "of_tomorrow", "?")), errors.WorkerCrashed)
+def test_an_error_of_an_unknown_name_makes_no_sense() -> None:
+    with pytest.raises(ValueError, match="of_tomorrow"):
+        error_from(wire.Failed(1, "of_tomorrow", "?"))
