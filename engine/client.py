@@ -172,7 +172,10 @@ class Worker:
 
 def error_from(failed: wire.Failed) -> ServiceError:
     """The exception that a worker's Failed stands for."""
-    classes = [BadRequest, *ServiceError.__subclasses__()]  # the first has no code
+    classes: list[type[ServiceError]] = [
+        BadRequest,
+        *ServiceError.__subclasses__(),
+    ]  # the first has no code
     for error_class in classes:
         if error_class.code == failed.code:
             return error_class(failed.message, param=failed.param, **failed.numbers)
