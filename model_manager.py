@@ -47,6 +47,7 @@ State = Literal["stopped", "starting", "ready", "stopping", "failed"]
 
 DEFAULT_N_CTX = 8192
 KV_SHARE_OF_MEMORY = 1 / 64  # for one tier; each cell is cleared at the start, which takes time
+PREFIX_CACHE_SHARE_OF_MEMORY = 1 / 32  # where PREFIX_CACHE_MB is not set
 MAX_BACK_OFF_S = 60.0
 MAX_RETRY_AFTER_S = 60
 
@@ -429,6 +430,10 @@ def worker_spec(
         n_batch=settings.n_batch,
         n_threads=settings.n_threads or default_n_threads(),
         n_gpu_layers=settings.n_gpu_layers,
+        max_stall_s=settings.max_stall_ms / 1e3,
+        prefix_cache_bytes=int(psutil.virtual_memory().total * PREFIX_CACHE_SHARE_OF_MEMORY)
+        if settings.prefix_cache_mb is None
+        else settings.prefix_cache_mb << 20,
         log_level=log_level,
     )
 

@@ -1,10 +1,15 @@
 """An engine out of the scheduler and a decoder: continuous batching for llama.cpp and the fake."""
 
 import logging
+import time
+from array import array
 
 from engine.backends.base import CacheFull, Decoder
+from engine.pace import Pace
+from engine.prefix import PrefixTree
 from engine.scheduler import Scheduler
 from engine.types import SamplingParams, Sequence, StepResult
+from engine.wire import WorkerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -15,13 +20,20 @@ class BatchEngine:
     """Implements `engine.backends.base.Engine` over a `Decoder`."""
 
     def __init__(
-        self, decoder: Decoder, *, n_ctx: int, n_parallel: int, n_cells: int, n_batch: int
+        self, decoder: Decoder, spec: WorkerSpec, *, n_ctx: int, n_cells: int, n_batch: int
     ) -> None:
         self.tokenizer = decoder.tokenizer
         self.n_ctx = n_ctx
-        self.n_parallel = n_parallel
+        self.n_parallel = spec.n_parallel
         self._decoder = decoder
-        self._scheduler = Scheduler(decoder, n_slots=n_parallel, n_cells=n_cells, n_batch=n_batch)
+        self._scheduler = Scheduler(
+            decoder,
+            n_slots=spec.n_parallel,
+            n_cells=n_cells,
+            n_batch=n_batch,
+            pace=Pace(spec.max_stall_s),
+            tree=PrefixTree(spec.prefix_cache_bytes),
+        )
         self._n_failed_steps = 0
 
     @property
@@ -29,7 +41,8 @@ class BatchEngine:
         return self._scheduler.idle
 
     def admit(self, id: int, prompt: list[int], sampling: SamplingParams) -> None:
-        self._scheduler.add(Sequence(id, prompt, self._decoder.sampler(sampling, prompt)))
+        sampler = self._decoder.sampler(sampling, prompt)
+        self._scheduler.add(Sequence(id, array("i", prompt), sampler))
 
     def cancel(self, id: int) -> None:
         self._scheduler.cancel(id)
@@ -40,11 +53,13 @@ class BatchEngine:
         if not batch.chunks:
             return result
         wanting = [chunk.sequence for chunk in batch.chunks if chunk.wants_logits]
+        started_at = time.perf_counter()
         try:
             self._decoder.decode(batch)
+            seconds = time.perf_counter() - started_at
             sampled = [self._decoder.sample(row, s) for row, s in enumerate(wanting)]
         except CacheFull as error:
-            if not self._scheduler.forget_idle(1) and not self._scheduler.preempt_youngest():
+            if not self._scheduler.lack_cells():
                 result.failed = [(s.id, error) for s in self._scheduler.fail(batch)]
             return result
         except Exception as error:
@@ -55,7 +70,7 @@ class BatchEngine:
             result.failed = [(s.id, error) for s in self._scheduler.fail(batch)]
             return result
         self._n_failed_steps = 0
-        self._scheduler.commit(batch, sampled)
+        self._scheduler.commit(batch, sampled, seconds)
         result.tokens = [(s.id, token) for s, token in zip(wanting, sampled, strict=True)]
         return result
 

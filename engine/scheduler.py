@@ -3,44 +3,64 @@
 No thread, clock or I/O: `add`, `plan`, `commit`, `cancel` and `fail` are plain calls, and only the
 memory that is passed in is touched. A plan is made so:
 
-1. Waiting sequences get slots, first come first served, while their whole prompt fits beside what
-   runs. A slot keeps its cells when its sequence ends; a newcomer that begins with the same tokens
-   decodes only the rest.
-2. Every sequence that is past its prompt gets one token. Where cells are missing, idle slots are
-   forgotten, least recently used first, and then the youngest running sequence is preempted: it
-   goes back to the queue with its tokens and its sampler.
-3. What is left of the batch goes to prompts, first come first served.
+1. Waiting sequences get slots, first come first served, as long as their prompts fit beside those
+   that run. A newcomer begins with the cells of the longest beginning that anybody has: one that
+   runs, one that ended, or one in the prefix tree. It waits while another's prefill is about to
+   make a longer one.
+2. Every sequence that is past its prompt gets one token. Where cells are missing, those of ended
+   sequences move to the prefix tree, least recently used first; then the youngest running sequence
+   does, and goes back to the queue with its tokens and its sampler.
+3. Prompts share what the pace allows beside the running streams: the shortest first, and each
+   step that it waits makes a prompt count as shorter.
 """
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from engine.backends.base import Memory
+from engine.cells import Cells
+from engine.pace import Pace
+from engine.prefix import Match, PrefixTree, Tokens, n_common
 from engine.types import Batch, Sequence
+
+WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
+AGEING = 32  # tokens that a prompt counts as shorter for each step that it has waited
 
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """Cells of one sequence at a time. Idle, it remembers the tokens of the last one."""
+    """A place for one sequence at a time. Idle, it still holds the last one's cells."""
 
     index: int
     sequence: Sequence | None = None
-    remembered: list[int] = field(default_factory=list)
     last_used: int = 0
 
-    @property
-    def n_cells(self) -> int:
-        return self.sequence.n_past if self.sequence else len(self.remembered)
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the first `n_tokens` of a newcomer's prompt come from: a slot, or the prefix tree."""
+
+    n_tokens: int = 0
+    slot: Slot | None = None
+    match: Match | None = None
 
 
 class Scheduler:
-    def __init__(self, memory: Memory, *, n_slots: int, n_cells: int, n_batch: int) -> None:
-        self._memory = memory
-        self._n_cells = n_cells
-        self._n_admitted = n_cells  # tokens that may run together; less where the memory says so
+    def __init__(
+        self,
+        memory: Memory,
+        *,
+        n_slots: int,
+        n_cells: int,
+        n_batch: int,
+        pace: Pace,
+        tree: PrefixTree,
+    ) -> None:
+        self._cells = Cells(memory, tree, n_slots=n_slots, n_cells=n_cells)
         self._n_batch = n_batch
+        self._pace = pace
         self._slots = [Slot(i) for i in range(n_slots)]
         self._waiting: list[Sequence] = []  # by age: ids grow with arrival
         self._running: list[Sequence] = []  # by age
@@ -62,7 +82,7 @@ class Scheduler:
                 return
         for sequence in self._running:
             if sequence.id == id:
-                self._release(sequence, keep=True)
+                self._release(sequence)
                 return
 
     def plan(self) -> tuple[Batch, list[Sequence]]:
@@ -74,11 +94,14 @@ class Scheduler:
         self._plan_prefills(batch)
         return batch, started
 
-    def commit(self, batch: Batch, sampled: list[int]) -> None:
-        """The batch was computed; `sampled` has a token for each chunk that wanted logits."""
+    def commit(self, batch: Batch, sampled: list[int], seconds: float) -> None:
+        """The batch was computed in so many seconds; `sampled` has a token for each chunk that
+        wanted logits."""
+        self._pace.observe(batch.n_decodes, batch.n_tokens - batch.n_decodes, seconds)
         tokens = iter(sampled)
         for chunk in batch.chunks:
             wants_logits = chunk.wants_logits
+            self._cells.extend(chunk.slot, chunk.sequence.tokens[chunk.start : chunk.end])
             chunk.sequence.n_past = chunk.end
             if wants_logits:
                 chunk.sequence.tokens.append(next(tokens))
@@ -87,131 +110,154 @@ class Scheduler:
         """The batch could not be computed: its sequences end and their cells are freed."""
         failed = [chunk.sequence for chunk in batch.chunks]
         for sequence in failed:
-            self._release(sequence, keep=False)
+            self._cells.clear(self._release(sequence).index)
         return failed
 
-    def preempt_youngest(self) -> bool:
-        """Send the youngest running sequence back to the queue. False if it runs alone."""
-        if len(self._running) < 2:
-            return False
-        # without this bound it would come back to where it did not fit, and nobody would go on
-        self._n_admitted = min(self._n_admitted, sum(len(s.tokens) for s in self._running))
-        sequence = self._running[-1]
-        self._release(sequence, keep=False)
-        self.add(sequence)
-        return True
+    def lack_cells(self) -> bool:
+        """The memory had no room for a batch that should have fitted. False if nothing can be
+        given up for it."""
+        self._cells.lose_free()
+        return self._make_room()
 
     # 1. slots
 
     def _admit(self) -> list[Sequence]:
         started = []
-        while self._waiting:
-            sequence = self._waiting[0]
-            n_running = sum(len(s.tokens) for s in self._running)
-            if self._running and n_running + len(sequence.tokens) >= self._n_admitted:
+        for sequence in list(self._waiting):
+            if len(self._running) == len(self._slots):
                 break
-            slot, n_match = self._choose_slot(sequence.tokens)
-            if slot is None:
+            wanted = np.array(sequence.tokens[:-1], np.int32)  # the last is decoded for its logits
+            source = self._source(wanted)
+            if self._is_coming(wanted, source.n_tokens):
+                continue
+            if not self._fits(sequence, source):
                 break
-            del self._waiting[0]
-            self._occupy(slot, sequence, n_match)
+            self._waiting.remove(sequence)
+            self._occupy(sequence, source)
             if not sequence.has_started:
                 sequence.has_started = True
                 sequence.n_cached = sequence.n_past
                 started.append(sequence)
         return started
 
-    def _choose_slot(self, tokens: list[int]) -> tuple[Slot | None, int]:
-        """The slot for a newcomer with these tokens, and how many of its cells can be kept.
+    def _source(self, wanted: Tokens) -> Source:
+        """The longest beginning that is there; of equal ones a slot's, and an idle slot's first."""
+        best = Source()
+        for slot in sorted(self._slots, key=lambda slot: slot.sequence is not None):
+            n = self._cells.n_common(slot.index, wanted)
+            if n > best.n_tokens:
+                best = Source(n, slot)
+        match = self._cells.match(wanted)
+        return Source(match.n_tokens, None, match) if match.n_tokens > best.n_tokens else best
 
-        1. The idle slot with the longest match, if that is at least half of what it remembers:
-           the conversation goes on there. A shorter match must not cost another conversation.
-        2. An empty slot.
-        3. The least recently used idle slot.
+    def _is_coming(self, wanted: Tokens, n_there: int) -> bool:
+        """Somebody's prefill will soon have a longer beginning of `wanted` than is there now."""
+        return any(
+            n_common(np.array(other.tokens, np.int32), wanted) >= n_there + WORTH_WAITING_FOR
+            for other in self._running
+            if other.n_pending > 1
+        )
+
+    def _fits(self, sequence: Sequence, source: Source) -> bool:
+        if not self._running:
+            return True
+        runs_in = source.slot and source.slot.sequence
+        n_new = len(sequence.tokens) + 1 - (source.n_tokens if runs_in else 0)
+        n_pending = sum(other.n_pending for other in self._running)
+        idle = [slot.index for slot in self._slots if slot.sequence is None]
+        return n_new + n_pending <= self._cells.n_free + self._cells.n_only_in(idle)
+
+    def _occupy(self, sequence: Sequence, source: Source) -> None:
+        """Give a slot to a newcomer, with the cells of its source.
+
+        1. An idle source goes on in its own slot; what it knows beyond is remembered.
+        2. Another gives its cells to an empty slot.
+
+        Idle slots that are not used move to the prefix tree: every cell in use slows each step.
         """
-        idle = [slot for slot in self._slots if slot.sequence is None]
-        if not idle:
-            return None, 0
-        wanted = np.array(tokens[:-1], dtype=np.int32)  # the last one is decoded for its logits
-        matches = {slot.index: _n_common(slot.remembered, wanted) for slot in idle}
-        best = max(idle, key=lambda slot: matches[slot.index])
-        if 2 * matches[best.index] >= len(best.remembered) > 0 and matches[best.index] > 0:
-            return best, matches[best.index]
-        slot = min(idle, key=lambda slot: (len(slot.remembered) > 0, slot.last_used))
-        return slot, matches[slot.index]
-
-    def _occupy(self, slot: Slot, sequence: Sequence, n_match: int) -> None:
-        if n_match < len(slot.remembered) and not self._memory.truncate(slot.index, n_match):
-            n_match = 0
-        if n_match == 0 and slot.remembered:
-            self._memory.clear(slot.index)
-        slot.remembered = []
+        slot = source.slot
+        if slot is not None and slot.sequence is None:
+            if source.n_tokens < len(self._cells.tokens[slot.index]):
+                self._cells.remember(slot.index)
+            self._cells.truncate(slot.index, source.n_tokens)
+            self._move_out(except_for=slot)
+        else:
+            self._move_out()
+            slot = next(slot for slot in self._slots if slot.sequence is None)
+            if source.slot is not None:
+                self._cells.share(source.slot.index, slot.index, source.n_tokens)
+            elif source.match is not None:
+                self._cells.recall(slot.index, source.match)
         slot.sequence = sequence
         sequence.slot = slot.index
-        sequence.n_past = n_match
+        sequence.n_past = len(self._cells.tokens[slot.index])
+        sequence.waits_since = self._n_plans
         insort(self._running, sequence, key=lambda s: s.id)
 
-    def _release(self, sequence: Sequence, *, keep: bool) -> None:
+    def _move_out(self, except_for: Slot | None = None) -> None:
+        for slot in self._idle():
+            if slot is not except_for:
+                self._cells.remember(slot.index)
+                self._cells.clear(slot.index)
+
+    def _idle(self) -> list[Slot]:
+        """Slots with the cells of an ended sequence, least recently used first."""
+        idle = [s for s in self._slots if s.sequence is None and self._cells.tokens[s.index]]
+        return sorted(idle, key=lambda slot: slot.last_used)
+
+    def _release(self, sequence: Sequence) -> Slot:
         assert sequence.slot is not None
         slot = self._slots[sequence.slot]
         slot.sequence = None
-        slot.remembered = sequence.tokens[: sequence.n_past] if keep else []
         slot.last_used = self._n_plans
-        if not keep:
-            self._memory.clear(slot.index)
         sequence.slot = None
         sequence.n_past = 0
         self._running.remove(sequence)
+        return slot
 
     # 2. one token for each sequence that is past its prompt
 
     def _plan_decodes(self, batch: Batch) -> None:
         while True:
-            decoding = [s for s in self._running if s.n_pending == 1]
-            if self._n_free() >= len(decoding) or not self._make_room(len(decoding)):
+            decoding = [s for s in self._running if s.n_pending == 1][: self._n_batch]
+            if self._cells.n_free >= len(decoding) or not self._make_room():
                 break
-        for sequence in decoding[: self._n_batch]:
+        for sequence in decoding[: self._cells.n_free]:
             batch.add(sequence, 1)
 
-    def _n_free(self) -> int:
-        return self._n_cells - sum(slot.n_cells for slot in self._slots)
-
-    def _make_room(self, n_wanted: int) -> bool:
-        """Free some cells; False when everything that can be given up has been."""
-        return self.forget_idle(n_wanted) or self.preempt_youngest()
-
-    def forget_idle(self, n_wanted: int) -> bool:
-        """Clear idle slots, least recently used first, until `n_wanted` cells are free.
-        False if there was none to clear."""
-        idle = [s for s in self._slots if s.sequence is None and s.remembered]
-        for slot in sorted(idle, key=lambda slot: slot.last_used):
-            self._memory.clear(slot.index)
-            slot.remembered = []
-            if self._n_free() >= n_wanted:
-                break
-        return bool(idle)
+    def _make_room(self) -> bool:
+        """Free some cells; False when nothing is left to give up."""
+        for slot in self._idle():
+            self._cells.remember(slot.index)
+            self._cells.clear(slot.index)
+            return True
+        if len(self._running) < 2:
+            return False
+        youngest = self._running[-1]
+        slot = self._release(youngest)
+        self._cells.remember(slot.index)
+        self._cells.clear(slot.index)
+        self.add(youngest)
+        return True
 
     # 3. prompts
 
     def _plan_prefills(self, batch: Batch) -> None:
         prefilling = [s for s in self._running if s.n_pending > 1]
-        n_wanted = min(self._n_batch - batch.n_tokens, sum(s.n_pending for s in prefilling))
-        if self._n_free() - batch.n_tokens < n_wanted:
-            self.forget_idle(batch.n_tokens + n_wanted)
-        n_left = min(n_wanted, self._n_free() - batch.n_tokens)
-        for sequence in prefilling:
+        if not prefilling:
+            return
+        n_decodes = batch.n_decodes
+        n_left = min(self._n_batch - batch.n_tokens, self._pace.n_prefill(n_decodes))
+        while self._cells.n_free - batch.n_tokens < n_left and self._idle():
+            self._make_room()
+        n_left = min(n_left, self._cells.n_free - batch.n_tokens)
+        for sequence in sorted(prefilling, key=self._rank):
             n_tokens = min(sequence.n_pending, n_left)
             if n_tokens <= 0:
                 break
+            sequence.waits_since = self._n_plans
             batch.add(sequence, n_tokens)
             n_left -= n_tokens
 
-
-def _n_common(remembered: list[int], wanted: "np.ndarray[tuple[int], np.dtype[np.int32]]") -> int:
-    """How many tokens two sequences share at their beginning."""
-    n = min(len(remembered), len(wanted))
-    if n == 0 or remembered[0] != wanted[0]:
-        return 0
-    differs = np.array(remembered[:n], dtype=np.int32) != wanted[:n]
-    first = int(differs.argmax())
-    return first if differs[first] else n
+    def _rank(self, sequence: Sequence) -> int:
+        return sequence.n_pending - AGEING * (self._n_plans - sequence.waits_since)

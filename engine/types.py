@@ -1,5 +1,6 @@
 """The values that the scheduler and the backends pass to each other."""
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,12 +35,13 @@ class Sequence:
     """One prompt being answered. `tokens[:n_past]` have KV cells in `slot`, the rest is pending."""
 
     id: int
-    tokens: list[int]  # the prompt, then what was sampled
+    tokens: "array[int]"  # the prompt, then what was sampled
     sampler: Any = None  # the backend's own; survives preemption
     slot: int | None = None
     n_past: int = 0
     n_cached: int = 0  # prompt tokens that needed no decoding
     has_started: bool = False  # was given a slot before
+    waits_since: int = 0  # the plan in which its prompt last got on
     n_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -79,8 +81,10 @@ class Batch:
 
     chunks: list[Chunk] = field(default_factory=list)
     n_tokens: int = 0
+    n_decodes: int = 0  # chunks of sequences that are past their prompts
 
     def add(self, sequence: Sequence, n_tokens: int) -> None:
+        self.n_decodes += sequence.n_pending == 1
         self.chunks.append(Chunk(sequence, sequence.n_past, n_tokens))
         self.n_tokens += n_tokens
 

@@ -29,6 +29,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     n_batch: int
     n_threads: int
     n_gpu_layers: int  # negative: all
+    max_stall_s: float  # that a prompt may hold up running streams
+    prefix_cache_bytes: int  # for cells of ended sequences, in memory of the host
     log_level: str = "INFO"
 
 

@@ -57,6 +57,7 @@ def spec(model: Path, **values: Any) -> wire.WorkerSpec:
     defaults: dict[str, Any] = {
         "name": "light", "backend": "llamacpp", "model_path": str(model), "n_ctx": 512,
         "n_parallel": 16, "kv_tokens": 4096, "n_batch": 256, "n_threads": 1, "n_gpu_layers": -1,
+        "max_stall_s": 1.0, "prefix_cache_bytes": 1 << 28,
     }  # fmt: skip
     return wire.WorkerSpec(**(defaults | values))
 

@@ -1,37 +1,78 @@
 """The scheduler as lists of plain calls, on cells that are lists of tokens."""
 
 import random
+from array import array
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.scheduler import Scheduler
+from engine.pace import Pace
+from engine.prefix import PrefixTree
+from engine.scheduler import AGEING, WORTH_WAITING_FOR, Scheduler
 from engine.types import Batch, Sequence
 
 
-class Cells:
-    """What a decoder remembers. `can_truncate=False` is memory that cannot drop an end."""
+class Memory:
+    """What a decoder remembers: cells with a token each, which slots may share. `is_cells=False`
+    is a memory that cannot be cut, shared or saved."""
 
-    def __init__(self, n_slots: int, n_cells: int, *, can_truncate: bool = True) -> None:
-        self.slots: list[list[int]] = [[] for _ in range(n_slots)]
+    def __init__(self, n_slots: int, n_cells: int, *, is_cells: bool = True) -> None:
+        self.slots: list[list[list[int]]] = [[] for _ in range(n_slots)]
         self.n_cells = n_cells
-        self.can_truncate = can_truncate
+        self.is_cells = is_cells
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        if self.can_truncate:
+        if self.is_cells:
             del self.slots[slot][n_tokens:]
-        return self.can_truncate
+        return self.is_cells
+
+    def share(self, source: int, slot: int, n_tokens: int) -> bool:
+        assert self.slots[slot] == []
+        if self.is_cells:
+            self.slots[slot] = self.slots[source][:n_tokens]
+        return self.is_cells
+
+    def save(self, slot: int, start: int, end: int) -> Any:
+        return np.array(self.tokens(slot)[start:end], np.int32) if self.is_cells else None
+
+    def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
+        assert self.n_used + len(saved) <= self.n_cells
+        assert len(self.slots[slot]) == start
+        self.slots[slot] += [[int(token)] for token in saved[: end - start]]
+        return True
 
     def clear(self, slot: int) -> None:
-        self.slots[slot].clear()
+        self.slots[slot] = []
+
+    def tokens(self, slot: int) -> list[int]:
+        return [token for (token,) in self.slots[slot]]
+
+    @property
+    def n_used(self) -> int:
+        return len({id(cell) for slot in self.slots for cell in slot})
 
     def decode(self, batch: Batch) -> None:
         for chunk in batch.chunks:
             cells = self.slots[chunk.slot]
             assert len(cells) == chunk.start, "a chunk begins where the cells of its slot end"
-            cells += chunk.sequence.tokens[chunk.start : chunk.end]
-        assert sum(map(len, self.slots)) <= self.n_cells
+            cells += [[token] for token in chunk.sequence.tokens[chunk.start : chunk.end]]
+        assert self.n_used <= self.n_cells
+
+
+class FixedPace(Pace):
+    """So many prompt tokens for each step."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+
+    def n_prefill(self, n_decodes: int) -> int:
+        return self.n_tokens
+
+    def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
+        assert n_prefill <= self.n_tokens
 
 
 def next_token(cells: list[int]) -> int:
@@ -55,18 +96,30 @@ class Bench:
         n_slots: int = 4,
         n_cells: int = 1000,
         n_batch: int = 100,
-        can_truncate: bool = True,
+        n_prefill: int = 1000,
+        tree_bytes: int = 1 << 20,  # four for each token
+        is_cells: bool = True,
     ) -> None:
-        self.memory = Cells(n_slots, n_cells, can_truncate=can_truncate)
+        self.memory = Memory(n_slots, n_cells, is_cells=is_cells)
         self.n_batch = n_batch
-        self.scheduler = Scheduler(self.memory, n_slots=n_slots, n_cells=n_cells, n_batch=n_batch)
+        self.tree = PrefixTree(tree_bytes)
+        self.scheduler = Scheduler(
+            self.memory,
+            n_slots=n_slots,
+            n_cells=n_cells,
+            n_batch=n_batch,
+            pace=FixedPace(n_prefill),
+            tree=self.tree,
+        )
+        self.tree_bytes = tree_bytes
+        self.n_decoded = 0  # prompt tokens
         self.sequences: dict[int, Sequence] = {}  # what was added and has not ended
         self.wanted: dict[int, int] = {}
         self.answers: dict[int, list[int]] = {}  # of those that got all they wanted
         self.started: list[int] = []
 
     def add(self, id: int, prompt: list[int], n_wanted: int = 1000) -> Sequence:
-        sequence = self.sequences[id] = Sequence(id, list(prompt))
+        sequence = self.sequences[id] = Sequence(id, array("i", prompt))
         self.wanted[id] = n_wanted
         self.scheduler.add(sequence)
         return sequence
@@ -94,9 +147,10 @@ class Bench:
         self.memory.decode(batch)
         wanting = [chunk.sequence for chunk in batch.chunks if chunk.wants_logits]
         sampled = [next_token(self.cells_of(sequence)) for sequence in wanting]
-        self.scheduler.commit(batch, sampled)
+        self.n_decoded += batch.n_tokens - batch.n_decodes
+        self.scheduler.commit(batch, sampled, 0.1)
         for sequence in wanting:
-            answer = sequence.tokens[sequence.n_prompt :]
+            answer = list(sequence.tokens[sequence.n_prompt :])
             if len(answer) >= self.wanted[sequence.id]:
                 self.answers[sequence.id] = answer
                 self.cancel(sequence.id)
@@ -108,13 +162,19 @@ class Bench:
             if sequence.slot is None:
                 assert sequence.n_past == 0
             else:
-                assert self.cells_of(sequence) == sequence.tokens[: sequence.n_past]
+                assert self.cells_of(sequence) == list(sequence.tokens[: sequence.n_past])
                 assert sequence.slot not in held, "a slot belongs to one sequence"
                 held.add(sequence.slot)
+        cells = self.scheduler._cells
+        assert self.memory.n_cells - cells.n_free == self.memory.n_used, "cells are counted"
+        assert [list(t) for t in cells.tokens] == [
+            self.memory.tokens(slot) for slot in range(len(self.memory.slots))
+        ]
+        assert self.tree.n_bytes <= self.tree_bytes
 
     def cells_of(self, sequence: Sequence) -> list[int]:
         assert sequence.slot is not None
-        return self.memory.slots[sequence.slot]
+        return self.memory.tokens(sequence.slot)
 
     def run(self, max_steps: int = 1000) -> None:
         for _ in range(max_steps):
@@ -295,27 +355,13 @@ def test_each_conversation_finds_its_own_slot() -> None:
         assert bench.talk(10 + id, [*first[id], 7, 8]).n_cached == 10
 
 
-def test_a_short_match_does_not_overwrite_another_conversation() -> None:
+def test_a_short_match_is_used_and_does_not_overwrite_the_other_conversation() -> None:
     bench = Bench(n_slots=2)
     system = tokens(1000, 4)
     bench.talk(1, system + tokens(2000, 20))
-    other = bench.talk(2, system + tokens(3000, 20))
-    assert other.n_cached == 0  # a slot of its own, from the beginning
+    assert bench.talk(2, system + tokens(3000, 20)).n_cached == 4
     assert bench.talk(3, system + tokens(2000, 20) + [7]).n_cached == 24
     assert bench.talk(4, system + tokens(3000, 20) + [7]).n_cached == 24
-
-
-def test_half_of_what_a_slot_remembers_is_enough_of_a_match() -> None:
-    bench = Bench(n_slots=2)
-    bench.talk(1, tokens(1000, 10))
-    assert bench.talk(2, tokens(1000, 5) + tokens(2000, 9)).n_cached == 5
-
-
-def test_less_than_half_takes_an_empty_slot() -> None:
-    bench = Bench(n_slots=2)
-    bench.talk(1, tokens(1000, 10))
-    assert bench.talk(2, tokens(1000, 4) + tokens(2000, 9)).n_cached == 0
-    assert bench.talk(3, [*tokens(1000, 10), 7]).n_cached == 10
 
 
 def test_the_longest_match_is_taken() -> None:
@@ -326,31 +372,91 @@ def test_the_longest_match_is_taken() -> None:
     assert bench.talk(3, tokens(1000, 12)).n_cached == 8
 
 
-def test_without_a_match_the_slot_least_recently_used_is_taken() -> None:
-    bench = Bench(n_slots=2)
-    bench.talk(1, tokens(1000, 10))
-    bench.talk(2, tokens(2000, 10))
-    bench.talk(3, [*tokens(1000, 10), 7])  # the first is now the younger one
-    bench.talk(4, tokens(4000, 10))
-    assert bench.talk(5, [*tokens(1000, 10), 7, 8]).n_cached == 11
+def test_many_conversations_are_remembered_beyond_the_slots_and_the_cells() -> None:
+    bench = Bench(n_slots=2, n_cells=64)
+    for id in range(1, 9):
+        bench.talk(id, tokens(1000 * id, 30))
+    for id in range(1, 9):
+        assert bench.talk(10 + id, [*tokens(1000 * id, 30), 7]).n_cached == 30
 
 
-def test_an_empty_slot_is_taken_before_one_that_remembers() -> None:
-    bench = Bench(n_slots=2)
-    bench.talk(1, tokens(1000, 10))
-    bench.add(2, tokens(2000, 10))
-    bench.scheduler.fail(bench.plan())  # its slot is empty and the younger one
-    bench.talk(3, tokens(3000, 10))
-    assert bench.talk(4, [*tokens(1000, 10), 7]).n_cached == 10
+def test_what_is_remembered_is_bounded_and_the_least_recently_used_is_forgotten() -> None:
+    bench = Bench(n_slots=1, tree_bytes=4 * 65)
+    for id in (1, 2, 3):
+        bench.talk(id, tokens(1000 * id, 30))
+    assert bench.talk(4, [*tokens(1000, 30), 7]).n_cached == 30  # moves 3 out, and 2 is too much
+    assert bench.talk(5, [*tokens(2000, 30), 7]).n_cached == 0
 
 
-def test_of_a_slot_in_use_nothing_is_taken() -> None:
-    bench = Bench(n_slots=2)
-    bench.add(1, tokens(1000, 10))
+def test_a_running_sequence_shares_its_cells() -> None:
+    bench = Bench(n_slots=3, n_cells=64)
+    bench.add(1, tokens(1000, 40))
     bench.step()
-    twin = bench.add(2, tokens(1000, 10))
-    assert bench.step() == {1: 1, 2: 10}
-    assert twin.n_cached == 0
+    twin = bench.add(2, tokens(1000, 40))
+    cousin = bench.add(3, tokens(1000, 35) + tokens(2000, 5))
+    assert bench.step() == {1: 1, 2: 1, 3: 5}
+    assert (twin.n_cached, cousin.n_cached) == (39, 35)
+    assert bench.memory.n_used == 41 + 1 + 5
+
+
+def test_shared_cells_stay_while_anybody_holds_them() -> None:
+    bench = Bench(n_slots=3, n_cells=64)
+    bench.add(1, tokens(1000, 40))
+    bench.step()
+    bench.add(2, tokens(1000, 40), n_wanted=6)
+    bench.step()
+    bench.cancel(1)
+    bench.add(3, tokens(3000, 2), n_wanted=1)  # moves out what nobody runs in
+    bench.run()
+    assert bench.answers[2] == answer_to(tokens(1000, 40), 6)
+
+
+def test_newcomers_with_a_common_beginning_wait_for_one_prefill_and_share_it() -> None:
+    bench = Bench(n_slots=8, n_batch=16)
+    system = tokens(1000, 100)
+    for id in range(1, 9):
+        bench.add(id, system + tokens(2000 + 10 * id, 5), n_wanted=3)
+    bench.run()
+    assert bench.n_decoded == 100 + 8 * 5
+    assert bench.answers == {
+        id: answer_to(system + tokens(2000 + 10 * id, 5), 3) for id in range(1, 9)
+    }
+
+
+def test_those_who_wait_for_a_prefill_hold_nobody_up() -> None:
+    bench = Bench(n_slots=4, n_batch=16)
+    bench.add(1, tokens(1000, 100))
+    bench.add(2, tokens(1000, 100))
+    bench.add(3, tokens(3000, 4))
+    assert bench.step() == {3: 4, 1: 12}
+
+
+def test_who_waits_for_a_prefill_that_is_cancelled_goes_on_with_it() -> None:
+    bench = Bench(n_slots=4, n_batch=16)
+    bench.add(1, tokens(1000, 100))
+    second = bench.add(2, tokens(1000, 100), n_wanted=2)
+    bench.step()
+    bench.step()
+    bench.cancel(1)
+    bench.run()
+    assert second.n_cached == 32
+    assert bench.answers[2] == answer_to(tokens(1000, 100), 2)
+
+
+def test_a_short_common_beginning_is_not_worth_waiting_for() -> None:
+    bench = Bench(n_slots=2, n_batch=100)
+    common = tokens(1000, WORTH_WAITING_FOR - 1)
+    bench.add(1, common + tokens(2000, 5))
+    bench.add(2, common + tokens(3000, 5))
+    assert set(bench.step()) == {1, 2}
+
+
+def test_a_newcomer_runs_beside_no_idle_cells() -> None:
+    bench = Bench(n_slots=4)
+    for id in (1, 2, 3):
+        bench.talk(id, tokens(1000 * id, 10))
+    bench.talk(4, tokens(4000, 5))
+    assert bench.memory.n_used == 5
 
 
 def test_a_prompt_cached_up_to_its_last_token_goes_beside_the_decodes() -> None:
@@ -363,7 +469,7 @@ def test_a_prompt_cached_up_to_its_last_token_goes_beside_the_decodes() -> None:
 
 
 def test_memory_that_cannot_drop_an_end_decodes_the_whole_prompt_again() -> None:
-    bench = Bench(can_truncate=False)
+    bench = Bench(is_cells=False)
     prompt = tokens(1000, 10)
     bench.talk(1, prompt, n_wanted=5)
     again = bench.talk(2, prompt, n_wanted=5)
@@ -372,7 +478,7 @@ def test_memory_that_cannot_drop_an_end_decodes_the_whole_prompt_again() -> None
 
 
 def test_memory_that_cannot_drop_an_end_still_goes_on_where_it_stopped() -> None:
-    bench = Bench(can_truncate=False)
+    bench = Bench(is_cells=False)
     bench.talk(1, tokens(1000, 10), n_wanted=5)
     history = tokens(1000, 10) + bench.answers[1]
     assert bench.talk(2, [*history, 7], n_wanted=2).n_cached == 14
@@ -422,20 +528,13 @@ def test_cancelling_what_is_unknown_changes_nothing() -> None:
 # cells run out
 
 
-def test_idle_slots_are_forgotten_least_recently_used_first() -> None:
-    bench = Bench(n_slots=4, n_cells=40)
-    for id in (1, 2, 3):
-        bench.talk(id, tokens(1000 * id, 10))
-    bench.talk(4, tokens(4000, 15))  # 10 cells are free, so one slot must go
-    assert [len(slot) for slot in bench.memory.slots] == [0, 10, 10, 15]
-
-
-def test_a_decode_that_finds_no_cell_forgets_an_idle_slot() -> None:
-    bench = Bench(n_slots=2, n_cells=20)
-    bench.talk(1, tokens(1000, 10))
-    bench.talk(2, tokens(2000, 9), n_wanted=4)
-    assert [len(slot) for slot in bench.memory.slots] == [0, 12]
-    assert bench.answers[2] == answer_to(tokens(2000, 9), 4)
+def test_a_decode_that_finds_no_cell_moves_an_idle_slot_out() -> None:
+    bench = Bench(n_slots=2, n_cells=24)
+    bench.add(1, tokens(1000, 10), n_wanted=3)
+    bench.add(2, tokens(2000, 9), n_wanted=8)
+    bench.run()
+    assert bench.answers[2] == answer_to(tokens(2000, 9), 8)
+    assert bench.talk(3, [*tokens(1000, 10), 7]).n_cached == 10
 
 
 def test_when_cells_run_out_the_youngest_goes_back_to_the_queue_with_its_tokens() -> None:
@@ -446,7 +545,7 @@ def test_when_cells_run_out_the_youngest_goes_back_to_the_queue_with_its_tokens(
         bench.step()
     assert bench.step() == {1: 1}  # 2 × 10 cells are used: no room for two more
     assert (young.slot, young.n_past) == (None, 0)
-    assert young.tokens == tokens(2000, 8) + answer_to(tokens(2000, 8), 3)
+    assert list(young.tokens) == tokens(2000, 8) + answer_to(tokens(2000, 8), 3)
     assert old.slot is not None
 
 
@@ -490,23 +589,55 @@ def test_a_preempted_sequence_can_be_cancelled() -> None:
     assert list(bench.answers) == [1]
 
 
-def test_the_last_running_sequence_is_not_preempted() -> None:
+def test_a_preempted_sequence_does_not_compute_its_cells_again() -> None:
+    bench = Bench(n_slots=3, n_cells=44)
+    bench.add(1, tokens(1000, 18), n_wanted=12)
+    bench.add(2, tokens(2000, 18), n_wanted=12)
+    bench.run()
+    assert bench.n_decoded == 36
+    assert bench.answers == {id: answer_to(tokens(1000 * id, 18), 12) for id in (1, 2)}
+
+
+def test_a_memory_that_lacks_cells_takes_from_the_idle_then_from_the_youngest() -> None:
+    bench = Bench()
+    assert not bench.scheduler.lack_cells()
+    bench = Bench()
+    bench.talk(1, tokens(1000, 5))
+    assert bench.scheduler.lack_cells()
+    assert not bench.scheduler.lack_cells()
     bench = Bench()
     bench.add(1, tokens(1000, 5))
-    assert not bench.scheduler.preempt_youngest()
     bench.step()
-    assert not bench.scheduler.preempt_youngest()
-    bench.add(2, tokens(2000, 5))
-    bench.step()
-    assert bench.scheduler.preempt_youngest()
-
-
-def test_nothing_to_forget_is_told() -> None:
+    assert not bench.scheduler.lack_cells()
     bench = Bench()
-    assert not bench.scheduler.forget_idle(1)
-    bench.talk(1, tokens(1000, 5))
-    assert bench.scheduler.forget_idle(1)
-    assert not bench.scheduler.forget_idle(1)
+    for id in (1, 2):
+        bench.add(id, tokens(1000 * id, 5))
+    bench.step()
+    assert bench.scheduler.lack_cells()
+    assert bench.sequences[2].slot is None
+
+
+# the pace
+
+
+def test_prompts_share_what_the_pace_allows_the_shortest_first() -> None:
+    bench = Bench(n_slots=4, n_prefill=10)
+    bench.add(1, tokens(1000, 30))
+    bench.add(2, tokens(2000, 5))
+    bench.add(3, tokens(3000, 8))
+    assert bench.step() == {2: 5, 3: 5}
+    assert bench.step() == {2: 1, 3: 3, 1: 7}
+
+
+def test_a_long_prompt_ages_and_is_not_starved_by_short_ones() -> None:
+    bench = Bench(n_slots=4, n_prefill=10)
+    bench.add(1, tokens(1000, 5 * AGEING))
+    n_steps = 0
+    while not bench.sequences[1].n_past:
+        n_steps += 1
+        bench.add(1 + n_steps, tokens(10_000 + 100 * n_steps, 10), n_wanted=1)
+        bench.step()
+        assert n_steps < 10
 
 
 # a failed batch
@@ -520,7 +651,7 @@ def test_a_failed_batch_ends_its_sequences_and_frees_their_cells() -> None:
     batch = bench.plan()
     assert [s.id for s in bench.scheduler.fail(batch)] == [1, 2]
     assert bench.scheduler.idle
-    assert bench.memory.slots == [[], []]
+    assert bench.memory.n_used == 0
     # what may be wrong in those cells is not built upon
     assert bench.talk(3, tokens(1000, 8), n_wanted=2).n_cached == 0
     assert bench.answers[3] == answer_to(tokens(1000, 8), 2)
@@ -539,15 +670,21 @@ def test_a_failed_batch_spares_who_was_not_in_it() -> None:
 
 # anything, in any order
 
-Prompt = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+Prompt = st.builds(
+    lambda common, rest: [0] * common + rest,
+    st.sampled_from([0, 0, 3, 40]),
+    st.lists(st.integers(0, 2), min_size=1, max_size=12),
+)
 
 
 @settings(max_examples=120, deadline=None)
 @given(
     n_slots=st.integers(1, 4),
-    n_cells=st.integers(16, 40),
-    n_batch=st.integers(1, 9),
-    can_truncate=st.booleans(),
+    n_cells=st.integers(60, 140),
+    n_batch=st.integers(1, 19),
+    n_prefill=st.integers(1, 30),
+    tree_bytes=st.sampled_from([0, 100, 10_000]),
+    is_cells=st.booleans(),
     prompts=st.lists(st.tuples(Prompt, st.integers(1, 4)), min_size=1, max_size=12),
     rng=st.randoms(use_true_random=False),
 )
@@ -555,11 +692,20 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
     n_slots: int,
     n_cells: int,
     n_batch: int,
-    can_truncate: bool,
+    n_prefill: int,
+    tree_bytes: int,
+    is_cells: bool,
     prompts: list[tuple[list[int], int]],
     rng: random.Random,
 ) -> None:
-    bench = Bench(n_slots=n_slots, n_cells=n_cells, n_batch=n_batch, can_truncate=can_truncate)
+    bench = Bench(
+        n_slots=n_slots,
+        n_cells=n_cells,
+        n_batch=n_batch,
+        n_prefill=n_prefill,
+        tree_bytes=tree_bytes,
+        is_cells=is_cells,
+    )
     todo = dict(enumerate(prompts))
     expected = {id: answer_to(prompt, n_wanted) for id, (prompt, n_wanted) in todo.items()}
     while todo or not bench.scheduler.idle:
@@ -571,6 +717,8 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
             id = rng.choice(sorted(bench.sequences))
             bench.cancel(id)
             del expected[id]
+        elif action < 0.52:
+            bench.scheduler._make_room()
         elif action < 0.55:
             for sequence in bench.scheduler.fail(bench.plan()):
                 del bench.sequences[sequence.id], expected[sequence.id]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from engine.prefix import Saved
 from engine.types import Batch, SamplingParams, Sequence, StepResult
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
@@ -55,11 +56,21 @@ class Engine(Protocol):
 
 
 class Memory(Protocol):
-    """The KV cells of a decoder, by slot."""
+    """The KV cells of a decoder, by slot. Some models' memories are no list of cells (recurrent,
+    hybrid, sliding window): what they cannot do they answer with False or None, unchanged."""
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        """Keep the first `n_tokens` of a slot. False, and unchanged, where the model's kind of
-        memory cannot drop an end (recurrent, hybrid, sliding window)."""
+        """Keep the first `n_tokens` of a slot."""
+
+    def share(self, source: int, slot: int, n_tokens: int) -> bool:
+        """Let an empty slot see the first `n_tokens` of another."""
+
+    def save(self, slot: int, start: int, end: int) -> Saved | None:
+        """Copy the cells of these positions out of the memory."""
+
+    def load(self, slot: int, saved: Saved, start: int, end: int) -> bool:
+        """Put saved cells behind those of a slot: of what was saved from `start`, the positions
+        before `end`. There must be free cells for all that was saved."""
 
     def clear(self, slot: int) -> None: ...
 

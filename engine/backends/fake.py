@@ -21,13 +21,15 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
 from engine.model_file import ModelFile
+from engine.prefix import Saved
 from engine.types import Batch, Chunk, SamplingParams, Sequence
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
@@ -104,8 +106,8 @@ def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     progress(1.0)
     return BatchEngine(
         FakeDecoder(script, n_slots=spec.n_parallel, n_cells=spec.kv_tokens),
+        spec,
         n_ctx=min(spec.n_ctx, spec.kv_tokens, N_CTX_TRAIN),
-        n_parallel=spec.n_parallel,
         n_cells=spec.kv_tokens,
         n_batch=spec.n_batch,
     )
@@ -136,7 +138,8 @@ class FakeTokenizer:
 
 
 class FakeDecoder:
-    """Implements `engine.backends.base.Decoder`. Cells are lists of tokens."""
+    """Implements `engine.backends.base.Decoder`. A cell is a list with its token, since slots may
+    share it."""
 
     def __init__(
         self,
@@ -147,7 +150,7 @@ class FakeDecoder:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.tokenizer: Tokenizer = FakeTokenizer()
-        self.cells: list[list[int]] = [[] for _ in range(n_slots)]
+        self.cells: list[list[list[int]]] = [[] for _ in range(n_slots)]
         self._script = script
         self._n_cells = n_cells
         self._sleep = sleep
@@ -156,14 +159,33 @@ class FakeDecoder:
         del self.cells[slot][n_tokens:]
         return True
 
+    def share(self, source: int, slot: int, n_tokens: int) -> bool:
+        self.cells[slot] = self.cells[source][:n_tokens]
+        return True
+
+    def save(self, slot: int, start: int, end: int) -> Saved:
+        return np.array(self.tokens(slot)[start:end], np.int32)
+
+    def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
+        if self._n_used() + len(saved) > self._n_cells:
+            raise ValueError("there is no room for what was saved")
+        self.cells[slot] += [[int(token)] for token in saved[: end - start]]
+        return True
+
     def clear(self, slot: int) -> None:
-        self.cells[slot].clear()
+        self.cells[slot] = []
+
+    def tokens(self, slot: int) -> list[int]:
+        return [token for (token,) in self.cells[slot]]
+
+    def _n_used(self) -> int:
+        return len({id(cell) for cells in self.cells for cell in cells})
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> None:
         return None
 
     def decode(self, batch: Batch) -> None:
-        if sum(map(len, self.cells)) + batch.n_tokens > self._n_cells:
+        if self._n_used() + batch.n_tokens > self._n_cells:
             raise CacheFull
         for chunk in batch.chunks:
             self._maybe_fault(chunk)
@@ -172,11 +194,11 @@ class FakeDecoder:
             cells = self.cells[chunk.slot]
             if len(cells) != chunk.start:
                 raise ValueError(f"slot {chunk.slot} has {len(cells)} cells, not {chunk.start}")
-            cells += chunk.sequence.tokens[chunk.start : chunk.end]
+            cells += [[token] for token in chunk.sequence.tokens[chunk.start : chunk.end]]
 
     def sample(self, row: int, sequence: Sequence) -> int:
         assert sequence.slot is not None
-        cells = self.cells[sequence.slot]
+        cells = self.tokens(sequence.slot)
         turn = _last_turn(cells[: sequence.n_prompt])
         answer = self._script.rule(turn).answer
         data = (f"You said: {turn}" if answer is None else answer).encode()
@@ -188,7 +210,7 @@ class FakeDecoder:
 
     def _maybe_fault(self, chunk: Chunk) -> None:
         sequence = chunk.sequence
-        rule = self._script.rule(_last_turn(sequence.tokens[: sequence.n_prompt]))
+        rule = self._script.rule(_last_turn(list(sequence.tokens[: sequence.n_prompt])))
         if rule.fault is None or chunk.end != sequence.n_prompt + rule.after:
             return
         if rule.fault == "crash":

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
+from engine.prefix import Saved
 from engine.sampling import Penalties
 from engine.types import Batch, SamplingParams, Sequence
 from engine.wire import WorkerSpec
@@ -28,8 +29,8 @@ def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     decoder = LlamaDecoder(spec, progress)
     return BatchEngine(
         decoder,
+        spec,
         n_ctx=min(spec.n_ctx, decoder.n_cells, decoder.n_ctx_train),
-        n_parallel=spec.n_parallel,
         n_cells=decoder.n_cells,
         n_batch=decoder.n_batch,
     )
@@ -110,6 +111,10 @@ class LlamaDecoder:
         self._memory = lib.llama_get_memory(self._context)
         if not self._memory:
             raise ModelLoadFailed(f"{_name(spec)} is an encoder; it cannot generate text.")
+        self._has_cells = not (
+            lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
+        )
+        self._scratch = spec.n_parallel  # a sequence of our own, on the way out and in
         self.n_cells: int = lib.llama_n_ctx(self._context)
         self.n_batch: int = lib.llama_n_batch(self._context)
         self.tokenizer: Tokenizer = LlamaTokenizer(self._model)
@@ -121,8 +126,35 @@ class LlamaDecoder:
 
     # memory
 
+    # Only a list of cells can be cut and put together; for a recurrent memory llama.cpp would do
+    # something with a part of it, and the answers would be wrong.
+
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        return bool(lib.llama_memory_seq_rm(self._memory, slot, n_tokens, -1))
+        return self._has_cells and bool(lib.llama_memory_seq_rm(self._memory, slot, n_tokens, -1))
+
+    def share(self, source: int, slot: int, n_tokens: int) -> bool:
+        if self._has_cells:
+            lib.llama_memory_seq_cp(self._memory, source, slot, 0, n_tokens)
+        return self._has_cells
+
+    def save(self, slot: int, start: int, end: int) -> Saved | None:
+        if not self._has_cells:
+            return None
+        lib.llama_memory_seq_cp(self._memory, slot, self._scratch, start, end)
+        size = lib.llama_state_seq_get_size_ext(self._context, self._scratch, 0)
+        saved = np.empty(size, np.uint8)
+        n = lib.llama_state_seq_get_data_ext(self._context, _bytes(saved), size, self._scratch, 0)
+        self.clear(self._scratch)
+        return saved if n == size else None
+
+    def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
+        n = lib.llama_state_seq_set_data_ext(
+            self._context, _bytes(saved), saved.nbytes, self._scratch, 0
+        )
+        if n == saved.nbytes:
+            lib.llama_memory_seq_cp(self._memory, self._scratch, slot, start, end)
+        self.clear(self._scratch)
+        return bool(n == saved.nbytes)
 
     def clear(self, slot: int) -> None:
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
@@ -213,6 +245,10 @@ def _pointer(array: "npt.NDArray[Any]", field: str) -> Any:
     return array.ctypes.data_as(dict(lib.llama_batch._fields_)[field])
 
 
+def _bytes(array: npt.NDArray[np.uint8]) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
 def _new_chain(sampling: SamplingParams) -> Any:
     chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
     add: Callable[[Any], None] = lambda sampler: lib.llama_sampler_chain_add(chain, sampler)  # noqa: E731
@@ -249,9 +285,11 @@ def _new_context(model: Any, spec: WorkerSpec, log: "LlamaLog") -> Any:
     # beyond the length it was trained on a model's answers are noise, and encoders abort
     n_ctx_train = lib.llama_model_n_ctx_train(model)
     params.n_ctx = max(min(spec.n_ctx, n_ctx_train), spec.kv_tokens)
-    # a batch must fit one physical batch: encoders and long prompts abort otherwise
-    params.n_batch = params.n_ubatch = min(spec.n_batch, params.n_ctx)
-    params.n_seq_max = spec.n_parallel
+    params.n_seq_max = spec.n_parallel + 1  # and the scratch sequence
+    # a batch must fit one physical batch: encoders and long prompts abort otherwise; so does a
+    # context that has more sequences than a batch has tokens
+    n_batch = max(min(spec.n_batch, params.n_ctx), params.n_seq_max)
+    params.n_batch = params.n_ubatch = n_batch
     params.kv_unified = True
     params.n_threads = params.n_threads_batch = spec.n_threads
     context = lib.llama_init_from_model(model, params)

@@ -1,0 +1,43 @@
+"""How many prompt tokens a step may take, so that running streams keep their pace."""
+
+PROBE_TOKENS = 64  # of the first prompt, before anything was measured
+MIN_TOKENS = 16  # a prompt gets on in every step, whatever the steps cost
+ALONE = 4  # times as long may a step take when no stream waits for it
+SMOOTHING = 0.3  # weight of the newest measurement
+
+
+class Pace:
+    """Learns from measured steps what a step costs. `max_stall_s` bounds those with streams."""
+
+    def __init__(self, max_stall_s: float) -> None:
+        self._max_stall_s = max_stall_s
+        self._token_s: float | None = None  # of a prompt token
+        self._decode_s: dict[int, float] = {}  # of a step with so many streams and no prompt
+
+    def n_prefill(self, n_decodes: int) -> int:
+        """Prompt tokens for the next step beside `n_decodes` streams."""
+        if self._token_s is None:
+            return PROBE_TOKENS
+        if n_decodes == 0:
+            return max(MIN_TOKENS, int(ALONE * self._max_stall_s / self._token_s))
+        left_s = self._max_stall_s - self._expected_s(n_decodes)
+        return max(MIN_TOKENS, int(left_s / self._token_s))
+
+    def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
+        """A step with so many tokens took so long."""
+        if n_prefill == 0:
+            self._decode_s[n_decodes] = _smooth(self._decode_s.get(n_decodes), seconds)
+        elif n_prefill >= MIN_TOKENS:
+            token_s = max(seconds - self._expected_s(n_decodes), seconds / 10) / n_prefill
+            self._token_s = _smooth(self._token_s, token_s)
+
+    def _expected_s(self, n_decodes: int) -> float:
+        """Of a step with `n_decodes` streams alone: as measured for the nearest number."""
+        if n_decodes == 0 or not self._decode_s:
+            return 0.0
+        nearest = min(self._decode_s, key=lambda n: abs(n - n_decodes))
+        return self._decode_s[nearest]
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else old + SMOOTHING * (new - old)
