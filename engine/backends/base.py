@@ -59,7 +59,7 @@ class Memory(Protocol):
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
         """Keep the first `n_tokens` of a slot. False, and unchanged, where the model's kind of
-        memory cannot drop an end (recurrent, hybrid, sliding window)."""
+        memory cannot drop an end (recurrent, hybrid, behind a sliding window)."""
 
     def clear(self, slot: int) -> None: ...
 
