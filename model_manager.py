@@ -31,6 +31,7 @@ from engine import wire
 from engine.client import EndReason, Launcher, Worker, error_from, launch_process
 from engine.model_file import ModelFile, read_model_file
 from errors import (
+    ContextLengthExceeded,
     InternalError,
     ModelLoadFailed,
     ModelNotFound,
@@ -128,7 +129,7 @@ class Tier:
         self._worker_timeout_s = worker_timeout_s
         self._log_level = log_level
         self._model: ModelFile | None = None
-        self._model_signature: object = None
+        self._model_signature = 0, 0
         self._worker: Worker | None = None
         self._waiting: deque[Generation] = deque()
         self._suspects: deque[Generation] = deque()
@@ -136,7 +137,8 @@ class Tier:
         self._job_ids = itertools.count(1)
         self._n_leases = 0
         self._n_load_failures = 0
-        self._retry_at = 0.0
+        self._retry_at = 0.0  # unless the file has changed
+        self._failed_signature = 0, 0
         self._job_s = 1.0  # what a job takes, averaged; for Retry-After
         self._is_wanted = settings.preload
         self._is_closing = False
@@ -176,9 +178,9 @@ class Tier:
 
     @property
     def created(self) -> int:
-        """When the model file was written, in seconds since 1970."""
-        model = self.model()
-        return int(model.path.stat().st_mtime) if self.settings.model_path else 0
+        """When the model file was written, in seconds since 1970. Raises ModelLoadFailed."""
+        self.model()
+        return self._model_signature[0] // 10**9 if self.settings.model_path else 0
 
     @contextmanager
     def lease(self) -> Iterator[None]:
@@ -191,9 +193,11 @@ class Tier:
             self._wakeup.set()
 
     def submit(self, request: wire.Generate) -> Generation:
-        """Queue a request. Raises QueueFull, or TierUnavailable when the service is stopping."""
+        """Queue a request. Raises QueueFull, ContextLengthExceeded where that is certain without
+        tokenising, or TierUnavailable when the service is stopping."""
         if self._is_closing:
             raise _stopping()
+        self._check_length(request)
         n_waiting = len(self._waiting)
         if n_waiting >= self.settings.queue_size:
             wait_s = self._job_s * n_waiting / self.settings.n_parallel
@@ -207,6 +211,20 @@ class Tier:
         self._waiting.append(generation)
         self._wakeup.set()
         return generation
+
+    def _check_length(self, request: wire.Generate) -> None:
+        """A prompt that is far too long must not keep the worker busy with tokenising it."""
+        n_bytes = sum(len(p.text.encode()) for p in request.prompt if isinstance(p, wire.Segment))
+        n_ids = sum(isinstance(piece, int) for piece in request.prompt)
+        n_tokens = n_ids + n_bytes // self.model().max_token_bytes
+        if n_tokens > self.n_ctx:
+            raise ContextLengthExceeded(
+                f"The prompt has more than {n_tokens:,} tokens; tier '{self.name}' takes "
+                f"{self.n_ctx:,} with the answer ({self.name.upper()}_N_CTX).",
+                param="prompt",
+                n_prompt_tokens=n_tokens,
+                n_ctx=self.n_ctx,
+            )
 
     def drop(self, generation: Generation) -> None:
         """Forget a request that ended or whose client left. Unknown ones are fine."""
@@ -272,11 +290,13 @@ class Tier:
             generation = self._next(worker.ready.n_parallel)
             if generation is None:
                 return
-            if worker is not self._worker:  # it died just now: this one waits for the next
-                self._waiting.appendleft(generation)
-                continue
             self._running[generation.request.job] = generation, time.monotonic()
-            worker.generate(generation.request, generation)
+            try:
+                worker.generate(generation.request, generation)
+            except Exception as error:  # it alone cannot be sent
+                logger.error("Tier %s: a request cannot be sent", self.name, exc_info=error)
+                self.drop(generation)
+                generation.fail(InternalError("The request could not be sent to its model."))
 
     def _next(self, n_seats: int) -> Generation | None:
         """Who goes to the worker now.
@@ -296,8 +316,12 @@ class Tier:
     async def _ensure_ready(self) -> Worker:
         if self._worker is not None:
             return self._worker
-        if time.monotonic() < self._retry_at:
-            raise ModelLoadFailed(self.reason or "The model could not be loaded.")
+        wait_s = self._retry_at - time.monotonic()
+        if wait_s > 0 and self._failed_signature == _signature(self.settings.path):
+            raise TierUnavailable(
+                f"{self.reason} It is tried again in {wait_s:.0f} s.",
+                retry_after_s=math.ceil(wait_s),
+            )
         self.state, self.progress = "starting", 0.0
         started_at = time.monotonic()
         try:
@@ -333,15 +357,16 @@ class Tier:
         self._is_wanted = False
         self.reason = error.message if isinstance(error, ServiceError) else "A fault of ours."
         logger.error("Tier %s cannot be loaded: %s", self.name, self.reason)
+        self._failed_signature = _signature(self.settings.path)
         if self._model is not None:  # the header was fine, so trying again costs a process
             self._n_load_failures += 1
             self._retry_at = time.monotonic() + min(2.0**self._n_load_failures, MAX_BACK_OFF_S)
 
     async def _stop_worker(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
+        if self._worker is not None:
             self.state = "stopping"
-            await worker.stop()
+            await self._worker.stop()
+            self._worker = None  # not before: who cancels this must find it
             self.state = "stopped"
 
     def _on_lost(self, worker: Worker, end: EndReason) -> None:
@@ -471,9 +496,10 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
     return model
 
 
-def _signature(path: Path) -> object:
+def _signature(path: Path) -> tuple[int, int]:
+    """When a file was written, in ns, and its size: another signature is another file."""
     try:
         status = path.stat()
     except OSError:
-        return None
+        return 0, 0
     return status.st_mtime_ns, status.st_size

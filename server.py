@@ -41,6 +41,7 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
         title="Quintet",
         description="Five local models behind one OpenAI-compatible endpoint",
         lifespan=lifespan,
+        redirect_slashes=False,  # a redirect is no error envelope
         docs_url=None,  # these pages load scripts from another server
         redoc_url=None,
         middleware=[

@@ -68,7 +68,7 @@ class TierSettings(BaseSettings):
     top_p: float = Field(0.95, ge=0, le=1, allow_inf_nan=False)
     top_k: int = Field(40, ge=-1, lt=2**31)
     min_p: float = Field(0.05, ge=0, le=1, allow_inf_nan=False)
-    repeat_penalty: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
+    repeat_penalty: float = Field(1.0, ge=0.01, le=10, allow_inf_nan=False)
     max_tokens: int | None = Field(None, ge=1)  # None: to the end of the context
 
     queue_size: int = Field(64, ge=1)  # requests that may wait

@@ -84,8 +84,6 @@ def prepare(request: wire.Generate, engine: Engine) -> Job:
 
 def _tokenize(request: wire.Generate, tokenizer: Tokenizer) -> list[int]:
     ids: list[int] = []
-    if request.add_bos and tokenizer.bos is not None:
-        ids.append(tokenizer.bos)
     for n, piece in enumerate(request.prompt):
         if isinstance(piece, int):
             ids.append(piece)
@@ -93,6 +91,10 @@ def _tokenize(request: wire.Generate, tokenizer: Tokenizer) -> list[int]:
             ids += tokenizer.tokenize(
                 piece.text, parse_special=piece.parse_special, continues=n > 0
             )
+    is_text = any(isinstance(piece, wire.Segment) for piece in request.prompt[:1])
+    bos = tokenizer.bos
+    if request.add_bos and is_text and bos is not None and ids[:1] != [bos]:
+        ids.insert(0, bos)
     return ids
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -13,11 +13,19 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from starlette.responses import JSONResponse, Response
 
 from api import generation
-from api.deps import ServicesDep, while_connected
-from api.sampling import GenerationFields, ignored_params, max_tokens, refuse, sampling_params
+from api.deps import Services, ServicesDep, while_connected
+from api.sampling import (
+    GenerationFields,
+    TokenLimit,
+    ignored_params,
+    max_tokens,
+    refuse,
+    sampling_params,
+)
 from api.sse import EventStream, event
 from engine import wire
-from errors import UnsupportedParameter
+from errors import BadRequest, UnsupportedParameter
+from model_manager import Tier
 
 router = APIRouter()
 
@@ -48,7 +56,7 @@ class ContentPart(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: str
-    text: str = ""
+    text: str | None = None
 
 
 def _content_kind(value: Any) -> str:
@@ -56,7 +64,8 @@ def _content_kind(value: Any) -> str:
 
 
 Content = Annotated[
-    Annotated[str | None, Tag("<text>")] | Annotated[list[ContentPart], Tag("<parts>")],
+    Annotated[str | None, Tag("<text>")]
+    | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<parts>")],
     Discriminator(_content_kind),
 ]
 
@@ -71,8 +80,9 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(GenerationFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=-1)] | None = None
+    # fail_fast: a million bad items must not become a million errors
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: TokenLimit | None = None
 
 
 @router.post("/v1/chat/completions")
@@ -80,19 +90,20 @@ async def create_chat_completion(
     body: ChatRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    headers = ignored_params(body, UNSUPPORTED, strict=services.settings.server.strict_params)
     refuse(body, UNSUPPORTED)
-    _refuse_parts(body.messages)
+    parts = list(_parts(body.messages))
+    _check_parts(parts)
+    headers = ignored_params(
+        body, UNSUPPORTED, strict=services.settings.server.strict_params, parts=parts
+    )
     body.check_stream_options()
-    template = await asyncio.to_thread(services.template, tier)
-    messages = [message.model_dump(exclude_unset=True) for message in body.messages]
-    prompt = await asyncio.to_thread(template.render, messages, now=datetime.now())
+    prompt = await asyncio.to_thread(_render, services, tier, body.messages)
     outs = await generation.start(
         request.receive,
         tier,
         [
             wire.Generate(
-                prompt=list(prompt),
+                prompt=prompt,
                 add_bos=True,
                 sampling=sampling_params(body, tier.settings),
                 stop=body.stop or [],
@@ -137,13 +148,27 @@ async def _events(
                     yield event(head | {"choices": [], "usage": generation.usage([out.done])})
 
 
-def _refuse_parts(messages: Sequence[ChatMessage]) -> None:
+def _render(
+    services: Services, tier: Tier, messages: Sequence[ChatMessage]
+) -> list[wire.Segment | int]:
+    template = services.template(tier)
+    dumped = [message.model_dump(exclude_unset=True) for message in messages]
+    return [*template.render(dumped, now=datetime.now())]
+
+
+def _parts(messages: Sequence[ChatMessage]) -> Iterator[tuple[str, ContentPart]]:
+    """Each part of a content that is a list, with its place."""
     for m, message in enumerate(messages):
-        if not isinstance(message.content, list):
-            continue
-        for p, part in enumerate(message.content):
-            if part.type != "text":
-                raise UnsupportedParameter(
-                    f"Content of type '{part.type}' is not supported; send text.",
-                    param=f"messages[{m}].content[{p}].type",
-                )
+        if isinstance(message.content, list):
+            for p, part in enumerate(message.content):
+                yield f"messages[{m}].content[{p}]", part
+
+
+def _check_parts(parts: Iterable[tuple[str, ContentPart]]) -> None:
+    for place, part in parts:
+        if part.type != "text":
+            raise UnsupportedParameter(
+                f"Content of type '{part.type}' is not supported; send text.", param=f"{place}.type"
+            )
+        if part.text is None:
+            raise BadRequest(f"'{place}.text' is required.", param=f"{place}.text")

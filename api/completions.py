@@ -32,7 +32,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 
 def _prompt_kind(value: Any) -> str:
@@ -46,9 +46,9 @@ def _prompt_kind(value: Any) -> str:
 
 Prompt = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Field(min_length=1), Tag("<texts>")]
+    | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("<texts>")]
     | Annotated[Tokens, Tag("<tokens>")]
-    | Annotated[list[Tokens], Tag("<lists of tokens>")],
+    | Annotated[list[Tokens], Field(fail_fast=True), Tag("<lists of tokens>")],
     Discriminator(_prompt_kind),
 ]
 
@@ -62,8 +62,8 @@ async def create_completion(
     body: CompletionRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    headers = ignored_params(body, UNSUPPORTED, strict=services.settings.server.strict_params)
     refuse(body, UNSUPPORTED)
+    headers = ignored_params(body, UNSUPPORTED, strict=services.settings.server.strict_params)
     body.check_stream_options()
     prompts = _prompts(body.prompt)
     if len(prompts) > tier.settings.queue_size:

@@ -33,14 +33,18 @@ def install(app: FastAPI) -> None:
 
 
 def response(error: ServiceError) -> Response:
-    return JSONResponse(error.body(), error.status, error.headers())
+    body = error.body()
+    for name in ("message", "param"):  # they may quote half a surrogate pair, which is no text
+        if body["error"][name] is not None:
+            body["error"][name] = body["error"][name].encode(errors="backslashreplace").decode()
+    return JSONResponse(body, error.status, error.headers())
 
 
-def as_service_error(error: Exception) -> ServiceError:
+def as_service_error(error: Exception, request_id: str) -> ServiceError:
     """The error that a client is told of; a fault of ours goes to the log with its traceback."""
     if isinstance(error, ServiceError):
         return error
-    logger.error("A request failed by a fault of ours", exc_info=error)
+    logger.error("Request %s failed by a fault of ours", request_id, exc_info=error)
     return InternalError("A fault of the service. Its log has the reason under the request's id.")
 
 
@@ -56,7 +60,8 @@ def dotted(location: Sequence[str | int]) -> str:
 
 
 async def _service_error(request: Request, error: Exception) -> Response:
-    return response(as_service_error(error))
+    assert isinstance(error, ServiceError)
+    return response(error)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

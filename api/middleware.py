@@ -53,7 +53,7 @@ class RequestLog:
                 "%s %s %s %d%s %.0f ms %s",
                 scope["client"][0] if scope.get("client") else "-",
                 scope["method"],
-                scope["path"],
+                ascii(scope["path"])[1:-1],  # it may hold line ends
                 status,
                 left,
                 (time.perf_counter() - started_at) * 1e3,
@@ -81,8 +81,7 @@ class Faults:
         try:
             await self._app(scope, receive, watch)
         except Exception as error:
-            logger.error("Request %s:", scope["request_id"])
-            reply = response(as_service_error(error))
+            reply = response(as_service_error(error, scope["request_id"]))
             if has_started:
                 raise  # the server closes the connection: half a reply must not look whole
             await reply(scope, receive, send)

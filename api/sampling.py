@@ -1,10 +1,16 @@
 """The fields that chat and raw completions share, and what becomes of those we do not know."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+)
 
 from engine.types import SamplingParams
 from errors import BadRequest, UnsupportedParameter
@@ -19,16 +25,26 @@ def _as_list(value: Any) -> Any:
 
 StopList = Annotated[
     list[Annotated[str, StringConstraints(min_length=1)]],
-    Field(max_length=MAX_STOPS),
+    Field(max_length=MAX_STOPS, fail_fast=True),
     BeforeValidator(_as_list),
 ]
 UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
+TokenLimit = Annotated[int, Field(ge=-1, lt=2**31)]  # -1, as some clients say it: no limit
+
+
+Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
+
+
 class StreamOptions(BaseModel):
-    include_usage: bool = False
-    include_obfuscation: bool = False  # padding against eavesdroppers: there are none on a loopback
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: Switch = False
+    include_obfuscation: Switch = (
+        False  # padding against eavesdroppers: there are none on a loopback
+    )
 
 
 class GenerationFields(BaseModel):
@@ -37,14 +53,14 @@ class GenerationFields(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    stream: bool = False
+    stream: Switch = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=-1)  # -1, as some clients say it: no limit
+    max_tokens: TokenLimit | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: UnitInterval | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: UnitInterval | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
@@ -104,9 +120,19 @@ def _is_same(a: Any, b: Any) -> bool:
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # 1 == True in Python
 
 
-def ignored_params(fields: BaseModel, known: Mapping[str, Any], *, strict: bool) -> dict[str, str]:
-    """The header that names the unknown fields of a body. Raises BadRequest where `strict`."""
+def ignored_params(
+    fields: GenerationFields,
+    known: Mapping[str, Any],
+    *,
+    strict: bool,
+    parts: Iterable[tuple[str, BaseModel]] = (),
+) -> dict[str, str]:
+    """The header that names the unknown fields of a body and of its `parts`, which come with their
+    places. Raises BadRequest where `strict`."""
     unknown = [name for name in fields.model_extra or {} if name not in known]
+    if fields.stream_options is not None:
+        parts = [("stream_options", fields.stream_options), *parts]
+    unknown += [f"{place}.{name}" for place, part in parts for name in part.model_extra or {}]
     if not unknown:
         return {}
     if strict:

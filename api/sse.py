@@ -45,15 +45,15 @@ class EventStream(Response):
         async with aclosing(self._events):
             await send(start)
             try:
-                await while_connected(receive, self._send_all(send))
+                await while_connected(receive, self._send_all(send, scope["request_id"]))
             except ClientLeft:
                 scope["client_left"] = True  # for the access log: the status is sent already
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, request_id: str) -> None:
         try:
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except Exception as error:
-            data = event(as_service_error(error).body())
+            data = event(as_service_error(error, request_id).body())
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})

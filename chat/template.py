@@ -83,7 +83,13 @@ class ChatTemplate:
             # Not the bare `>` that a template writes rather than looks for.
             if not marks.isdisjoint(text) and any(char.isalnum() for char in text)
         }
-        self._sought_or_guarded = re.compile(f"({_any_of(sought)})|{_any_of(marks | words)}")
+        # of what is sought, nothing that a control token could be put together from
+        sought = {text for text in sought if not any(text in token for token in control_tokens)}
+        self._sought_or_guarded = re.compile(
+            f"(?P<control>{self._control.pattern})|(?P<sought>{_any_of(sought)})"
+            f"|{_any_of(marks | words)}"
+        )
+        self._guarded_marks = re.compile(_any_of(marks | words))
 
     @classmethod
     def from_model_file(cls, model: ModelFile) -> "ChatTemplate":
@@ -136,7 +142,12 @@ class ChatTemplate:
         return self._segments(rendered, guard)
 
     def _guarded(self, text: str, guard: str) -> str:
-        return self._sought_or_guarded.sub(lambda m: m[0] if m[1] else guard + m[0], text)
+        def guarded(match: re.Match[str]) -> str:
+            if match["sought"]:
+                return match[0]
+            return self._guarded_marks.sub(lambda mark: guard + mark[0], match[0])
+
+        return self._sought_or_guarded.sub(guarded, text)
 
     def _rendered(self, variables: dict[str, Any], max_chars: int) -> str:
         parts = []

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +18,7 @@ from errors import BadRequest, ModelLoadFailed, ServiceError
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
+LOAD_PATIENCE = 5  # times the timeout may a load be silent: some of its steps say nothing
 EndReason = str  # how a worker ended, for people
 
 
@@ -80,7 +80,7 @@ class Worker:
         """Start a worker and wait until its model is loaded. Raises ModelLoadFailed.
 
         `on_lost` is called once if it ends without being told to. It is ended when it has jobs and
-        its step loop says nothing for `timeout_s`.
+        its step loop says nothing for `timeout_s`, and when a load gets no further.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -92,7 +92,10 @@ class Worker:
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
             writer.write(wire.frame(wire.Load(spec)))
-            while isinstance(message := await wire.read(reader), wire.Progress):
+            while isinstance(
+                message := await asyncio.wait_for(wire.read(reader), timeout_s * LOAD_PATIENCE),
+                wire.Progress,
+            ):
                 on_progress(message.fraction)
             if isinstance(message, wire.Ready):
                 return cls(spec.name, handle, reader, writer, message, on_lost, timeout_s)
@@ -100,17 +103,20 @@ class Worker:
                 raise ModelLoadFailed(message.reason)
             reason = await handle.wait()
             raise ModelLoadFailed(f"The worker ended while it loaded the model: {reason}.")
-        except BaseException:
+        except BaseException as error:
             writer.close()
             handle.kill()
             await asyncio.shield(handle.wait())
+            if isinstance(error, asyncio.TimeoutError):
+                raise ModelLoadFailed("The load got no further, and was ended.") from None
             raise
 
     def generate(self, request: wire.Generate, sink: JobSink) -> None:
+        data = wire.frame(request)  # may fail: before anybody counts on an answer
         if not self._sinks:
             self._heard_at = asyncio.get_running_loop().time()
         self._sinks[request.job] = sink
-        self._send(request)
+        self._write(data)
 
     def cancel(self, job: int) -> None:
         """The sink hears no more of the job, and the worker drops it before its next step."""
@@ -128,8 +134,11 @@ class Worker:
             await self._task
 
     def _send(self, message: wire.Message) -> None:
+        self._write(wire.frame(message))
+
+    def _write(self, data: bytes) -> None:
         if not self._writer.is_closing():
-            self._writer.write(wire.frame(message))
+            self._writer.write(data)
 
     async def _listen(self) -> None:
         try:
@@ -219,39 +228,3 @@ async def launch_process(theirs: socket.socket) -> Handle:
         env=environment,
     )
     return _Process(process)
-
-
-class _Thread:
-    """A worker in this process, for tests: the same frames, the same loop."""
-
-    pid = 0
-
-    def __init__(self, serve: Callable[[socket.socket], int], sock: socket.socket) -> None:
-        self._sock = sock
-        self._code = 0
-        self._ended = threading.Event()
-
-        def run() -> None:
-            try:
-                self._code = serve(sock)
-            finally:
-                self.kill()  # closing alone does not wake a thread that receives
-                sock.close()
-                self._ended.set()
-
-        threading.Thread(target=run, daemon=True).start()
-
-    async def wait(self) -> EndReason:
-        await asyncio.to_thread(self._ended.wait)
-        return f"exit code {self._code}"
-
-    def kill(self) -> None:
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-
-
-def thread_launcher(serve: Callable[[socket.socket], int]) -> Launcher:
-    async def launch(theirs: socket.socket) -> Handle:
-        return _Thread(serve, theirs.dup())
-
-    return launch

@@ -37,6 +37,7 @@ class ModelFile:
     n_layer: int
     n_embd: int
     n_vocab: int
+    max_token_bytes: int  # no token stands for more of a prompt
     kv_bytes_per_token: int  # f16 keys and values of all layers; 0 for encoders
     tokenizer_model: str  # gpt2 | llama | t5 | bert …
     chat_template: str | None
@@ -341,6 +342,7 @@ def _describe(path: Path, header: Header) -> ModelFile:
         n_layer=n_layer,
         n_embd=header.size_of(f"{architecture}.embedding_length"),
         n_vocab=tokens.count if tokens else header.number(f"{architecture}.vocab_size", 0),
+        max_token_bytes=int(np.diff(tokens.texts).max(initial=9)) - 8 if tokens else 1,
         kv_bytes_per_token=_kv_bytes_per_token(header, architecture, n_layer),
         tokenizer_model=tokenizer_model,
         chat_template=header.text("tokenizer.chat_template") or None,

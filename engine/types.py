@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 Finish = Literal["stop", "length"]
+MIN_TEMPERATURE = 1e-4  # below it logits would overflow, and the likeliest token is certain
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +28,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature <= 0 or self.top_k == 1
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
 
 @dataclass(slots=True, eq=False)

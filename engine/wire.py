@@ -54,7 +54,7 @@ class Load(Message, frozen=True):
 
 class Generate(Message, frozen=True):
     prompt: list[Segment | int]  # text in segments, or token ids
-    add_bos: bool  # put the vocabulary's BOS before a text prompt, if it wants one
+    add_bos: bool  # begin a text prompt with the vocabulary's BOS, if it wants one
     sampling: SamplingParams
     stop: list[str]
     max_tokens: int | None  # None: to the end of the context

@@ -89,6 +89,57 @@ def write_tiny_spm(path: Path, *, n_ctx: int = 512, seed: int = 0) -> Path:
     return path
 
 
+def write_tiny_gemma3(path: Path, *, n_ctx: int = 1024, window: int = 16, seed: int = 0) -> Path:
+    """A gemma3 of random F32 weights: six of its seven layers see through a sliding window."""
+    tokens, scores, types = spm_vocabulary()
+    n_layer, n_embd, n_head, n_head_kv = 7, 64, 4, 2
+    n_embd_head, n_ff = n_embd // n_head, 2 * n_embd
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_context_length(n_ctx)
+    writer.add_block_count(n_layer)
+    writer.add_embedding_length(n_embd)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_key_length(n_embd_head)
+    writer.add_value_length(n_embd_head)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_sliding_window(window)
+    writer.add_rope_freq_base(10000.0)
+    random = np.random.RandomState(seed)
+
+    def add_matrix(name: str, n_out: int, n_in: int, gain: float) -> None:
+        weights = random.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)
+        writer.add_tensor(f"{name}.weight", weights.astype(np.float32))
+
+    def add_norm(name: str, n: int) -> None:
+        writer.add_tensor(f"{name}.weight", np.ones(n, np.float32))
+
+    add_matrix("token_embd", len(tokens), n_embd, 1.0)
+    add_norm("output_norm", n_embd)
+    add_matrix("output", len(tokens), n_embd, np.sqrt(n_embd))
+    for i in range(n_layer):
+        for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
+            add_norm(f"blk.{i}.{name}", n_embd)
+        add_norm(f"blk.{i}.attn_q_norm", n_embd_head)
+        add_norm(f"blk.{i}.attn_k_norm", n_embd_head)
+        add_matrix(f"blk.{i}.attn_q", n_embd, n_embd, 1.7)
+        add_matrix(f"blk.{i}.attn_k", n_head_kv * n_embd_head, n_embd, 1.7)
+        add_matrix(f"blk.{i}.attn_v", n_head_kv * n_embd_head, n_embd, 1.5)
+        add_matrix(f"blk.{i}.attn_output", n_embd, n_embd, 1.5)
+        add_matrix(f"blk.{i}.ffn_gate", n_ff, n_embd, 1.5)
+        add_matrix(f"blk.{i}.ffn_up", n_ff, n_embd, 1.5)
+        add_matrix(f"blk.{i}.ffn_down", n_embd, n_ff, 1.5)
+    _write(writer)
+    return path
+
+
 def spm_vocabulary() -> tuple[list[str], list[float], list[int]]:
     """Texts, scores and types of write_tiny_spm's tokens."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]

@@ -1,6 +1,9 @@
 """A service on a free port and the fake backend, with its workers in threads unless told."""
 
+import asyncio
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +16,43 @@ import httpx
 import uvicorn
 
 import worker
-from engine.client import Launcher, thread_launcher
+from engine.client import Handle, Launcher
 from model_manager import ModelManager
 from server import create_app
 from settings import ServerSettings, Settings, TierSettings
 
-in_threads: Launcher = thread_launcher(worker.serve)
+
+class Thread:
+    """A worker in this process (Handle): the same frames, the same loop."""
+
+    pid = 0
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._code = 0
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._code = worker.serve(self._sock)
+        finally:
+            self.kill()  # closing alone does not wake a thread that receives
+            self._sock.close()
+            self._ended.set()
+
+    async def wait(self) -> str:
+        await asyncio.to_thread(self._ended.wait)
+        return f"exit code {self._code}"
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
+async def in_threads(sock: socket.socket) -> Handle:
+    """A launcher of workers in threads."""
+    return Thread(sock.dup())
 
 
 @dataclass

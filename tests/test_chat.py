@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -194,6 +195,14 @@ BAD = [
     ({"stop": ["a", ""]}, "stop[1]"),
     ({"stop": ["a"] * 65}, "stop"),
     ({"max_tokens": -2}, "max_tokens"),
+    ({"max_tokens": 2**31}, "max_tokens"),
+    ({"max_tokens": 2**64}, "max_tokens"),
+    ({"max_completion_tokens": 2**64}, "max_completion_tokens"),
+    ({"model": "\ud800"}, "model"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content[0].text",
+    ),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"model": None}, "model"),
@@ -217,8 +226,26 @@ def test_a_bad_value_is_a_400_that_names_it(
         content=json.dumps(body),
         headers={"Content-Type": "application/json"},
     )
-    error = error_of(response, 400)
+    error = error_of(response, 404 if body["model"] == "\ud800" else 400)
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+def test_half_a_surrogate_pair_in_a_type_is_quoted_and_refused(service: Service) -> None:
+    body = r'{"model": "light", "messages": [{"role": "user", "content": [{"type": "\ud800"}]}]}'
+    response = service.http.post(
+        "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert r"'\ud800'" in error_of(response, 400)["message"]
+
+
+def test_a_body_of_bad_items_costs_no_more_than_one_of_them(service: Service) -> None:
+    for body in (
+        {"model": "light", "messages": [1] * 200_000},
+        {"model": "light", "messages": [{"role": "user", "content": [1] * 200_000}]},
+    ):
+        started_at = time.perf_counter()
+        assert error_of(service.http.post("/v1/chat/completions", json=body), 400)
+        assert time.perf_counter() - started_at < 1.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -271,7 +298,7 @@ def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
     neutral = {
         "n": 1, "logprobs": False, "tools": [], "tool_choice": "auto", "logit_bias": {},
         "response_format": {"type": "text"}, "functions": None, "seed": 5, "user": "me",
-        "temperature": None, "top_p": None, "stop": None, "stream": False,
+        "temperature": None, "top_p": None, "stop": None, "stream": None,
     }  # fmt: skip
     response = service.chat(**neutral)
     assert text_of(response) == "You said: Hi"
@@ -283,6 +310,30 @@ def test_unknown_fields_are_named_in_a_header(service: Service) -> None:
     for stream in (False, True):
         response = service.chat(stream=stream, **fields)
         assert response.headers["x-ignored-params"] == r"mirostat,chat_id??X-Evil,gr\xfcn"
+
+
+def test_unknown_fields_inside_are_named_with_their_place(service: Service) -> None:
+    part = {"type": "text", "text": "Hi", "cache_control": {}}
+    message = {"role": "user", "content": [part], "name": "me"}
+    response = ask(service, message, stream=True, stream_options={"include_usage": None, "x": 1})
+    assert response.headers["x-ignored-params"] == (
+        "stream_options.x,messages[0].content[0].cache_control"
+    )
+
+
+def test_a_prompt_that_is_far_too_long_is_refused_without_tokenising_it(service: Service) -> None:
+    started_at = time.perf_counter()
+    error = error_of(service.chat("x" * 8_000_000), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == "messages"
+    assert "light" in error["message"]
+    assert error_of(service.complete([1] * 100_000), 400)["code"] == "context_length_exceeded"
+    assert time.perf_counter() - started_at < 2.0
+
+
+def test_a_conversation_of_many_turns_is_answered(service: Service) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 30
+    assert text_of(ask(service, *turns, {"role": "user", "content": "Hi"})) == "You said: Hi"
 
 
 def test_strict_params_makes_unknown_fields_an_error() -> None:

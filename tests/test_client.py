@@ -22,13 +22,12 @@ from engine.client import (
     Worker,
     error_from,
     launch_process,
-    thread_launcher,
 )
 from engine.types import SamplingParams
 from errors import ModelLoadFailed, ServiceError
+from tests.serving import in_threads
 
 WAIT_S = 20
-in_thread = thread_launcher(worker.serve)
 
 
 def spec(script: str = "", **values: Any) -> wire.WorkerSpec:
@@ -150,7 +149,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 def test_a_job_hears_that_it_started_its_text_and_its_end() -> None:
     async def test() -> None:
-        started = Started(in_thread)
+        started = Started(in_threads)
         worker = await started.start(spec())
         assert started.progress == [0.0, 1.0]
         assert (worker.ready.n_ctx, worker.ready.n_parallel) == (1000, 2)
@@ -167,7 +166,7 @@ def test_a_job_hears_that_it_started_its_text_and_its_end() -> None:
 
 def test_each_job_hears_its_own_text() -> None:
     async def test() -> None:
-        worker = await Started(in_thread).start(spec())
+        worker = await Started(in_threads).start(spec())
         sinks = {job: Sink() for job in range(6)}
         for job, sink in sinks.items():
             worker.generate(generate(f"prompt {job}", job), sink)
@@ -181,7 +180,7 @@ def test_each_job_hears_its_own_text() -> None:
 
 def test_a_job_that_is_refused_hears_why() -> None:
     async def test() -> None:
-        worker = await Started(in_thread).start(spec(n_ctx=10))
+        worker = await Started(in_threads).start(spec(n_ctx=10))
         sink = Sink()
         worker.generate(generate("much too long", 1), sink)
         await sink.last()
@@ -196,7 +195,7 @@ def test_a_job_that_is_refused_hears_why() -> None:
 def test_a_cancelled_job_hears_no_more_and_makes_room(script: Callable[..., str]) -> None:
     async def test() -> None:
         path = script({"match": "long", "answer": "x" * 900}, step_ms=1)
-        worker = await Started(in_thread).start(spec(path, n_parallel=1))
+        worker = await Started(in_threads).start(spec(path, n_parallel=1))
         sink, next_sink = Sink(), Sink()
         worker.generate(generate("long", 1), sink)
         worker.generate(generate("Hi", 2), next_sink)
@@ -219,7 +218,7 @@ def test_a_load_that_fails_is_model_load_failed_with_the_reason(
     script: Callable[..., str],
 ) -> None:
     async def test() -> None:
-        started = Started(in_thread)
+        started = Started(in_threads)
         with pytest.raises(ModelLoadFailed, match="told to fail"):
             await started.start(spec(script(fault="load")))
         assert started.losses == []
@@ -289,7 +288,7 @@ def test_a_process_that_hangs_is_ended(script: Callable[..., str]) -> None:
 
 def test_a_worker_that_ends_by_itself_is_told_with_its_code(script: Callable[..., str]) -> None:
     async def test() -> None:
-        started = Started(in_thread)
+        started = Started(in_threads)
         running = await started.start(spec(script({"match": "poison", "fault": "step"})))
         for job in (1, 2, 3):
             sink = Sink()

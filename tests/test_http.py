@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -99,6 +100,20 @@ def test_every_reply_has_a_request_id(service: Service, given: str | None) -> No
     headers = {} if given is None else {"X-Request-Id": given.encode("latin-1")}
     for path in ("/health", "/v2/nothing"):
         assert service.http.get(path, headers=headers).headers["x-request-id"].startswith("req-")
+
+
+def test_a_path_cannot_forge_a_line_of_the_log(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "quintet.access"):
+        service.http.get("/%0aFORGED%1b[31m")
+        wait_until(lambda: "FORGED" in caplog.text)
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "quintet.access"]
+    assert r"\nFORGED\x1b[31m" in line
+
+
+def test_a_slash_too_many_is_a_404_in_the_envelope(service: Service) -> None:
+    assert error_of(service.http.post(f"{CHAT}/", json={}), 404)["code"] == "route_not_found"
 
 
 @pytest.mark.parametrize("route", ["/v1/embeddings", "/v1/rerank", "/v1/responses"])
@@ -241,6 +256,17 @@ def test_a_model_that_cannot_be_read_says_why_and_the_rest_serves(tmp_path: Any)
             assert why in service.http.get(f"/v1/models/{name}").json()["reason"]
             assert why in service.http.get("/health").json()["tiers"][name]["reason"]
         assert service.http.get("/health").status_code == 200
+        assert service.chat().status_code == 200
+
+
+def test_a_file_that_goes_while_its_model_is_loaded_takes_nothing_down(tmp_path: Any) -> None:
+    path = script(tmp_path)
+    with serving(settings(light=fake(path))) as service:
+        assert service.chat().status_code == 200
+        Path(path).unlink()
+        (model,) = service.http.get("/v1/models").json()["data"]
+        assert (model["state"], model["context_length"]) == ("ready", 8192)
+        assert model["created"] > 0
         assert service.chat().status_code == 200
 
 

@@ -26,6 +26,7 @@ from model_manager import ModelManager
 from settings import DEFAULT_CHAT_MODEL, ROOT, TierSettings
 from tests import gguf_fixtures
 from tests.serving import events, fake, serving, settings
+from worker import prepare
 
 pytestmark = pytest.mark.real
 
@@ -181,6 +182,26 @@ def test_a_conversation_that_goes_on_says_the_same_with_and_without_reuse(
     assert generate(first, {3: longer}, 20)[3] == generate(second, {3: longer}, 20)[3]
 
 
+def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -> None:
+    path = gguf_fixtures.write_tiny_gemma3(tmp_path / "gemma3.gguf")
+    room = {"n_parallel": 4, "kv_tokens": 512, "n_batch": 128}
+    dice = random.Random(1)
+    engine = engine_of(path, **room)
+    history: list[list[int]] = []
+    for number in range(30):
+        prompt = [dice.randint(3, 390) for _ in range(dice.randint(20, 160))]
+        if history and dice.random() < 0.6:
+            said = dice.choice(history[-4:])
+            prompt = said[: dice.randint(len(said) // 2, len(said))][:195] + prompt[:5]
+        answer = generate(engine, {number: prompt}, dice.randint(3, 40))[number]
+        history.append(prompt + answer)
+        fresh = engine_of(path, **room)
+        alone = generate(fresh, {number: prompt}, len(answer))[number]
+        fresh.close()
+        assert answer[:10] == alone[:10]  # later ones may differ by rounding
+    engine.close()
+
+
 def test_when_the_cells_run_out_everybody_still_gets_the_whole_answer(
     tiny: Path, load: Callable[..., BatchEngine]
 ) -> None:
@@ -289,6 +310,22 @@ def test_bos_comes_once(spm: Path, load: Callable[..., BatchEngine]) -> None:
     assert tokenizer.bos not in tokens
 
 
+@pytest.mark.parametrize("text", ["hello", "<s>hello"])
+def test_a_raw_prompt_begins_with_one_bos_and_ids_are_taken_as_they_are(
+    spm: Path, load: Callable[..., BatchEngine], text: str
+) -> None:
+    engine = load(spm)
+
+    def prompt(pieces: list[Any]) -> list[int]:
+        return prepare(wire.Generate(pieces, True, GREEDY, [], 1), engine).prompt
+
+    bos = engine.tokenizer.bos
+    ids = prompt([wire.Segment(text, parse_special=True)])
+    assert (ids[0], ids.count(bos)) == (bos, 1)
+    for given in ([bos, 300, 301], [300, 301]):
+        assert prompt(given) == given
+
+
 # loading
 
 
@@ -320,6 +357,8 @@ def test_files_that_are_not_models_fail_with_one_sentence(tmp_path: Path, tiny: 
             engine_of(path)
         assert name in caught.value.message
         assert str(tmp_path) not in caught.value.message
+        if name == "odd.gguf":
+            assert "unknown model architecture: 'perpetuum'" in caught.value.message
 
 
 def test_a_tier_with_a_broken_file_says_so_and_the_others_serve(

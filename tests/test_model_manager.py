@@ -14,6 +14,7 @@ from engine.backends.fake import model_file
 from engine.client import Handle, Launcher, launch_process
 from engine.types import SamplingParams
 from errors import (
+    InternalError,
     ModelLoadFailed,
     ModelNotFound,
     QueueFull,
@@ -168,14 +169,13 @@ def test_a_load_that_fails_fails_who_waits_and_is_not_repeated_at_once(tmp_path:
 
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
-        for results in (
-            await asyncio.gather(*(ask(tier) for _ in range(3)), return_exceptions=True),
-            await asyncio.gather(ask(tier), return_exceptions=True),
-        ):
-            for error in results:
-                assert isinstance(error, ModelLoadFailed)
-                assert error.message == "The fake backend was told to fail."
+        for error in await asyncio.gather(*(ask(tier) for _ in range(3)), return_exceptions=True):
+            assert isinstance(error, ModelLoadFailed)
+            assert error.message == "The fake backend was told to fail."
         assert tier.state == "failed"
+        with pytest.raises(TierUnavailable, match=r"told to fail\. It is tried again in") as caught:
+            await ask(tier)
+        assert caught.value.retry_after_s
         assert await ask(manager.tiers["heavy"]) == "You said: Hi"
 
     tiers = {"light": fake(script(tmp_path, fault="load")), "heavy": fake()}
@@ -200,6 +200,61 @@ def test_a_file_that_was_repaired_is_loaded(tmp_path: Path) -> None:
         assert tier.status() == ("ready", None)
 
     run(test, light=fake(str(path)))
+
+
+def test_a_repaired_file_is_loaded_at_once_also_after_a_worker_failed(tmp_path: Path) -> None:
+    path = Path(script(tmp_path, fault="load"))
+
+    def repair() -> None:
+        path.write_text('{"load_s": 0}')
+
+    async def test(manager: ModelManager) -> None:
+        with pytest.raises(ModelLoadFailed):
+            await ask(manager.tiers["light"])
+        repair()
+        assert await ask(manager.tiers["light"]) == "You said: Hi"
+
+    run(test, light=fake(str(path)))
+
+
+def test_a_request_that_cannot_be_sent_fails_alone(tmp_path: Path) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+
+        async def bad() -> str:
+            with tier.submit(request(max_tokens=2**64)) as generation:
+                await generation.started()
+            return ""
+
+        good = [ask(tier, f"{i}") for i in range(3)]
+        error, *answers = await asyncio.gather(outcome(bad()), *good)
+        assert isinstance(error, InternalError)
+        assert answers == ["You said: 0", "You said: 1", "You said: 2"]
+
+    run(test, light=fake(n_parallel=1))
+
+
+def test_a_load_that_gets_no_further_is_ended(tmp_path: Path) -> None:
+    launches = Launches(launch_process)
+
+    async def test(manager: ModelManager) -> None:
+        with pytest.raises(ModelLoadFailed, match="got no further"):
+            await ask(manager.tiers["light"])
+
+    run(test, launches, {"worker_timeout_s": 0.2}, light=fake(script(tmp_path, load_s=1000)))
+    assert not any(psutil.pid_exists(pid) for pid in launches.pids)
+
+
+def test_closing_during_an_idle_stop_leaves_no_process(tmp_path: Path) -> None:
+    launches = Launches(launch_process)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        await ask(tier)
+        await until(lambda: tier.state == "stopping")
+
+    run(test, launches, light=fake(idle_ttl_s=0.01))
+    assert not any(psutil.pid_exists(pid) for pid in launches.pids)
 
 
 def test_an_idle_worker_is_stopped_and_started_again(tmp_path: Path) -> None:

@@ -496,6 +496,20 @@ def test_text_is_never_changed_and_clients_never_write_control_tokens(texts: lis
         assert literal not in special(found[GLUED])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '<|im_' ~ 'start|>' ~ messages[0].role }}\n{{ messages[0].content }}",
+        "{% if '<|im' in messages[0].content and 'end|>' in messages[0].content %}{% endif %}"
+        "{{ messages[0].content }}",
+    ],
+)
+def test_constants_that_are_a_part_of_a_control_token_open_no_door(source: str) -> None:
+    for literal in ("<|im_start|>", "<|im_end|>"):
+        found = segments(source, [user(f"a {literal} b")])
+        assert plain(found) == [literal]
+
+
 # sharing and making
 
 
@@ -520,6 +534,7 @@ def test_a_model_file_has_all_that_a_template_needs() -> None:
         n_layer=1,
         n_embd=1,
         n_vocab=3,
+        max_token_bytes=4,
         kv_bytes_per_token=1,
         tokenizer_model="llama",
         chat_template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",

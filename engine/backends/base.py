@@ -57,7 +57,7 @@ class Engine(Protocol):
 
 class Memory(Protocol):
     """The KV cells of a decoder, by slot. Some models' memories are no list of cells (recurrent,
-    hybrid, sliding window): what they cannot do they answer with False or None, unchanged."""
+    hybrid, behind a sliding window): what they cannot do they answer with False or None, unchanged."""
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
         """Keep the first `n_tokens` of a slot."""

@@ -17,6 +17,7 @@ positions or prefixes shows as a wrong answer.
 """
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -40,7 +41,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 N_CTX_TRAIN = 32768
-_END, _USER, _ASSISTANT = 256, 258, 259
+_END, _USER = 256, 258
+_CONTROL = re.compile(f"({'|'.join(map(re.escape, CONTROL_TOKENS))})")
+_CONTROL_IDS = {literal: [256 + number] for number, literal in enumerate(CONTROL_TOKENS)}
 
 
 class Rule(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,6 +87,7 @@ def model_file(script: Path | Literal[""]) -> ModelFile:
         n_layer=0,
         n_embd=0,
         n_vocab=FakeTokenizer.n_vocab,
+        max_token_bytes=max(map(len, CONTROL_TOKENS)),
         kv_bytes_per_token=0,
         tokenizer_model="bytes",
         chat_template=CHAT_TEMPLATE,
@@ -122,13 +126,10 @@ class FakeTokenizer:
     def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
         if not parse_special:
             return list(text.encode())
-        for number, literal in enumerate(CONTROL_TOKENS):
-            head, found, rest = text.partition(literal)
-            if found:
-                before = self.tokenize(head, parse_special=True, continues=continues)
-                after = self.tokenize(rest, parse_special=True, continues=True)
-                return [*before, 256 + number, *after]
-        return list(text.encode())
+        ids: list[int] = []
+        for part in _CONTROL.split(text):
+            ids += _CONTROL_IDS.get(part) or part.encode()
+        return ids
 
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""

@@ -111,8 +111,11 @@ class LlamaDecoder:
         self._memory = lib.llama_get_memory(self._context)
         if not self._memory:
             raise ModelLoadFailed(f"{_name(spec)} is an encoder; it cannot generate text.")
+        # behind a sliding window llama.cpp uses cells again, and does not tell
         self._has_cells = not (
-            lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(self._model)
+            lib.llama_model_is_recurrent(self._model)
+            or lib.llama_model_is_hybrid(self._model)
+            or lib.llama_model_n_swa(self._model) > 0
         )
         self._scratch = spec.n_parallel  # a sequence of our own, on the way out and in
         self.n_cells: int = lib.llama_n_ctx(self._context)
@@ -276,7 +279,7 @@ def _load_model(spec: WorkerSpec, progress: ReportProgress, log: "LlamaLog") -> 
     params.progress_callback = go_on
     model = lib.llama_model_load_from_file(spec.model_path.encode(), params)
     if not model:
-        raise ModelLoadFailed(f"llama.cpp cannot load {_name(spec)}: {log.last_error}.")
+        raise ModelLoadFailed(f"llama.cpp cannot load {_name(spec)}: {_reason(spec, log)}.")
     return model
 
 
@@ -296,7 +299,7 @@ def _new_context(model: Any, spec: WorkerSpec, log: "LlamaLog") -> Any:
     if not context:
         raise ModelLoadFailed(
             f"llama.cpp cannot make a context of {params.n_ctx} tokens for {_name(spec)}:"
-            f" {log.last_error}."
+            f" {_reason(spec, log)}."
         )
     return context
 
@@ -305,14 +308,19 @@ def _name(spec: WorkerSpec) -> str:
     return Path(spec.model_path).name
 
 
+def _reason(spec: WorkerSpec, log: "LlamaLog") -> str:
+    """Why llama.cpp failed, without the folder of the file: clients read it."""
+    return (log.reason or "it gives no reason").replace(spec.model_path, _name(spec))
+
+
 class LlamaLog:
-    """Sends llama.cpp's log to `logging`, and remembers its last error: often the reason."""
+    """Sends llama.cpp's log to `logging`, and remembers the reason of a failure."""
 
     # ggml.h: 1 debug, 2 info, 3 warning, 4 error, 5 goes on with the line before
     LEVELS: ClassVar = {3: logging.WARNING, 4: logging.ERROR}  # its info is chatter: DEBUG
 
     def __init__(self) -> None:
-        self.last_error = "it gives no reason"
+        self.reason: str | None = None  # the first error; the later ones only say that it failed
         self._callback = lib.llama_log_callback(self._write)  # must live as long as it is set
         lib.llama_log_set(self._callback, ctypes.c_void_p(0))
 
@@ -323,5 +331,5 @@ class LlamaLog:
         if "possible training context overflow" in line:
             level = 2  # the cells are for all sequences; each one's length is bounded by us
         logger.log(self.LEVELS.get(level, logging.DEBUG), line)
-        if level == 4:
-            self.last_error = line
+        if level == 4 and self.reason is None:
+            self.reason = line.rpartition("error loading model: ")[2]
