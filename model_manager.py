@@ -61,9 +61,10 @@ class Generation:
 
     def __init__(self, tier: "Tier", request: wire.Generate) -> None:
         self.request = request
-        self.has_sent_text = False
+        self.has_answered = False
         self.n_crashes = 0
         self._tier = tier
+        self._n_open = request.n
         self._has_started = False
         self._messages: asyncio.Queue[wire.Started | wire.TokenOut | ServiceError] = asyncio.Queue()
 
@@ -74,13 +75,13 @@ class Generation:
         return message
 
     async def __aiter__(self) -> AsyncIterator[wire.TokenOut]:
-        """The rest, up to the one that is `done`. Raises ServiceError."""
-        while True:
+        """The rest, until each answer was `done`. Raises ServiceError."""
+        n_done = 0
+        while n_done < self.request.n:
             message = await self._next()
             assert isinstance(message, wire.TokenOut)
+            n_done += message.done is not None
             yield message
-            if message.done:
-                return
 
     def __enter__(self) -> "Generation":
         return self
@@ -101,8 +102,9 @@ class Generation:
             self._tier.drop(self)
             self.fail(error)
         elif isinstance(message, wire.TokenOut):
-            self.has_sent_text = self.has_sent_text or bool(message.text)
-            if message.done:
+            self.has_answered = True
+            self._n_open -= message.done is not None
+            if self._n_open == 0:
                 self._tier.drop(self)
             self._messages.put_nowait(message)
         elif not self._has_started:  # a second start, after a retry, is nobody's business
@@ -378,7 +380,7 @@ class Tier:
         crashed = WorkerCrashed(f"The process with the model of tier '{self.name}' died ({end}).")
         for generation, _ in self._running.values():
             generation.n_crashes += 1
-            if generation.has_sent_text or generation.n_crashes > 1:
+            if generation.has_answered or generation.n_crashes > 1:
                 generation.fail(crashed)
             else:
                 self._suspects.append(generation)

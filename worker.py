@@ -5,6 +5,7 @@ checks new jobs beside the step loop, and ends the process when the server has g
 thread owns the engine and does all the writing.
 """
 
+import itertools
 import logging
 import os
 import queue
@@ -15,10 +16,12 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine import wire
 from engine.backends.base import Engine, Tokenizer, load_engine
 from engine.text import TextStream
-from engine.types import Finish, StepResult
+from engine.types import Finish, Sampled, StepResult
 from errors import BadRequest, ContextLengthExceeded, InternalError, ModelLoadFailed, ServiceError
 
 logger = logging.getLogger("worker")
@@ -29,36 +32,48 @@ EXIT_OK, EXIT_ENGINE_FAILED = 0, 70  # 70: EX_SOFTWARE of sysexits.h
 
 @dataclass(slots=True)
 class Job:
-    """One request in the worker: its prompt, its text so far and its limits."""
+    """One request in the worker, checked and tokenised."""
 
     request: wire.Generate
     prompt: list[int]
     max_tokens: int
-    text: TextStream
-    n_prompt: int = field(init=False)
-    n_cached: int = 0
-    n_tokens: int = 0
+    has_started: bool = False
+    answers: dict[int, "Answer"] = field(default_factory=dict)  # unfinished, by sequence
 
-    def __post_init__(self) -> None:
-        self.n_prompt = len(self.prompt)
 
-    def accept(self, token: int, tokenizer: Tokenizer) -> wire.TokenOut | None:
+class Answer:
+    """One of the answers to a job: its text so far."""
+
+    def __init__(self, job: Job, index: int) -> None:
+        self.job = job
+        self._index = index
+        self._text = TextStream(job.request.stop)
+        self._n_tokens = 0
+        self._logprob = 0.0
+
+    def accept(self, sampled: Sampled, tokenizer: Tokenizer) -> wire.TokenOut | None:
         """What the client gets for this token; None while it is all held back."""
-        if self.max_tokens == 0:  # asked for the prefill only
+        if self.job.max_tokens == 0:  # asked for the prefill only
             return self._last("", "length")
-        self.n_tokens += 1
-        if tokenizer.ends_generation(token):
-            return self._last(self.text.finish(), "stop")
-        text = self.text.push(tokenizer.piece(token))
-        if self.text.stopped:
+        self._n_tokens += 1
+        self._logprob += sampled.logprob or 0.0
+        if tokenizer.ends_generation(sampled.token):
+            return self._last(self._text.finish(), "stop")
+        text = self._text.push(tokenizer.piece(sampled.token))
+        if self._text.stopped:
             return self._last(text, "stop")
-        if self.n_tokens >= self.max_tokens:
-            return self._last(text + self.text.finish(), "length")
-        return wire.TokenOut(self.request.job, text) if text else None
+        if self._n_tokens >= self.job.max_tokens:
+            return self._last(text + self._text.finish(), "length")
+        return self._out(text, None) if text else None
 
     def _last(self, text: str, finish: Finish) -> wire.TokenOut:
-        usage = wire.Usage(self.n_prompt, self.n_cached, self.n_tokens)
-        return wire.TokenOut(self.request.job, text, wire.Done(finish, usage))
+        mean = None
+        if self.job.request.sampling.wants_logprob:
+            mean = self._logprob / max(self._n_tokens, 1)
+        return self._out(text, wire.Done(finish, self._n_tokens, mean))
+
+    def _out(self, text: str, done: wire.Done | None) -> wire.TokenOut:
+        return wire.TokenOut(self.job.request.job, text, done, self._index)
 
 
 def prepare(request: wire.Generate, engine: Engine) -> Job:
@@ -79,7 +94,7 @@ def prepare(request: wire.Generate, engine: Engine) -> Job:
             n_ctx=engine.n_ctx,
         )
     max_tokens = n_left if request.max_tokens is None else min(request.max_tokens, n_left)
-    return Job(request, prompt, max_tokens, TextStream(request.stop))
+    return Job(request, prompt, max_tokens)
 
 
 def _tokenize(request: wire.Generate, tokenizer: Tokenizer) -> list[int]:
@@ -176,17 +191,19 @@ def _loop(
     inbox: "queue.SimpleQueue[Incoming]",
     send: Callable[..., None],
 ) -> int:
-    jobs: dict[int, Job] = {}
+    jobs = Jobs(engine)
     while True:
         while not inbox.empty() or engine.idle:
             message = inbox.get()
             if isinstance(message, wire.Shutdown):
                 return EXIT_OK
             if isinstance(message, Job):
-                _admit(message, jobs, engine, send)
+                try:
+                    jobs.admit(message)
+                except Exception as error:
+                    send(_failure(message.request.job, error))
             elif isinstance(message, wire.Cancel):
-                jobs.pop(message.job, None)
-                engine.cancel(message.job)
+                jobs.cancel(message.job)
             elif isinstance(message, wire.Ping):
                 send(wire.Pong())
             else:
@@ -196,44 +213,73 @@ def _loop(
         except Exception:
             logger.critical("The engine cannot go on; the worker ends", exc_info=True)
             return EXIT_ENGINE_FAILED
-        if messages := _report(result, jobs, engine):
+        if messages := jobs.report(result):
             send(*messages)
 
 
-def _admit(job: Job, jobs: dict[int, Job], engine: Engine, send: Callable[..., None]) -> None:
-    job_id = job.request.job
-    try:
-        engine.admit(job_id, job.prompt, job.request.sampling)
-    except Exception as error:
-        send(_failure(job_id, error))
-    else:
-        jobs[job_id] = job
+class Jobs:
+    """The jobs in the engine, and the sequences that answer them."""
 
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._jobs: dict[int, Job] = {}
+        self._answers: dict[int, Answer] = {}  # by sequence
+        self._ids = itertools.count(1)
 
-def _report(result: StepResult, jobs: dict[int, Job], engine: Engine) -> list[wire.Message]:
-    """The messages for one step. Jobs that ended are taken out of `jobs` and the engine."""
-    messages: list[wire.Message] = []
-    failed = {job_id for job_id, _ in result.failed}
-    for job_id, n_cached in result.started:
-        job = jobs[job_id]
-        job.n_cached = n_cached
-        if job_id not in failed:  # else its client is told by an HTTP status
-            messages.append(wire.Started(job_id, job.n_prompt, n_cached))
-    outs = []
-    for job_id, token in result.tokens:
-        out = jobs[job_id].accept(token, engine.tokenizer)
-        if out is None:
-            continue
-        outs.append(out)
-        if out.done:
-            del jobs[job_id]
-            engine.cancel(job_id)
-    if outs:
-        messages.append(wire.Step(outs))
-    for job_id, error in result.failed:
-        del jobs[job_id]
-        messages.append(_failure(job_id, error))
-    return messages
+    def admit(self, job: Job) -> None:
+        """Answer a job: after one prefill, which its sequences share."""
+        self._jobs[job.request.job] = job
+        sampling = job.request.sampling
+        for index in range(job.request.n):
+            number = next(self._ids)
+            seed = (sampling.seed + index) % 2**32
+            try:
+                self._engine.admit(number, job.prompt, msgspec.structs.replace(sampling, seed=seed))
+            except Exception:
+                self.cancel(job.request.job)
+                raise
+            job.answers[number] = self._answers[number] = Answer(job, index)
+
+    def cancel(self, job_id: int) -> None:
+        """Forget a job. Unknown ones are fine: it may just have ended."""
+        job = self._jobs.pop(job_id, None)
+        for number in job.answers if job else ():
+            del self._answers[number]
+            self._engine.cancel(number)
+
+    def report(self, result: StepResult) -> list[wire.Message]:
+        """The messages for one step. What ended is forgotten."""
+        failed = {self._answers[number].job.request.job: error for number, error in result.failed}
+        messages: list[wire.Message] = []
+        messages += (_failure(job_id, error) for job_id, error in failed.items())
+        for job_id in failed:  # one that starts and fails at once is told by an HTTP status
+            self.cancel(job_id)
+        for number, n_cached in result.started:
+            answer = self._answers.get(number)
+            if answer is not None and not answer.job.has_started:
+                job = answer.job
+                job.has_started = True
+                messages.append(wire.Started(job.request.job, len(job.prompt), n_cached))
+        outs = []
+        for number, sampled in result.tokens:
+            answer = self._answers.get(number)
+            if answer is None:
+                continue
+            out = answer.accept(sampled, self._engine.tokenizer)
+            if out is not None:
+                outs.append(out)
+                if out.done:
+                    self._finish(number, answer.job)
+        if outs:
+            messages.append(wire.Step(outs))
+        return messages
+
+    def _finish(self, number: int, job: Job) -> None:
+        self._engine.cancel(number)
+        del self._answers[number]
+        del job.answers[number]
+        if not job.answers:
+            del self._jobs[job.request.job]
 
 
 def _failure(job: int, error: Exception) -> wire.Failed:

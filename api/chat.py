@@ -16,6 +16,7 @@ from api import generation
 from api.deps import Services, ServicesDep, while_connected
 from api.sampling import (
     GenerationFields,
+    OneChoice,
     TokenLimit,
     ignored_params,
     max_tokens,
@@ -38,7 +39,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
@@ -83,6 +83,7 @@ class ChatRequest(GenerationFields):
     # fail_fast: a million bad items must not become a million errors
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: TokenLimit | None = None
+    n: OneChoice = 1
 
 
 @router.post("/v1/chat/completions")
@@ -98,7 +99,7 @@ async def create_chat_completion(
     )
     body.check_stream_options()
     prompt = await asyncio.to_thread(_render, services, tier, body.messages)
-    outs = await generation.start(
+    answer = await generation.start(
         request.receive,
         tier,
         [
@@ -108,6 +109,7 @@ async def create_chat_completion(
                 sampling=sampling_params(body, tier.settings),
                 stop=body.stop or [],
                 max_tokens=max_tokens(tier.settings, body.max_tokens, body.max_completion_tokens),
+                n=body.n,
             )
         ],
         prompt_field="messages",
@@ -119,33 +121,42 @@ async def create_chat_completion(
         "model": tier.name,
     }
     if body.stream:
-        return EventStream(_events(outs, head, include_usage=body.include_usage), headers)
-    (text,), (done,) = await while_connected(request.receive, generation.fold(outs, 1))
-    message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": done.finish}
-    return JSONResponse(
-        head | {"choices": [choice], "usage": generation.usage([done])}, headers=headers
-    )
+        return EventStream(_events(answer, head, include_usage=body.include_usage), headers)
+    texts, dones = await while_connected(request.receive, generation.fold(answer))
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": done.finish,
+        }
+        for index, (text, done) in enumerate(zip(texts, dones, strict=True))
+    ]
+    usage = generation.usage(answer, dones)
+    return JSONResponse(head | {"choices": choices, "usage": usage}, headers=headers)
 
 
 async def _events(
-    outs: generation.Outs, head: dict[str, Any], *, include_usage: bool
+    answer: generation.Answer, head: dict[str, Any], *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     more = {"usage": None} if include_usage else {}
+    dones = []
 
-    def chunk(delta: dict[str, str], finish: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def chunk(index: int, delta: dict[str, str], finish: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
         return event(head | {"choices": [choice]} | more)
 
-    async with aclosing(outs):
-        yield chunk({"role": "assistant", "content": ""})
-        async for _, out in outs:
+    async with aclosing(answer.outs) as outs:
+        for index in range(answer.n_choices):
+            yield chunk(index, {"role": "assistant", "content": ""})
+        async for index, out in outs:
             if out.text:
-                yield chunk({"content": out.text})
+                yield chunk(index, {"content": out.text})
             if out.done:
-                yield chunk({}, out.done.finish)
-                if include_usage:
-                    yield event(head | {"choices": [], "usage": generation.usage([out.done])})
+                dones.append(out.done)
+                yield chunk(index, {}, out.done.finish)
+    if include_usage:
+        yield event(head | {"choices": [], "usage": generation.usage(answer, dones)})
 
 
 def _render(

@@ -2,17 +2,26 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from pydantic import Discriminator, Field, Tag
 from starlette.responses import JSONResponse, Response
 
 from api import generation
 from api.deps import ServicesDep, while_connected
-from api.sampling import GenerationFields, ignored_params, max_tokens, refuse, sampling_params
+from api.sampling import (
+    ChoiceCount,
+    GenerationFields,
+    OneChoice,
+    ignored_params,
+    max_tokens,
+    refuse,
+    sampling_params,
+)
 from api.sse import EventStream, event
 from engine import wire
 from errors import BadRequest
@@ -21,12 +30,10 @@ router = APIRouter()
 
 # OpenAI's fields that this version does not have, with the values that ask for nothing
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "echo": (False,),
     "grammar": ("",),
     "logit_bias": ({},),
     "logprobs": (),
-    "n": (1,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
@@ -55,6 +62,8 @@ Prompt = Annotated[
 
 class CompletionRequest(GenerationFields):
     prompt: Prompt
+    n: OneChoice = 1
+    best_of: ChoiceCount | None = None  # how many are sampled, of which the n likeliest are given
 
 
 @router.post("/v1/completions")
@@ -72,8 +81,11 @@ async def create_completion(
             f"({tier.name.upper()}_QUEUE_SIZE); this one has {len(prompts)}.",
             param="prompt",
         )
+    n_sampled = _n_sampled(body)
     sampling = sampling_params(body, tier.settings)
-    outs = await generation.start(
+    if n_sampled > body.n:
+        sampling = msgspec.structs.replace(sampling, wants_logprob=True)
+    answer = await generation.start(
         request.receive,
         tier,
         [
@@ -83,6 +95,7 @@ async def create_completion(
                 sampling=sampling,
                 stop=body.stop or [],
                 max_tokens=max_tokens(tier.settings, body.max_tokens),
+                n=n_sampled,
             )
             for prompt in prompts
         ],
@@ -95,15 +108,32 @@ async def create_completion(
         "model": tier.name,
     }
     if body.stream:
-        return EventStream(_events(outs, head, include_usage=body.include_usage), headers)
-    texts, dones = await while_connected(request.receive, generation.fold(outs, len(prompts)))
-    choices = [
-        _choice(index, text, done.finish)
-        for index, (text, done) in enumerate(zip(texts, dones, strict=True))
-    ]
-    return JSONResponse(
-        head | {"choices": choices, "usage": generation.usage(dones)}, headers=headers
-    )
+        return EventStream(_events(answer, head, include_usage=body.include_usage), headers)
+    texts, dones = await while_connected(request.receive, generation.fold(answer))
+    usage = generation.usage(answer, dones)
+    chosen = _best(dones, body.n, n_sampled)
+    choices = [_choice(index, texts[i], dones[i].finish) for index, i in enumerate(chosen)]
+    return JSONResponse(head | {"choices": choices, "usage": usage}, headers=headers)
+
+
+def _n_sampled(body: CompletionRequest) -> int:
+    if body.best_of is None:
+        return body.n
+    if body.best_of < body.n:
+        raise BadRequest("'best_of' must not be less than 'n'.", param="best_of")
+    if body.best_of > body.n and body.stream:
+        raise BadRequest("The best are known only at the end: no `stream`.", param="best_of")
+    return body.best_of
+
+
+def _best(dones: Sequence[wire.Done], n: int, n_sampled: int) -> list[int]:
+    """The `n` likeliest by token of each prompt's choices, best first; all in order if n of n."""
+    chosen = []
+    for first in range(0, len(dones), n_sampled):
+        group = range(first, first + n_sampled)
+        best = sorted(group, key=lambda i: -(dones[i].mean_logprob or 0.0))
+        chosen += best[:n]
+    return chosen
 
 
 def _choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
@@ -111,11 +141,11 @@ def _choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
 
 
 async def _events(
-    outs: generation.Outs, head: dict[str, Any], *, include_usage: bool
+    answer: generation.Answer, head: dict[str, Any], *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     more = {"usage": None} if include_usage else {}
     dones = []
-    async with aclosing(outs):
+    async with aclosing(answer.outs) as outs:
         async for index, out in outs:
             if out.text or out.done:
                 finish = out.done.finish if out.done else None
@@ -123,7 +153,7 @@ async def _events(
             if out.done:
                 dones.append(out.done)
     if include_usage:
-        yield event(head | {"choices": [], "usage": generation.usage(dones)})
+        yield event(head | {"choices": [], "usage": generation.usage(answer, dones)})
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[Any]]:

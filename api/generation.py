@@ -1,8 +1,10 @@
 """From a request for text to what the tier says about it; both text endpoints build on this."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+import itertools
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Receive
@@ -15,34 +17,46 @@ from model_manager import Generation, Tier
 Outs = AsyncGenerator[tuple[int, wire.TokenOut], None]  # with the index of the choice
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Requests that have started, one for each prompt, and the choices that come of them: those of
+    the first prompt, then those of the second. Close `outs` to cancel them."""
+
+    started: Sequence[wire.Started]
+    outs: Outs
+    n_choices: int
+
+
 async def start(
     receive: Receive, tier: Tier, requests: Sequence[wire.Generate], *, prompt_field: str
-) -> Outs:
-    """Submit one request for each choice and wait until all have started: from here on nothing
-    that is wrong with them can come up. Close the generator to cancel them.
+) -> Answer:
+    """Submit requests and wait until all have started: from here on nothing that is wrong with
+    them can come up.
 
     Raises ServiceError, which names `prompt_field` where the prompt is at fault, or ClientLeft.
     """
-    outs = _generate(tier, requests)
+    started: list[wire.Started] = []
+    outs = _generate(tier, requests, started)
     try:
         await while_connected(receive, anext(outs))
     except BadRequest as error:
         if error.param == "prompt":
             error.param = prompt_field
         raise
-    return outs
+    return Answer(started, outs, sum(request.n for request in requests))
 
 
-async def _generate(tier: Tier, requests: Sequence[wire.Generate]) -> Outs:
+async def _generate(
+    tier: Tier, requests: Sequence[wire.Generate], started: list[wire.Started]
+) -> Outs:
     with ExitStack() as stack:
         stack.enter_context(tier.lease())
         generations = [stack.enter_context(tier.submit(request)) for request in requests]
-        for generation in generations:
-            await generation.started()
+        started += [await generation.started() for generation in generations]
         yield -1, wire.TokenOut(0, "")  # the handshake that `start` waits for
         if len(generations) == 1:
             async for out in generations[0]:
-                yield 0, out
+                yield out.index, out
         else:
             async with aclosing(_interleave(generations)) as outs:
                 async for indexed in outs:
@@ -53,19 +67,21 @@ async def _interleave(generations: Sequence[Generation]) -> Outs:
     """What several generations say, in the order in which they say it."""
     queue: asyncio.Queue[tuple[int, wire.TokenOut] | BaseException] = asyncio.Queue()
 
-    async def feed(index: int, generation: AsyncIterator[wire.TokenOut]) -> None:
+    async def feed(first: int, generation: Generation) -> None:
         try:
             async for out in generation:
-                queue.put_nowait((index, out))
+                queue.put_nowait((first + out.index, out))
         except Exception as error:
             queue.put_nowait(error)
 
+    n_choices = [generation.request.n for generation in generations]
+    firsts = [0, *itertools.accumulate(n_choices)]
     tasks = [
-        asyncio.create_task(feed(index, aiter(generation)))
-        for index, generation in enumerate(generations)
+        asyncio.create_task(feed(first, generation))
+        for first, generation in zip(firsts, generations, strict=False)
     ]
     try:
-        n_open = len(tasks)
+        n_open = sum(n_choices)
         while n_open:
             item = await queue.get()
             if isinstance(item, BaseException):
@@ -77,26 +93,27 @@ async def _interleave(generations: Sequence[Generation]) -> Outs:
             task.cancel()
 
 
-async def fold(outs: Outs, n_choices: int) -> tuple[list[str], list[wire.Done]]:
+async def fold(answer: Answer) -> tuple[list[str], list[wire.Done]]:
     """The whole texts and how they ended, by choice."""
-    texts: list[list[str]] = [[] for _ in range(n_choices)]
+    texts: list[list[str]] = [[] for _ in range(answer.n_choices)]
     dones: dict[int, wire.Done] = {}
-    async with aclosing(outs):
+    async with aclosing(answer.outs) as outs:
         async for index, out in outs:
             texts[index].append(out.text)
             if out.done:
                 dones[index] = out.done
-    return ["".join(text) for text in texts], [dones[index] for index in range(n_choices)]
+    return ["".join(text) for text in texts], [dones[index] for index in range(len(texts))]
 
 
-def usage(dones: Iterable[wire.Done]) -> dict[str, Any]:
-    """OpenAI's usage object, summed over choices. `cached_tokens` needed no prefill."""
-    parts = [done.usage for done in dones]
-    n_prompt = sum(part.prompt_tokens for part in parts)
-    n_completion = sum(part.completion_tokens for part in parts)
+def usage(answer: Answer, dones: Iterable[wire.Done]) -> dict[str, Any]:
+    """OpenAI's usage object. A prompt counts once for all its choices; of it `cached_tokens`
+    needed no prefill."""
+    n_prompt = sum(started.prompt_tokens for started in answer.started)
+    n_completion = sum(done.n_tokens for done in dones)
+    n_cached = sum(started.cached_tokens for started in answer.started)
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_completion,
         "total_tokens": n_prompt + n_completion,
-        "prompt_tokens_details": {"cached_tokens": sum(part.cached_tokens for part in parts)},
+        "prompt_tokens_details": {"cached_tokens": n_cached},
     }

@@ -17,6 +17,7 @@ from errors import BadRequest, UnsupportedParameter
 from settings import TierSettings
 
 MAX_STOPS = 64
+MAX_CHOICES = 128  # OpenAI's limit of n
 
 
 def _as_list(value: Any) -> Any:
@@ -35,6 +36,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenLimit = Annotated[int, Field(ge=-1, lt=2**31)]  # -1, as some clients say it: no limit
 
 
+ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+OneChoice = Annotated[ChoiceCount, BeforeValidator(lambda value: 1 if value is None else value)]
 Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 
 
@@ -81,7 +84,8 @@ def sampling_params(fields: GenerationFields, tier: TierSettings) -> SamplingPar
     asked = {
         name: value
         for name in SamplingParams.__struct_fields__
-        if name != "seed" and (value := getattr(fields, name)) is not None
+        if name in fields.model_fields_set - {"seed"}
+        and (value := getattr(fields, name)) is not None
     }
     tiers = {
         name: getattr(tier, name)

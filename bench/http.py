@@ -25,7 +25,7 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,6 +63,7 @@ class Load:
     max_tokens: int = 40
     prompt_words: int = 32
     shared_words: int = 0
+    intruder_words: int = 0  # of one more prompt, once all streams of a level run; not counted
     seed: int = 0
     timeout_s: float = 300.0  # of one level on one target
 
@@ -85,6 +86,14 @@ def request_bodies(load: Load, level: int, model: str) -> list[dict[str, Any]]:
     """The requests of one level: the same for every target, no two alike, none met before."""
     count = max(load.requests, level)
     return [_body(load, model, f"{load.seed}/{level}/{index}") for index in range(count)]
+
+
+def intruder_body(load: Load, level: int, model: str) -> dict[str, Any] | None:
+    """The request that disturbs a level, if one is wanted."""
+    if not load.intruder_words:
+        return None
+    load = replace(load, prompt_words=load.intruder_words, shared_words=0, max_tokens=1)
+    return _body(load, model, f"{load.seed}/{level}/intruder")
 
 
 def _body(load: Load, model: str, name: str) -> dict[str, Any]:
@@ -211,16 +220,22 @@ async def run(load: Load, targets: Sequence[Target]) -> AsyncIterator[list[Level
         reports = {}
         for target in order:
             bodies = request_bodies(load, level, target.model)
-            reports[target] = await run_level(target, level, bodies, load.timeout_s)
+            intruder = intruder_body(load, level, target.model)
+            reports[target] = await run_level(target, level, bodies, load.timeout_s, intruder)
         order.reverse()  # neither is always the one that finds the machine warmed up
         yield [reports[target] for target in targets]
 
 
 async def run_level(
-    target: Target, concurrency: int, bodies: Sequence[dict[str, Any]], timeout_s: float
+    target: Target,
+    concurrency: int,
+    bodies: Sequence[dict[str, Any]],
+    timeout_s: float,
+    intruder: dict[str, Any] | None = None,
 ) -> LevelReport:
     """Serve all bodies, `concurrency` at a time; what `timeout_s` leaves undone is an error."""
     traces = [Trace() for _ in bodies]
+    disturbance = Trace()
     work = iter(zip(bodies, traces, strict=True))
     headers = {"accept-encoding": "identity"}  # no compressor that waits for more text
     if target.api_key:
@@ -229,16 +244,34 @@ async def run_level(
     async with httpx.AsyncClient(
         headers=headers,
         timeout=httpx.Timeout(None, connect=10),
-        limits=httpx.Limits(max_connections=concurrency),
+        limits=httpx.Limits(max_connections=concurrency + 1),
         trust_env=False,  # no proxy between the clock and the server
     ) as client:
         started = time.perf_counter()
-        lanes = asyncio.gather(*(_lane(client, target.url, work) for _ in range(concurrency)))
+        tasks = [_lane(client, target.url, work) for _ in range(concurrency)]
+        if intruder:
+            first = traces[:concurrency]
+            tasks.append(_intrude(client, target.url, intruder, first, disturbance))
+        lanes = asyncio.gather(*tasks)
         # Another class than the built-in TimeoutError in Python 3.10. What is open then says so.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(lanes, timeout_s)
         wall_s = time.perf_counter() - started
+    if intruder and disturbance.error:
+        traces.append(disturbance)
     return summarise(target.label, concurrency, traces, wall_s)
+
+
+async def _intrude(
+    client: httpx.AsyncClient,
+    url: str,
+    body: dict[str, Any],
+    streams: Sequence[Trace],
+    trace: Trace,
+) -> None:
+    while not all(len(stream.text_at) > 1 for stream in streams):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await _lane(client, url, iter([(body, trace)]))
 
 
 async def _lane(
@@ -325,6 +358,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-tokens", type=_count, default=40, metavar="N")
     add("--prompt-words", type=_count, default=32, metavar="N", help="about one token each")
     add("--shared-words", type=_count, default=0, metavar="N", help="a system message for all")
+    add("--intruder-words", type=_count, default=0, metavar="N", help="a prompt amid the streams")
     add("--peer", metavar="URL", help="a second server, measured level by level in turns")
     add("--peer-model", metavar="NAME", help="default: that of --model")
     add("--peer-api-key", metavar="KEY")
@@ -351,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_tokens=args.max_tokens,
         prompt_words=args.prompt_words,
         shared_words=args.shared_words,
+        intruder_words=args.intruder_words,
         seed=random.SystemRandom().randrange(1_000_000) if args.seed is None else args.seed,
         timeout_s=args.timeout,
     )

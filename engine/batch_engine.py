@@ -70,7 +70,7 @@ class BatchEngine:
             result.failed = [(s.id, error) for s in self._scheduler.fail(batch)]
             return result
         self._n_failed_steps = 0
-        self._scheduler.commit(batch, sampled, seconds)
+        self._scheduler.commit(batch, [s.token for s in sampled], seconds)
         result.tokens = [(s.id, token) for s, token in zip(wanting, sampled, strict=True)]
         return result
 

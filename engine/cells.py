@@ -44,6 +44,10 @@ class Cells:
         """The longest beginning of `wanted` in the prefix tree."""
         return self._tree.match(wanted)
 
+    def touch(self, match: Match) -> None:
+        """A match will be of use."""
+        self._tree.touch(match)
+
     def extend(self, slot: int, tokens: "array[int]") -> None:
         """The memory has computed these tokens behind those of the slot."""
         cells = self._free[len(self._free) - len(tokens) :]
@@ -89,7 +93,6 @@ class Cells:
 
     def recall(self, slot: int, match: Match) -> None:
         """Bring cells back from the prefix tree into an empty slot, while there is room."""
-        self._tree.touch(match)
         for node, end in match.runs():
             # the whole run comes back, also where only its beginning is wanted
             if len(node.tokens) > self.n_free:
@@ -98,10 +101,6 @@ class Cells:
                 self.clear(slot)
                 return
             self.extend(slot, array("i", node.tokens[: end - node.start].tolist()))
-
-    def lose_free(self) -> None:
-        """The memory has fewer cells than it said: those that should be free are not there."""
-        self._free.clear()
 
     def _let_go(self, cells: "array[int]") -> None:
         numbers = _view(cells)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +42,12 @@ class JobSink(Protocol):
     def deliver(self, message: wire.Started | wire.TokenOut | wire.Failed) -> None: ...
 
 
+@dataclass(slots=True)
+class _Expectant:
+    sink: JobSink
+    n_open: int  # answers that are not done
+
+
 class Worker:
     """A loaded model in its process. Make one with `Worker.start`."""
 
@@ -61,7 +68,7 @@ class Worker:
         self._reader = reader
         self._writer = writer
         self._on_lost = on_lost
-        self._sinks: dict[int, JobSink] = {}
+        self._expectants: dict[int, _Expectant] = {}  # by job
         self._heard_at = asyncio.get_running_loop().time()
         self._is_stopping = False
         self._task = asyncio.create_task(self._listen(), name=f"worker {name}")
@@ -113,14 +120,14 @@ class Worker:
 
     def generate(self, request: wire.Generate, sink: JobSink) -> None:
         data = wire.frame(request)  # may fail: before anybody counts on an answer
-        if not self._sinks:
+        if not self._expectants:
             self._heard_at = asyncio.get_running_loop().time()
-        self._sinks[request.job] = sink
+        self._expectants[request.job] = _Expectant(sink, request.n)
         self._write(data)
 
     def cancel(self, job: int) -> None:
         """The sink hears no more of the job, and the worker drops it before its next step."""
-        if self._sinks.pop(job, None) is not None:
+        if self._expectants.pop(job, None) is not None:
             self._send(wire.Cancel(job))
 
     async def stop(self, timeout_s: float = 5.0) -> None:
@@ -158,25 +165,28 @@ class Worker:
         while True:
             await asyncio.sleep(timeout_s / 4)
             silent_s = asyncio.get_running_loop().time() - self._heard_at
-            if self._sinks and silent_s > timeout_s:
+            if self._expectants and silent_s > timeout_s:
                 logger.error("Worker %s has hung for %.0f s and is ended", self.name, silent_s)
                 self._handle.kill()
-            elif self._sinks and silent_s > timeout_s / 2:
+            elif self._expectants and silent_s > timeout_s / 2:
                 self._send(wire.Ping())
 
     def _dispatch(self, message: wire.FromWorker) -> None:
         if isinstance(message, wire.Step):
             for out in message.outs:
-                self._deliver(out.job, out, is_last=out.done is not None)
+                self._deliver(out.job, out)
         elif isinstance(message, wire.Started | wire.Failed):
-            self._deliver(message.job, message, is_last=isinstance(message, wire.Failed))
+            self._deliver(message.job, message)
 
-    def _deliver(
-        self, job: int, message: wire.Started | wire.TokenOut | wire.Failed, *, is_last: bool
-    ) -> None:
-        sink = self._sinks.pop(job, None) if is_last else self._sinks.get(job)
-        if sink is not None:
-            sink.deliver(message)
+    def _deliver(self, job: int, message: wire.Started | wire.TokenOut | wire.Failed) -> None:
+        expectant = self._expectants.get(job)
+        if expectant is None:
+            return
+        if isinstance(message, wire.TokenOut):
+            expectant.n_open -= message.done is not None
+        if expectant.n_open == 0 or isinstance(message, wire.Failed):
+            del self._expectants[job]
+        expectant.sink.deliver(message)
 
 
 def error_from(failed: wire.Failed) -> ServiceError:

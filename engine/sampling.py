@@ -1,4 +1,4 @@
-"""Penalties on a row of logits, in place, before the backend samples from it."""
+"""What is computed of a row of logits: penalties, in place, and log probabilities."""
 
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -9,6 +9,12 @@ import numpy.typing as npt
 from engine.types import SamplingParams
 
 REPEAT_LAST_N = 64  # tokens that repeat_penalty looks at, as llama.cpp's default
+
+
+def logprob(logits: npt.NDArray[np.float32], token: int) -> float:
+    """The natural logarithm of a token's probability, by a row of logits."""
+    highest = logits.max()
+    return float(logits[token] - highest - np.log(np.exp(logits - highest).sum()))
 
 
 class Penalties:

@@ -65,6 +65,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # by age: ids grow with arrival
         self._running: list[Sequence] = []  # by age
         self._n_plans = 0
+        self._is_full = False
 
     @property
     def idle(self) -> bool:
@@ -83,6 +84,7 @@ class Scheduler:
         for sequence in self._running:
             if sequence.id == id:
                 self._release(sequence)
+                self._is_full = False
                 return
 
     def plan(self) -> tuple[Batch, list[Sequence]]:
@@ -111,12 +113,13 @@ class Scheduler:
         failed = [chunk.sequence for chunk in batch.chunks]
         for sequence in failed:
             self._cells.clear(self._release(sequence).index)
+        self._is_full = False
         return failed
 
     def lack_cells(self) -> bool:
-        """The memory had no room for a batch that should have fitted. False if nothing can be
-        given up for it."""
-        self._cells.lose_free()
+        """The memory had no room for a batch that should have fitted: something is given up, and
+        nobody joins until somebody ends. False if there is nothing to give up."""
+        self._is_full = True
         return self._make_room()
 
     # 1. slots
@@ -124,12 +127,12 @@ class Scheduler:
     def _admit(self) -> list[Sequence]:
         started = []
         for sequence in list(self._waiting):
-            if len(self._running) == len(self._slots):
+            if len(self._running) == len(self._slots) or (self._is_full and self._running):
                 break
             wanted = np.array(sequence.tokens[:-1], np.int32)  # the last is decoded for its logits
-            source = self._source(wanted)
-            if self._is_coming(wanted, source.n_tokens):
+            if self._is_coming(wanted):
                 continue
+            source = self._source(wanted)
             if not self._fits(sequence, source):
                 break
             self._waiting.remove(sequence)
@@ -144,19 +147,29 @@ class Scheduler:
         """The longest beginning that is there; of equal ones a slot's, and an idle slot's first."""
         best = Source()
         for slot in sorted(self._slots, key=lambda slot: slot.sequence is not None):
-            n = self._cells.n_common(slot.index, wanted)
-            if n > best.n_tokens:
-                best = Source(n, slot)
+            n_tokens = self._cells.n_common(slot.index, wanted)
+            if n_tokens > best.n_tokens:
+                best = Source(n_tokens, slot)
         match = self._cells.match(wanted)
         return Source(match.n_tokens, None, match) if match.n_tokens > best.n_tokens else best
 
-    def _is_coming(self, wanted: Tokens, n_there: int) -> bool:
-        """Somebody's prefill will soon have a longer beginning of `wanted` than is there now."""
-        return any(
-            n_common(np.array(other.tokens, np.int32), wanted) >= n_there + WORTH_WAITING_FOR
-            for other in self._running
-            if other.n_pending > 1
-        )
+    def _is_coming(self, wanted: Tokens) -> bool:
+        """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
+        prefilling = [other for other in self._running if other.n_pending > 1]
+        coming = [
+            n_tokens
+            for other in prefilling
+            if (n_tokens := n_common(np.array(other.tokens, np.int32), wanted)) > other.n_past
+        ]
+        if not coming:
+            return False
+        settled = [
+            self._cells.n_common(slot.index, wanted)
+            for slot in self._slots
+            if slot.sequence not in prefilling
+        ]
+        n_settled = max(self._cells.match(wanted).n_tokens, *settled, 0)
+        return max(coming) >= n_settled + WORTH_WAITING_FOR
 
     def _fits(self, sequence: Sequence, source: Source) -> bool:
         if not self._running:
@@ -176,6 +189,8 @@ class Scheduler:
         Idle slots that are not used move to the prefix tree: every cell in use slows each step.
         """
         slot = source.slot
+        if source.match is not None:
+            self._cells.touch(source.match)  # or it might be forgotten for what moves out now
         if slot is not None and slot.sequence is None:
             if source.n_tokens < len(self._cells.tokens[slot.index]):
                 self._cells.remember(slot.index)

@@ -2,7 +2,7 @@
 
 from array import array
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -25,6 +25,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0  # 0: off
     presence_penalty: float = 0.0  # 0: off
     seed: int = 0  # 32 bits; the server draws one where the client gave none
+    wants_logprob: bool = False  # of each token, by the model alone: before penalties and filters
 
     @property
     def is_greedy(self) -> bool:
@@ -90,10 +91,15 @@ class Batch:
         self.n_tokens += n_tokens
 
 
+class Sampled(NamedTuple):
+    token: int
+    logprob: float | None = None  # where the sampling asked for it
+
+
 @dataclass(slots=True)
 class StepResult:
     """What one step of an engine did, by sequence id."""
 
     started: list[tuple[int, int]] = field(default_factory=list)  # id, prompt tokens reused
-    tokens: list[tuple[int, int]] = field(default_factory=list)  # id, token sampled
+    tokens: list[tuple[int, Sampled]] = field(default_factory=list)  # id, token sampled
     failed: list[tuple[int, Exception]] = field(default_factory=list)

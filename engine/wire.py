@@ -29,8 +29,8 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     n_batch: int
     n_threads: int
     n_gpu_layers: int  # negative: all
-    max_stall_s: float  # that a prompt may hold up running streams
-    prefix_cache_bytes: int  # for cells of ended sequences, in memory of the host
+    max_stall_s: float = 0.2  # that a prompt may hold up running streams
+    prefix_cache_bytes: int = 0  # for cells of ended sequences, in memory of the host
     log_level: str = "INFO"
 
 
@@ -58,6 +58,7 @@ class Generate(Message, frozen=True):
     sampling: SamplingParams
     stop: list[str]
     max_tokens: int | None  # None: to the end of the context
+    n: int = 1  # answers to the one prompt; the i-th is sampled with seed + i
     job: int = 0  # given by the tier
 
 
@@ -98,23 +99,19 @@ class Started(Message, frozen=True):
     cached_tokens: int
 
 
-class Usage(msgspec.Struct, frozen=True, array_like=True):
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-
-
 class Done(msgspec.Struct, frozen=True, array_like=True):
     finish: Finish
-    usage: Usage
+    n_tokens: int
+    mean_logprob: float | None = None  # of its tokens, where the sampling asked for it
 
 
 class TokenOut(msgspec.Struct, frozen=True, array_like=True):
-    """Text that one step added to one job; `done` with the last. Text held back comes later."""
+    """Text that one step added to one answer; `done` with the last. Text held back comes later."""
 
     job: int
     text: str
     done: Done | None = None
+    index: int = 0  # of the answer
 
 
 class Step(Message, frozen=True):

@@ -7,7 +7,8 @@ import pytest
 from engine.backends.base import CacheFull
 from engine.backends.fake import FakeDecoder, Script
 from engine.batch_engine import MAX_FAILED_STEPS, BatchEngine
-from engine.types import Batch, SamplingParams, Sequence
+from engine.types import Batch, Sampled, SamplingParams, Sequence
+from engine.wire import WorkerSpec
 
 
 class Decoder(FakeDecoder):
@@ -25,7 +26,7 @@ class Decoder(FakeDecoder):
         super().decode(batch)
         self._rows = [chunk.sequence for chunk in batch.chunks if chunk.wants_logits]
 
-    def sample(self, row: int, sequence: Sequence) -> int:
+    def sample(self, row: int, sequence: Sequence) -> Sampled:
         if self.sample_errors:
             raise self.sample_errors.pop()
         assert self._rows[row] is sequence
@@ -44,8 +45,12 @@ class Answers:
         n_batch: int = 64,
     ) -> None:
         self.decoder = Decoder(n_cells=n_cells_decoder or n_cells, n_slots=n_parallel)
+        spec = WorkerSpec(
+            name="light", backend="fake", model_path="", n_ctx=n_cells, n_parallel=n_parallel,
+            kv_tokens=n_cells, n_batch=n_batch, n_threads=1, n_gpu_layers=0,
+        )  # fmt: skip
         self.engine = BatchEngine(
-            self.decoder, n_ctx=n_cells, n_parallel=n_parallel, n_cells=n_cells, n_batch=n_batch
+            self.decoder, spec, n_ctx=n_cells, n_cells=n_cells, n_batch=n_batch
         )
         self.texts: dict[int, bytes] = {}
         self.cached: dict[int, int] = {}
@@ -58,7 +63,7 @@ class Answers:
         result = self.engine.step()
         self.cached.update(result.started)
         self.failed.update(result.failed)
-        for id, token in result.tokens:
+        for id, (token, _) in result.tokens:
             self.texts[id] = self.texts.get(id, b"") + self.engine.tokenizer.piece(token)
             if self.engine.tokenizer.ends_generation(token):
                 self.engine.cancel(id)
@@ -162,7 +167,7 @@ def test_a_full_cache_preempts_the_youngest_and_nothing_fails() -> None:
     answers.step()
     answers.decoder.decode_errors = [CacheFull()]
     answers.step()
-    assert [bytes(cells) for cells in answers.decoder.cells[:2]] == [b"old", b""]
+    assert [bytes(answers.decoder.tokens(slot)) for slot in (0, 1)] == [b"old", b""]
     answers.run()
     assert answers.texts == {1: b"You said: old", 2: b"You said: young"}
     assert answers.failed == {}

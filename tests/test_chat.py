@@ -21,6 +21,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     path = script(
         tmp_path_factory.mktemp("chat"),
         {"match": "umlaut", "answer": "Grüße, 世界! 🎉"},
+        {"match": "choose", "answer": ["red", "green", "blue"]},
         {"match": "counting", "answer": "one two three four"},
         {"match": "fail", "fault": "step"},
         {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
@@ -190,6 +191,8 @@ BAD = [
     ({"frequency_penalty": 3}, "frequency_penalty"),
     ({"presence_penalty": -3}, "presence_penalty"),
     ({"seed": 1.5}, "seed"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
     ({"seed": 2**64}, "seed"),
     ({"stop": ""}, "stop[0]"),
     ({"stop": ["a", ""]}, "stop[1]"),
@@ -262,9 +265,36 @@ def test_a_missing_field_is_named(service: Service) -> None:
     assert error_of(response, 400)["message"] == "'messages' is required."
 
 
+@pytest.mark.parametrize("n", [1, 3, 5, 20])
+def test_n_answers_come_of_one_prefill_each_with_its_seed(service: Service, n: int) -> None:
+    prompt = "choose " * 20
+    service.chat("something else")
+    colours = [["red", "green", "blue"][(7 + i) % 3] for i in range(n)]
+    body = service.chat(prompt + f"{n}", n=n, seed=7).json()
+    assert [c["message"]["content"] for c in body["choices"]] == colours
+    assert [c["index"] for c in body["choices"]] == list(range(n))
+    assert body["usage"]["prompt_tokens"] == len(prompt) + len(f"{n}") + 3
+    assert body["usage"]["completion_tokens"] == sum(len(colour) + 1 for colour in colours)
+    *chunks, last = events(
+        service.chat(prompt, n=n, seed=7, stream=True, stream_options={"include_usage": True})
+    )
+    texts = [""] * n
+    finishes: list[Any] = [None] * n
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+        finishes[choice["index"]] = choice["finish_reason"]
+    assert texts == colours
+    assert finishes == ["stop"] * n
+    assert last["usage"]["completion_tokens"] == body["usage"]["completion_tokens"]
+
+
+def test_one_of_n_that_fails_fails_the_request_and_frees_the_others(service: Service) -> None:
+    assert error_of(service.chat("fail", n=3), 500)["code"] == "internal_error"
+    assert text_of(service.chat()) == "You said: Hi"
+
+
 UNSUPPORTED = [
-    {"n": 2},
-    {"n": True},
     {"logprobs": True},
     {"top_logprobs": 3},
     {"tools": [{"type": "function", "function": {"name": "f"}}]},

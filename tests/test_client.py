@@ -56,7 +56,7 @@ def script(tmp_path: Path) -> Callable[..., str]:
 
 
 def generate(prompt: str, job: int = 1) -> wire.Generate:
-    return wire.Generate([wire.Segment(prompt, True)], False, SamplingParams(), [], None, job)
+    return wire.Generate([wire.Segment(prompt, True)], False, SamplingParams(), [], None, job=job)
 
 
 class Sink(JobSink):
@@ -374,7 +374,7 @@ def scripted(talk: Talk) -> Launcher:
 
 
 def text(job: int, words: str, *, is_last: bool = False) -> wire.Step:
-    done = wire.Done("stop", wire.Usage(1, 0, 1)) if is_last else None
+    done = wire.Done("stop", 1) if is_last else None
     return wire.Step([wire.TokenOut(job, words, done)])
 
 

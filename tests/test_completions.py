@@ -13,6 +13,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     path = script(
         tmp_path_factory.mktemp("completions"),
         {"match": "once", "answer": " upon a time"},
+        {"match": "choose", "answer": ["red", "vermilion", "ultramarine"]},
         {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
     )
     with serving(settings(light=fake(path, queue_size=4, n_ctx=256, n_parallel=2))) as service:
@@ -82,8 +83,7 @@ def test_an_over_long_prompt_is_named_as_such(service: Service) -> None:
 
 @pytest.mark.parametrize(
     "field",
-    [{"n": 2}, {"best_of": 2}, {"logprobs": 0}, {"echo": True}, {"suffix": "x"},
-     {"logit_bias": {"1": 1}}],
+    [{"logprobs": 0}, {"echo": True}, {"suffix": "x"}, {"logit_bias": {"1": 1}}],
     ids=str,
 )  # fmt: skip
 def test_what_is_not_there_is_refused_by_name(service: Service, field: dict[str, Any]) -> None:
@@ -91,6 +91,35 @@ def test_what_is_not_there_is_refused_by_name(service: Service, field: dict[str,
     assert response.status_code == 400
     error = response.json()["error"]
     assert (error["code"], error["param"]) == ("unsupported_parameter", next(iter(field)))
+
+
+def test_n_answers_to_each_of_several_prompts(service: Service) -> None:
+    body = service.complete(["choose", "a"], n=2, seed=0).json()
+    texts = ["red", "vermilion", "You said: a", "You said: a"]
+    assert [(c["index"], c["text"]) for c in body["choices"]] == list(enumerate(texts))
+    assert body["usage"]["prompt_tokens"] == 7
+    streamed = [""] * 4
+    for chunk in events(service.complete(["choose", "a"], n=2, seed=0, stream=True)):
+        (choice,) = chunk["choices"]
+        streamed[choice["index"]] += choice["text"]
+    assert streamed == texts
+
+
+def test_the_best_of_several_are_given_best_first(service: Service) -> None:
+    body = service.complete("choose", n=2, best_of=3, seed=0).json()
+    # the fake backend finds longer answers likelier
+    assert [c["text"] for c in body["choices"]] == ["ultramarine", "vermilion"]
+    assert body["usage"]["completion_tokens"] == len("redvermilionultramarine") + 3
+    assert service.complete("choose", best_of=1, seed=0).json()["choices"][0]["text"] == "red"
+
+
+@pytest.mark.parametrize(
+    "fields", [{"best_of": 1, "n": 2}, {"best_of": 2, "stream": True}, {"best_of": 0}], ids=str
+)
+def test_a_best_of_that_makes_no_sense_is_refused(service: Service, fields: dict[str, Any]) -> None:
+    response = service.complete("choose", **fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "best_of"
 
 
 def test_one_of_several_that_breaks_ends_the_stream_with_an_error(service: Service) -> None:

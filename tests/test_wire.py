@@ -32,6 +32,7 @@ TO_WORKER: list[wire.ToWorker] = [
         SamplingParams(temperature=0, seed=2**32 - 1),
         ["\n", "END"],
         None,
+        2,
         7,
     ),
     wire.Generate([1, 2, 0], False, SamplingParams(), [], 0),
@@ -48,8 +49,8 @@ FROM_WORKER: list[wire.FromWorker] = [
     wire.Step(
         [
             wire.TokenOut(7, "half"),
-            wire.TokenOut(8, "", wire.Done("stop", wire.Usage(9, 0, 3))),
-            wire.TokenOut(9, "世", wire.Done("length", wire.Usage(9, 8, 4))),
+            wire.TokenOut(8, "", wire.Done("stop", 3)),
+            wire.TokenOut(9, "世", wire.Done("length", 4, -0.5), 2),
         ]
     ),
     wire.Failed(7, None, "A fault."),

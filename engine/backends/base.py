@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from engine.prefix import Saved
-from engine.types import Batch, SamplingParams, Sequence, StepResult
+from engine.types import Batch, Sampled, SamplingParams, Sequence, StepResult
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
@@ -56,8 +56,8 @@ class Engine(Protocol):
 
 
 class Memory(Protocol):
-    """The KV cells of a decoder, by slot. Some models' memories are no list of cells (recurrent,
-    hybrid, behind a sliding window): what they cannot do they answer with False or None, unchanged."""
+    """The KV cells of a decoder, by slot. Some memories are no list of cells (recurrent, hybrid,
+    behind a sliding window): what they cannot do they answer with False or None, unchanged."""
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
         """Keep the first `n_tokens` of a slot."""
@@ -86,7 +86,7 @@ class Decoder(Memory, Protocol):
     def decode(self, batch: Batch) -> None:
         """Compute one batch. Raises CacheFull, or anything else when the batch failed."""
 
-    def sample(self, row: int, sequence: Sequence) -> int:
+    def sample(self, row: int, sequence: Sequence) -> Sampled:
         """The next token of the sequence whose logits are the batch's `row`-th wanted ones."""
 
     def close(self) -> None: ...

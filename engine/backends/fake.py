@@ -8,9 +8,11 @@ JSON file with a script; every key is optional:
                {"match": "poison", "fault": "crash"}]}
 
 The first rule whose `match` occurs in the last user turn (the whole prompt of a raw completion)
-decides. Without one the answer is `You said: …`. A rule's `fault` happens in the first step that
-decodes the prompt's end, or after `after` bytes of the answer: `step` raises, `crash` kills the
-process, `hang` never returns.
+decides; of a list of answers the seed chooses. Without a rule the answer is `You said: …`. The
+longer an answer, the higher the log probability of its tokens.
+
+A rule's `fault` happens in the first step that decodes the prompt's end, or after `after` bytes of
+the answer: `step` raises, `crash` kills the process, `hang` never returns.
 
 What it answers is read back from the cells that the scheduler filled, so a mistake in slots,
 positions or prefixes shows as a wrong answer.
@@ -31,7 +33,7 @@ from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
 from engine.model_file import ModelFile
 from engine.prefix import Saved
-from engine.types import Batch, Chunk, SamplingParams, Sequence
+from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
@@ -48,7 +50,7 @@ _CONTROL_IDS = {literal: [256 + number] for number, literal in enumerate(CONTROL
 
 class Rule(msgspec.Struct, forbid_unknown_fields=True):
     match: str = ""
-    answer: str | None = None
+    answer: str | list[str] | None = None
     fault: Literal["step", "crash", "hang"] | None = None
     after: int = 0
 
@@ -182,8 +184,8 @@ class FakeDecoder:
     def _n_used(self) -> int:
         return len({id(cell) for cells in self.cells for cell in cells})
 
-    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> None:
-        return None
+    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> SamplingParams:
+        return sampling
 
     def decode(self, batch: Batch) -> None:
         if self._n_used() + batch.n_tokens > self._n_cells:
@@ -197,14 +199,18 @@ class FakeDecoder:
                 raise ValueError(f"slot {chunk.slot} has {len(cells)} cells, not {chunk.start}")
             cells += [[token] for token in chunk.sequence.tokens[chunk.start : chunk.end]]
 
-    def sample(self, row: int, sequence: Sequence) -> int:
+    def sample(self, row: int, sequence: Sequence) -> Sampled:
         assert sequence.slot is not None
         cells = self.tokens(sequence.slot)
         turn = _last_turn(cells[: sequence.n_prompt])
         answer = self._script.rule(turn).answer
+        sampling: SamplingParams = sequence.sampler
+        if isinstance(answer, list):  # the seed chooses
+            answer = answer[sampling.seed % len(answer)]
         data = (f"You said: {turn}" if answer is None else answer).encode()
         n_done = len(cells) - sequence.n_prompt
-        return data[n_done] if n_done < len(data) else _END
+        token = data[n_done] if n_done < len(data) else _END
+        return Sampled(token, -1 / len(data) if sampling.wants_logprob else None)
 
     def close(self) -> None:
         pass

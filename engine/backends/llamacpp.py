@@ -13,8 +13,8 @@ import numpy.typing as npt
 from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
 from engine.prefix import Saved
-from engine.sampling import Penalties
-from engine.types import Batch, SamplingParams, Sequence
+from engine.sampling import Penalties, logprob
+from engine.types import Batch, Sampled, SamplingParams, Sequence
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
@@ -174,7 +174,7 @@ class LlamaDecoder:
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler":
         return LlamaSampler(sampling, prompt)
 
-    def sample(self, row: int, sequence: Sequence) -> int:
+    def sample(self, row: int, sequence: Sequence) -> Sampled:
         index = self._batch.logits_at[row]
         logits = lib.llama_get_logits_ith(self._context, index)
         view = np.ctypeslib.as_array(logits, shape=(self.tokenizer.n_vocab,))
@@ -186,10 +186,12 @@ class LlamaSampler:
     """How one sequence chooses: penalties, then argmax or a chain of llama.cpp's samplers."""
 
     def __init__(self, sampling: SamplingParams, prompt: list[int]) -> None:
+        self._wants_logprob = sampling.wants_logprob
         self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
         self._chain = None if sampling.is_greedy else _new_chain(sampling)
 
-    def sample(self, context: Any, index: int, logits: npt.NDArray[np.float32]) -> int:
+    def sample(self, context: Any, index: int, logits: npt.NDArray[np.float32]) -> Sampled:
+        raw = logits.copy() if self._wants_logprob and self._penalties else logits
         if self._penalties:
             self._penalties.apply(logits)
         if self._chain is None:
@@ -198,7 +200,7 @@ class LlamaSampler:
             token = lib.llama_sampler_sample(self._chain, context, index)
         if self._penalties:
             self._penalties.accept(token)
-        return token
+        return Sampled(token, logprob(raw, token) if self._wants_logprob else None)
 
     def __del__(self) -> None:
         if self._chain is not None:

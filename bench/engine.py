@@ -1,0 +1,189 @@
+"""The engine without HTTP, on a real model.
+
+    python -m bench.engine models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+1. How much of a step's time is llama_decode, and tokens/s beside a bare loop of llama_decode on the
+   same batches, taking turns.
+2. Prompt tokens that are decoded for eight requests with one system prompt, first cold, then warm,
+   and for conversations whose turns are interleaved.
+3. One sequence beside many that are remembered, against a fresh context.
+"""
+
+import argparse
+import random
+import time
+from array import array
+from typing import cast
+
+from engine.backends.base import load_engine
+from engine.backends.llamacpp import LlamaDecoder
+from engine.batch_engine import BatchEngine
+from engine.types import Batch, SamplingParams, Sequence
+from engine.wire import WorkerSpec
+
+SAMPLING = SamplingParams(seed=1)
+
+
+class Meter:
+    """A decoder whose calls are counted and timed."""
+
+    def __init__(self, decoder: LlamaDecoder) -> None:
+        self.seconds = 0.0
+        self.n_prompt_tokens = 0
+        self._decode = decoder.decode
+        decoder.decode = self.decode  # type: ignore[method-assign]
+
+    def decode(self, batch: Batch) -> None:
+        started_at = time.perf_counter()
+        self._decode(batch)
+        self.seconds += time.perf_counter() - started_at
+        self.n_prompt_tokens += batch.n_tokens - batch.n_decodes
+
+
+class Bench:
+    def __init__(self, model: str, n_threads: int, **values: int) -> None:
+        spec = WorkerSpec(
+            name="bench", backend="llamacpp", model_path=model, n_ctx=8192,
+            n_parallel=values.get("n_parallel", 16), kv_tokens=16384, n_batch=512,
+            n_threads=n_threads, n_gpu_layers=-1, max_stall_s=0.2, prefix_cache_bytes=1 << 30,
+        )  # fmt: skip
+        self.engine = cast(BatchEngine, load_engine(spec, lambda _: None))
+        self.decoder = cast(LlamaDecoder, self.engine._decoder)
+        self.meter = Meter(self.decoder)
+        self._n_admitted = 0
+
+    def admit(self, prompt: list[int]) -> int:
+        self._n_admitted += 1
+        self.engine.admit(self._n_admitted, prompt, SAMPLING)
+        return self._n_admitted
+
+    def run(self, ids: list[int], n_tokens: int) -> dict[int, list[int]]:
+        """Step until each has so many tokens."""
+        tokens: dict[int, list[int]] = {id: [] for id in ids}
+        while not self.engine.idle:
+            for id, (token, _) in self.engine.step().tokens:
+                tokens[id].append(token)
+                if len(tokens[id]) >= n_tokens:
+                    self.engine.cancel(id)
+        return tokens
+
+    def decode_tokens(self, n_sequences: int, n_tokens: int) -> tuple[float, float]:
+        """Tokens/s of so many sequences past their prompts, and the share inside llama_decode."""
+        ids = [self.admit(prompt(n_sequences * 100 + i, 16)) for i in range(n_sequences)]
+        started: set[int] = set()
+        while len(started) < n_sequences:
+            started |= {id for id, _ in self.engine.step().tokens}
+        self.meter.seconds = 0.0
+        at = time.perf_counter()
+        for _ in range(n_tokens):
+            self.engine.step()
+        seconds = time.perf_counter() - at
+        for id in ids:
+            self.engine.cancel(id)
+        return n_sequences * n_tokens / seconds, self.meter.seconds / seconds
+
+    def bare_tokens(self, n_sequences: int, n_tokens: int) -> float:
+        """Tokens/s of llama_decode alone, on batches of the same shape at the same positions."""
+        for slot in range(16):
+            self.decoder.clear(slot)
+        sequences = []
+        for slot in range(n_sequences):
+            sequence = Sequence(slot, array("i", prompt(n_sequences * 100 + slot, 16)))
+            sequence.slot = slot
+            sequences.append(sequence)
+            batch = Batch()
+            batch.add(sequence, 16)
+            self.decoder.decode(batch)
+            sequence.n_past = 16
+        at = time.perf_counter()
+        for _ in range(n_tokens):
+            batch = Batch()
+            for sequence in sequences:
+                sequence.tokens.append(1000)
+                batch.add(sequence, 1)
+            self.decoder.decode(batch)
+            for sequence in sequences:
+                sequence.n_past += 1
+        seconds = time.perf_counter() - at
+        for slot in range(n_sequences):
+            self.decoder.clear(slot)
+        return n_sequences * n_tokens / seconds
+
+
+def prompt(seed: int, n_tokens: int) -> list[int]:
+    dice = random.Random(seed)
+    return [dice.randint(1000, 40000) for _ in range(n_tokens)]
+
+
+def step_overhead(model: str, n_threads: int) -> None:
+    print("sequences  tokens/s  bare loop  ratio  in llama_decode")
+    for n in (1, 4, 8, 16):
+        n_tokens = 48
+        ours, bare, shares = [], [], []
+        for _ in range(3):
+            bench = Bench(model, n_threads)
+            bare.append(bench.bare_tokens(n, n_tokens))
+            speed, share = bench.decode_tokens(n, n_tokens)
+            ours.append(speed)
+            shares.append(share)
+            bench.engine.close()
+        a, b, share = sorted(ours)[1], sorted(bare)[1], sorted(shares)[1]
+        print(f"{n:9}  {a:8.1f}  {b:9.1f}  {a / b:5.3f}  {share:.3f}", flush=True)
+
+
+def sharing(model: str, n_threads: int) -> None:
+    bench = Bench(model, n_threads)
+    system = prompt(1, 1000)
+    for name, first in (("cold", 10), ("warm", 20)):
+        before = bench.meter.n_prompt_tokens
+        at = time.perf_counter()
+        ids = [bench.admit(system + prompt(first + i, 12)) for i in range(8)]
+        bench.run(ids, 8)
+        n = bench.meter.n_prompt_tokens - before
+        seconds = time.perf_counter() - at
+        print(f"8 requests with one prefix of 1000, {name}: {n} prompt tokens decoded, "
+              f"{n / 1012:.2f} of one request's, {seconds:.1f} s", flush=True)  # fmt: skip
+    bench.engine.close()
+    bench = Bench(model, n_threads, n_parallel=4)
+    history = {c: prompt(100 + c, 60) for c in range(6)}
+    n_seen = n_again = 0
+    for turn in range(4):
+        for c in history:
+            before = bench.meter.n_prompt_tokens
+            n_known = len(history[c]) if turn else 0
+            asked = history[c] + prompt(1000 * turn + c, 20)
+            (answer,) = bench.run([bench.admit(asked)], 12).values()
+            n_again += bench.meter.n_prompt_tokens - before - (len(asked) - n_known)
+            n_seen += n_known
+            history[c] = asked + answer
+    print(
+        f"6 conversations of 4 turns: {1 - n_again / n_seen:.3f} of the tokens seen before reused"
+    )
+    bench.engine.close()
+
+
+def beside_remembered(model: str, n_threads: int) -> None:
+    ratios = []
+    for _ in range(3):
+        fresh, used = Bench(model, n_threads), Bench(model, n_threads)
+        used.run([used.admit(prompt(i, 400)) for i in range(7)], 2)
+        a, _ = used.decode_tokens(1, 48)
+        b, _ = fresh.decode_tokens(1, 48)
+        ratios.append(a / b)
+        fresh.engine.close()
+        used.engine.close()
+    print(f"one sequence beside 2800 remembered tokens: {sorted(ratios)[1]:.3f} of a fresh context")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The engine without HTTP, on a real model.")
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    step_overhead(options.model, options.threads)
+    sharing(options.model, options.threads)
+    beside_remembered(options.model, options.threads)
+
+
+if __name__ == "__main__":
+    main()

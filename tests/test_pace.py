@@ -1,0 +1,66 @@
+"""How a step is kept short, with costs that the test decides."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.pace import ALONE, MIN_TOKENS, PROBE_TOKENS, Pace
+
+
+def taught(decode_s: float, token_s: float, n_decodes: int = 4) -> Pace:
+    pace = Pace(0.2)
+    pace.observe(n_decodes, 0, decode_s)
+    pace.observe(0, 100, 100 * token_s)
+    return pace
+
+
+def test_the_first_prompt_is_probed() -> None:
+    assert Pace(0.2).n_prefill(0) == PROBE_TOKENS
+
+
+def test_beside_streams_a_step_takes_no_longer_than_it_may() -> None:
+    assert taught(decode_s=0.05, token_s=0.001).n_prefill(4) == 150
+
+
+def test_without_streams_it_may_take_longer() -> None:
+    assert taught(decode_s=0.05, token_s=0.001).n_prefill(0) == int(ALONE * 0.2 / 0.001)
+
+
+def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:
+    assert taught(decode_s=0.5, token_s=0.001).n_prefill(4) == MIN_TOKENS
+
+
+def test_the_streams_count_as_the_nearest_number_that_was_measured() -> None:
+    pace = taught(decode_s=0.05, token_s=0.001, n_decodes=4)
+    pace.observe(16, 0, 0.1)
+    assert [pace.n_prefill(n) for n in (3, 5, 15, 40)] == [150, 150, 100, 100]
+
+
+def test_steps_with_few_prompt_tokens_teach_nothing_about_prompts() -> None:
+    pace = taught(decode_s=0.05, token_s=0.001)
+    pace.observe(4, 1, 5.0)
+    assert pace.n_prefill(4) == 150
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    decode_s=st.floats(0.001, 0.15),
+    token_s=st.floats(0.0001, 0.003),
+    n_decodes=st.integers(1, 16),
+)
+def test_it_learns_whatever_a_step_costs(decode_s: float, token_s: float, n_decodes: int) -> None:
+    pace = Pace(0.2)
+    for step in range(40):
+        n = pace.n_prefill(n_decodes)
+        if step > 20:
+            floor_s = decode_s + MIN_TOKENS * token_s
+            assert decode_s + n * token_s <= max(0.2, floor_s) * 1.01
+        pace.observe(n_decodes, n, decode_s + n * token_s)
+        pace.observe(n_decodes, 0, decode_s)
+
+
+def test_a_machine_that_slows_down_is_noticed() -> None:
+    pace = taught(decode_s=0.02, token_s=0.001)
+    for _ in range(12):
+        pace.observe(4, 50, 0.02 + 50 * 0.003)
+    assert pace.n_prefill(4) == pytest.approx(60, rel=0.1)
