@@ -20,6 +20,7 @@ import msgspec
 
 from engine import wire
 from engine.backends.base import Engine, Tokenizer, load_engine
+from engine.grammar import Compiler, Constraint
 from engine.text import TextStream
 from engine.types import Finish, Sampled, StepResult
 from errors import BadRequest, ContextLengthExceeded, InternalError, ModelLoadFailed, ServiceError
@@ -37,6 +38,7 @@ class Job:
     request: wire.Generate
     prompt: list[int]
     max_tokens: int
+    constraint: Constraint | None = None  # at the beginning of its grammar
     has_started: bool = False
     answers: dict[int, "Answer"] = field(default_factory=dict)  # unfinished, by sequence
 
@@ -44,9 +46,10 @@ class Job:
 class Answer:
     """One of the answers to a job: its text so far."""
 
-    def __init__(self, job: Job, index: int) -> None:
+    def __init__(self, job: Job, index: int, constraint: Constraint | None) -> None:
         self.job = job
         self._index = index
+        self._constraint = constraint
         self._text = TextStream(job.request.stop)
         self._n_tokens = 0
         self._logprob = 0.0
@@ -70,14 +73,16 @@ class Answer:
         mean = None
         if self.job.request.sampling.wants_logprob:
             mean = self._logprob / max(self._n_tokens, 1)
-        return self._out(text, wire.Done(finish, self._n_tokens, mean))
+        is_valid = self._constraint.is_complete if self._constraint else None
+        return self._out(text, wire.Done(finish, self._n_tokens, mean, is_valid))
 
     def _out(self, text: str, done: wire.Done | None) -> wire.TokenOut:
         return wire.TokenOut(self.job.request.job, text, done, self._index)
 
 
-def prepare(request: wire.Generate, engine: Engine) -> Job:
+def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
     """Tokenise and check a request. Raises a ServiceError that is the client's answer."""
+    constraint = compiler.compile(request.grammar) if request.grammar else None
     prompt = _tokenize(request, engine.tokenizer)
     if not prompt:
         raise BadRequest("The prompt is empty.", param="prompt")
@@ -94,7 +99,7 @@ def prepare(request: wire.Generate, engine: Engine) -> Job:
             n_ctx=engine.n_ctx,
         )
     max_tokens = n_left if request.max_tokens is None else min(request.max_tokens, n_left)
-    return Job(request, prompt, max_tokens)
+    return Job(request, prompt, max_tokens, constraint)
 
 
 def _tokenize(request: wire.Generate, tokenizer: Tokenizer) -> list[int]:
@@ -117,13 +122,14 @@ Incoming = Job | wire.Cancel | wire.Failed | wire.Ping | wire.Shutdown
 
 
 class Receiver(threading.Thread):
-    """Reads the socket. Messages wait in `inbox`; new jobs are tokenised and checked here, beside
-    the step loop. `on_disconnect` is called as soon as the server has gone."""
+    """Reads the socket. Messages wait in `inbox`; new jobs are tokenised and checked here, and
+    their grammars compiled, beside the step loop. `on_disconnect` is called as soon as the server
+    has gone."""
 
     def __init__(self, sock: socket.socket, on_disconnect: Callable[[], None]) -> None:
         super().__init__(daemon=True)
         self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
-        self.engine: Engine | None = None  # must be set before the server is told Ready
+        self._engine: Engine | None = None
         self._sock = sock
         self._on_disconnect = on_disconnect
 
@@ -138,10 +144,15 @@ class Receiver(threading.Thread):
             self._on_disconnect()
             self.inbox.put(wire.Shutdown())
 
+    def begin(self, engine: Engine) -> None:
+        """From now on there may be jobs. Must be called before the server is told Ready."""
+        self._engine = engine
+        self._compiler = Compiler(engine.tokenizer)
+
     def _prepare(self, request: wire.Generate) -> Job | wire.Failed:
-        assert self.engine is not None
+        assert self._engine is not None
         try:
-            return prepare(request, self.engine)
+            return prepare(request, self._engine, self._compiler)
         except Exception as error:
             return _failure(request.job, error)
 
@@ -164,7 +175,7 @@ def serve(sock: socket.socket, on_disconnect: Callable[[], None] = lambda: None)
         engine = _load(load.spec, send)
         if engine is None:
             return EXIT_OK
-        receiver.engine = engine
+        receiver.begin(engine)
         send(wire.Ready(engine.n_ctx, engine.n_parallel, engine.tokenizer.n_vocab))
         return _loop(engine, receiver.inbox, send)
     except ConnectionError:  # the server has gone
@@ -232,13 +243,14 @@ class Jobs:
         sampling = job.request.sampling
         for index in range(job.request.n):
             number = next(self._ids)
-            seed = (sampling.seed + index) % 2**32
+            own = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**32)
+            constraint = job.constraint.copy() if job.constraint else None
             try:
-                self._engine.admit(number, job.prompt, msgspec.structs.replace(sampling, seed=seed))
+                self._engine.admit(number, job.prompt, own, constraint)
             except Exception:
                 self.cancel(job.request.job)
                 raise
-            job.answers[number] = self._answers[number] = Answer(job, index)
+            job.answers[number] = self._answers[number] = Answer(job, index, constraint)
 
     def cancel(self, job_id: int) -> None:
         """Forget a job. Unknown ones are fine: it may just have ended."""

@@ -18,10 +18,13 @@ from api.sampling import (
     GenerationFields,
     OneChoice,
     TokenLimit,
+    grammar,
+    grammar_field,
     ignored_params,
     max_tokens,
     refuse,
     sampling_params,
+    validity,
 )
 from api.sse import EventStream, event
 from engine import wire
@@ -35,14 +38,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "grammar": ("",),
     "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -108,11 +109,12 @@ async def create_chat_completion(
                 add_bos=True,
                 sampling=sampling_params(body, tier.settings),
                 stop=body.stop or [],
+                grammar=grammar(body),
                 max_tokens=max_tokens(tier.settings, body.max_tokens, body.max_completion_tokens),
                 n=body.n,
             )
         ],
-        prompt_field="messages",
+        fields={"prompt": "messages", "grammar": grammar_field(body)},
     )
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -129,6 +131,7 @@ async def create_chat_completion(
             "message": {"role": "assistant", "content": text, "refusal": None},
             "logprobs": None,
             "finish_reason": done.finish,
+            **validity(done),
         }
         for index, (text, done) in enumerate(zip(texts, dones, strict=True))
     ]
@@ -142,8 +145,14 @@ async def _events(
     more = {"usage": None} if include_usage else {}
     dones = []
 
-    def chunk(index: int, delta: dict[str, str], finish: str | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def chunk(index: int, delta: dict[str, str], done: wire.Done | None = None) -> bytes:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": None,
+            "finish_reason": done.finish if done else None,
+            **validity(done),
+        }
         return event(head | {"choices": [choice]} | more)
 
     async with aclosing(answer.outs) as outs:
@@ -154,7 +163,7 @@ async def _events(
                 yield chunk(index, {"content": out.text})
             if out.done:
                 dones.append(out.done)
-                yield chunk(index, {}, out.done.finish)
+                yield chunk(index, {}, out.done)
     if include_usage:
         yield event(head | {"choices": [], "usage": generation.usage(answer, dones)})
 

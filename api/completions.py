@@ -17,10 +17,13 @@ from api.sampling import (
     ChoiceCount,
     GenerationFields,
     OneChoice,
+    grammar,
+    grammar_field,
     ignored_params,
     max_tokens,
     refuse,
     sampling_params,
+    validity,
 )
 from api.sse import EventStream, event
 from engine import wire
@@ -31,10 +34,8 @@ router = APIRouter()
 # OpenAI's fields that this version does not have, with the values that ask for nothing
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
-    "grammar": ("",),
     "logit_bias": ({},),
     "logprobs": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
 
@@ -94,12 +95,13 @@ async def create_completion(
                 add_bos=True,
                 sampling=sampling,
                 stop=body.stop or [],
+                grammar=grammar(body),
                 max_tokens=max_tokens(tier.settings, body.max_tokens),
                 n=n_sampled,
             )
             for prompt in prompts
         ],
-        prompt_field="prompt",
+        fields={"grammar": grammar_field(body)},
     )
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -112,7 +114,7 @@ async def create_completion(
     texts, dones = await while_connected(request.receive, generation.fold(answer))
     usage = generation.usage(answer, dones)
     chosen = _best(dones, body.n, n_sampled)
-    choices = [_choice(index, texts[i], dones[i].finish) for index, i in enumerate(chosen)]
+    choices = [_choice(index, texts[i], dones[i]) for index, i in enumerate(chosen)]
     return JSONResponse(head | {"choices": choices, "usage": usage}, headers=headers)
 
 
@@ -136,8 +138,10 @@ def _best(dones: Sequence[wire.Done], n: int, n_sampled: int) -> list[int]:
     return chosen
 
 
-def _choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+def _choice(index: int, text: str, done: wire.Done | None) -> dict[str, Any]:
+    finish = done.finish if done else None
+    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+    return choice | validity(done)
 
 
 async def _events(
@@ -148,8 +152,7 @@ async def _events(
     async with aclosing(answer.outs) as outs:
         async for index, out in outs:
             if out.text or out.done:
-                finish = out.done.finish if out.done else None
-                yield event(head | {"choices": [_choice(index, out.text, finish)]} | more)
+                yield event(head | {"choices": [_choice(index, out.text, out.done)]} | more)
             if out.done:
                 dones.append(out.done)
     if include_usage:

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -28,20 +28,20 @@ class Answer:
 
 
 async def start(
-    receive: Receive, tier: Tier, requests: Sequence[wire.Generate], *, prompt_field: str
+    receive: Receive, tier: Tier, requests: Sequence[wire.Generate], *, fields: Mapping[str, str]
 ) -> Answer:
     """Submit requests and wait until all have started: from here on nothing that is wrong with
     them can come up.
 
-    Raises ServiceError, which names `prompt_field` where the prompt is at fault, or ClientLeft.
+    Raises ClientLeft or ServiceError; what that is about is renamed by `fields` as the client
+    knows it.
     """
     started: list[wire.Started] = []
     outs = _generate(tier, requests, started)
     try:
         await while_connected(receive, anext(outs))
     except BadRequest as error:
-        if error.param == "prompt":
-            error.param = prompt_field
+        error.param = fields.get(error.param or "", error.param)
         raise
     return Answer(started, outs, sum(request.n for request in requests))
 

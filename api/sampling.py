@@ -1,17 +1,20 @@
 """The fields that chat and raw completions share, and what becomes of those we do not know."""
 
+import json
 import random
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     StringConstraints,
 )
 
+from engine import wire
 from engine.types import SamplingParams
 from errors import BadRequest, UnsupportedParameter
 from settings import TierSettings
@@ -50,6 +53,25 @@ class StreamOptions(BaseModel):
     )
 
 
+class JsonSchema(BaseModel):
+    """OpenAI's envelope. A schema is always enforced, so `strict` changes nothing."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = ""
+    description: str | None = None
+    schema_: JsonValue = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema_: JsonValue = Field(None, alias="schema")  # llama-server's, of a json_object
+
+
 class GenerationFields(BaseModel):
     """Fields of a request for text. None: the tier's own value."""
 
@@ -68,6 +90,8 @@ class GenerationFields(BaseModel):
     presence_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: StopList | None = None
+    response_format: ResponseFormat | None = None
+    grammar: str | None = None  # Lark or GBNF
     user: str | None = None
 
     @property
@@ -77,6 +101,40 @@ class GenerationFields(BaseModel):
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise BadRequest("It is only for `stream: true`.", param="stream_options")
+
+
+def grammar(fields: GenerationFields) -> wire.Grammar | None:
+    """What the answer must look like, by `response_format` or `grammar`. Raises BadRequest."""
+    wanted = fields.response_format
+    if wanted is None or wanted.type == "text":
+        return wire.Grammar("grammar", fields.grammar) if fields.grammar else None
+    if fields.grammar:
+        raise BadRequest("Send `grammar` or `response_format`, not both.", param="grammar")
+    if wanted.type == "json_object":
+        schema = {"type": "object"} if wanted.schema_ is None else wanted.schema_
+    elif wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        param = "response_format.json_schema.schema"
+        raise BadRequest(f"'{param}' is required.", param=param)
+    else:
+        schema = wanted.json_schema.schema_
+    if not isinstance(schema, dict | bool):
+        raise BadRequest("A schema is an object.", param="response_format")
+    try:
+        return wire.Grammar("json_schema", json.dumps(schema, ensure_ascii=False).encode().decode())
+    except UnicodeEncodeError:
+        raise BadRequest(
+            "A schema has half of a surrogate pair.", param="response_format"
+        ) from None
+
+
+def grammar_field(fields: GenerationFields) -> str:
+    """The field that a fault of the grammar belongs to."""
+    return "grammar" if fields.grammar else "response_format"
+
+
+def validity(done: wire.Done | None) -> dict[str, bool]:
+    """Whether a finished choice is a whole one by its grammar, where it has one."""
+    return {"schema_valid": done.is_valid} if done and done.is_valid is not None else {}
 
 
 def sampling_params(fields: GenerationFields, tier: TierSettings) -> SamplingParams:
@@ -134,8 +192,8 @@ def ignored_params(
     """The header that names the unknown fields of a body and of its `parts`, which come with their
     places. Raises BadRequest where `strict`."""
     unknown = [name for name in fields.model_extra or {} if name not in known]
-    if fields.stream_options is not None:
-        parts = [("stream_options", fields.stream_options), *parts]
+    inner = {"stream_options": fields.stream_options, "response_format": fields.response_format}
+    parts = [*((name, part) for name, part in inner.items() if part is not None), *parts]
     unknown += [f"{place}.{name}" for place, part in parts for name in part.model_extra or {}]
     if not unknown:
         return {}

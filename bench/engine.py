@@ -7,9 +7,11 @@
 2. Prompt tokens that are decoded for eight requests with one system prompt, first cold, then warm,
    and for conversations whose turns are interleaved.
 3. One sequence beside many that are remembered, against a fresh context.
+4. Eight sequences with a JSON schema, against the same without.
 """
 
 import argparse
+import json
 import random
 import time
 from array import array
@@ -18,8 +20,9 @@ from typing import cast
 from engine.backends.base import load_engine
 from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
+from engine.grammar import Compiler, Constraint
 from engine.types import Batch, SamplingParams, Sequence
-from engine.wire import WorkerSpec
+from engine.wire import Grammar, WorkerSpec
 
 SAMPLING = SamplingParams(seed=1)
 
@@ -52,9 +55,9 @@ class Bench:
         self.meter = Meter(self.decoder)
         self._n_admitted = 0
 
-    def admit(self, prompt: list[int]) -> int:
+    def admit(self, prompt: list[int], constraint: Constraint | None = None) -> int:
         self._n_admitted += 1
-        self.engine.admit(self._n_admitted, prompt, SAMPLING)
+        self.engine.admit(self._n_admitted, prompt, SAMPLING, constraint)
         return self._n_admitted
 
     def run(self, ids: list[int], n_tokens: int) -> dict[int, list[int]]:
@@ -67,9 +70,14 @@ class Bench:
                     self.engine.cancel(id)
         return tokens
 
-    def decode_tokens(self, n_sequences: int, n_tokens: int) -> tuple[float, float]:
+    def decode_tokens(
+        self, n_sequences: int, n_tokens: int, constraint: Constraint | None = None
+    ) -> tuple[float, float]:
         """Tokens/s of so many sequences past their prompts, and the share inside llama_decode."""
-        ids = [self.admit(prompt(n_sequences * 100 + i, 16)) for i in range(n_sequences)]
+        ids = [
+            self.admit(prompt(n_sequences * 100 + i, 16), constraint and constraint.copy())
+            for i in range(n_sequences)
+        ]
         started: set[int] = set()
         while len(started) < n_sequences:
             started |= {id for id, _ in self.engine.step().tokens}
@@ -175,6 +183,24 @@ def beside_remembered(model: str, n_threads: int) -> None:
     print(f"one sequence beside 2800 remembered tokens: {sorted(ratios)[1]:.3f} of a fresh context")
 
 
+def constrained(model: str, n_threads: int) -> None:
+    # so many strings that nobody comes to the end
+    schema = {"type": "array", "minItems": 500, "items": {
+        "type": "object", "additionalProperties": False, "required": ["name", "size"],
+        "properties": {"name": {"type": "string"}, "size": {"type": "number"}},
+    }}  # fmt: skip
+    grammar = Grammar("json_schema", json.dumps(schema))
+    ratios = []
+    for _ in range(3):
+        bench = Bench(model, n_threads)
+        compiler = Compiler(bench.engine.tokenizer)
+        free, _ = bench.decode_tokens(8, 48)
+        bound, _ = bench.decode_tokens(8, 48, compiler.compile(grammar))
+        ratios.append(bound / free)
+        bench.engine.close()
+    print(f"8 sequences with a JSON schema: {sorted(ratios)[1]:.3f} of the same without")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The engine without HTTP, on a real model.")
     parser.add_argument("model")
@@ -183,6 +209,7 @@ def main() -> None:
     step_overhead(options.model, options.threads)
     sharing(options.model, options.threads)
     beside_remembered(options.model, options.threads)
+    constrained(options.model, options.threads)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import time
 from array import array
 
 from engine.backends.base import CacheFull, Decoder
+from engine.grammar import Constraint
 from engine.pace import Pace
 from engine.prefix import PrefixTree
 from engine.scheduler import Scheduler
@@ -40,9 +41,15 @@ class BatchEngine:
     def idle(self) -> bool:
         return self._scheduler.idle
 
-    def admit(self, id: int, prompt: list[int], sampling: SamplingParams) -> None:
+    def admit(
+        self,
+        id: int,
+        prompt: list[int],
+        sampling: SamplingParams,
+        constraint: Constraint | None = None,
+    ) -> None:
         sampler = self._decoder.sampler(sampling, prompt)
-        self._scheduler.add(Sequence(id, array("i", prompt), sampler))
+        self._scheduler.add(Sequence(id, array("i", prompt), sampler, constraint))
 
     def cancel(self, id: int) -> None:
         self._scheduler.cancel(id)
@@ -56,8 +63,6 @@ class BatchEngine:
         started_at = time.perf_counter()
         try:
             self._decoder.decode(batch)
-            seconds = time.perf_counter() - started_at
-            sampled = [self._decoder.sample(row, s) for row, s in enumerate(wanting)]
         except CacheFull as error:
             if not self._scheduler.lack_cells():
                 result.failed = [(s.id, error) for s in self._scheduler.fail(batch)]
@@ -70,9 +75,21 @@ class BatchEngine:
             result.failed = [(s.id, error) for s in self._scheduler.fail(batch)]
             return result
         self._n_failed_steps = 0
-        self._scheduler.commit(batch, [s.token for s in sampled], seconds)
-        result.tokens = [(s.id, token) for s, token in zip(wanting, sampled, strict=True)]
+        seconds = time.perf_counter() - started_at
+        self._scheduler.commit(batch, seconds)
+        for row, sequence in enumerate(wanting):
+            self._sample(row, sequence, result)
         return result
+
+    def _sample(self, row: int, sequence: Sequence, result: StepResult) -> None:
+        try:
+            sampled = self._decoder.sample(row, sequence)
+        except Exception as error:
+            result.failed.append((sequence.id, error))
+            self._scheduler.cancel(sequence.id)
+        else:
+            sequence.tokens.append(sampled.token)
+            result.tokens.append((sequence.id, sampled))
 
     def close(self) -> None:
         self._decoder.close()

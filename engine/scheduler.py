@@ -96,17 +96,13 @@ class Scheduler:
         self._plan_prefills(batch)
         return batch, started
 
-    def commit(self, batch: Batch, sampled: list[int], seconds: float) -> None:
-        """The batch was computed in so many seconds; `sampled` has a token for each chunk that
-        wanted logits."""
+    def commit(self, batch: Batch, seconds: float) -> None:
+        """The batch was computed in so many seconds. Each sequence whose chunk wanted logits must
+        get a token, or be cancelled, before the next plan."""
         self._pace.observe(batch.n_decodes, batch.n_tokens - batch.n_decodes, seconds)
-        tokens = iter(sampled)
         for chunk in batch.chunks:
-            wants_logits = chunk.wants_logits
             self._cells.extend(chunk.slot, chunk.sequence.tokens[chunk.start : chunk.end])
             chunk.sequence.n_past = chunk.end
-            if wants_logits:
-                chunk.sequence.tokens.append(next(tokens))
 
     def fail(self, batch: Batch) -> list[Sequence]:
         """The batch could not be computed: its sequences end and their cells are freed."""

@@ -7,7 +7,7 @@ frame to a worker is Load. Its answer is Ready or LoadFailed, with Progress befo
 import asyncio
 import socket
 import struct
-from typing import Union
+from typing import Literal, Union
 
 import msgspec
 
@@ -41,6 +41,13 @@ class Segment(msgspec.Struct, frozen=True):
     parse_special: bool
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must look like: a JSON schema as JSON text, or a grammar as Lark or GBNF."""
+
+    kind: Literal["json_schema", "grammar"]
+    text: str
+
+
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Base of every message: a msgpack array that begins with the class's name."""
 
@@ -58,6 +65,7 @@ class Generate(Message, frozen=True):
     sampling: SamplingParams
     stop: list[str]
     max_tokens: int | None  # None: to the end of the context
+    grammar: Grammar | None = None
     n: int = 1  # answers to the one prompt; the i-th is sampled with seed + i
     job: int = 0  # given by the tier
 
@@ -103,6 +111,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     finish: Finish
     n_tokens: int
     mean_logprob: float | None = None  # of its tokens, where the sampling asked for it
+    is_valid: bool | None = None  # the answer is a whole one by its grammar, where it has one
 
 
 class TokenOut(msgspec.Struct, frozen=True, array_like=True):

@@ -22,6 +22,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         tmp_path_factory.mktemp("chat"),
         {"match": "umlaut", "answer": "Grüße, 世界! 🎉"},
         {"match": "choose", "answer": ["red", "green", "blue"]},
+        {"match": "as json", "answer": '{"city": "Paris", "old": true}'},
         {"match": "counting", "answer": "one two three four"},
         {"match": "fail", "fault": "step"},
         {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
@@ -294,15 +295,96 @@ def test_one_of_n_that_fails_fails_the_request_and_frees_the_others(service: Ser
     assert text_of(service.chat()) == "You said: Hi"
 
 
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Oslo"]}, "old": {"type": "boolean"}},
+    "required": ["city", "old"],
+    "additionalProperties": False,
+}
+JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"response_format": JSON_SCHEMA}, '{"city": "Oslo", "old": false}'),
+        ({"response_format": {"type": "json_object", "schema": CITY}},
+         '{"city": "Oslo", "old": false}'),
+        ({"grammar": 'root ::= "yes" | "no"'}, "no"),
+        ({"grammar": 'start: "a" /[0-9]+/'}, "a0"),
+    ],
+)  # fmt: skip
+def test_an_answer_has_the_form_that_is_asked_for(
+    service: Service, fields: dict[str, Any], text: str
+) -> None:
+    """The fake backend would say something else; of what is allowed it takes the end, or else the
+    first token."""
+    whole = service.chat(**fields)
+    assert text_of(whole) == text
+    choice = whole.json()["choices"][0]
+    assert (choice["finish_reason"], choice["schema_valid"]) == ("stop", True)
+    *chunks, last = [c["choices"][0] for c in events(service.chat(stream=True, **fields))]
+    assert "".join(c["delta"].get("content", "") for c in chunks) == text
+    assert last["schema_valid"] is True
+    assert all("schema_valid" not in c for c in chunks)
+    assert service.complete(**fields).json()["choices"][0]["text"] == text
+
+
+def test_any_object_will_do_where_no_schema_is_given(service: Service) -> None:
+    response = service.chat("as json", response_format={"type": "json_object"})
+    assert text_of(response) == '{"city": "Paris", "old": true}'
+
+
+def test_what_the_model_says_anyway_stays_as_it_is(service: Service) -> None:
+    response = service.chat("as json", response_format=JSON_SCHEMA)
+    assert text_of(response) == '{"city": "Paris", "old": true}'
+
+
+def test_an_answer_that_is_cut_says_that_it_is_not_whole(service: Service) -> None:
+    response = service.chat(response_format=JSON_SCHEMA, max_tokens=5)
+    choice = response.json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ('{"cit', "length")
+    assert choice["schema_valid"] is False
+    free = service.chat().json()["choices"][0]
+    assert "schema_valid" not in free
+
+
+def test_each_of_n_answers_has_the_form(service: Service) -> None:
+    body = service.chat(response_format=JSON_SCHEMA, n=5).json()
+    assert [json.loads(c["message"]["content"])["city"] for c in body["choices"]] == ["Oslo"] * 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "why"),
+    [
+        ({"response_format": {"type": "json_object", "schema": {"items": {"not": {}}}}},
+         "response_format", "$.items: 'not'"),
+        ({"grammar": "root ::= missing"}, "grammar", "missing"),
+        ({"grammar": "a_b ::="}, "grammar", ""),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", ""),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+         "response_format.json_schema.schema", ""),
+        ({"response_format": {"type": "xml"}}, "response_format.type", ""),
+        ({"response_format": {"type": "json_object", "schema": 5}}, "response_format", "object"),
+        ({"response_format": JSON_SCHEMA, "grammar": "start: /a/"}, "grammar", "not both"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_cannot_be_enforced_is_a_400(
+    service: Service, fields: dict[str, Any], param: str, why: str, stream: bool
+) -> None:
+    error = error_of(service.chat(stream=stream, **fields), 400)
+    assert error["param"] == param
+    assert why in error["message"]
+
+
 UNSUPPORTED = [
     {"logprobs": True},
     {"top_logprobs": 3},
     {"tools": [{"type": "function", "function": {"name": "f"}}]},
     {"tool_choice": "required"},
     {"functions": [{"name": "f"}]},
-    {"response_format": {"type": "json_object"}},
     {"logit_bias": {"5": 1}},
-    {"grammar": "root ::= 'a'"},
     {"modalities": ["audio"]},
     {"prediction": {"type": "content", "content": "x"}},
     {"reasoning_effort": "high"},

@@ -1,6 +1,7 @@
 """The llama.cpp backend on real and on generated models. One thread: two collapse on a busy box."""
 
 import asyncio
+import json
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from engine.backends.base import load_engine
 from engine.backends.llamacpp import LlamaDecoder, LlamaTokenizer
 from engine.batch_engine import BatchEngine
 from engine.client import launch_process
+from engine.grammar import Compiler
 from engine.model_file import read_model_file
 from engine.types import Sampled, SamplingParams, Sequence
 from errors import ModelLoadFailed
@@ -269,6 +271,44 @@ def test_sampling_follows_its_seed_and_its_rules(
     assert len(set(once)) == len(once)
 
 
+@pytest.mark.parametrize("which", ["smollm2", "spm"])
+def test_answers_have_the_form_that_is_asked_for(
+    which: str, request: pytest.FixtureRequest, load: Callable[..., BatchEngine]
+) -> None:
+    engine = load(request.getfixturevalue(which))
+    person = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    compiler = Compiler(engine.tokenizer)
+    constraint = compiler.compile(wire.Grammar("json_schema", json.dumps(person)))
+    states = {i: constraint.copy() for i in range(3)}
+    for i, state in states.items():
+        sampling = SamplingParams(temperature=1.0, seed=i)
+        engine.admit(i, ids(engine, "A person as JSON:"), sampling, state)
+    texts = dict.fromkeys(states, b"")
+    whole = set()
+    for _ in range(120):
+        if engine.idle:
+            break
+        result = engine.step()
+        assert not result.failed
+        for i, (token, _) in result.tokens:
+            texts[i] += engine.tokenizer.piece(token)
+            if engine.tokenizer.ends_generation(token):
+                whole.add(i)
+                engine.cancel(i)
+    assert whole
+    for i in whole:
+        assert states[i].is_complete
+        said = json.loads(texts[i])
+        assert said.keys() == {"name", "age"}
+        assert isinstance(said["age"], int)
+        assert len(said["name"]) <= 8
+
+
 # text
 
 
@@ -355,7 +395,8 @@ def test_a_raw_prompt_begins_with_one_bos_and_ids_are_taken_as_they_are(
     engine = load(spm)
 
     def prompt(pieces: list[Any]) -> list[int]:
-        return prepare(wire.Generate(pieces, True, GREEDY, [], 1), engine).prompt
+        request = wire.Generate(pieces, True, GREEDY, [], 1)
+        return prepare(request, engine, Compiler(engine.tokenizer)).prompt
 
     bos = engine.tokenizer.bos
     ids = prompt([wire.Segment(text, parse_special=True)])

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 
 import openai
+import pydantic
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
@@ -14,8 +15,11 @@ HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    rule = {"match": "break", "answer": "half of it", "fault": "step", "after": 4}
-    path = script(tmp_path_factory.mktemp("sdk"), rule)
+    path = script(
+        tmp_path_factory.mktemp("sdk"),
+        {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
+        {"match": "a city", "answer": '{"name": "Paris", "is_old": true}'},
+    )
     with serving(settings(light=fake(path, n_ctx=64))) as service:
         yield service
 
@@ -51,6 +55,18 @@ def test_the_streaming_helper(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(model="light", messages=HELLO) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.content == "You said: Hello"
+
+
+class City(pydantic.BaseModel):
+    name: str
+    is_old: bool
+
+
+def test_parsed_answers(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.parse(
+        model="light", messages=[{"role": "user", "content": "a city"}], response_format=City
+    )
+    assert reply.choices[0].message.parsed == City(name="Paris", is_old=True)
 
 
 def test_raw_completions(client: openai.OpenAI) -> None:

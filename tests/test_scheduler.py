@@ -148,7 +148,9 @@ class Bench:
         wanting = [chunk.sequence for chunk in batch.chunks if chunk.wants_logits]
         sampled = [next_token(self.cells_of(sequence)) for sequence in wanting]
         self.n_decoded += batch.n_tokens - batch.n_decodes
-        self.scheduler.commit(batch, sampled, 0.1)
+        self.scheduler.commit(batch, 0.1)
+        for sequence, token in zip(wanting, sampled, strict=True):
+            sequence.tokens.append(token)
         for sequence in wanting:
             answer = list(sequence.tokens[sequence.n_prompt :])
             if len(answer) >= self.wanted[sequence.id]:

@@ -32,6 +32,7 @@ TO_WORKER: list[wire.ToWorker] = [
         SamplingParams(temperature=0, seed=2**32 - 1),
         ["\n", "END"],
         None,
+        wire.Grammar("json_schema", '{"type": "object"}'),
         2,
         7,
     ),

@@ -16,6 +16,7 @@ from engine import wire
 from engine.backends import fake
 from engine.backends.base import Engine, ReportProgress
 from engine.batch_engine import MAX_FAILED_STEPS, BatchEngine
+from engine.grammar import Compiler
 from engine.types import SamplingParams, StepResult
 from errors import BadRequest, ContextLengthExceeded
 
@@ -35,6 +36,10 @@ def spec(model_path: str = "", **values: Any) -> wire.WorkerSpec:
         "log_level": "WARNING",
     }
     return wire.WorkerSpec(model_path=model_path, **defaults | values)
+
+
+def prepare(request: wire.Generate, engine: Engine) -> worker.Job:
+    return worker.prepare(request, engine, Compiler(engine.tokenizer))
 
 
 def generate(
@@ -71,7 +76,7 @@ class TokenizerWithBos(fake.FakeTokenizer):
 
 
 def test_an_answer_without_a_limit_goes_to_the_end_of_the_context(engine: Engine) -> None:
-    job = worker.prepare(generate("abc"), engine)
+    job = prepare(generate("abc"), engine)
     assert (job.prompt, job.max_tokens) == ([97, 98, 99], 97)
 
 
@@ -79,29 +84,29 @@ def test_an_answer_without_a_limit_goes_to_the_end_of_the_context(engine: Engine
 def test_the_limit_of_an_answer_is_what_the_context_leaves(
     wanted: int, given: int, engine: Engine
 ) -> None:
-    assert worker.prepare(generate("abc", max_tokens=wanted), engine).max_tokens == given
+    assert prepare(generate("abc", max_tokens=wanted), engine).max_tokens == given
 
 
 @pytest.mark.parametrize("prompt", ["", [], [wire.Segment("", True), wire.Segment("", False)]])
 def test_an_empty_prompt_is_refused(prompt: str | list[wire.Segment | int], engine: Engine) -> None:
     with pytest.raises(BadRequest, match="empty") as error:
-        worker.prepare(generate(prompt), engine)
+        prepare(generate(prompt), engine)
     assert error.value.param == "prompt"
 
 
 @pytest.mark.parametrize("token", [-1, fake.FakeTokenizer.n_vocab, 2**31, 2**63 - 1])
 def test_token_ids_outside_the_vocabulary_are_refused(token: int, engine: Engine) -> None:
     with pytest.raises(BadRequest, match=f"0 to {fake.FakeTokenizer.n_vocab - 1}"):
-        worker.prepare(generate([0, token]), engine)
+        prepare(generate([0, token]), engine)
 
 
 def test_every_token_id_of_the_vocabulary_is_taken(engine: Engine) -> None:
     ids: list[wire.Segment | int] = [0, 1, fake.FakeTokenizer.n_vocab - 1]
-    assert worker.prepare(generate(ids), engine).prompt == ids
+    assert prepare(generate(ids), engine).prompt == ids
 
 
 def test_the_longest_prompt_leaves_one_token_for_the_answer(engine: Engine) -> None:
-    assert worker.prepare(generate("a" * 99), engine).max_tokens == 1
+    assert prepare(generate("a" * 99), engine).max_tokens == 1
 
 
 @pytest.mark.parametrize("n_tokens", [100, 101, 5000])
@@ -109,7 +114,7 @@ def test_a_prompt_as_long_as_the_context_is_refused_with_the_numbers(
     n_tokens: int, engine: Engine
 ) -> None:
     with pytest.raises(ContextLengthExceeded) as error:
-        worker.prepare(generate("a" * n_tokens, max_tokens=0), engine)
+        prepare(generate("a" * n_tokens, max_tokens=0), engine)
     assert error.value.code == "context_length_exceeded"
     assert error.value.numbers == {"n_prompt_tokens": n_tokens, "n_ctx": 100}
     assert f"{n_tokens:,} tokens" in error.value.message
@@ -118,7 +123,7 @@ def test_a_prompt_as_long_as_the_context_is_refused_with_the_numbers(
 def test_control_tokens_come_only_from_segments_that_may_have_them(engine: Engine) -> None:
     literal = fake.CONTROL_TOKENS[0]
     prompt = [wire.Segment(literal, True), wire.Segment(literal, False), wire.Segment("b", True)]
-    ids = worker.prepare(generate(prompt), engine).prompt
+    ids = prepare(generate(prompt), engine).prompt
     assert ids == [256, *literal.encode(), ord("b")]
 
 
@@ -127,8 +132,8 @@ def test_a_bos_comes_before_a_text_that_wants_one_and_nowhere_else() -> None:
     engine = fake.load(spec(), lambda fraction: None)
     engine.tokenizer = tokenizer
     prompt: list[wire.Segment | int] = [wire.Segment("a", True), wire.Segment("b", False)]
-    assert worker.prepare(generate(prompt, add_bos=True), engine).prompt == [7, 97, 98]
-    assert worker.prepare(generate(prompt, add_bos=False), engine).prompt == [97, 98]
+    assert prepare(generate(prompt, add_bos=True), engine).prompt == [7, 97, 98]
+    assert prepare(generate(prompt, add_bos=False), engine).prompt == [97, 98]
     # only the first segment may get the space that some vocabularies put before a text
     assert tokenizer.calls == [("a", False), ("b", True)] * 2
 
@@ -391,7 +396,9 @@ class Gated(BatchEngine):
         self.calls: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.permits = threading.Semaphore(0)
 
-    def admit(self, id: int, prompt: list[int], sampling: SamplingParams) -> None:
+    def admit(
+        self, id: int, prompt: list[int], sampling: SamplingParams, constraint: Any = None
+    ) -> None:
         self.calls.put(f"admit {id}")
         super().admit(id, prompt, sampling)
 

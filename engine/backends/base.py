@@ -1,12 +1,15 @@
 """The contracts between the worker, the scheduler and the libraries that run models."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.prefix import Saved
 from engine.types import Batch, Sampled, SamplingParams, Sequence, StepResult
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
+
+if TYPE_CHECKING:
+    from engine.grammar import Constraint
 
 ReportProgress = Callable[[float], None]  # a fraction, 0…1
 
@@ -42,7 +45,13 @@ class Engine(Protocol):
     def idle(self) -> bool:
         """Nothing is admitted, so `step` has nothing to do."""
 
-    def admit(self, id: int, prompt: list[int], sampling: SamplingParams) -> None:
+    def admit(
+        self,
+        id: int,
+        prompt: list[int],
+        sampling: SamplingParams,
+        constraint: "Constraint | None" = None,
+    ) -> None:
         """Take a sequence of 1…n_ctx - 1 valid tokens. It starts in this or a later step."""
 
     def cancel(self, id: int) -> None:
@@ -87,7 +96,8 @@ class Decoder(Memory, Protocol):
         """Compute one batch. Raises CacheFull, or anything else when the batch failed."""
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
-        """The next token of the sequence whose logits are the batch's `row`-th wanted ones."""
+        """The next token of the sequence whose logits are the batch's `row`-th wanted ones. An
+        exception is the sequence's own fault."""
 
     def close(self) -> None: ...
 

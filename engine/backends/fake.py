@@ -31,6 +31,7 @@ import numpy as np
 
 from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
+from engine.grammar import Constraint
 from engine.model_file import ModelFile
 from engine.prefix import Saved
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
@@ -210,6 +211,8 @@ class FakeDecoder:
         data = (f"You said: {turn}" if answer is None else answer).encode()
         n_done = len(cells) - sequence.n_prompt
         token = data[n_done] if n_done < len(data) else _END
+        if sequence.constraint:
+            token = _allowed(sequence.constraint, token)
         return Sampled(token, -1 / len(data) if sampling.wants_logprob else None)
 
     def close(self) -> None:
@@ -226,6 +229,16 @@ class FakeDecoder:
             while True:
                 time.sleep(3600)
         raise RuntimeError("the fake backend was told to fail this step")
+
+
+def _allowed(constraint: Constraint, wanted: int) -> int:
+    """The wanted token if the constraint allows it, or else the end, or else the first allowed."""
+    logits = np.zeros(FakeTokenizer.n_vocab, np.float32)
+    logits[_END], logits[wanted] = 1, 2
+    constraint.apply(logits)
+    token = int(logits.argmax())
+    constraint.accept(token)
+    return token
 
 
 def _last_turn(prompt: list[int]) -> str:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
+from engine.grammar import Constraint
 from engine.prefix import Saved
 from engine.sampling import Penalties, logprob
 from engine.types import Batch, Sampled, SamplingParams, Sequence
@@ -179,7 +180,7 @@ class LlamaDecoder:
         logits = lib.llama_get_logits_ith(self._context, index)
         view = np.ctypeslib.as_array(logits, shape=(self.tokenizer.n_vocab,))
         sampler: LlamaSampler = sequence.sampler
-        return sampler.sample(self._context, index, view)
+        return sampler.sample(self._context, index, view, sequence.constraint)
 
 
 class LlamaSampler:
@@ -190,16 +191,27 @@ class LlamaSampler:
         self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
         self._chain = None if sampling.is_greedy else _new_chain(sampling)
 
-    def sample(self, context: Any, index: int, logits: npt.NDArray[np.float32]) -> Sampled:
-        raw = logits.copy() if self._wants_logprob and self._penalties else logits
+    def sample(
+        self,
+        context: Any,
+        index: int,
+        logits: npt.NDArray[np.float32],
+        constraint: Constraint | None,
+    ) -> Sampled:
+        changes = self._penalties or constraint
+        raw = logits.copy() if self._wants_logprob and changes else logits
         if self._penalties:
             self._penalties.apply(logits)
+        if constraint:
+            constraint.apply(logits)
         if self._chain is None:
             token = int(logits.argmax())
         else:
             token = lib.llama_sampler_sample(self._chain, context, index)
         if self._penalties:
             self._penalties.accept(token)
+        if constraint:
+            constraint.accept(token)
         return Sampled(token, logprob(raw, token) if self._wants_logprob else None)
 
     def __del__(self) -> None:

@@ -1,0 +1,234 @@
+"""Constraints on the byte vocabulary of the fake backend: what is accepted is enforced, what cannot
+be enforced is refused, and nothing else happens."""
+
+import contextlib
+import json
+import random
+import re
+import time
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.backends.fake import FakeTokenizer
+from engine.grammar import MAX_GRAMMAR_BYTES, Compiler
+from engine.wire import Grammar
+from errors import BadRequest
+
+TOKENIZER = FakeTokenizer()
+COMPILER = Compiler(TOKENIZER)
+
+
+def write(grammar: Grammar, seed: int, max_tokens: int = 400) -> tuple[str, bool]:
+    """Text of random allowed tokens, which ends when it may, and whether it is a whole answer."""
+    dice = np.random.default_rng(seed)
+    constraint = COMPILER.compile(grammar)
+    out = bytearray()
+    for _ in range(max_tokens):
+        logits = dice.standard_normal(TOKENIZER.n_vocab).astype(np.float32)
+        logits[256] += 6  # to the end where that is allowed
+        logits[128:256] -= 9
+        constraint.apply(logits)
+        token = int(logits.argmax())
+        assert logits[token] > -np.inf
+        constraint.accept(token)
+        if TOKENIZER.ends_generation(token):
+            return out.decode(), True
+        out += TOKENIZER.piece(token)
+    return out.decode(errors="replace"), constraint.is_complete
+
+
+def schema(value: Any) -> Grammar:
+    return Grammar("json_schema", json.dumps(value))
+
+
+ENFORCED: list[Any] = [
+    {"type": "object"},
+    {},
+    True,
+    {"type": "string", "pattern": r"^\d{3}-\d{4}$"},
+    {"type": "string", "pattern": r"^\w+$"},
+    {"type": "array", "items": {"type": "integer"}, "maxItems": 5000},
+    {"type": "object", "properties": {'a"b\\c': {"type": "integer"}}, "required": ['a"b\\c']},
+    {"type": "object", "properties": {"under_score": {"const": 1}, "schön": {"const": "世"}}},
+    {"type": "integer", "minimum": 3, "maximum": 11},
+    {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    {"type": "number", "multipleOf": 5},
+    {"enum": ["red", 1, None, {"a": [1]}]},
+    {"type": ["string", "null"], "maxLength": 4},
+    {"type": "string", "minLength": 2, "maxLength": 5},
+    {"type": "string", "format": "date"},
+    {"type": "string", "format": "uuid"},
+    {"anyOf": [{"type": "integer"}, {"type": "boolean"}]},
+    {"oneOf": [{"type": "integer"}, {"type": "boolean"}]},
+    {"allOf": [{"type": "integer"}, {"minimum": 5}, {"maximum": 9}]},
+    {"type": "array", "prefixItems": [{"type": "boolean"}], "items": {"type": "null"},
+     "minItems": 2, "maxItems": 3},
+    {"type": "object", "patternProperties": {"^x": {"type": "integer"}},
+     "additionalProperties": False},
+    {"type": "object", "additionalProperties": {"type": "boolean"}},
+    {"$defs": {"tree": {"type": "object", "properties": {
+        "left": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]}},
+        "required": ["left"], "additionalProperties": False}}, "$ref": "#/$defs/tree"},
+    {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+     "required": ["name"], "additionalProperties": False, "title": "Person",
+     "description": "Somebody", "$schema": "https://json-schema.org/draft/2020-12/schema"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ENFORCED, ids=lambda value: json.dumps(value)[:60])
+def test_what_is_accepted_is_enforced(value: Any) -> None:
+    for seed in range(6):
+        text, is_whole = write(schema(value), seed)
+        if is_whole:
+            jsonschema.validate(json.loads(text), value)
+
+
+REFUSED: list[tuple[Any, str]] = [
+    ({"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}},
+     "$.properties.a: 'uniqueItems'"),
+    ({"not": {"type": "string"}}, "$: 'not'"),
+    ({"if": {"type": "string"}, "then": {"minLength": 3}}, "$: 'if'"),
+    ({"items": {"dependentRequired": {"a": ["b"]}}}, "$.items: 'dependentRequired'"),
+    ({"type": "object", "minProperties": 2}, "$: 'minProperties'"),
+    ({"properties": {"maxProperties": {"maxProperties": 2}}},
+     "$.properties.maxProperties: 'maxProperties'"),
+    ({"type": "array", "contains": {"type": "string"}}, "'contains'"),
+    ({"oneOf": [{"type": "string"}, {"type": "string", "minLength": 2}]}, "oneOf"),
+    ({"type": "string", "pattern": "(?=a)b"}, "regex"),
+    ({"type": "string", "format": "frob"}, "frob"),
+    ({"type": "frob"}, "frob"),
+    ({"$ref": "#/$defs/none"}, "$defs/none"),
+    ({"$ref": "http://127.0.0.1/x"}, "127.0.0.1"),
+    ({"$ref": "file:///etc/passwd"}, "passwd"),
+    ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum"),
+    ({"enum": []}, "empty"),
+    ({"properties": {"a": 1}}, "object"),
+    (False, "false"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "why"), REFUSED, ids=lambda value: json.dumps(value)[:60])
+def test_what_cannot_be_enforced_is_refused_and_named(value: Any, why: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        COMPILER.compile(schema(value))
+    assert caught.value.param == "grammar"
+    assert why in caught.value.message
+
+
+GRAMMARS = [
+    ('root ::= "yes" | "no" digits\ndigits ::= [0-9]+', r"yes|no[0-9]+"),
+    ('root ::= a-b\na-b ::= "x"{2,3}', r"xx|xxx"),
+    ('start: "a" NUMBER\nNUMBER: /[0-9]{1,3}/', r"a[0-9]{1,3}"),
+]
+
+
+@pytest.mark.parametrize(("text", "pattern"), GRAMMARS)
+def test_gbnf_and_lark_are_enforced(text: str, pattern: str) -> None:
+    for seed in range(5):
+        said, is_whole = write(Grammar("grammar", text), seed, max_tokens=40)
+        assert not is_whole or re.fullmatch(pattern, said)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["nonsense", 'root ::= "a', "root ::= undefined", "a ::= b", 'root ::= (' * 2000, "start: rule",
+     "::=", "::=::=", "start: /(?=x)y/", "\0", "start: start", "%json {"],
+)  # fmt: skip
+def test_a_grammar_that_means_nothing_is_refused(text: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        COMPILER.compile(Grammar("grammar", text))
+    assert caught.value.param == "grammar"
+
+
+def test_a_grammar_that_is_too_large_is_refused_at_once() -> None:
+    with pytest.raises(BadRequest, match="bytes"):
+        COMPILER.compile(Grammar("grammar", "x" * (MAX_GRAMMAR_BYTES + 1)))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "string", "minLength": 100_000},
+        {"type": "string", "maxLength": 1_000_000},
+        {"anyOf": [{"properties": {f"p{i}{j}": {"type": "string"} for j in range(30)}}
+                   for i in range(30)]},
+        {"type": "string", "pattern": "^(a+)+(b+)+(c|d){1,500}$"},
+    ],
+    ids=lambda value: json.dumps(value)[:40],
+)  # fmt: skip
+def test_large_schemas_take_little_time(value: Any) -> None:
+    started_at = time.perf_counter()
+    with contextlib.suppress(BadRequest):
+        write(schema(value), 1, max_tokens=20)
+    assert time.perf_counter() - started_at < 5
+
+
+def test_copies_go_their_own_ways() -> None:
+    first = COMPILER.compile(schema({"enum": ["aa", "bb"]}))
+    for token in b'"a':
+        first.accept(token)
+    second = first.copy()
+    for token in b'a"':
+        first.accept(token)
+    assert (first.is_complete, second.is_complete) == (True, False)
+
+
+def test_what_was_compiled_is_kept() -> None:
+    grammar = schema({"type": "array", "items": {"enum": list(range(500))}})
+    COMPILER.compile(grammar)
+    started_at = time.perf_counter()
+    for _ in range(20):
+        COMPILER.compile(grammar)
+    assert time.perf_counter() - started_at < 0.5
+
+
+LEAF = st.sampled_from([
+    {"type": "string"}, {"type": "integer"}, {"type": "number"}, {"type": "boolean"}, True, {},
+    {"type": "null"}, {"const": "x\"y"}, {"enum": [1, "a", None]},
+    {"type": "string", "maxLength": 3},
+    {"type": "integer", "minimum": -5, "maximum": 300}, {"type": "string", "pattern": "^[a-c]+$"},
+    {"not": {}}, {"type": "string", "format": "time"}, {"pattern": "["}, {"type": 5}, False,
+])  # fmt: skip
+SCHEMA = st.recursive(
+    LEAF,
+    lambda inner: st.one_of(
+        st.builds(lambda items: {"type": "array", "items": items, "maxItems": 3}, inner),
+        st.builds(
+            lambda properties, required: {
+                "type": "object",
+                "properties": properties,
+                "required": list(properties)[:required],
+                "additionalProperties": False,
+            },
+            st.dictionaries(st.sampled_from(["a", "b_c", "é", '"', ""]), inner, max_size=3),
+            st.integers(0, 3),
+        ),
+        st.builds(lambda options: {"anyOf": options}, st.lists(inner, min_size=1, max_size=3)),
+        st.builds(lambda one, two: {"allOf": [one, two]}, inner, inner),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(value=SCHEMA, seed=st.integers(0, 2**32 - 1))
+def test_any_schema_is_refused_or_enforced(value: Any, seed: int) -> None:
+    try:
+        text, is_whole = write(schema(value), seed, max_tokens=120)
+    except BadRequest:
+        return
+    if is_whole:
+        with contextlib.suppress(jsonschema.SchemaError):  # no schema at all, and read over
+            jsonschema.validate(json.loads(text), value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.one_of(st.text(max_size=60), st.text('root:=" |()[]{}*+?/\\a-z\n', max_size=60)))
+def test_any_text_is_refused_or_a_grammar(text: str) -> None:
+    with contextlib.suppress(BadRequest):
+        write(Grammar("grammar", text), random.getrandbits(16), max_tokens=10)
