@@ -9,10 +9,12 @@ import itertools
 import logging
 import os
 import queue
+import re
 import signal
 import socket
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -38,7 +40,8 @@ class Job:
     request: wire.Generate
     prompt: list[int]
     max_tokens: int
-    constraint: Constraint | None = None  # at the beginning of its grammar
+    constraint: Constraint | None  # at the beginning of its grammar
+    logit_bias: dict[int, float]
     has_started: bool = False
     answers: dict[int, "Answer"] = field(default_factory=dict)  # unfinished, by sequence
 
@@ -53,36 +56,53 @@ class Answer:
         self._text = TextStream(job.request.stop)
         self._n_tokens = 0
         self._logprob = 0.0
+        self._held: deque[tuple[int, wire.TokenLogprob]] = deque()  # with where their text begins
+        self._n_bytes = 0  # of all tokens
+        self._n_bytes_out = 0
 
     def accept(self, sampled: Sampled, tokenizer: Tokenizer) -> wire.TokenOut | None:
         """What the client gets for this token; None while it is all held back."""
         if self.job.max_tokens == 0:  # asked for the prefill only
             return self._last("", "length")
         self._n_tokens += 1
-        self._logprob += sampled.logprob or 0.0
         if tokenizer.ends_generation(sampled.token):
             return self._last(self._text.finish(), "stop")
-        text = self._text.push(tokenizer.piece(sampled.token))
+        piece = tokenizer.piece(sampled.token)
+        self._hold(piece, sampled, tokenizer)
+        text = self._text.push(piece)
         if self._text.stopped:
             return self._last(text, "stop")
         if self._n_tokens >= self.job.max_tokens:
             return self._last(text + self._text.finish(), "length")
         return self._out(text, None) if text else None
 
+    def _hold(self, piece: bytes, sampled: Sampled, tokenizer: Tokenizer) -> None:
+        if sampled.logprob is None:
+            return
+        self._logprob += sampled.logprob
+        top = [(tokenizer.piece(token), logprob) for token, logprob in sampled.top]
+        self._held.append((self._n_bytes, wire.TokenLogprob(piece, sampled.logprob, top)))
+        self._n_bytes += len(piece)
+
     def _last(self, text: str, finish: Finish) -> wire.TokenOut:
         mean = None
-        if self.job.request.sampling.wants_logprob:
+        if self.job.request.sampling.n_logprobs is not None:
             mean = self._logprob / max(self._n_tokens, 1)
         is_valid = self._constraint.is_complete if self._constraint else None
         return self._out(text, wire.Done(finish, self._n_tokens, mean, is_valid))
 
     def _out(self, text: str, done: wire.Done | None) -> wire.TokenOut:
-        return wire.TokenOut(self.job.request.job, text, done, self._index)
+        self._n_bytes_out += len(text.encode())
+        logprobs = []
+        while self._held and self._held[0][0] < self._n_bytes_out:
+            logprobs.append(self._held.popleft()[1])
+        return wire.TokenOut(self.job.request.job, text, done, self._index, logprobs)
 
 
 def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
     """Tokenise and check a request. Raises a ServiceError that is the client's answer."""
     constraint = compiler.compile(request.grammar) if request.grammar else None
+    bias = _logit_bias(request.logit_bias, engine.tokenizer)
     prompt = _tokenize(request, engine.tokenizer)
     if not prompt:
         raise BadRequest("The prompt is empty.", param="prompt")
@@ -99,7 +119,22 @@ def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
             n_ctx=engine.n_ctx,
         )
     max_tokens = n_left if request.max_tokens is None else min(request.max_tokens, n_left)
-    return Job(request, prompt, max_tokens, constraint)
+    return Job(request, prompt, max_tokens, constraint, bias)
+
+
+def _logit_bias(asked: dict[str, float], tokenizer: Tokenizer) -> dict[int, float]:
+    bias: dict[int, float] = {}
+    for key, value in asked.items():
+        if not re.fullmatch(r"-?[0-9]+", key):
+            ids = tokenizer.tokenize(key, parse_special=True, continues=True)
+            bias |= dict.fromkeys(ids, value)
+        elif len(key) < 10 and 0 <= int(key) < tokenizer.n_vocab:
+            bias[int(key)] = value
+        else:
+            raise BadRequest(
+                f"{key} is no token; ids go from 0 to {tokenizer.n_vocab - 1}.", param="logit_bias"
+            )
+    return bias
 
 
 def _tokenize(request: wire.Generate, tokenizer: Tokenizer) -> list[int]:
@@ -243,7 +278,8 @@ class Jobs:
         sampling = job.request.sampling
         for index in range(job.request.n):
             number = next(self._ids)
-            own = msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**32)
+            seed = (sampling.seed + index) % 2**32
+            own = msgspec.structs.replace(sampling, seed=seed, logit_bias=job.logit_bias)
             constraint = job.constraint.copy() if job.constraint else None
             try:
                 self._engine.admit(number, job.prompt, own, constraint)

@@ -15,8 +15,10 @@ from starlette.responses import JSONResponse, Response
 from api import generation
 from api.deps import Services, ServicesDep, while_connected
 from api.sampling import (
+    MAX_TOP_LOGPROBS,
     GenerationFields,
     OneChoice,
+    Switch,
     TokenLimit,
     grammar,
     grammar_field,
@@ -38,8 +40,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
@@ -47,7 +47,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -85,6 +84,16 @@ class ChatRequest(GenerationFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: TokenLimit | None = None
     n: OneChoice = 1
+    logprobs: Switch = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise BadRequest("It is only for `logprobs: true`.", param="top_logprobs")
+        return None
 
 
 @router.post("/v1/chat/completions")
@@ -107,9 +116,10 @@ async def create_chat_completion(
             wire.Generate(
                 prompt=prompt,
                 add_bos=True,
-                sampling=sampling_params(body, tier.settings),
+                sampling=sampling_params(body, tier.settings, n_logprobs=body.n_logprobs),
                 stop=body.stop or [],
                 grammar=grammar(body),
+                logit_bias=body.logit_bias or {},
                 max_tokens=max_tokens(tier.settings, body.max_tokens, body.max_completion_tokens),
                 n=body.n,
             )
@@ -124,19 +134,19 @@ async def create_chat_completion(
     }
     if body.stream:
         return EventStream(_events(answer, head, include_usage=body.include_usage), headers)
-    texts, dones = await while_connected(request.receive, generation.fold(answer))
-    choices = [
+    choices = await while_connected(request.receive, generation.fold(answer))
+    replies = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": done.finish,
-            **validity(done),
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": _logprobs(choice.logprobs) if body.logprobs else None,
+            "finish_reason": choice.done.finish,
+            **validity(choice.done),
         }
-        for index, (text, done) in enumerate(zip(texts, dones, strict=True))
+        for index, choice in enumerate(choices)
     ]
-    usage = generation.usage(answer, dones)
-    return JSONResponse(head | {"choices": choices, "usage": usage}, headers=headers)
+    usage = generation.usage(answer, [choice.done for choice in choices])
+    return JSONResponse(head | {"choices": replies, "usage": usage}, headers=headers)
 
 
 async def _events(
@@ -145,14 +155,8 @@ async def _events(
     more = {"usage": None} if include_usage else {}
     dones = []
 
-    def chunk(index: int, delta: dict[str, str], done: wire.Done | None = None) -> bytes:
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": None,
-            "finish_reason": done.finish if done else None,
-            **validity(done),
-        }
+    def chunk(index: int, delta: dict[str, str], **fields: Any) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | fields
         return event(head | {"choices": [choice]} | more)
 
     async with aclosing(answer.outs) as outs:
@@ -160,12 +164,25 @@ async def _events(
             yield chunk(index, {"role": "assistant", "content": ""})
         async for index, out in outs:
             if out.text:
-                yield chunk(index, {"content": out.text})
+                logprobs = _logprobs(out.logprobs) if out.logprobs else None
+                yield chunk(index, {"content": out.text}, logprobs=logprobs)
             if out.done:
                 dones.append(out.done)
-                yield chunk(index, {}, out.done)
+                yield chunk(index, {}, finish_reason=out.done.finish, **validity(out.done))
     if include_usage:
         yield event(head | {"choices": [], "usage": generation.usage(answer, dones)})
+
+
+def _logprobs(tokens: Sequence[wire.TokenLogprob]) -> dict[str, Any]:
+    def entry(token: bytes, logprob: float) -> dict[str, Any]:
+        text = token.decode(errors="replace")
+        return {"token": text, "logprob": logprob, "bytes": list(token)}
+
+    content = [
+        entry(token.token, token.logprob) | {"top_logprobs": [entry(*top) for top in token.top]}
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
 
 
 def _render(

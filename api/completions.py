@@ -1,12 +1,12 @@
 """POST /v1/completions: raw prompts, OpenAI's legacy form."""
 
+import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from pydantic import Discriminator, Field, Tag
 from starlette.responses import JSONResponse, Response
@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from api import generation
 from api.deps import ServicesDep, while_connected
 from api.sampling import (
+    MAX_TOP_LOGPROBS,
     ChoiceCount,
     GenerationFields,
     OneChoice,
@@ -34,8 +35,6 @@ router = APIRouter()
 # OpenAI's fields that this version does not have, with the values that ask for nothing
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
-    "logit_bias": ({},),
-    "logprobs": (),
     "suffix": ("",),
 }
 
@@ -64,6 +63,7 @@ Prompt = Annotated[
 class CompletionRequest(GenerationFields):
     prompt: Prompt
     n: OneChoice = 1
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: ChoiceCount | None = None  # how many are sampled, of which the n likeliest are given
 
 
@@ -83,9 +83,8 @@ async def create_completion(
             param="prompt",
         )
     n_sampled = _n_sampled(body)
-    sampling = sampling_params(body, tier.settings)
-    if n_sampled > body.n:
-        sampling = msgspec.structs.replace(sampling, wants_logprob=True)
+    n_logprobs = 0 if body.logprobs is None and n_sampled > body.n else body.logprobs
+    sampling = sampling_params(body, tier.settings, n_logprobs=n_logprobs)
     answer = await generation.start(
         request.receive,
         tier,
@@ -96,6 +95,7 @@ async def create_completion(
                 sampling=sampling,
                 stop=body.stop or [],
                 grammar=grammar(body),
+                logit_bias=body.logit_bias or {},
                 max_tokens=max_tokens(tier.settings, body.max_tokens),
                 n=n_sampled,
             )
@@ -110,11 +110,13 @@ async def create_completion(
         "model": tier.name,
     }
     if body.stream:
-        return EventStream(_events(answer, head, include_usage=body.include_usage), headers)
-    texts, dones = await while_connected(request.receive, generation.fold(answer))
-    usage = generation.usage(answer, dones)
-    chosen = _best(dones, body.n, n_sampled)
-    choices = [_choice(index, texts[i], dones[i]) for index, i in enumerate(chosen)]
+        return EventStream(_events(answer, head, body), headers)
+    sampled = await while_connected(request.receive, generation.fold(answer))
+    usage = generation.usage(answer, [choice.done for choice in sampled])
+    choices = [
+        _choice(index, choice.text, choice.done, _logprobs(choice.logprobs, 0, body.logprobs))
+        for index, choice in enumerate(_best(sampled, body.n, n_sampled))
+    ]
     return JSONResponse(head | {"choices": choices, "usage": usage}, headers=headers)
 
 
@@ -128,34 +130,58 @@ def _n_sampled(body: CompletionRequest) -> int:
     return body.best_of
 
 
-def _best(dones: Sequence[wire.Done], n: int, n_sampled: int) -> list[int]:
+def _best(sampled: Sequence[generation.Choice], n: int, n_sampled: int) -> list[generation.Choice]:
     """The `n` likeliest by token of each prompt's choices, best first; all in order if n of n."""
-    chosen = []
-    for first in range(0, len(dones), n_sampled):
-        group = range(first, first + n_sampled)
-        best = sorted(group, key=lambda i: -(dones[i].mean_logprob or 0.0))
-        chosen += best[:n]
+    if n == n_sampled:
+        return list(sampled)
+    chosen: list[generation.Choice] = []
+    for first in range(0, len(sampled), n_sampled):
+        group = sampled[first : first + n_sampled]
+        chosen += sorted(group, key=lambda choice: -(choice.done.mean_logprob or 0.0))[:n]
     return chosen
 
 
-def _choice(index: int, text: str, done: wire.Done | None) -> dict[str, Any]:
+def _choice(
+    index: int, text: str, done: wire.Done | None, logprobs: dict[str, Any] | None
+) -> dict[str, Any]:
     finish = done.finish if done else None
-    choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
     return choice | validity(done)
 
 
+def _logprobs(
+    tokens: Sequence[wire.TokenLogprob], offset: int, asked: int | None
+) -> dict[str, Any] | None:
+    """OpenAI's legacy form: lists side by side; `offset` is of the text that these belong to."""
+    if asked is None:
+        return None
+    texts = [token.token.decode(errors="replace") for token in tokens]
+    lengths = itertools.accumulate(map(len, texts), initial=offset)
+    tops = [{t.decode(errors="replace"): logprob for t, logprob in token.top} for token in tokens]
+    return {
+        "tokens": texts,
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": tops if asked else None,
+        "text_offset": [start for start, _ in zip(lengths, texts, strict=False)],
+    }
+
+
 async def _events(
-    answer: generation.Answer, head: dict[str, Any], *, include_usage: bool
+    answer: generation.Answer, head: dict[str, Any], body: CompletionRequest
 ) -> AsyncGenerator[bytes, None]:
-    more = {"usage": None} if include_usage else {}
+    more = {"usage": None} if body.include_usage else {}
     dones = []
+    offsets = [0] * answer.n_choices
     async with aclosing(answer.outs) as outs:
         async for index, out in outs:
             if out.text or out.done:
-                yield event(head | {"choices": [_choice(index, out.text, out.done)]} | more)
+                logprobs = _logprobs(out.logprobs, offsets[index], body.logprobs)
+                offsets[index] += len(out.text)
+                choice = _choice(index, out.text, out.done, logprobs)
+                yield event(head | {"choices": [choice]} | more)
             if out.done:
                 dones.append(out.done)
-    if include_usage:
+    if body.include_usage:
         yield event(head | {"choices": [], "usage": generation.usage(answer, dones)})
 
 

@@ -93,16 +93,29 @@ async def _interleave(generations: Sequence[Generation]) -> Outs:
             task.cancel()
 
 
-async def fold(answer: Answer) -> tuple[list[str], list[wire.Done]]:
-    """The whole texts and how they ended, by choice."""
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A whole answer."""
+
+    text: str
+    done: wire.Done
+    logprobs: list[wire.TokenLogprob]
+
+
+async def fold(answer: Answer) -> list[Choice]:
+    """The whole answers, by choice."""
     texts: list[list[str]] = [[] for _ in range(answer.n_choices)]
+    logprobs: list[list[wire.TokenLogprob]] = [[] for _ in range(answer.n_choices)]
     dones: dict[int, wire.Done] = {}
     async with aclosing(answer.outs) as outs:
         async for index, out in outs:
             texts[index].append(out.text)
+            logprobs[index] += out.logprobs
             if out.done:
                 dones[index] = out.done
-    return ["".join(text) for text in texts], [dones[index] for index in range(len(texts))]
+    return [
+        Choice("".join(text), dones[index], logprobs[index]) for index, text in enumerate(texts)
+    ]
 
 
 def usage(answer: Answer, dones: Iterable[wire.Done]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from errors import BadRequest, UnsupportedParameter
 from settings import TierSettings
 
 MAX_STOPS = 64
+MAX_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128  # OpenAI's limit of n
 
 
@@ -33,6 +35,7 @@ StopList = Annotated[
     BeforeValidator(_as_list),
 ]
 UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
@@ -90,6 +93,7 @@ class GenerationFields(BaseModel):
     presence_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: StopList | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     response_format: ResponseFormat | None = None
     grammar: str | None = None  # Lark or GBNF
     user: str | None = None
@@ -137,21 +141,18 @@ def validity(done: wire.Done | None) -> dict[str, bool]:
     return {"schema_valid": done.is_valid} if done and done.is_valid is not None else {}
 
 
-def sampling_params(fields: GenerationFields, tier: TierSettings) -> SamplingParams:
+def sampling_params(
+    fields: GenerationFields, tier: TierSettings, *, n_logprobs: int | None
+) -> SamplingParams:
     """How to sample: the request's values over the tier's."""
-    asked = {
-        name: value
-        for name in SamplingParams.__struct_fields__
-        if name in fields.model_fields_set - {"seed"}
-        and (value := getattr(fields, name)) is not None
-    }
-    tiers = {
-        name: getattr(tier, name)
-        for name in ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
-    }
+    names = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
+    values = {name: getattr(tier, name) for name in names}
+    for name in (*names, "frequency_penalty", "presence_penalty"):
+        if (asked := getattr(fields, name)) is not None:
+            values[name] = asked
     # the sampler takes 32 bits
     seed = random.getrandbits(32) if fields.seed is None else fields.seed % 2**32
-    return SamplingParams(**(tiers | asked), seed=seed)
+    return SamplingParams(**values, seed=seed, n_logprobs=n_logprobs)
 
 
 def max_tokens(tier: TierSettings, *asked: int | None) -> int | None:

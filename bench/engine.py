@@ -64,7 +64,7 @@ class Bench:
         """Step until each has so many tokens."""
         tokens: dict[int, list[int]] = {id: [] for id in ids}
         while not self.engine.idle:
-            for id, (token, _) in self.engine.step().tokens:
+            for id, (token, *_) in self.engine.step().tokens:
                 tokens[id].append(token)
                 if len(tokens[id]) >= n_tokens:
                     self.engine.cancel(id)

@@ -1,7 +1,7 @@
 """What is computed of a row of logits: penalties, in place, and log probabilities."""
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,30 @@ from engine.types import SamplingParams
 REPEAT_LAST_N = 64  # tokens that repeat_penalty looks at, as llama.cpp's default
 
 
-def logprob(logits: npt.NDArray[np.float32], token: int) -> float:
-    """The natural logarithm of a token's probability, by a row of logits."""
+def logprobs(
+    logits: npt.NDArray[np.float32], token: int, n_top: int
+) -> tuple[float, list[tuple[int, float]]]:
+    """The natural logarithm of a token's probability by a row of logits, and the `n_top` likeliest
+    tokens with theirs, best first."""
     highest = logits.max()
-    return float(logits[token] - highest - np.log(np.exp(logits - highest).sum()))
+    log_sum = highest + np.log(np.exp(logits - highest).sum())
+    top: list[tuple[int, float]] = []
+    if n_top:
+        likeliest = np.argpartition(logits, -n_top)[-n_top:]
+        likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
+        top = [(int(i), float(logits[i] - log_sum)) for i in likeliest]
+    return float(logits[token] - log_sum), top
+
+
+class Bias:
+    """Adds to the logits of some tokens."""
+
+    def __init__(self, logit_bias: Mapping[int, float]) -> None:
+        self._ids = np.array(list(logit_bias), dtype=np.intp)
+        self._values = np.array(list(logit_bias.values()), dtype=np.float32)
+
+    def apply(self, logits: npt.NDArray[np.float32]) -> None:
+        logits[self._ids] += self._values
 
 
 class Penalties:

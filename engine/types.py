@@ -1,6 +1,7 @@
 """The values that the scheduler and the backends pass to each other."""
 
 from array import array
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0  # 0: off
     presence_penalty: float = 0.0  # 0: off
     seed: int = 0  # 32 bits; the server draws one where the client gave none
-    wants_logprob: bool = False  # of each token, by the model alone: before penalties and filters
+    logit_bias: dict[int, float] = {}  # added to the logits of these tokens
+    # also the log probability of each token, and of so many likeliest ones; None: neither
+    n_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -93,8 +96,12 @@ class Batch:
 
 
 class Sampled(NamedTuple):
+    """A token; and where the sampling asks for them, log probabilities by the model alone: before
+    grammar, bias, penalties and filters."""
+
     token: int
-    logprob: float | None = None  # where the sampling asked for it
+    logprob: float | None = None
+    top: Sequence_[tuple[int, float]] = ()  # the likeliest tokens, best first
 
 
 @dataclass(slots=True)

@@ -66,6 +66,7 @@ class Generate(Message, frozen=True):
     stop: list[str]
     max_tokens: int | None  # None: to the end of the context
     grammar: Grammar | None = None
+    logit_bias: dict[str, float] = {}  # by token id in decimal, or by text: for each of its tokens
     n: int = 1  # answers to the one prompt; the i-th is sampled with seed + i
     job: int = 0  # given by the tier
 
@@ -114,13 +115,21 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     is_valid: bool | None = None  # the answer is a whole one by its grammar, where it has one
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token: bytes
+    logprob: float
+    top: list[tuple[bytes, float]]
+
+
 class TokenOut(msgspec.Struct, frozen=True, array_like=True):
-    """Text that one step added to one answer; `done` with the last. Text held back comes later."""
+    """Text that one step added to one answer; `done` with the last. Text held back comes later, and
+    its log probabilities with it."""
 
     job: int
     text: str
     done: Done | None = None
     index: int = 0  # of the answer
+    logprobs: list[TokenLogprob] = []
 
 
 class Step(Message, frozen=True):

@@ -63,7 +63,7 @@ class Answers:
         result = self.engine.step()
         self.cached.update(result.started)
         self.failed.update(result.failed)
-        for id, (token, _) in result.tokens:
+        for id, (token, *_) in result.tokens:
             self.texts[id] = self.texts.get(id, b"") + self.engine.tokenizer.piece(token)
             if self.engine.tokenizer.ends_generation(token):
                 self.engine.cancel(id)

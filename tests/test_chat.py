@@ -193,6 +193,14 @@ BAD = [
     ({"presence_penalty": -3}, "presence_penalty"),
     ({"seed": 1.5}, "seed"),
     ({"n": 0}, "n"),
+    ({"logprobs": "yes please"}, "logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ({"logit_bias": {"-1": 100}}, "logit_bias"),
+    ({"logit_bias": {"261": 1}}, "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+    ({"logit_bias": [[1, 2]]}, "logit_bias"),
     ({"n": 129}, "n"),
     ({"seed": 2**64}, "seed"),
     ({"stop": ""}, "stop[0]"),
@@ -295,6 +303,54 @@ def test_one_of_n_that_fails_fails_the_request_and_frees_the_others(service: Ser
     assert text_of(service.chat()) == "You said: Hi"
 
 
+def logprobs_of(response: httpx.Response) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = response.json()["choices"][0]["logprobs"]["content"]
+    return content
+
+
+def test_log_probabilities_come_with_every_token(service: Service) -> None:
+    content = logprobs_of(service.chat("umlaut", logprobs=True, top_logprobs=2))
+    answer = "Grüße, 世界! 🎉".encode()
+    assert [entry["bytes"] for entry in content] == [[byte] for byte in answer]
+    assert content[0] == {
+        "token": "G",
+        "logprob": pytest.approx(-1 / len(answer)),
+        "bytes": [ord("G")],
+        "top_logprobs": [
+            {"token": "G", "logprob": pytest.approx(-1 / len(answer)), "bytes": [ord("G")]},
+            {"token": "\x01", "logprob": pytest.approx(-1 - 1 / len(answer)), "bytes": [1]},
+        ],
+    }
+    assert logprobs_of(service.chat(logprobs=True))[0]["top_logprobs"] == []
+    assert service.chat().json()["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"stop": "three"}, {"max_tokens": 6, "stop": "two thr"}, {"stop": "zzz"}],
+    ids=str,
+)
+def test_streamed_log_probabilities_are_those_of_the_whole_and_of_its_text(
+    service: Service, fields: dict[str, Any]
+) -> None:
+    """Text that is held back carries its own; a stop string has none."""
+    whole = service.chat("counting", logprobs=True, **fields)
+    streamed, text = [], ""
+    for chunk in events(service.chat("counting", logprobs=True, stream=True, **fields)):
+        choice = chunk["choices"][0]
+        text += choice["delta"].get("content", "")
+        streamed += (choice["logprobs"] or {"content": []})["content"]
+        assert "".join(entry["token"] for entry in streamed) == text
+    assert streamed == logprobs_of(whole)
+    assert text == text_of(whole)
+
+
+def test_a_bias_changes_what_is_said_by_id_and_by_text(service: Service) -> None:
+    assert text_of(service.chat("counting", logit_bias={str(ord("w")): -100})) == "one t"
+    assert text_of(service.chat("counting", logit_bias={"w": -100})) == "one t"
+    assert text_of(service.chat("counting", logit_bias={"w": -99})) == "one two three four"
+
+
 CITY = {
     "type": "object",
     "properties": {"city": {"enum": ["Paris", "Oslo"]}, "old": {"type": "boolean"}},
@@ -379,12 +435,9 @@ def test_a_form_that_cannot_be_enforced_is_a_400(
 
 
 UNSUPPORTED = [
-    {"logprobs": True},
-    {"top_logprobs": 3},
     {"tools": [{"type": "function", "function": {"name": "f"}}]},
     {"tool_choice": "required"},
     {"functions": [{"name": "f"}]},
-    {"logit_bias": {"5": 1}},
     {"modalities": ["audio"]},
     {"prediction": {"type": "content", "content": "x"}},
     {"reasoning_effort": "high"},

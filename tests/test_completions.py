@@ -83,7 +83,7 @@ def test_an_over_long_prompt_is_named_as_such(service: Service) -> None:
 
 @pytest.mark.parametrize(
     "field",
-    [{"logprobs": 0}, {"echo": True}, {"suffix": "x"}, {"logit_bias": {"1": 1}}],
+    [{"echo": True}, {"suffix": "x"}],
     ids=str,
 )  # fmt: skip
 def test_what_is_not_there_is_refused_by_name(service: Service, field: dict[str, Any]) -> None:
@@ -103,6 +103,27 @@ def test_n_answers_to_each_of_several_prompts(service: Service) -> None:
         (choice,) = chunk["choices"]
         streamed[choice["index"]] += choice["text"]
     assert streamed == texts
+
+
+def test_log_probabilities_in_the_legacy_form(service: Service) -> None:
+    body = service.complete("choose", seed=0, logprobs=2).json()
+    logprobs = body["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["r", "e", "d"]
+    assert logprobs["token_logprobs"] == [pytest.approx(-1 / 3)] * 3
+    assert logprobs["text_offset"] == [0, 1, 2]
+    assert logprobs["top_logprobs"][1] == {
+        "e": pytest.approx(-1 / 3), "\x01": pytest.approx(-4 / 3),
+    }  # fmt: skip
+    parts = [
+        chunk["choices"][0]["logprobs"]
+        for chunk in events(service.complete("choose", seed=0, logprobs=2, stream=True))
+    ]
+    for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+        assert [item for part in parts for item in part[name]] == logprobs[name]
+    assert service.complete("choose", logprobs=0).json()["choices"][0]["logprobs"][
+        "top_logprobs"
+    ] is None  # fmt: skip
+    assert service.complete("choose").json()["choices"][0]["logprobs"] is None
 
 
 def test_the_best_of_several_are_given_best_first(service: Service) -> None:

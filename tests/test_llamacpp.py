@@ -95,7 +95,7 @@ def generate(
     while not engine.idle:
         result = engine.step()
         assert not result.failed
-        for number, (token, _) in result.tokens:
+        for number, (token, *_) in result.tokens:
             tokens[number].append(token)
             if len(tokens[number]) == n_tokens or engine.tokenizer.ends_generation(token):
                 engine.cancel(number)
@@ -186,7 +186,7 @@ def test_shared_forked_and_remembered_cells_say_what_fresh_ones_say(tiny: Path) 
     while not engine.idle:
         result = engine.step()
         n_cached |= dict(result.started)
-        for number, (token, _) in result.tokens:
+        for number, (token, *_) in result.tokens:
             tokens[number].append(token)
             if len(tokens[number]) == 20:
                 engine.cancel(number)
@@ -271,6 +271,33 @@ def test_sampling_follows_its_seed_and_its_rules(
     assert len(set(once)) == len(once)
 
 
+def test_log_probabilities_are_of_the_raw_row_whatever_is_done_to_it(
+    tiny: Path, load: Callable[..., BatchEngine]
+) -> None:
+    engine = load(tiny)
+    prompt = ids(engine, "one two three")
+    (row,) = next_logits(tiny, [prompt])
+    expected = row - np.log(np.exp(row.astype(np.float64)).sum())
+    best = np.argsort(-row, kind="stable")[:5]
+    banned = {int(best[0]): -100.0}
+    for values in (
+        {"temperature": 0},
+        {"temperature": 0, "logit_bias": banned},
+        {"temperature": 0, "repeat_penalty": 2.0},
+        {"temperature": 1.5, "top_k": 3, "seed": 4},
+    ):
+        engine.admit(1, list(prompt), SamplingParams(n_logprobs=5, **values))
+        while not (tokens := engine.step().tokens):
+            pass
+        engine.cancel(1)
+        ((_, sampled),) = tokens
+        assert sampled.logprob == pytest.approx(expected[sampled.token], abs=1e-3)
+        assert [token for token, _ in sampled.top] == best.tolist()
+        assert [lp for _, lp in sampled.top] == pytest.approx(expected[best].tolist(), abs=1e-3)
+        if "logit_bias" in values:
+            assert sampled.token == best[1]
+
+
 @pytest.mark.parametrize("which", ["smollm2", "spm"])
 def test_answers_have_the_form_that_is_asked_for(
     which: str, request: pytest.FixtureRequest, load: Callable[..., BatchEngine]
@@ -295,7 +322,7 @@ def test_answers_have_the_form_that_is_asked_for(
             break
         result = engine.step()
         assert not result.failed
-        for i, (token, _) in result.tokens:
+        for i, (token, *_) in result.tokens:
             texts[i] += engine.tokenizer.piece(token)
             if engine.tokenizer.ends_generation(token):
                 whole.add(i)

@@ -33,6 +33,7 @@ TO_WORKER: list[wire.ToWorker] = [
         ["\n", "END"],
         None,
         wire.Grammar("json_schema", '{"type": "object"}'),
+        {"5": -100.0},
         2,
         7,
     ),
@@ -41,6 +42,7 @@ TO_WORKER: list[wire.ToWorker] = [
     wire.Ping(),
     wire.Shutdown(),
 ]
+TOKEN = wire.TokenLogprob(b"\xe4", -0.5, [(b"a", -1.5)])
 FROM_WORKER: list[wire.FromWorker] = [
     wire.Progress(0.25),
     wire.Ready(8192, 8, 151936),
@@ -51,7 +53,7 @@ FROM_WORKER: list[wire.FromWorker] = [
         [
             wire.TokenOut(7, "half"),
             wire.TokenOut(8, "", wire.Done("stop", 3)),
-            wire.TokenOut(9, "世", wire.Done("length", 4, -0.5), 2),
+            wire.TokenOut(9, "世", wire.Done("length", 4, -0.5), 2, [TOKEN]),
         ]
     ),
     wire.Failed(7, None, "A fault."),

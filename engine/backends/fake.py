@@ -213,7 +213,13 @@ class FakeDecoder:
         token = data[n_done] if n_done < len(data) else _END
         if sequence.constraint:
             token = _allowed(sequence.constraint, token)
-        return Sampled(token, -1 / len(data) if sampling.wants_logprob else None)
+        if sampling.logit_bias.get(token, 0) <= -100:
+            token = _END
+        if sampling.n_logprobs is None:
+            return Sampled(token)
+        logprob = -1 / max(len(data), 1)
+        others = [(i, logprob - i) for i in range(1, sampling.n_logprobs)]
+        return Sampled(token, logprob, [(token, logprob), *others][: sampling.n_logprobs])
 
     def close(self) -> None:
         pass

@@ -14,7 +14,7 @@ from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
 from engine.grammar import Constraint
 from engine.prefix import Saved
-from engine.sampling import Penalties, logprob
+from engine.sampling import Bias, Penalties, logprobs
 from engine.types import Batch, Sampled, SamplingParams, Sequence
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
@@ -187,7 +187,8 @@ class LlamaSampler:
     """How one sequence chooses: penalties, then argmax or a chain of llama.cpp's samplers."""
 
     def __init__(self, sampling: SamplingParams, prompt: list[int]) -> None:
-        self._wants_logprob = sampling.wants_logprob
+        self._n_logprobs = sampling.n_logprobs
+        self._bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
         self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
         self._chain = None if sampling.is_greedy else _new_chain(sampling)
 
@@ -198,10 +199,13 @@ class LlamaSampler:
         logits: npt.NDArray[np.float32],
         constraint: Constraint | None,
     ) -> Sampled:
-        changes = self._penalties or constraint
-        raw = logits.copy() if self._wants_logprob and changes else logits
+        raw = logits
+        if self._n_logprobs is not None and (self._penalties or self._bias or constraint):
+            raw = logits.copy()
         if self._penalties:
             self._penalties.apply(logits)
+        if self._bias:
+            self._bias.apply(logits)
         if constraint:
             constraint.apply(logits)
         if self._chain is None:
@@ -212,7 +216,9 @@ class LlamaSampler:
             self._penalties.accept(token)
         if constraint:
             constraint.accept(token)
-        return Sampled(token, logprob(raw, token) if self._wants_logprob else None)
+        if self._n_logprobs is None:
+            return Sampled(token)
+        return Sampled(token, *logprobs(raw, token, self._n_logprobs))
 
     def __del__(self) -> None:
         if self._chain is not None:
