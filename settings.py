@@ -56,7 +56,7 @@ class TierSettings(BaseSettings):
     aliases: CommaSeparated = []
 
     n_ctx: int | None = Field(None, ge=16)  # tokens of one request, prompt and answer
-    n_parallel: int = Field(8, ge=1, le=256)  # requests at once
+    n_parallel: int = Field(8, ge=1, le=255)  # requests at once
     kv_tokens: int | None = Field(None, ge=16)  # cells that they share
     n_batch: int = Field(512, ge=1)  # most tokens of one step
     max_stall_ms: float = Field(200, gt=0)  # that a new prompt may hold up running streams

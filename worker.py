@@ -282,7 +282,7 @@ class Jobs:
             own = msgspec.structs.replace(sampling, seed=seed, logit_bias=job.logit_bias)
             constraint = job.constraint.copy() if job.constraint else None
             try:
-                self._engine.admit(number, job.prompt, own, constraint)
+                self._engine.admit(number, job.prompt, own, constraint, turn=index)
             except Exception:
                 self.cancel(job.request.job)
                 raise

@@ -47,9 +47,10 @@ class BatchEngine:
         prompt: list[int],
         sampling: SamplingParams,
         constraint: Constraint | None = None,
+        turn: int = 0,
     ) -> None:
         sampler = self._decoder.sampler(sampling, prompt)
-        self._scheduler.add(Sequence(id, array("i", prompt), sampler, constraint))
+        self._scheduler.add(Sequence(id, array("i", prompt), sampler, constraint, turn=turn))
 
     def cancel(self, id: int) -> None:
         self._scheduler.cancel(id)

@@ -1,13 +1,15 @@
 """The KV cells of the slots: who holds which, what is shared, and what moves to the prefix tree."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.backends.base import Memory
 from engine.prefix import Match, PrefixTree, Tokens, n_common
+
+BLOCK = 256  # tokens of a run in the tree: so much is saved at once, and brought back at least
 
 
 class Cells:
@@ -26,19 +28,27 @@ class Cells:
         self._n_holders = np.zeros(n_cells, np.int32)
 
     @property
+    def can_share(self) -> bool:
+        """Cells may be shared, cut and saved; else a slot is only ever continued or cleared."""
+        return self._memory.is_cells
+
+    @property
     def n_free(self) -> int:
         return len(self._free)
 
-    def n_only_in(self, slots: Sequence[int]) -> int:
+    def n_only_in(self, slots: Iterable[int]) -> int:
         """Cells that would be free if these slots were cleared."""
-        n_here = np.zeros_like(self._n_holders)
-        for slot in slots:
-            n_here[_view(self.held[slot])] += 1
+        n_here = self._n_held(slots)
         return int(np.count_nonzero((n_here > 0) & (n_here == self._n_holders)))
+
+    def n_also_in(self, slot: int, n_tokens: int, others: Iterable[int]) -> int:
+        """How many of a slot's first cells others hold too, or are itself."""
+        return int(np.count_nonzero(self._n_held(others)[view(self.held[slot])[:n_tokens]]))
 
     def n_common(self, slot: int, wanted: Tokens) -> int:
         """How many of the slot's first cells are right for a prompt that begins with `wanted`."""
-        return n_common(_view(self.tokens[slot]), wanted)
+        n = n_common(view(self.tokens[slot]), wanted)
+        return n if self.can_share or n == len(self.tokens[slot]) else 0
 
     def match(self, wanted: Tokens) -> Match:
         """The longest beginning of `wanted` in the prefix tree."""
@@ -56,40 +66,52 @@ class Cells:
         self.held[slot].extend(cells)
         self.tokens[slot].extend(tokens)
 
-    def share(self, source: int, slot: int, n_tokens: int) -> bool:
-        """Let an empty slot hold the first cells of another too. False where the memory cannot."""
-        if not self._memory.share(source, slot, n_tokens):
-            return False
+    def share(self, source: int, slot: int, n_tokens: int) -> None:
+        """Let an empty slot hold the first cells of another too."""
+        self._memory.share(source, slot, n_tokens)
         self.held[slot] = self.held[source][:n_tokens]
         self.tokens[slot] = self.tokens[source][:n_tokens]
-        self._n_holders[_view(self.held[slot])] += 1
-        return True
+        self._n_holders[view(self.held[slot])] += 1
 
-    def truncate(self, slot: int, n_tokens: int) -> bool:
-        """Drop all but the first cells of a slot. False, and all are dropped, where the memory
-        cannot drop an end."""
+    def truncate(self, slot: int, n_tokens: int) -> None:
+        """Drop all but the first cells of a slot; all, where the memory refuses."""
         if n_tokens == len(self.held[slot]):
-            return True
+            return
         if n_tokens == 0 or not self._memory.truncate(slot, n_tokens):
             self.clear(slot)
-            return n_tokens == 0
+            return
         self._let_go(self.held[slot][n_tokens:])
         del self.held[slot][n_tokens:]
         del self.tokens[slot][n_tokens:]
-        return True
 
     def clear(self, slot: int) -> None:
-        if self.held[slot]:
-            self._let_go(self.held[slot])
+        self._let_go(self.held[slot])
         self._memory.clear(slot)
         self.held[slot] = array("i")
         self.tokens[slot] = array("i")
 
-    def remember(self, slot: int) -> None:
-        """Put what a slot holds into the prefix tree as well."""
-        self._tree.insert(
-            _view(self.tokens[slot]), lambda start, end: self._memory.save(slot, start, end)
+    def move_out_block(self, slot: int) -> None:
+        """Put the next block of a slot into the prefix tree; with the last one it is cleared."""
+        tokens = view(self.tokens[slot])
+        n_known = self._tree.match(tokens).n_tokens
+        n_wanted = min(n_known + BLOCK, len(tokens))
+        is_saved = self.can_share and self._tree.insert(
+            tokens[:n_wanted], lambda start, end: self._memory.save(slot, start, end)
         )
+        del tokens  # an array cannot change while somebody looks at it
+        if not is_saved or n_wanted == len(self.tokens[slot]):
+            self.clear(slot)
+
+    def move_out(self, slot: int) -> None:
+        """Put all of a slot into the prefix tree, and clear it."""
+        while self.tokens[slot]:
+            self.move_out_block(slot)
+
+    def remember(self, slot: int) -> None:
+        """Put all of a slot into the prefix tree as well."""
+        tokens = view(self.tokens[slot])
+        for end in range(BLOCK, len(tokens) + BLOCK, BLOCK):
+            self._tree.insert(tokens[:end], lambda start, end: self._memory.save(slot, start, end))
 
     def recall(self, slot: int, match: Match) -> None:
         """Bring cells back from the prefix tree into an empty slot, while there is room."""
@@ -102,11 +124,19 @@ class Cells:
                 return
             self.extend(slot, array("i", node.tokens[: end - node.start].tolist()))
 
+    def _n_held(self, slots: Iterable[int]) -> npt.NDArray[np.int32]:
+        """By how many of these slots each cell is held."""
+        n_held = np.zeros_like(self._n_holders)
+        for slot in slots:
+            n_held[view(self.held[slot])] += 1
+        return n_held
+
     def _let_go(self, cells: "array[int]") -> None:
-        numbers = _view(cells)
+        numbers = view(cells)
         self._n_holders[numbers] -= 1
         self._free.extend(numbers[self._n_holders[numbers] == 0].tolist())
 
 
-def _view(tokens: "array[int]") -> npt.NDArray[np.int32]:
+def view(tokens: "array[int]") -> npt.NDArray[np.int32]:
+    """The tokens as numpy sees them, without a copy: not to be kept."""
     return np.frombuffer(tokens, np.int32) if tokens else np.empty(0, np.int32)

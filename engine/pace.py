@@ -2,6 +2,7 @@
 
 PROBE_TOKENS = 64  # of the first prompt, before anything was measured
 MIN_TOKENS = 16  # a prompt gets on in every step, whatever the steps cost
+SHARE = 0.5  # of the streams' own time a prompt may take at least
 ALONE = 4  # times as long may a step take when no stream waits for it
 SMOOTHING = 0.3  # weight of the newest measurement
 
@@ -20,14 +21,15 @@ class Pace:
             return PROBE_TOKENS
         if n_decodes == 0:
             return max(MIN_TOKENS, int(ALONE * self._max_stall_s / self._token_s))
-        left_s = self._max_stall_s - self._expected_s(n_decodes)
+        decode_s = self._expected_s(n_decodes)
+        left_s = max(self._max_stall_s - decode_s, decode_s * SHARE)
         return max(MIN_TOKENS, int(left_s / self._token_s))
 
     def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
         """A step with so many tokens took so long."""
         if n_prefill == 0:
             self._decode_s[n_decodes] = _smooth(self._decode_s.get(n_decodes), seconds)
-        elif n_prefill >= MIN_TOKENS:
+        elif n_prefill >= MIN_TOKENS or self._token_s is None:
             token_s = max(seconds - self._expected_s(n_decodes), seconds / 10) / n_prefill
             self._token_s = _smooth(self._token_s, token_s)
 

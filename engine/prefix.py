@@ -75,22 +75,25 @@ class PrefixTree:
             at += n_common(node.tokens, tokens[at:])
         return Match(tuple(nodes), at)
 
-    def insert(self, tokens: Tokens, save: Callable[[int, int], Saved | None]) -> None:
+    def insert(self, tokens: Tokens, save: Callable[[int, int], Saved | None]) -> bool:
         """Remember `tokens`. `save(start, end)` is asked for the cells that are not known yet; it
-        may answer None, and then nothing is remembered."""
+        may answer None. False if they are not remembered."""
+        if self._max_bytes == 0:
+            return False
         match = self.match(tokens)
         self.touch(match)
         if match.n_tokens == len(tokens):
-            return
+            return True
         saved = save(match.n_tokens, len(tokens))
         if saved is None or saved.nbytes > self._max_bytes:
-            return
+            return False
         parent = match.nodes[-1] if match.nodes else self._root
         run = tokens[match.n_tokens :].copy()
         node = Node(match.n_tokens, run, saved, parent, self._clock)
         parent.branches[match.n_tokens, int(run[0])] = node
         self.n_bytes += saved.nbytes
         self._shrink()
+        return True
 
     def touch(self, match: Match) -> None:
         """The match was of use."""
@@ -100,10 +103,12 @@ class PrefixTree:
 
     def _shrink(self) -> None:
         while self.n_bytes > self._max_bytes:
-            oldest = min(self._leaves(), key=lambda node: node.last_used)
-            assert oldest.parent is not None
-            del oldest.parent.branches[oldest.start, int(oldest.tokens[0])]
-            self.n_bytes -= oldest.saved.nbytes
+            for oldest in sorted(self._leaves(), key=lambda node: node.last_used):
+                assert oldest.parent is not None
+                del oldest.parent.branches[oldest.start, int(oldest.tokens[0])]
+                self.n_bytes -= oldest.saved.nbytes
+                if self.n_bytes <= self._max_bytes:
+                    break
 
     def _leaves(self) -> Iterator[Node]:
         nodes = list(self._root.branches.values())

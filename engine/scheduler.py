@@ -7,26 +7,27 @@ memory that is passed in is touched. A plan is made so:
    that run. A newcomer begins with the cells of the longest beginning that anybody has: one that
    runs, one that ended, or one in the prefix tree. It waits while another's prefill is about to
    make a longer one.
-2. Every sequence that is past its prompt gets one token. Where cells are missing, those of ended
-   sequences move to the prefix tree, least recently used first; then the youngest running sequence
-   does, and goes back to the queue with its tokens and its sampler.
-3. Prompts share what the pace allows beside the running streams: the shortest first, and each
-   step that it waits makes a prompt count as shorter.
+2. Cells of ended sequences move to the prefix tree, a block in each step: every cell in use slows
+   the steps.
+3. Every sequence that is past its prompt gets one token. Where cells are missing, those of ended
+   sequences move out at once, least recently used first; then those of the youngest running one
+   do, and it goes back to the queue with its tokens and its sampler.
+4. Prompts share what the pace allows beside the running streams: the shortest first, and a prompt
+   counts as shorter the longer it has been here.
 """
 
 from bisect import insort
 from dataclasses import dataclass
 
-import numpy as np
-
 from engine.backends.base import Memory
-from engine.cells import Cells
+from engine.cells import Cells, view
 from engine.pace import Pace
 from engine.prefix import Match, PrefixTree, Tokens, n_common
 from engine.types import Batch, Sequence
 
 WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
-AGEING = 32  # tokens that a prompt counts as shorter for each step that it has waited
+NOT_WORTH_RECALLING = 8  # tokens in the prefix tree: they are as fast computed
+AGEING = 32  # tokens that a prompt counts as shorter for each step since it got its slot
 
 
 @dataclass(slots=True, eq=False)
@@ -62,7 +63,7 @@ class Scheduler:
         self._n_batch = n_batch
         self._pace = pace
         self._slots = [Slot(i) for i in range(n_slots)]
-        self._waiting: list[Sequence] = []  # by age: ids grow with arrival
+        self._waiting: list[Sequence] = []  # by turn, then by age: ids grow with arrival
         self._running: list[Sequence] = []  # by age
         self._n_plans = 0
         self._is_full = False
@@ -73,7 +74,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its prompt must be shorter than the cells."""
-        insort(self._waiting, sequence, key=lambda s: s.id)
+        insort(self._waiting, sequence, key=lambda s: (s.turn, s.id))
 
     def cancel(self, id: int) -> None:
         """Forget a sequence, wherever it is. Its slot keeps the cells for who comes next."""
@@ -88,13 +89,16 @@ class Scheduler:
                 return
 
     def plan(self) -> tuple[Batch, list[Sequence]]:
-        """The next batch (empty when idle) and the sequences that got their first slot for it."""
+        """The next batch (empty only when idle) and the sequences that got their first slot."""
         self._n_plans += 1
         started = self._admit()
-        batch = Batch()
-        self._plan_decodes(batch)
-        self._plan_prefills(batch)
-        return batch, started
+        self._move_out_some()
+        while True:
+            batch = Batch()
+            self._plan_decodes(batch)
+            self._plan_prefills(batch)
+            if batch.chunks or not self._running or not self._make_room():
+                return batch, started
 
     def commit(self, batch: Batch, seconds: float) -> None:
         """The batch was computed in so many seconds. Each sequence whose chunk wanted logits must
@@ -122,11 +126,14 @@ class Scheduler:
 
     def _admit(self) -> list[Sequence]:
         started = []
+        n_passed_over = 0
         for sequence in list(self._waiting):
-            if len(self._running) == len(self._slots) or (self._is_full and self._running):
+            is_full = len(self._running) == len(self._slots) or (self._is_full and self._running)
+            if is_full or n_passed_over == len(self._slots):
                 break
-            wanted = np.array(sequence.tokens[:-1], np.int32)  # the last is decoded for its logits
+            wanted = view(sequence.tokens)[:-1]  # the last is decoded for its logits
             if self._is_coming(wanted):
+                n_passed_over += 1
                 continue
             source = self._source(wanted)
             if not self._fits(sequence, source):
@@ -144,10 +151,13 @@ class Scheduler:
         best = Source()
         for slot in sorted(self._slots, key=lambda slot: slot.sequence is not None):
             n_tokens = self._cells.n_common(slot.index, wanted)
-            if n_tokens > best.n_tokens:
+            is_usable = slot.sequence is None or self._cells.can_share
+            if is_usable and n_tokens > best.n_tokens:
                 best = Source(n_tokens, slot)
         match = self._cells.match(wanted)
-        return Source(match.n_tokens, None, match) if match.n_tokens > best.n_tokens else best
+        if match.n_tokens > max(best.n_tokens, NOT_WORTH_RECALLING):
+            return Source(match.n_tokens, None, match)
+        return best
 
     def _is_coming(self, wanted: Tokens) -> bool:
         """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
@@ -155,9 +165,9 @@ class Scheduler:
         coming = [
             n_tokens
             for other in prefilling
-            if (n_tokens := n_common(np.array(other.tokens, np.int32), wanted)) > other.n_past
+            if (n_tokens := n_common(view(other.tokens), wanted)) > other.n_past
         ]
-        if not coming:
+        if not coming or not self._cells.can_share:
             return False
         settled = [
             self._cells.n_common(slot.index, wanted)
@@ -168,48 +178,56 @@ class Scheduler:
         return max(coming) >= n_settled + WORTH_WAITING_FOR
 
     def _fits(self, sequence: Sequence, source: Source) -> bool:
+        """The prompt, and what is still to come of the running ones, fits into the cells that are
+        free or only idle slots hold. Cells that a running sequence holds too cost nothing."""
         if not self._running:
             return True
-        runs_in = source.slot and source.slot.sequence
-        n_new = len(sequence.tokens) + 1 - (source.n_tokens if runs_in else 0)
-        n_pending = sum(other.n_pending for other in self._running)
+        running = [slot.index for slot in self._slots if slot.sequence is not None]
         idle = [slot.index for slot in self._slots if slot.sequence is None]
+        n_new = len(sequence.tokens) + 1
+        if source.slot is not None and self._cells.can_share:
+            n_new -= self._cells.n_also_in(source.slot.index, source.n_tokens, running)
+        n_pending = sum(other.n_pending for other in self._running)
         return n_new + n_pending <= self._cells.n_free + self._cells.n_only_in(idle)
 
     def _occupy(self, sequence: Sequence, source: Source) -> None:
         """Give a slot to a newcomer, with the cells of its source.
 
-        1. An idle source goes on in its own slot; what it knows beyond is remembered.
-        2. Another gives its cells to an empty slot.
-
-        Idle slots that are not used move to the prefix tree: every cell in use slows each step.
+        1. What an idle slot holds goes on in it, if that is all the beginning of the newcomer's
+           prompt, or if no slot is empty; what it knows beyond moves out first.
+        2. Else an empty slot gets the cells; if there is none, the idle slot that was not used for
+           longest moves out.
         """
-        slot = source.slot
         if source.match is not None:
             self._cells.touch(source.match)  # or it might be forgotten for what moves out now
-        if slot is not None and slot.sequence is None:
-            if source.n_tokens < len(self._cells.tokens[slot.index]):
-                self._cells.remember(slot.index)
-            self._cells.truncate(slot.index, source.n_tokens)
-            self._move_out(except_for=slot)
-        else:
-            self._move_out()
-            slot = next(slot for slot in self._slots if slot.sequence is None)
-            if source.slot is not None:
-                self._cells.share(source.slot.index, slot.index, source.n_tokens)
+        slot = source.slot
+        n_held = len(self._cells.tokens[slot.index]) if slot else 0
+        empty = [s for s in self._slots if s.sequence is None and not self._cells.tokens[s.index]]
+        is_idle = slot is not None and slot.sequence is None
+        if slot is None or not is_idle or (source.n_tokens < n_held and empty):
+            target = empty[0] if empty else self._idle()[0]
+            self._cells.move_out(target.index)
+            if slot is not None:
+                self._cells.share(slot.index, target.index, source.n_tokens)
             elif source.match is not None:
-                self._cells.recall(slot.index, source.match)
+                self._make_room_for(sequence)
+                self._cells.recall(target.index, source.match)
+            slot = target
+        elif source.n_tokens < n_held:
+            self._cells.remember(slot.index)
+            self._cells.truncate(slot.index, source.n_tokens)
         slot.sequence = sequence
         sequence.slot = slot.index
         sequence.n_past = len(self._cells.tokens[slot.index])
-        sequence.waits_since = self._n_plans
+        sequence.admitted_at = self._n_plans
         insort(self._running, sequence, key=lambda s: s.id)
 
-    def _move_out(self, except_for: Slot | None = None) -> None:
+    def _make_room_for(self, sequence: Sequence) -> None:
+        """Move idle slots out until a whole prompt has room."""
         for slot in self._idle():
-            if slot is not except_for:
-                self._cells.remember(slot.index)
-                self._cells.clear(slot.index)
+            if self._cells.n_free >= len(sequence.tokens):
+                break
+            self._cells.move_out(slot.index)
 
     def _idle(self) -> list[Slot]:
         """Slots with the cells of an ended sequence, least recently used first."""
@@ -226,7 +244,14 @@ class Scheduler:
         self._running.remove(sequence)
         return slot
 
-    # 2. one token for each sequence that is past its prompt
+    # 2. ended sequences
+
+    def _move_out_some(self) -> None:
+        idle = self._idle()
+        if idle and self._running and self._cells.can_share:
+            self._cells.move_out_block(idle[0].index)
+
+    # 3. one token for each sequence that is past its prompt
 
     def _plan_decodes(self, batch: Batch) -> None:
         while True:
@@ -239,19 +264,16 @@ class Scheduler:
     def _make_room(self) -> bool:
         """Free some cells; False when nothing is left to give up."""
         for slot in self._idle():
-            self._cells.remember(slot.index)
-            self._cells.clear(slot.index)
+            self._cells.move_out(slot.index)
             return True
         if len(self._running) < 2:
             return False
         youngest = self._running[-1]
-        slot = self._release(youngest)
-        self._cells.remember(slot.index)
-        self._cells.clear(slot.index)
+        self._cells.move_out(self._release(youngest).index)
         self.add(youngest)
         return True
 
-    # 3. prompts
+    # 4. prompts
 
     def _plan_prefills(self, batch: Batch) -> None:
         prefilling = [s for s in self._running if s.n_pending > 1]
@@ -266,9 +288,8 @@ class Scheduler:
             n_tokens = min(sequence.n_pending, n_left)
             if n_tokens <= 0:
                 break
-            sequence.waits_since = self._n_plans
             batch.add(sequence, n_tokens)
             n_left -= n_tokens
 
     def _rank(self, sequence: Sequence) -> int:
-        return sequence.n_pending - AGEING * (self._n_plans - sequence.waits_since)
+        return sequence.n_pending - AGEING * (self._n_plans - sequence.admitted_at)

@@ -47,7 +47,8 @@ class Sequence:
     n_past: int = 0
     n_cached: int = 0  # prompt tokens that needed no decoding
     has_started: bool = False  # was given a slot before
-    waits_since: int = 0  # the plan in which its prompt last got on
+    turn: int = 0  # who waits with a lower one goes first: 0 for the first answer of each job
+    admitted_at: int = 0  # the plan in which it got its slot
     n_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.pace import ALONE, MIN_TOKENS, PROBE_TOKENS, Pace
+from engine.pace import ALONE, MIN_TOKENS, PROBE_TOKENS, SHARE, Pace
 
 
 def taught(decode_s: float, token_s: float, n_decodes: int = 4) -> Pace:
@@ -27,7 +27,8 @@ def test_without_streams_it_may_take_longer() -> None:
 
 
 def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:
-    assert taught(decode_s=0.5, token_s=0.001).n_prefill(4) == MIN_TOKENS
+    assert taught(decode_s=0.5, token_s=0.001).n_prefill(4) == int(SHARE * 0.5 / 0.001)
+    assert taught(decode_s=0.5, token_s=0.1).n_prefill(4) == MIN_TOKENS
 
 
 def test_the_streams_count_as_the_nearest_number_that_was_measured() -> None:
@@ -53,7 +54,7 @@ def test_it_learns_whatever_a_step_costs(decode_s: float, token_s: float, n_deco
     for step in range(40):
         n = pace.n_prefill(n_decodes)
         if step > 20:
-            floor_s = decode_s + MIN_TOKENS * token_s
+            floor_s = decode_s + max(MIN_TOKENS * token_s, SHARE * decode_s)
             assert decode_s + n * token_s <= max(0.2, floor_s) * 1.01
         pace.observe(n_decodes, n, decode_s + n * token_s)
         pace.observe(n_decodes, 0, decode_s)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.pace import Pace
+from engine.cells import BLOCK
+from engine.pace import MIN_TOKENS, Pace
 from engine.prefix import PrefixTree
 from engine.scheduler import AGEING, WORTH_WAITING_FOR, Scheduler
 from engine.types import Batch, Sequence
@@ -23,24 +24,26 @@ class Memory:
         self.slots: list[list[list[int]]] = [[] for _ in range(n_slots)]
         self.n_cells = n_cells
         self.is_cells = is_cells
+        self.n_loaded = 0
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        if self.is_cells:
-            del self.slots[slot][n_tokens:]
-        return self.is_cells
+        assert self.is_cells
+        del self.slots[slot][n_tokens:]
+        return True
 
-    def share(self, source: int, slot: int, n_tokens: int) -> bool:
+    def share(self, source: int, slot: int, n_tokens: int) -> None:
+        assert self.is_cells
         assert self.slots[slot] == []
-        if self.is_cells:
-            self.slots[slot] = self.slots[source][:n_tokens]
-        return self.is_cells
+        self.slots[slot] = self.slots[source][:n_tokens]
 
     def save(self, slot: int, start: int, end: int) -> Any:
-        return np.array(self.tokens(slot)[start:end], np.int32) if self.is_cells else None
+        assert self.is_cells
+        return np.array(self.tokens(slot)[start:end], np.int32)
 
     def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
         assert self.n_used + len(saved) <= self.n_cells
         assert len(self.slots[slot]) == start
+        self.n_loaded += len(saved)
         self.slots[slot] += [[int(token)] for token in saved[: end - start]]
         return True
 
@@ -118,8 +121,8 @@ class Bench:
         self.answers: dict[int, list[int]] = {}  # of those that got all they wanted
         self.started: list[int] = []
 
-    def add(self, id: int, prompt: list[int], n_wanted: int = 1000) -> Sequence:
-        sequence = self.sequences[id] = Sequence(id, array("i", prompt))
+    def add(self, id: int, prompt: list[int], n_wanted: int = 1000, turn: int = 0) -> Sequence:
+        sequence = self.sequences[id] = Sequence(id, array("i", prompt), turn=turn)
         self.wanted[id] = n_wanted
         self.scheduler.add(sequence)
         return sequence
@@ -143,12 +146,12 @@ class Bench:
         assert len(ids) == len(set(ids)), "one chunk for each sequence"
         return batch
 
-    def commit(self, batch: Batch) -> None:
+    def commit(self, batch: Batch, seconds: float = 0.1) -> None:
         self.memory.decode(batch)
         wanting = [chunk.sequence for chunk in batch.chunks if chunk.wants_logits]
         sampled = [next_token(self.cells_of(sequence)) for sequence in wanting]
         self.n_decoded += batch.n_tokens - batch.n_decodes
-        self.scheduler.commit(batch, 0.1)
+        self.scheduler.commit(batch, seconds)
         for sequence, token in zip(wanting, sampled, strict=True):
             sequence.tokens.append(token)
         for sequence in wanting:
@@ -453,20 +456,50 @@ def test_a_short_common_beginning_is_not_worth_waiting_for() -> None:
     assert set(bench.step()) == {1, 2}
 
 
-def test_a_newcomer_runs_beside_no_idle_cells() -> None:
-    bench = Bench(n_slots=4)
-    for id in (1, 2, 3):
-        bench.talk(id, tokens(1000 * id, 10))
-    bench.talk(4, tokens(4000, 5))
-    assert bench.memory.n_used == 5
+def test_idle_cells_move_out_a_block_in_each_step_while_somebody_runs() -> None:
+    bench = Bench(n_slots=4, n_cells=2000, n_batch=1000)
+    for id in (1, 2):
+        bench.add(id, tokens(10_000 * id, BLOCK + 50), n_wanted=1)
+    bench.run()
+    assert bench.memory.n_used == 2 * (BLOCK + 50)
+    bench.add(3, tokens(50_000, 5))
+    used = []
+    for _ in range(6):
+        bench.step()
+        used.append(bench.memory.n_used - bench.sequences[3].n_past)
+    assert used == [2 * BLOCK + 100, BLOCK + 50, BLOCK + 50, 0, 0, 0]
+    for id in (1, 2):
+        twin = bench.add(10 + id, tokens(10_000 * id, BLOCK + 50), n_wanted=1)
+        bench.step()
+        assert twin.n_cached == BLOCK + 49
+
+
+def test_only_the_blocks_that_are_wanted_come_back() -> None:
+    bench = Bench(n_slots=1, n_cells=2000, n_batch=2000)
+    bench.talk(1, tokens(1000, 3 * BLOCK))
+    bench.talk(2, tokens(9000, 5))
+    bench.memory.n_loaded = 0
+    assert bench.talk(3, [*tokens(1000, 20), 7]).n_cached == 20
+    assert bench.memory.n_loaded == BLOCK
+
+
+def test_the_first_answers_of_all_jobs_come_before_the_second_ones() -> None:
+    bench = Bench(n_slots=2)
+    for id in range(1, 9):
+        bench.add(id, tokens(1000, 10), n_wanted=2, turn=id - 1)
+    bench.step()
+    bench.step()
+    bench.add(9, tokens(9000, 3), n_wanted=1)
+    bench.run()
+    assert list(bench.answers).index(9) <= 3
 
 
 def test_a_prompt_cached_up_to_its_last_token_goes_beside_the_decodes() -> None:
     bench = Bench(n_slots=2, n_batch=4)
-    bench.talk(1, tokens(1000, 3))
+    bench.talk(1, tokens(1000, 12))
     bench.add(2, tokens(2000, 3))
     bench.step()
-    bench.add(3, tokens(1000, 3))
+    bench.add(3, tokens(1000, 12))
     assert bench.step() == {2: 1, 3: 1}
 
 
@@ -485,6 +518,33 @@ def test_memory_that_cannot_drop_an_end_still_goes_on_where_it_stopped() -> None
     history = tokens(1000, 10) + bench.answers[1]
     assert bench.talk(2, [*history, 7], n_wanted=2).n_cached == 14
     assert bench.answers[2] == answer_to([*history, 7], 2)
+
+
+def test_memory_that_cannot_be_cut_remembers_a_conversation_in_each_slot() -> None:
+    bench = Bench(n_slots=3, is_cells=False)
+    for id in (1, 2, 3):
+        bench.talk(id, tokens(1000 * id, 10))
+    for id in (2, 3, 1):
+        assert bench.talk(10 + id, [*tokens(1000 * id, 10), 7, 8]).n_cached == 10
+
+
+def test_memory_that_cannot_be_cut_holds_nobody_up() -> None:
+    bench = Bench(n_slots=2, n_cells=506, n_prefill=16, is_cells=False)
+    bench.add(1, tokens(1000, 367), n_wanted=3)
+    bench.add(2, tokens(1000, 157) + tokens(2000, 28), n_wanted=3)
+    bench.run()
+    assert len(bench.answers) == 2
+
+
+def test_an_idle_twin_of_what_runs_costs_a_newcomer_nothing() -> None:
+    bench = Bench(n_slots=4, n_cells=150)
+    bench.add(1, tokens(1000, 100), n_wanted=40)
+    bench.step()
+    bench.add(2, [*tokens(1000, 100), 7], n_wanted=1)
+    bench.step()
+    bench.add(3, [*tokens(1000, 100), 8], n_wanted=1)
+    bench.step()
+    assert 3 in bench.answers
 
 
 # cancel
@@ -632,14 +692,34 @@ def test_prompts_share_what_the_pace_allows_the_shortest_first() -> None:
 
 
 def test_a_long_prompt_ages_and_is_not_starved_by_short_ones() -> None:
-    bench = Bench(n_slots=4, n_prefill=10)
-    bench.add(1, tokens(1000, 5 * AGEING))
+    bench = Bench(n_slots=4, n_cells=2000, n_prefill=12)
+    long = bench.add(1, tokens(1000, 20 * AGEING), n_wanted=1)
     n_steps = 0
-    while not bench.sequences[1].n_past:
+    while 1 not in bench.answers:
         n_steps += 1
-        bench.add(1 + n_steps, tokens(10_000 + 100 * n_steps, 10), n_wanted=1)
+        if len(bench.sequences) < 4:
+            bench.add(1 + n_steps, tokens(10_000 + 100 * n_steps, 10), n_wanted=1)
         bench.step()
-        assert n_steps < 10
+        assert n_steps < 2 * 20 * AGEING / 12, f"{long.n_past} tokens after {n_steps} steps"
+
+
+@settings(max_examples=25, deadline=None)
+@given(token_s=st.floats(0.0005, 0.004), decode_s=st.floats(0.001, 0.02), rng=st.randoms())
+def test_no_step_goes_over_its_budget(token_s: float, decode_s: float, rng: random.Random) -> None:
+    """With a real pace, and a cost that the test decides."""
+    bench = Bench(n_slots=4, n_cells=4000, n_batch=512)
+    bench.scheduler._pace = Pace(0.2)
+    for id in range(1, 30):
+        bench.add(id, tokens(10_000 * id, rng.randint(1, 400)), n_wanted=rng.randint(1, 30))
+    n_steps = 0
+    while not bench.scheduler.idle:
+        batch = bench.plan()
+        n_prefill = batch.n_tokens - batch.n_decodes
+        seconds = (decode_s if batch.n_decodes else 0) + n_prefill * token_s
+        if n_steps > 8 and batch.n_decodes:
+            assert seconds <= max(0.2, 1.5 * decode_s, decode_s + MIN_TOKENS * token_s) * 1.1
+        bench.commit(batch, seconds)
+        n_steps += 1
 
 
 # a failed batch
@@ -674,7 +754,7 @@ def test_a_failed_batch_spares_who_was_not_in_it() -> None:
 
 Prompt = st.builds(
     lambda common, rest: [0] * common + rest,
-    st.sampled_from([0, 0, 3, 40]),
+    st.sampled_from([0, 0, 3, 40, 300, 700]),
     st.lists(st.integers(0, 2), min_size=1, max_size=12),
 )
 
@@ -682,10 +762,10 @@ Prompt = st.builds(
 @settings(max_examples=120, deadline=None)
 @given(
     n_slots=st.integers(1, 4),
-    n_cells=st.integers(60, 140),
-    n_batch=st.integers(1, 19),
-    n_prefill=st.integers(1, 30),
-    tree_bytes=st.sampled_from([0, 100, 10_000]),
+    n_cells=st.integers(720, 1500),
+    n_batch=st.integers(5, 300),
+    n_prefill=st.integers(5, 300),
+    tree_bytes=st.sampled_from([0, 100, 3000, 100_000]),
     is_cells=st.booleans(),
     prompts=st.lists(st.tuples(Prompt, st.integers(1, 4)), min_size=1, max_size=12),
     rng=st.randoms(use_true_random=False),
@@ -720,7 +800,7 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
             bench.cancel(id)
             del expected[id]
         elif action < 0.52:
-            bench.scheduler._make_room()
+            bench.scheduler.lack_cells()
         elif action < 0.55:
             for sequence in bench.scheduler.fail(bench.plan()):
                 del bench.sequences[sequence.id], expected[sequence.id]

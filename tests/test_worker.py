@@ -397,10 +397,15 @@ class Gated(BatchEngine):
         self.permits = threading.Semaphore(0)
 
     def admit(
-        self, id: int, prompt: list[int], sampling: SamplingParams, constraint: Any = None
+        self,
+        id: int,
+        prompt: list[int],
+        sampling: SamplingParams,
+        constraint: Any = None,
+        turn: int = 0,
     ) -> None:
         self.calls.put(f"admit {id}")
-        super().admit(id, prompt, sampling)
+        super().admit(id, prompt, sampling, constraint, turn)
 
     def cancel(self, id: int) -> None:
         self.calls.put(f"cancel {id}")

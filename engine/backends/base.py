@@ -51,8 +51,10 @@ class Engine(Protocol):
         prompt: list[int],
         sampling: SamplingParams,
         constraint: "Constraint | None" = None,
+        turn: int = 0,
     ) -> None:
-        """Take a sequence of 1…n_ctx - 1 valid tokens. It starts in this or a later step."""
+        """Take a sequence of 1…n_ctx - 1 valid tokens. It starts in this or a later step; of those
+        that wait the ones with the lowest turn go first, and of these the lowest ids."""
 
     def cancel(self, id: int) -> None:
         """End a sequence before the next step. Unknown ids are fine: it may just have failed."""
@@ -65,21 +67,24 @@ class Engine(Protocol):
 
 
 class Memory(Protocol):
-    """The KV cells of a decoder, by slot. Some memories are no list of cells (recurrent, hybrid,
-    behind a sliding window): what they cannot do they answer with False or None, unchanged."""
+    """The KV cells of a decoder, by slot."""
+
+    is_cells: bool
+    """False for memories that are no list of cells (recurrent, hybrid, behind a sliding window):
+    they are never asked to truncate, share, save or load."""
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        """Keep the first `n_tokens` of a slot."""
+        """Keep the first `n_tokens` of a slot. False, and unchanged, where that fails."""
 
-    def share(self, source: int, slot: int, n_tokens: int) -> bool:
+    def share(self, source: int, slot: int, n_tokens: int) -> None:
         """Let an empty slot see the first `n_tokens` of another."""
 
     def save(self, slot: int, start: int, end: int) -> Saved | None:
-        """Copy the cells of these positions out of the memory."""
+        """Copy the cells of these positions out of the memory. None where that fails."""
 
     def load(self, slot: int, saved: Saved, start: int, end: int) -> bool:
         """Put saved cells behind those of a slot: of what was saved from `start`, the positions
-        before `end`. There must be free cells for all that was saved."""
+        before `end`. There must be free cells for all that was saved. False where that fails."""
 
     def clear(self, slot: int) -> None: ...
 

@@ -145,6 +145,8 @@ class FakeDecoder:
     """Implements `engine.backends.base.Decoder`. A cell is a list with its token, since slots may
     share it."""
 
+    is_cells = True
+
     def __init__(
         self,
         script: Script,
@@ -163,9 +165,8 @@ class FakeDecoder:
         del self.cells[slot][n_tokens:]
         return True
 
-    def share(self, source: int, slot: int, n_tokens: int) -> bool:
+    def share(self, source: int, slot: int, n_tokens: int) -> None:
         self.cells[slot] = self.cells[source][:n_tokens]
-        return True
 
     def save(self, slot: int, start: int, end: int) -> Saved:
         return np.array(self.tokens(slot)[start:end], np.int32)

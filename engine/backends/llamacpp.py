@@ -112,8 +112,9 @@ class LlamaDecoder:
         self._memory = lib.llama_get_memory(self._context)
         if not self._memory:
             raise ModelLoadFailed(f"{_name(spec)} is an encoder; it cannot generate text.")
-        # behind a sliding window llama.cpp uses cells again, and does not tell
-        self._has_cells = not (
+        # behind a sliding window llama.cpp uses cells again, and does not tell; parts of a
+        # recurrent memory it takes for cells: answers would be wrong
+        self.is_cells = not (
             lib.llama_model_is_recurrent(self._model)
             or lib.llama_model_is_hybrid(self._model)
             or lib.llama_model_n_swa(self._model) > 0
@@ -130,26 +131,25 @@ class LlamaDecoder:
 
     # memory
 
-    # Only a list of cells can be cut and put together; for a recurrent memory llama.cpp would do
-    # something with a part of it, and the answers would be wrong.
-
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        return self._has_cells and bool(lib.llama_memory_seq_rm(self._memory, slot, n_tokens, -1))
+        return bool(lib.llama_memory_seq_rm(self._memory, slot, n_tokens, -1))
 
-    def share(self, source: int, slot: int, n_tokens: int) -> bool:
-        if self._has_cells:
-            lib.llama_memory_seq_cp(self._memory, source, slot, 0, n_tokens)
-        return self._has_cells
+    def share(self, source: int, slot: int, n_tokens: int) -> None:
+        lib.llama_memory_seq_cp(self._memory, source, slot, 0, n_tokens)
 
     def save(self, slot: int, start: int, end: int) -> Saved | None:
-        if not self._has_cells:
-            return None
         lib.llama_memory_seq_cp(self._memory, slot, self._scratch, start, end)
-        size = lib.llama_state_seq_get_size_ext(self._context, self._scratch, 0)
-        saved = np.empty(size, np.uint8)
-        n = lib.llama_state_seq_get_data_ext(self._context, _bytes(saved), size, self._scratch, 0)
-        self.clear(self._scratch)
-        return saved if n == size else None
+        try:
+            size = lib.llama_state_seq_get_size_ext(self._context, self._scratch, 0)
+            saved = np.empty(size, np.uint8)
+            n = lib.llama_state_seq_get_data_ext(
+                self._context, _bytes(saved), size, self._scratch, 0
+            )
+            return saved if n == size else None
+        except MemoryError:
+            return None
+        finally:
+            self.clear(self._scratch)
 
     def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
         n = lib.llama_state_seq_set_data_ext(
@@ -171,6 +171,7 @@ class LlamaDecoder:
             raise CacheFull
         if status != 0:
             raise Error(f"llama_decode returned {status}")
+        lib.llama_synchronize(self._context)  # or a GPU's work would be missing in the step's time
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler":
         return LlamaSampler(sampling, prompt)
@@ -283,7 +284,7 @@ def _new_chain(sampling: SamplingParams) -> Any:
         add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
     add(lib.llama_sampler_init_temp(sampling.temperature))
     # llama.cpp draws its own seed for 0xFFFFFFFF
-    add(lib.llama_sampler_init_dist(min(sampling.seed, 0xFFFFFFFE)))
+    add(lib.llama_sampler_init_dist(sampling.seed if sampling.seed != 0xFFFFFFFF else 0x9E3779B9))
     return chain
 
 
