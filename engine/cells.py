@@ -60,8 +60,15 @@ class Cells:
 
     def extend(self, slot: int, tokens: "array[int]") -> None:
         """The memory has computed these tokens behind those of the slot."""
-        cells = self._free[len(self._free) - len(tokens) :]
-        del self._free[len(self._free) - len(tokens) :]
+        if len(tokens) == 1:  # as in most steps: numpy would take longer to begin
+            cell = self._free.pop()
+            self._n_holders[cell] = 1
+            self.held[slot].append(cell)
+            self.tokens[slot].append(tokens[0])
+            return
+        first = len(self._free) - len(tokens)
+        cells = self._free[first:]
+        del self._free[first:]
         self._n_holders[cells] = 1
         self.held[slot].extend(cells)
         self.tokens[slot].extend(tokens)
