@@ -239,9 +239,11 @@ MAY_IMPORT = {
         "engine.wire",
         "engine.model_file",
         "engine.backends.fake",
+        "worker_spec",
         "settings",
         "errors",
     },
+    "worker_spec": {"engine.wire", "engine.model_file", "settings"},
     "settings": set(),
     "errors": set(),
     "api": {

@@ -22,9 +22,10 @@ from errors import (
     TierUnavailable,
     WorkerCrashed,
 )
-from model_manager import ModelManager, Tier, default_kv_tokens
+from model_manager import ModelManager, Tier
 from settings import TierSettings
 from tests.serving import fake, in_threads, script, settings
+from worker_spec import default_kv_tokens
 
 T = TypeVar("T")
 LONG = {"match": "long", "answer": "0123456789" * 1000}

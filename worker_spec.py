@@ -1,0 +1,56 @@
+"""What a worker is told: the settings of a tier, with what depends on model and machine decided."""
+
+import os
+
+import psutil
+
+from engine import wire
+from engine.model_file import ModelFile
+from settings import TierSettings
+
+DEFAULT_N_CTX = 8192
+KV_SHARE_OF_MEMORY = 1 / 64  # for one tier; each cell is cleared at the start, which takes time
+PREFIX_CACHE_SHARE_OF_MEMORY = 1 / 32  # where PREFIX_CACHE_MB is not set
+
+
+def worker_spec(
+    name: str, settings: TierSettings, model: ModelFile, log_level: str
+) -> wire.WorkerSpec:
+    """What a worker is told, with the values that depend on the model and the machine decided."""
+    n_ctx = effective_n_ctx(settings, model)
+    return wire.WorkerSpec(
+        name=name,
+        backend=settings.backend,
+        model_path=str(settings.path) if settings.model_path else "",
+        n_ctx=n_ctx,
+        n_parallel=settings.n_parallel,
+        kv_tokens=settings.kv_tokens or default_kv_tokens(n_ctx, settings.n_parallel, model),
+        n_batch=settings.n_batch,
+        n_threads=settings.n_threads or default_n_threads(),
+        n_gpu_layers=settings.n_gpu_layers,
+        max_stall_s=settings.max_stall_ms / 1e3,
+        prefix_cache_bytes=int(psutil.virtual_memory().total * PREFIX_CACHE_SHARE_OF_MEMORY)
+        if settings.prefix_cache_mb is None
+        else settings.prefix_cache_mb << 20,
+        log_level=log_level,
+    )
+
+
+def effective_n_ctx(settings: TierSettings, model: ModelFile) -> int:
+    """Most tokens of one request: what is set, or else what the cells and the model allow."""
+    n_ctx = settings.n_ctx or min(DEFAULT_N_CTX, settings.kv_tokens or DEFAULT_N_CTX)
+    return min(n_ctx, model.n_ctx_train)
+
+
+def default_kv_tokens(n_ctx: int, n_parallel: int, model: ModelFile) -> int:
+    """Room for every sequence to be full, less where that is much of the memory."""
+    affordable = psutil.virtual_memory().total * KV_SHARE_OF_MEMORY
+    affordable /= max(model.kv_bytes_per_token, 1)
+    return max(n_ctx, min(n_ctx * n_parallel, int(affordable)))
+
+
+def default_n_threads() -> int:
+    """Physical cores that this process may use; their second threads only get in the way."""
+    physical = psutil.cpu_count(logical=False) or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    return min(physical, allowed)
