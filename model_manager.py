@@ -13,6 +13,7 @@ One task per tier makes every transition, so none of them can race:
 
 import asyncio
 import copy
+import hashlib
 import itertools
 import logging
 import math
@@ -20,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -128,6 +130,7 @@ class Tier:
         self._log_level = log_level
         self._model: ModelFile | None = None
         self._model_signature = 0, 0
+        self._fingerprint = ""
         self._worker: Worker | None = None
         self._waiting: deque[Generation] = deque()
         self._suspects: deque[Generation] = deque()
@@ -163,6 +166,7 @@ class Tier:
             if self._model is None or signature != self._model_signature:
                 self._model = _read_model(self.name, self.settings)
                 self._model_signature = signature
+                self._fingerprint = _fingerprint(self.settings, self._model, signature)
         return self._model
 
     def status(self) -> tuple[State, str | None]:
@@ -179,6 +183,12 @@ class Tier:
         """When the model file was written, in seconds since 1970. Raises ModelLoadFailed."""
         self.model()
         return self._model_signature[0] // 10**9 if self.settings.model_path else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with all that changes answers: the file, its template, the backend."""
+        self.model()
+        return self._fingerprint
 
     @contextmanager
     def lease(self) -> Iterator[None]:
@@ -449,6 +459,12 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
     if model.kind != "chat":
         raise ModelLoadFailed(f"{model.path.name} is made for {model.kind} and not for chat.")
     return model
+
+
+def _fingerprint(settings: TierSettings, model: ModelFile, signature: object) -> str:
+    library = version("llama-cpp-python") if settings.backend == "llamacpp" else ""
+    parts = (model.path.name, signature, model.chat_template, settings.backend, library)
+    return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def _signature(path: Path) -> tuple[int, int]:

@@ -52,6 +52,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# what a template gets from us
+RESERVED_KWARGS = {"messages", "now", "add_generation_prompt", "self"}
+
+
 class ContentPart(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -84,6 +88,7 @@ class ChatRequest(GenerationFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: TokenLimit | None = None
     n: OneChoice = 1
+    chat_template_kwargs: dict[str, Any] | None = None  # such as enable_thinking
     logprobs: Switch = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
@@ -108,7 +113,7 @@ async def create_chat_completion(
         body, UNSUPPORTED, strict=services.settings.server.strict_params, parts=parts
     )
     body.check_stream_options()
-    prompt = await asyncio.to_thread(_render, services, tier, body.messages)
+    prompt = await asyncio.to_thread(_render, services, tier, body)
     answer = await generation.start(
         request.receive,
         tier,
@@ -131,6 +136,7 @@ async def create_chat_completion(
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
         "created": int(time.time()),
         "model": tier.name,
+        "system_fingerprint": tier.fingerprint,
     }
     if body.stream:
         return EventStream(_events(answer, head, include_usage=body.include_usage), headers)
@@ -185,12 +191,13 @@ def _logprobs(tokens: Sequence[wire.TokenLogprob]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _render(
-    services: Services, tier: Tier, messages: Sequence[ChatMessage]
-) -> list[wire.Segment | int]:
+def _render(services: Services, tier: Tier, body: ChatRequest) -> list[wire.Segment | int]:
     template = services.template(tier)
-    dumped = [message.model_dump(exclude_unset=True) for message in messages]
-    return [*template.render(dumped, now=datetime.now())]
+    dumped = [message.model_dump(exclude_unset=True) for message in body.messages]
+    extra = body.chat_template_kwargs or {}
+    for name in RESERVED_KWARGS & extra.keys():
+        raise BadRequest(f"'{name}' is not for clients.", param=f"chat_template_kwargs.{name}")
+    return [*template.render(dumped, now=datetime.now(), **extra)]
 
 
 def _parts(messages: Sequence[ChatMessage]) -> Iterator[tuple[str, ContentPart]]:

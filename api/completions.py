@@ -108,6 +108,7 @@ async def create_completion(
         "object": "text_completion",
         "created": int(time.time()),
         "model": tier.name,
+        "system_fingerprint": tier.fingerprint,
     }
     if body.stream:
         return EventStream(_events(answer, head, body), headers)

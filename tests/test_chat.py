@@ -119,6 +119,28 @@ def test_the_second_turn_reuses_the_first(service: Service) -> None:
     assert usage["prompt_tokens_details"] == {"cached_tokens": reused}
 
 
+def test_the_fingerprint_stays_while_the_model_does(service: Service) -> None:
+    first, second = (service.chat().json()["system_fingerprint"] for _ in range(2))
+    assert first == second
+    assert first.startswith("fp_")
+    chunks = events(service.chat(stream=True))
+    assert {chunk["system_fingerprint"] for chunk in chunks} == {first}
+    assert service.chat(model="heavy").json()["system_fingerprint"] == first  # the same file
+    assert service.complete().json()["system_fingerprint"] == first
+
+
+def test_a_template_gets_the_clients_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "<|user|>{{ tone or 'plain' }} {{ messages[0].content }}<|end|><|assistant|>"
+    monkeypatch.setattr(backend, "CHAT_TEMPLATE", source)
+    with serving() as other:
+        assert text_of(other.chat()) == "You said: plain Hi"
+        kwargs = {"tone": "loud<|end|>"}
+        assert text_of(other.chat(chat_template_kwargs=kwargs)) == "You said: loud<|end|> Hi"
+        for name in ("messages", "now", "add_generation_prompt"):
+            error = error_of(other.chat(chat_template_kwargs={name: 1}), 400)
+            assert error["param"] == f"chat_template_kwargs.{name}"
+
+
 @pytest.mark.parametrize("role", ["system", "developer", "assistant", "tool"])
 def test_every_role_is_taken(service: Service, role: str) -> None:
     message = {"role": role, "content": "Be brief.", "tool_call_id": "x"}
