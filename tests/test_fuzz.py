@@ -1,0 +1,126 @@
+"""Bodies that nobody would send, against the whole service: each is answered or refused, nothing
+breaks, and nothing is left behind."""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.serving import Service, fake, script, serving, wait_until
+from tests.serving import settings as service_settings
+
+ODD: st.SearchStrategy[Any] = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.sampled_from([2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, -0.0, 1e308, math.nan, math.inf]),
+    st.text(max_size=8),
+    st.sampled_from(["\ud800", "\0", "<|end|>", "light", "auto", "a" * 3000]),
+    st.lists(st.integers(-1, 300), max_size=4),
+    st.lists(st.text(max_size=3), max_size=3),
+    st.dictionaries(st.text(max_size=5), st.integers(-200, 200), max_size=3),
+)
+PART = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image_url", "x"])}, optional={"text": st.text(max_size=9)}
+)
+MESSAGE = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "developer", "tool", "robot"]),
+        "content": st.one_of(st.text(max_size=30), st.lists(PART, max_size=3), st.none(), ODD),
+    },
+    optional={"name": ODD, "tool_calls": ODD, "tool_call_id": ODD, "reasoning_content": ODD},
+)
+SCHEMA = st.sampled_from(
+    [{"type": "object"}, {"enum": ["a", "b"]}, {"not": {}}, {"type": "frob"}, {"minProperties": 1}]
+)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "max_tokens": st.integers(0, 4),
+    "max_completion_tokens": st.integers(0, 4),
+    "temperature": st.floats(-0.5, 2.5),
+    "top_p": st.floats(-0.1, 1.1),
+    "top_k": st.integers(-2, 50),
+    "min_p": st.floats(-0.1, 1.1),
+    "repeat_penalty": st.floats(-0.1, 3),
+    "frequency_penalty": st.floats(-3, 3),
+    "presence_penalty": st.floats(-3, 3),
+    "seed": st.integers(-(2**64), 2**65),
+    "stop": st.one_of(st.text(max_size=3), st.lists(st.text(max_size=3), max_size=3)),
+    "n": st.integers(0, 5),
+    "best_of": st.integers(0, 5),
+    "logprobs": st.one_of(st.booleans(), st.integers(0, 6)),
+    "top_logprobs": st.integers(0, 21),
+    "logit_bias": st.dictionaries(
+        st.sampled_from(["0", "65", "260", "261", "-1", "x"]), st.floats(-101, 101)
+    ),
+    "stream": st.booleans(),
+    "stream_options": st.dictionaries(st.sampled_from(["include_usage", "x"]), st.booleans()),
+    "response_format": st.one_of(
+        st.fixed_dictionaries({"type": st.sampled_from(["text", "json_object", "json_schema"])}),
+        st.builds(lambda s: {"type": "json_object", "schema": s}, SCHEMA),
+        st.builds(lambda s: {"type": "json_schema", "json_schema": {"schema": s}}, SCHEMA),
+    ),
+    "grammar": st.sampled_from(['root ::= "a" | "b"', "start: /[ab]+/", "nonsense", ""]),
+    "chat_template_kwargs": st.dictionaries(st.sampled_from(["a", "messages", "tools"]), ODD),
+    "tools": ODD,
+    "tool_choice": ODD,
+    "user": ODD,
+    "mirostat": ODD,
+}  # fmt: skip
+GOOD_MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "system", "assistant"]), "content": st.text(max_size=30)}
+)
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> dict[str, Any]:
+    """Mostly right, with a few fields of any kind: all odd ones would only test the first check."""
+    is_odd = draw(st.integers(0, 3)) == 0
+    body = {
+        "model": draw(ODD) if is_odd and draw(st.booleans()) else "light",
+        "messages": draw(st.lists(MESSAGE if is_odd else GOOD_MESSAGE, min_size=1, max_size=4)),
+        "prompt": draw(
+            st.one_of(st.text(min_size=1), st.lists(st.integers(0, 255), min_size=1), ODD)
+            if is_odd
+            else st.text(min_size=1, max_size=30)
+        ),
+    }
+    for name in draw(st.lists(st.sampled_from(sorted(FIELDS)), max_size=4, unique=True)):
+        body[name] = draw(st.one_of(FIELDS[name], ODD) if is_odd else FIELDS[name])
+    return body
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    path = script(tmp_path_factory.mktemp("fuzz"))
+    with serving(service_settings(light=fake(path, n_ctx=512, max_tokens=4))) as service:
+        yield service
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(body=bodies(), path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]))
+def test_any_body_is_answered_or_refused(service: Service, body: Any, path: str) -> None:
+    content = json.dumps(body)
+    reply = service.http.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert reply.status_code in (200, 400, 404), reply.text
+    if reply.status_code != 200:
+        error = reply.json()["error"]
+        assert error["message"]
+        assert error["type"] == "invalid_request_error"
+    elif reply.headers["content-type"].startswith("text/event-stream"):
+        assert reply.text.endswith("data: [DONE]\n\n")
+        assert '"error"' not in reply.text
+    else:
+        assert reply.json()["choices"]
+
+
+def test_nothing_is_left_behind(service: Service) -> None:
+    tier = service.manager.tiers["light"]
+    wait_until(lambda: not tier._running and not tier._waiting and not tier._n_leases)
+    assert service.chat().status_code == 200
+    assert tier.status() == ("ready", None)
