@@ -21,6 +21,9 @@ from settings import TierSettings
 
 MAX_STOPS = 64
 MAX_BIASES = 1024
+# sampling fields that have no setting of a tier
+REQUEST_ONLY = ("frequency_penalty", "presence_penalty", "repeat_last_n", "typical_p", "min_tokens",
+                "ignore_eos")  # fmt: skip
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128  # OpenAI's limit of n
 
@@ -89,6 +92,10 @@ class GenerationFields(BaseModel):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: UnitInterval | None = None
     repeat_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
+    repeat_last_n: Annotated[int, Field(ge=-1, le=2**20)] | None = None
+    typical_p: UnitInterval | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    ignore_eos: Switch = False
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
@@ -110,6 +117,10 @@ class GenerationFields(BaseModel):
 def grammar(fields: GenerationFields) -> wire.Grammar | None:
     """What the answer must look like, by `response_format` or `grammar`. Raises BadRequest."""
     wanted = fields.response_format
+    is_bound = fields.grammar or (wanted is not None and wanted.type != "text")
+    for name in ("min_tokens", "ignore_eos"):
+        if is_bound and getattr(fields, name):
+            raise BadRequest("A grammar decides where the answer ends.", param=name)
     if wanted is None or wanted.type == "text":
         return wire.Grammar("grammar", fields.grammar) if fields.grammar else None
     if fields.grammar:
@@ -147,7 +158,7 @@ def sampling_params(
     """How to sample: the request's values over the tier's."""
     names = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
     values = {name: getattr(tier, name) for name in names}
-    for name in (*names, "frequency_penalty", "presence_penalty"):
+    for name in (*names, *REQUEST_ONLY):
         if (asked := getattr(fields, name)) is not None:
             values[name] = asked
     # the sampler takes 32 bits

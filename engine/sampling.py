@@ -8,8 +8,6 @@ import numpy.typing as npt
 
 from engine.types import SamplingParams
 
-REPEAT_LAST_N = 64  # tokens that repeat_penalty looks at, as llama.cpp's default
-
 
 def logprobs(
     logits: npt.NDArray[np.float32], token: int, n_top: int
@@ -42,13 +40,14 @@ class Penalties:
 
     frequency and presence: OpenAI's formula over generated tokens. repeat_penalty: divides a
     positive logit and multiplies a negative one (Keskar et al. 2019, as llama.cpp does), over the
-    last REPEAT_LAST_N tokens of prompt and answer.
+    last `repeat_last_n` tokens of prompt and answer.
     """
 
     def __init__(self, sampling: SamplingParams, prompt: Iterable[int]) -> None:
         self._sampling = sampling
         self._generated: Counter[int] = Counter()
-        self._recent = deque(prompt, maxlen=REPEAT_LAST_N)
+        n_recent = sampling.repeat_last_n
+        self._recent = deque(prompt, maxlen=None if n_recent < 0 else n_recent)
 
     @staticmethod
     def wanted(sampling: SamplingParams) -> bool:

@@ -15,17 +15,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen. Values that switch a rule off: see each line.
 
     `frequency_penalty` and `presence_penalty` count generated tokens only, as OpenAI defines them;
-    `repeat_penalty` looks at the last 64 tokens of prompt and answer, as llama.cpp does.
+    `repeat_penalty` looks at the last `repeat_last_n` tokens of prompt and answer, as in llama.cpp.
     """
 
     temperature: float = 0.8  # 0: greedy
     top_p: float = 0.95  # 1: off
     top_k: int = 40  # 0 or less: off
     min_p: float = 0.05  # 0: off
+    typical_p: float = 1.0  # 1: off
     repeat_penalty: float = 1.0  # 1: off
+    repeat_last_n: int = 64  # -1: all, 0: off
     frequency_penalty: float = 0.0  # 0: off
     presence_penalty: float = 0.0  # 0: off
     seed: int = 0  # 32 bits; the server draws one where the client gave none
+    min_tokens: int = 0  # before them the answer does not end by itself
+    ignore_eos: bool = False  # nor ever
     logit_bias: dict[int, float] = {}  # added to the logits of these tokens
     # also the log probability of each token, and of so many likeliest ones; None: neither
     n_logprobs: int | None = None

@@ -267,6 +267,7 @@ def test_sampling_follows_its_seed_and_its_rules(
     assert say(temperature=1.0, top_k=1) == greedy
     assert say(temperature=1.0, top_k=0, top_p=0.0, seed=5) == greedy
     assert say(temperature=1.0, top_k=0, min_p=1.0, seed=5) == greedy
+    assert say(**free, typical_p=0.01, seed=5) == say(**free, typical_p=0.01, seed=6)
     once = say(temperature=0, presence_penalty=2.0, repeat_penalty=10.0)
     assert len(set(once)) == len(once)
 
@@ -296,6 +297,21 @@ def test_log_probabilities_are_of_the_raw_row_whatever_is_done_to_it(
         assert [lp for _, lp in sampled.top] == pytest.approx(expected[best].tolist(), abs=1e-3)
         if "logit_bias" in values:
             assert sampled.token == best[1]
+
+
+def test_an_answer_does_not_end_before_it_may(tiny: Path, load: Callable[..., BatchEngine]) -> None:
+    engine = load(tiny)
+    prompt = ids(engine, "one two three")
+    end = next(t for t in range(engine.tokenizer.n_vocab) if engine.tokenizer.ends_generation(t))
+
+    def say(**values: Any) -> list[int]:
+        sampling = SamplingParams(temperature=0, logit_bias={end: 100.0}, **values)
+        return generate(engine, {1: prompt}, 9, sampling)[1]
+
+    assert say() == [end]
+    answer = say(min_tokens=5)
+    assert (len(answer), answer.index(end)) == (6, 5)
+    assert end not in say(ignore_eos=True)
 
 
 @pytest.mark.parametrize("which", ["smollm2", "spm"])

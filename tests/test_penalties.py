@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.sampling import REPEAT_LAST_N, Penalties
+from engine.sampling import Penalties
 from engine.types import SamplingParams
 
 N_VOCAB = 12
@@ -34,7 +34,7 @@ def by_formula(
     presence_penalty: float = 0.0,
 ) -> list[float]:
     """One token at a time, as the papers and OpenAI's reference write it."""
-    recent = (prompt + generated)[-REPEAT_LAST_N:]
+    recent = (prompt + generated)[-SamplingParams().repeat_last_n :]
     counts = Counter(generated)
     result = []
     for token, logit in enumerate(logits):
@@ -89,11 +89,11 @@ def test_a_repeat_penalty_lowers_what_is_positive_and_what_is_negative() -> None
 
 def test_a_repeat_penalty_looks_at_the_last_tokens_of_prompt_and_answer() -> None:
     logits = row(2, 2, 2)
-    penalties([0, 1] + [5] * (REPEAT_LAST_N - 2), [], repeat_penalty=2).apply(
+    penalties([0, 1] + [5] * (SamplingParams().repeat_last_n - 2), [], repeat_penalty=2).apply(
         padded := np.concatenate([logits, row(0, 0, 2)])
     )
     assert padded.tolist() == [1, 1, 2, 0, 0, 1]
-    rules = penalties([0, 1] + [5] * (REPEAT_LAST_N - 2), [2], repeat_penalty=2)
+    rules = penalties([0, 1] + [5] * (SamplingParams().repeat_last_n - 2), [2], repeat_penalty=2)
     rules.apply(padded := np.concatenate([logits, row(0, 0, 2)]))
     assert padded.tolist() == [2, 1, 1, 0, 0, 1]
 

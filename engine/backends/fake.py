@@ -212,6 +212,8 @@ class FakeDecoder:
         data = (f"You said: {turn}" if answer is None else answer).encode()
         n_done = len(cells) - sequence.n_prompt
         token = data[n_done] if n_done < len(data) else _END
+        if token == _END and (sampling.ignore_eos or n_done < sampling.min_tokens):
+            token = ord(".")
         if sequence.constraint:
             token = _allowed(sequence.constraint, token)
         if sampling.logit_bias.get(token, 0) <= -100:

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,6 +47,7 @@ class LlamaTokenizer:
         wants_bos = lib.llama_vocab_get_add_bos(self._vocab)
         self.bos: int | None = lib.llama_vocab_bos(self._vocab) if wants_bos else None
         self._pieces: dict[int, bytes] = {}
+        self._ends: list[int] = []
         self._ordinary: dict[bytes, int] = {}  # ids of ordinary tokens, made when first needed
 
     def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
@@ -65,6 +67,13 @@ class LlamaTokenizer:
 
     def ends_generation(self, token: int) -> bool:
         return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+    @property
+    def ends(self) -> list[int]:
+        """Every token that ends a generation."""
+        if not self._ends:
+            self._ends = [token for token in range(self.n_vocab) if self.ends_generation(token)]
+        return self._ends
 
     def _call(self, data: bytes) -> list[int]:
         n_room = len(data) + 16
@@ -122,7 +131,8 @@ class LlamaDecoder:
         self._scratch = spec.n_parallel  # a sequence of our own, on the way out and in
         self.n_cells: int = lib.llama_n_ctx(self._context)
         self.n_batch: int = lib.llama_n_batch(self._context)
-        self.tokenizer: Tokenizer = LlamaTokenizer(self._model)
+        self._llama_tokenizer = LlamaTokenizer(self._model)
+        self.tokenizer: Tokenizer = self._llama_tokenizer
         self._batch = _BatchArrays(self.n_batch)
 
     def close(self) -> None:
@@ -174,7 +184,8 @@ class LlamaDecoder:
         lib.llama_synchronize(self._context)  # or a GPU's work would be missing in the step's time
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler":
-        return LlamaSampler(sampling, prompt)
+        ends = self._llama_tokenizer.ends if sampling.ignore_eos or sampling.min_tokens else []
+        return LlamaSampler(sampling, prompt, ends)
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
         index = self._batch.logits_at[row]
@@ -187,7 +198,9 @@ class LlamaDecoder:
 class LlamaSampler:
     """How one sequence chooses: penalties, then argmax or a chain of llama.cpp's samplers."""
 
-    def __init__(self, sampling: SamplingParams, prompt: list[int]) -> None:
+    def __init__(self, sampling: SamplingParams, prompt: list[int], ends: list[int]) -> None:
+        self._ends = ends
+        self._n_without_end = sys.maxsize if sampling.ignore_eos else sampling.min_tokens
         self._n_logprobs = sampling.n_logprobs
         self._bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
         self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
@@ -201,8 +214,12 @@ class LlamaSampler:
         constraint: Constraint | None,
     ) -> Sampled:
         raw = logits
-        if self._n_logprobs is not None and (self._penalties or self._bias or constraint):
+        changes = self._penalties or self._bias or constraint or self._n_without_end > 0
+        if self._n_logprobs is not None and changes:
             raw = logits.copy()
+        if self._n_without_end > 0:
+            self._n_without_end -= 1
+            logits[self._ends] = -np.inf
         if self._penalties:
             self._penalties.apply(logits)
         if self._bias:
@@ -278,6 +295,8 @@ def _new_chain(sampling: SamplingParams) -> Any:
     add: Callable[[Any], None] = lambda sampler: lib.llama_sampler_chain_add(chain, sampler)  # noqa: E731
     if sampling.top_k > 0:
         add(lib.llama_sampler_init_top_k(sampling.top_k))
+    if sampling.typical_p < 1:
+        add(lib.llama_sampler_init_typical(sampling.typical_p, 1))
     if sampling.top_p < 1:
         add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
     if sampling.min_p > 0:
