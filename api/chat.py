@@ -1,8 +1,6 @@
 """POST /v1/chat/completions"""
 
 import asyncio
-import time
-import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from datetime import datetime
@@ -20,12 +18,10 @@ from api.sampling import (
     OneChoice,
     Switch,
     TokenLimit,
-    grammar,
+    generate_request,
     grammar_field,
     ignored_params,
-    max_tokens,
     refuse,
-    sampling_params,
     validity,
 )
 from api.sse import EventStream, event
@@ -50,8 +46,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-
-
 # what a template gets from us
 RESERVED_KWARGS = {"messages", "now", "add_generation_prompt", "self"}
 
@@ -118,26 +112,19 @@ async def create_chat_completion(
         request.receive,
         tier,
         [
-            wire.Generate(
+            generate_request(
+                body,
+                tier.settings,
                 prompt=prompt,
-                add_bos=True,
-                sampling=sampling_params(body, tier.settings, n_logprobs=body.n_logprobs),
-                stop=body.stop or [],
-                grammar=grammar(body),
-                logit_bias=body.logit_bias or {},
-                max_tokens=max_tokens(tier.settings, body.max_tokens, body.max_completion_tokens),
+                limits=(body.max_tokens, body.max_completion_tokens),
                 n=body.n,
+                n_logprobs=body.n_logprobs,
             )
         ],
         fields={"prompt": "messages", "grammar": grammar_field(body)},
     )
-    head = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion.chunk" if body.stream else "chat.completion",
-        "created": int(time.time()),
-        "model": tier.name,
-        "system_fingerprint": tier.fingerprint,
-    }
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    head = generation.head("chatcmpl", kind, tier)
     if body.stream:
         return EventStream(_events(answer, head, include_usage=body.include_usage), headers)
     choices = await while_connected(request.receive, generation.fold(answer))

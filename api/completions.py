@@ -1,12 +1,11 @@
 """POST /v1/completions: raw prompts, OpenAI's legacy form."""
 
 import itertools
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from pydantic import Discriminator, Field, Tag
 from starlette.responses import JSONResponse, Response
@@ -18,12 +17,10 @@ from api.sampling import (
     ChoiceCount,
     GenerationFields,
     OneChoice,
-    grammar,
+    generate_request,
     grammar_field,
     ignored_params,
-    max_tokens,
     refuse,
-    sampling_params,
     validity,
 )
 from api.sse import EventStream, event
@@ -84,32 +81,16 @@ async def create_completion(
         )
     n_sampled = _n_sampled(body)
     n_logprobs = 0 if body.logprobs is None and n_sampled > body.n else body.logprobs
-    sampling = sampling_params(body, tier.settings, n_logprobs=n_logprobs)
+    asked = generate_request(
+        body, tier.settings, limits=[body.max_tokens], n=n_sampled, n_logprobs=n_logprobs
+    )
     answer = await generation.start(
         request.receive,
         tier,
-        [
-            wire.Generate(
-                prompt=prompt,
-                add_bos=True,
-                sampling=sampling,
-                stop=body.stop or [],
-                grammar=grammar(body),
-                logit_bias=body.logit_bias or {},
-                max_tokens=max_tokens(tier.settings, body.max_tokens),
-                n=n_sampled,
-            )
-            for prompt in prompts
-        ],
+        [msgspec.structs.replace(asked, prompt=prompt) for prompt in prompts],
         fields={"grammar": grammar_field(body)},
     )
-    head = {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": tier.name,
-        "system_fingerprint": tier.fingerprint,
-    }
+    head = generation.head("cmpl", "text_completion", tier)
     if body.stream:
         return EventStream(_events(answer, head, body), headers)
     sampled = await while_connected(request.receive, generation.fold(answer))

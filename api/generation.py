@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import time
+import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
@@ -25,6 +27,17 @@ class Answer:
     started: Sequence[wire.Started]
     outs: Outs
     n_choices: int
+
+
+def head(prefix: str, kind: str, tier: Tier) -> dict[str, Any]:
+    """What the reply and each of its chunks begin with."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": tier.name,
+        "system_fingerprint": tier.fingerprint,
+    }
 
 
 async def start(

@@ -22,16 +22,24 @@ _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 PUBLIC_PATHS = ("/health",)  # without a key, so that a supervisor can ask
 
 
-class RequestLog:
-    """Gives each request an id, in the client's words where it sent one, and a line in the log."""
+class HttpMiddleware:
+    """Lets everything but HTTP requests pass, such as the lifespan."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        serve = self.serve if scope["type"] == "http" else self._app
+        await serve(scope, receive, send)
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+
+class RequestLog(HttpMiddleware):
+    """Gives each request an id, in the client's words where it sent one, and a line in the log."""
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope["request_id"] = request_id
@@ -61,16 +69,10 @@ class RequestLog:
             )
 
 
-class Faults:
+class Faults(HttpMiddleware):
     """Answers a fault of ours in the envelope, inside CORS so that browsers may read it."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_started = False
 
         async def watch(message: Message) -> None:
@@ -87,20 +89,17 @@ class Faults:
             await reply(scope, receive, send)
 
 
-class Gate:
+class Gate(HttpMiddleware):
     """Refuses before any work is done: strangers, rebound hosts, bodies that are too large."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
-        self._app = app
+        super().__init__(app)
         self._settings = settings
         self._keys = [key.encode() for key in settings.api_keys]
         self._hosts = {"localhost", settings.host.lower()}
         self._hosts |= {host.lower() for host in settings.allowed_hosts}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         try:
             self._check_host(headers.get("host", ""))

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -40,11 +40,7 @@ StopList = Annotated[
 UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-
-
 TokenLimit = Annotated[int, Field(ge=-1, lt=2**31)]  # -1, as some clients say it: no limit
-
-
 ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 OneChoice = Annotated[ChoiceCount, BeforeValidator(lambda value: 1 if value is None else value)]
 Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
@@ -54,9 +50,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     include_usage: Switch = False
-    include_obfuscation: Switch = (
-        False  # padding against eavesdroppers: there are none on a loopback
-    )
+    # padding against eavesdroppers: there are none on a loopback
+    include_obfuscation: Switch = False
 
 
 class JsonSchema(BaseModel):
@@ -114,7 +109,30 @@ class GenerationFields(BaseModel):
             raise BadRequest("It is only for `stream: true`.", param="stream_options")
 
 
-def grammar(fields: GenerationFields) -> wire.Grammar | None:
+def generate_request(
+    fields: GenerationFields,
+    tier: TierSettings,
+    *,
+    prompt: Sequence[wire.Segment | int] = (),
+    limits: Sequence[int | None],
+    n: int,
+    n_logprobs: int | None,
+) -> wire.Generate:
+    """What the tier is asked for. `limits` are the fields that bound the answer, under all the
+    names that they have in this request. Raises BadRequest."""
+    return wire.Generate(
+        prompt=[*prompt],
+        add_bos=True,
+        sampling=_sampling_params(fields, tier, n_logprobs),
+        stop=fields.stop or [],
+        grammar=_grammar(fields),
+        logit_bias=fields.logit_bias or {},
+        max_tokens=_max_tokens(tier, limits),
+        n=n,
+    )
+
+
+def _grammar(fields: GenerationFields) -> wire.Grammar | None:
     """What the answer must look like, by `response_format` or `grammar`. Raises BadRequest."""
     wanted = fields.response_format
     is_bound = fields.grammar or (wanted is not None and wanted.type != "text")
@@ -152,8 +170,8 @@ def validity(done: wire.Done | None) -> dict[str, bool]:
     return {"schema_valid": done.is_valid} if done and done.is_valid is not None else {}
 
 
-def sampling_params(
-    fields: GenerationFields, tier: TierSettings, *, n_logprobs: int | None
+def _sampling_params(
+    fields: GenerationFields, tier: TierSettings, n_logprobs: int | None
 ) -> SamplingParams:
     """How to sample: the request's values over the tier's."""
     names = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
@@ -166,9 +184,9 @@ def sampling_params(
     return SamplingParams(**values, seed=seed, n_logprobs=n_logprobs)
 
 
-def max_tokens(tier: TierSettings, *asked: int | None) -> int | None:
-    """The limit that holds, of the names it has in a request; None: to the end of the context."""
-    given = {limit for limit in asked if limit is not None}
+def _max_tokens(tier: TierSettings, limits: Sequence[int | None]) -> int | None:
+    """The limit that holds; None: to the end of the context."""
+    given = {limit for limit in limits if limit is not None}
     if len(given) > 1:
         raise BadRequest(
             "max_tokens and max_completion_tokens differ; send one of them.", param="max_tokens"

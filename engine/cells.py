@@ -97,28 +97,31 @@ class Cells:
         self.held[slot] = array("i")
         self.tokens[slot] = array("i")
 
-    def move_out_block(self, slot: int) -> None:
-        """Put the next block of a slot into the prefix tree; with the last one it is cleared."""
-        tokens = view(self.tokens[slot])
-        n_known = self._tree.match(tokens).n_tokens
-        n_wanted = min(n_known + BLOCK, len(tokens))
-        is_saved = self.can_share and self._tree.insert(
-            tokens[:n_wanted], lambda start, end: self._memory.save(slot, start, end)
-        )
-        del tokens  # an array cannot change while somebody looks at it
-        if not is_saved or n_wanted == len(self.tokens[slot]):
-            self.clear(slot)
+    def remember(self, slot: int) -> None:
+        """Put all of a slot into the prefix tree as well."""
+        while self._remember_block(slot):
+            pass
 
     def move_out(self, slot: int) -> None:
         """Put all of a slot into the prefix tree, and clear it."""
-        while self.tokens[slot]:
-            self.move_out_block(slot)
+        self.remember(slot)
+        self.clear(slot)
 
-    def remember(self, slot: int) -> None:
-        """Put all of a slot into the prefix tree as well."""
+    def move_out_block(self, slot: int) -> None:
+        """Put the next block of a slot into the prefix tree; with the last one it is cleared."""
+        if not self._remember_block(slot):
+            self.clear(slot)
+
+    def _remember_block(self, slot: int) -> bool:
+        """Put the next block into the prefix tree. False if that was the last, or cannot be."""
+        if not self.can_share:
+            return False
         tokens = view(self.tokens[slot])
-        for end in range(BLOCK, len(tokens) + BLOCK, BLOCK):
-            self._tree.insert(tokens[:end], lambda start, end: self._memory.save(slot, start, end))
+        end = min(self._tree.match(tokens).n_tokens + BLOCK, len(tokens))
+        is_known = self._tree.insert(
+            tokens[:end], lambda start, end: self._memory.save(slot, start, end)
+        )
+        return is_known and end < len(tokens)
 
     def recall(self, slot: int, match: Match) -> None:
         """Bring cells back from the prefix tree into an empty slot, while there is room."""

@@ -191,10 +191,8 @@ class Worker:
 
 def error_from(failed: wire.Failed) -> ServiceError:
     """The exception that a worker's Failed stands for."""
-    classes: list[type[ServiceError]] = [
-        BadRequest,
-        *ServiceError.__subclasses__(),
-    ]  # the first has no code
+    # the one without a code first, then whoever has one
+    classes: list[type[ServiceError]] = [BadRequest, *ServiceError.__subclasses__()]
     for error_class in classes:
         if error_class.code == failed.code:
             return error_class(failed.message, param=failed.param, **failed.numbers)

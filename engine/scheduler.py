@@ -263,8 +263,8 @@ class Scheduler:
 
     def _make_room(self) -> bool:
         """Free some cells; False when nothing is left to give up."""
-        for slot in self._idle():
-            self._cells.move_out(slot.index)
+        if idle := self._idle():
+            self._cells.move_out(idle[0].index)
             return True
         if len(self._running) < 2:
             return False
