@@ -112,30 +112,22 @@ def write_tiny_gemma3(path: Path, *, n_ctx: int = 1024, window: int = 16, seed: 
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_sliding_window(window)
     writer.add_rope_freq_base(10000.0)
-    random = np.random.RandomState(seed)
-
-    def add_matrix(name: str, n_out: int, n_in: int, gain: float) -> None:
-        weights = random.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)
-        writer.add_tensor(f"{name}.weight", weights.astype(np.float32))
-
-    def add_norm(name: str, n: int) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(n, np.float32))
-
-    add_matrix("token_embd", len(tokens), n_embd, 1.0)
-    add_norm("output_norm", n_embd)
-    add_matrix("output", len(tokens), n_embd, np.sqrt(n_embd))
+    weights = _Weights(writer, seed)
+    weights.matrix("token_embd", len(tokens), n_embd, 1.0)
+    weights.norm("output_norm", n_embd)
+    weights.matrix("output", len(tokens), n_embd, np.sqrt(n_embd))
     for i in range(n_layer):
         for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
-            add_norm(f"blk.{i}.{name}", n_embd)
-        add_norm(f"blk.{i}.attn_q_norm", n_embd_head)
-        add_norm(f"blk.{i}.attn_k_norm", n_embd_head)
-        add_matrix(f"blk.{i}.attn_q", n_embd, n_embd, 1.7)
-        add_matrix(f"blk.{i}.attn_k", n_head_kv * n_embd_head, n_embd, 1.7)
-        add_matrix(f"blk.{i}.attn_v", n_head_kv * n_embd_head, n_embd, 1.5)
-        add_matrix(f"blk.{i}.attn_output", n_embd, n_embd, 1.5)
-        add_matrix(f"blk.{i}.ffn_gate", n_ff, n_embd, 1.5)
-        add_matrix(f"blk.{i}.ffn_up", n_ff, n_embd, 1.5)
-        add_matrix(f"blk.{i}.ffn_down", n_embd, n_ff, 1.5)
+            weights.norm(f"blk.{i}.{name}", n_embd)
+        weights.norm(f"blk.{i}.attn_q_norm", n_embd_head)
+        weights.norm(f"blk.{i}.attn_k_norm", n_embd_head)
+        weights.matrix(f"blk.{i}.attn_q", n_embd, n_embd, 1.7)
+        weights.matrix(f"blk.{i}.attn_k", n_head_kv * n_embd_head, n_embd, 1.7)
+        weights.matrix(f"blk.{i}.attn_v", n_head_kv * n_embd_head, n_embd, 1.5)
+        weights.matrix(f"blk.{i}.attn_output", n_embd, n_embd, 1.5)
+        weights.matrix(f"blk.{i}.ffn_gate", n_ff, n_embd, 1.5)
+        weights.matrix(f"blk.{i}.ffn_up", n_ff, n_embd, 1.5)
+        weights.matrix(f"blk.{i}.ffn_down", n_embd, n_ff, 1.5)
     _write(writer)
     return path
 
@@ -219,6 +211,22 @@ def truncate(src: Path, dst: Path, n_bytes: int) -> Path:
     return dst
 
 
+class _Weights:
+    """Random weights, always the same, written as they are drawn."""
+
+    def __init__(self, writer: gguf.GGUFWriter, seed: int) -> None:
+        self.random = np.random.RandomState(seed)
+        self._writer = writer
+
+    def matrix(self, name: str, n_out: int, n_in: int, gain: float) -> None:
+        """Keeps the scale of what passes through, times `gain`."""
+        weights = self.random.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)
+        self._writer.add_tensor(f"{name}.weight", weights.astype(np.float32))
+
+    def norm(self, name: str, n_embd: int) -> None:
+        self._writer.add_tensor(f"{name}.weight", np.ones(n_embd, np.float32))
+
+
 def _write_llama(
     writer: gguf.GGUFWriter,
     types: NDArray[np.int_],
@@ -242,34 +250,25 @@ def _write_llama(
     writer.add_vocab_size(n_vocab)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
 
-    random = np.random.RandomState(seed)
-
-    def add_matrix(name: str, n_out: int, n_in: int, gain: float) -> None:
-        """Keeps the scale of what passes through, times `gain`."""
-        weights = random.standard_normal((n_out, n_in)) * gain / np.sqrt(n_in)
-        writer.add_tensor(f"{name}.weight", weights.astype(np.float32))
-
-    def add_norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(n_embd, np.float32))
-
+    weights = _Weights(writer, seed)
     writer.add_tensor(
-        "token_embd.weight", random.standard_normal((n_vocab, n_embd)).astype(np.float32)
+        "token_embd.weight", weights.random.standard_normal((n_vocab, n_embd)).astype(np.float32)
     )
-    add_norm("output_norm")
-    output = random.standard_normal((n_vocab, n_embd)).astype(np.float32)
+    weights.norm("output_norm", n_embd)
+    output = weights.random.standard_normal((n_vocab, n_embd)).astype(np.float32)
     # Zero logits for all but normal and byte tokens: greedy text does not end by chance.
     output[(types != _TYPE_NORMAL) & (types != _TYPE_BYTE)] = 0
     writer.add_tensor("output.weight", output)
     for i in range(n_layer):
-        add_norm(f"blk.{i}.attn_norm")
-        add_matrix(f"blk.{i}.attn_q", n_embd, n_embd, 1.7)
-        add_matrix(f"blk.{i}.attn_k", n_head_kv * n_embd_head, n_embd, 1.7)
-        add_matrix(f"blk.{i}.attn_v", n_head_kv * n_embd_head, n_embd, 1.5)
-        add_matrix(f"blk.{i}.attn_output", n_embd, n_embd, 1.5)
-        add_norm(f"blk.{i}.ffn_norm")
-        add_matrix(f"blk.{i}.ffn_gate", n_ff, n_embd, 1.5)
-        add_matrix(f"blk.{i}.ffn_up", n_ff, n_embd, 1.5)
-        add_matrix(f"blk.{i}.ffn_down", n_embd, n_ff, 1.5)
+        weights.norm(f"blk.{i}.attn_norm", n_embd)
+        weights.matrix(f"blk.{i}.attn_q", n_embd, n_embd, 1.7)
+        weights.matrix(f"blk.{i}.attn_k", n_head_kv * n_embd_head, n_embd, 1.7)
+        weights.matrix(f"blk.{i}.attn_v", n_head_kv * n_embd_head, n_embd, 1.5)
+        weights.matrix(f"blk.{i}.attn_output", n_embd, n_embd, 1.5)
+        weights.norm(f"blk.{i}.ffn_norm", n_embd)
+        weights.matrix(f"blk.{i}.ffn_gate", n_ff, n_embd, 1.5)
+        weights.matrix(f"blk.{i}.ffn_up", n_ff, n_embd, 1.5)
+        weights.matrix(f"blk.{i}.ffn_down", n_embd, n_ff, 1.5)
     _write(writer)
 
 
