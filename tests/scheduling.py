@@ -1,0 +1,196 @@
+"""A scheduler on cells that are lists of tokens, for tests that are lists of calls."""
+
+from array import array
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.pace import Pace
+from engine.prefix import PrefixTree
+from engine.scheduler import Scheduler
+from engine.types import Batch, Sequence
+
+
+class Memory:
+    """What a decoder remembers: cells with a token each, which slots may share. `is_cells=False`
+    is a memory that cannot be cut, shared or saved."""
+
+    def __init__(self, n_slots: int, n_cells: int, *, is_cells: bool = True) -> None:
+        self.slots: list[list[list[int]]] = [[] for _ in range(n_slots)]
+        self.n_cells = n_cells
+        self.is_cells = is_cells
+        self.n_loaded = 0
+
+    def truncate(self, slot: int, n_tokens: int) -> bool:
+        assert self.is_cells
+        del self.slots[slot][n_tokens:]
+        return True
+
+    def share(self, source: int, slot: int, n_tokens: int) -> None:
+        assert self.is_cells
+        assert self.slots[slot] == []
+        self.slots[slot] = self.slots[source][:n_tokens]
+
+    def save(self, slot: int, start: int, end: int) -> Any:
+        assert self.is_cells
+        return np.array(self.tokens(slot)[start:end], np.int32)
+
+    def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
+        assert self.n_used + len(saved) <= self.n_cells
+        assert len(self.slots[slot]) == start
+        self.n_loaded += len(saved)
+        self.slots[slot] += [[int(token)] for token in saved[: end - start]]
+        return True
+
+    def clear(self, slot: int) -> None:
+        self.slots[slot] = []
+
+    def tokens(self, slot: int) -> list[int]:
+        return [token for (token,) in self.slots[slot]]
+
+    @property
+    def n_used(self) -> int:
+        return len({id(cell) for slot in self.slots for cell in slot})
+
+    def decode(self, batch: Batch) -> None:
+        for chunk in batch.chunks:
+            cells = self.slots[chunk.slot]
+            assert len(cells) == chunk.start, "a chunk begins where the cells of its slot end"
+            cells += [[token] for token in chunk.sequence.tokens[chunk.start : chunk.end]]
+        assert self.n_used <= self.n_cells
+
+
+class FixedPace(Pace):
+    """So many prompt tokens for each step."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+
+    def n_prefill(self, n_decodes: int) -> int:
+        return self.n_tokens
+
+    def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
+        assert n_prefill <= self.n_tokens
+
+
+def next_token(cells: list[int]) -> int:
+    """Depends on every cell and its position, so that a wrong cell gives a wrong answer."""
+    return hash(tuple(cells)) % 1000
+
+
+def answer_to(prompt: list[int], n_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(n_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class Bench:
+    """A scheduler with its cells; `step` computes a batch as an engine would."""
+
+    def __init__(
+        self,
+        *,
+        n_slots: int = 4,
+        n_cells: int = 1000,
+        n_batch: int = 100,
+        n_prefill: int = 1000,
+        tree_bytes: int = 1 << 20,  # four for each token
+        is_cells: bool = True,
+    ) -> None:
+        self.memory = Memory(n_slots, n_cells, is_cells=is_cells)
+        self.n_batch = n_batch
+        self.tree = PrefixTree(tree_bytes)
+        self.scheduler = Scheduler(
+            self.memory,
+            n_slots=n_slots,
+            n_cells=n_cells,
+            n_batch=n_batch,
+            pace=FixedPace(n_prefill),
+            tree=self.tree,
+        )
+        self.tree_bytes = tree_bytes
+        self.n_decoded = 0  # prompt tokens
+        self.sequences: dict[int, Sequence] = {}  # what was added and has not ended
+        self.wanted: dict[int, int] = {}
+        self.answers: dict[int, list[int]] = {}  # of those that got all they wanted
+        self.started: list[int] = []
+
+    def add(self, id: int, prompt: list[int], n_wanted: int = 1000, turn: int = 0) -> Sequence:
+        sequence = self.sequences[id] = Sequence(id, array("i", prompt), turn=turn)
+        self.wanted[id] = n_wanted
+        self.scheduler.add(sequence)
+        return sequence
+
+    def cancel(self, id: int) -> None:
+        self.sequences.pop(id, None)
+        self.scheduler.cancel(id)
+
+    def step(self) -> dict[int, int]:
+        """Number of tokens that each sequence had in the batch, by id."""
+        batch = self.plan()
+        self.commit(batch)
+        return {chunk.sequence.id: chunk.n_tokens for chunk in batch.chunks}
+
+    def plan(self) -> Batch:
+        batch, started = self.scheduler.plan()
+        self.started += [sequence.id for sequence in started]
+        assert batch.n_tokens == sum(chunk.n_tokens for chunk in batch.chunks) <= self.n_batch
+        assert all(chunk.n_tokens > 0 for chunk in batch.chunks)
+        ids = [chunk.sequence.id for chunk in batch.chunks]
+        assert len(ids) == len(set(ids)), "one chunk for each sequence"
+        return batch
+
+    def commit(self, batch: Batch, seconds: float = 0.1) -> None:
+        self.memory.decode(batch)
+        wanting = [chunk.sequence for chunk in batch.chunks if chunk.wants_logits]
+        sampled = [next_token(self.cells_of(sequence)) for sequence in wanting]
+        self.n_decoded += batch.n_tokens - batch.n_decodes
+        self.scheduler.commit(batch, seconds)
+        for sequence, token in zip(wanting, sampled, strict=True):
+            sequence.tokens.append(token)
+        for sequence in wanting:
+            answer = list(sequence.tokens[sequence.n_prompt :])
+            if len(answer) >= self.wanted[sequence.id]:
+                self.answers[sequence.id] = answer
+                self.cancel(sequence.id)
+        self.check()
+
+    def check(self) -> None:
+        held = set()
+        for sequence in self.sequences.values():
+            if sequence.slot is None:
+                assert sequence.n_past == 0
+            else:
+                assert self.cells_of(sequence) == list(sequence.tokens[: sequence.n_past])
+                assert sequence.slot not in held, "a slot belongs to one sequence"
+                held.add(sequence.slot)
+        cells = self.scheduler._cells
+        assert self.memory.n_cells - cells.n_free == self.memory.n_used, "cells are counted"
+        assert [list(t) for t in cells.tokens] == [
+            self.memory.tokens(slot) for slot in range(len(self.memory.slots))
+        ]
+        assert self.tree.n_bytes <= self.tree_bytes
+
+    def cells_of(self, sequence: Sequence) -> list[int]:
+        assert sequence.slot is not None
+        return self.memory.tokens(sequence.slot)
+
+    def run(self, max_steps: int = 1000) -> None:
+        for _ in range(max_steps):
+            if self.scheduler.idle:
+                return
+            assert self.step(), "while anything is there to do, something is done"
+        pytest.fail("it does not end")
+
+    def talk(self, id: int, prompt: list[int], n_wanted: int = 1) -> Sequence:
+        """Add a sequence and run until all is idle. It is returned for its `n_cached`."""
+        sequence = self.add(id, prompt, n_wanted)
+        self.run()
+        return sequence
+
+
+def tokens(first: int, n: int) -> list[int]:
+    """`n` tokens that no other `first` (a multiple of 1000) has."""
+    return [first + i for i in range(n)]

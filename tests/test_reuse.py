@@ -1,0 +1,231 @@
+"""What a newcomer need not compute, as lists of plain calls: cells of conversations that went
+before, of sequences that run, and of the prefix tree."""
+
+from engine.cells import BLOCK
+from engine.scheduler import WORTH_WAITING_FOR
+from tests.scheduling import Bench, answer_to, tokens
+
+
+def test_the_next_turn_of_a_conversation_decodes_only_what_is_new() -> None:
+    bench = Bench()
+    bench.talk(1, tokens(1000, 10), n_wanted=5)
+    history = tokens(1000, 10) + bench.answers[1]
+    second = bench.talk(2, history + tokens(2000, 3), n_wanted=4)
+    # the last token that was sampled has no cell: nothing came after it
+    assert second.n_cached == 14
+    assert bench.answers[2] == answer_to(history + tokens(2000, 3), 4)
+
+
+def test_the_same_prompt_again_decodes_its_last_token_for_the_logits() -> None:
+    bench = Bench()
+    prompt = tokens(1000, 10)
+    bench.talk(1, prompt, n_wanted=3)
+    again = bench.add(2, prompt, n_wanted=3)
+    assert bench.step() == {2: 1}
+    assert again.n_cached == 9
+    bench.run()
+    assert bench.answers[2] == bench.answers[1]
+
+
+def test_a_regenerated_turn_keeps_what_comes_before_it() -> None:
+    bench = Bench()
+    bench.talk(1, tokens(1000, 10), n_wanted=8)
+    edited = tokens(1000, 9) + tokens(2000, 4)
+    assert bench.talk(2, edited, n_wanted=4).n_cached == 9
+    assert bench.answers[2] == answer_to(edited, 4)
+
+
+def test_each_conversation_finds_its_own_slot() -> None:
+    bench = Bench(n_slots=3)
+    first = {id: tokens(1000 * id, 10) for id in (1, 2, 3)}
+    for id, prompt in first.items():
+        bench.talk(id, prompt)
+    for id in (2, 3, 1):
+        assert bench.talk(10 + id, [*first[id], 7, 8]).n_cached == 10
+
+
+def test_a_short_match_is_used_and_does_not_overwrite_the_other_conversation() -> None:
+    bench = Bench(n_slots=2)
+    system = tokens(1000, 4)
+    bench.talk(1, system + tokens(2000, 20))
+    assert bench.talk(2, system + tokens(3000, 20)).n_cached == 4
+    assert bench.talk(3, system + tokens(2000, 20) + [7]).n_cached == 24
+    assert bench.talk(4, system + tokens(3000, 20) + [7]).n_cached == 24
+
+
+def test_the_longest_match_is_taken() -> None:
+    bench = Bench(n_slots=3)
+    bench.add(1, tokens(1000, 6) + tokens(2000, 3), n_wanted=1)
+    bench.add(2, tokens(1000, 8) + tokens(3000, 1), n_wanted=1)
+    bench.run()
+    assert bench.talk(3, tokens(1000, 12)).n_cached == 8
+
+
+def test_many_conversations_are_remembered_beyond_the_slots_and_the_cells() -> None:
+    bench = Bench(n_slots=2, n_cells=64)
+    for id in range(1, 9):
+        bench.talk(id, tokens(1000 * id, 30))
+    for id in range(1, 9):
+        assert bench.talk(10 + id, [*tokens(1000 * id, 30), 7]).n_cached == 30
+
+
+def test_what_is_remembered_is_bounded_and_the_least_recently_used_is_forgotten() -> None:
+    bench = Bench(n_slots=1, tree_bytes=4 * 65)
+    for id in (1, 2, 3):
+        bench.talk(id, tokens(1000 * id, 30))
+    assert bench.talk(4, [*tokens(1000, 30), 7]).n_cached == 30  # moves 3 out, and 2 is too much
+    assert bench.talk(5, [*tokens(2000, 30), 7]).n_cached == 0
+
+
+def test_a_running_sequence_shares_its_cells() -> None:
+    bench = Bench(n_slots=3, n_cells=64)
+    bench.add(1, tokens(1000, 40))
+    bench.step()
+    twin = bench.add(2, tokens(1000, 40))
+    cousin = bench.add(3, tokens(1000, 35) + tokens(2000, 5))
+    assert bench.step() == {1: 1, 2: 1, 3: 5}
+    assert (twin.n_cached, cousin.n_cached) == (39, 35)
+    assert bench.memory.n_used == 41 + 1 + 5
+
+
+def test_shared_cells_stay_while_anybody_holds_them() -> None:
+    bench = Bench(n_slots=3, n_cells=64)
+    bench.add(1, tokens(1000, 40))
+    bench.step()
+    bench.add(2, tokens(1000, 40), n_wanted=6)
+    bench.step()
+    bench.cancel(1)
+    bench.add(3, tokens(3000, 2), n_wanted=1)  # moves out what nobody runs in
+    bench.run()
+    assert bench.answers[2] == answer_to(tokens(1000, 40), 6)
+
+
+def test_newcomers_with_a_common_beginning_wait_for_one_prefill_and_share_it() -> None:
+    bench = Bench(n_slots=8, n_batch=16)
+    system = tokens(1000, 100)
+    for id in range(1, 9):
+        bench.add(id, system + tokens(2000 + 10 * id, 5), n_wanted=3)
+    bench.run()
+    assert bench.n_decoded == 100 + 8 * 5
+    assert bench.answers == {
+        id: answer_to(system + tokens(2000 + 10 * id, 5), 3) for id in range(1, 9)
+    }
+
+
+def test_those_who_wait_for_a_prefill_hold_nobody_up() -> None:
+    bench = Bench(n_slots=4, n_batch=16)
+    bench.add(1, tokens(1000, 100))
+    bench.add(2, tokens(1000, 100))
+    bench.add(3, tokens(3000, 4))
+    assert bench.step() == {3: 4, 1: 12}
+
+
+def test_who_waits_for_a_prefill_that_is_cancelled_goes_on_with_it() -> None:
+    bench = Bench(n_slots=4, n_batch=16)
+    bench.add(1, tokens(1000, 100))
+    second = bench.add(2, tokens(1000, 100), n_wanted=2)
+    bench.step()
+    bench.step()
+    bench.cancel(1)
+    bench.run()
+    assert second.n_cached == 32
+    assert bench.answers[2] == answer_to(tokens(1000, 100), 2)
+
+
+def test_a_short_common_beginning_is_not_worth_waiting_for() -> None:
+    bench = Bench(n_slots=2, n_batch=100)
+    common = tokens(1000, WORTH_WAITING_FOR - 1)
+    bench.add(1, common + tokens(2000, 5))
+    bench.add(2, common + tokens(3000, 5))
+    assert set(bench.step()) == {1, 2}
+
+
+def test_idle_cells_move_out_a_block_in_each_step_while_somebody_runs() -> None:
+    bench = Bench(n_slots=4, n_cells=2000, n_batch=1000)
+    for id in (1, 2):
+        bench.add(id, tokens(10_000 * id, BLOCK + 50), n_wanted=1)
+    bench.run()
+    assert bench.memory.n_used == 2 * (BLOCK + 50)
+    bench.add(3, tokens(50_000, 5))
+    used = []
+    for _ in range(6):
+        bench.step()
+        used.append(bench.memory.n_used - bench.sequences[3].n_past)
+    assert used == [2 * BLOCK + 100, BLOCK + 50, BLOCK + 50, 0, 0, 0]
+    for id in (1, 2):
+        twin = bench.add(10 + id, tokens(10_000 * id, BLOCK + 50), n_wanted=1)
+        bench.step()
+        assert twin.n_cached == BLOCK + 49
+
+
+def test_only_the_blocks_that_are_wanted_come_back() -> None:
+    bench = Bench(n_slots=1, n_cells=2000, n_batch=2000)
+    bench.talk(1, tokens(1000, 3 * BLOCK))
+    bench.talk(2, tokens(9000, 5))
+    bench.memory.n_loaded = 0
+    assert bench.talk(3, [*tokens(1000, 20), 7]).n_cached == 20
+    assert bench.memory.n_loaded == BLOCK
+
+
+def test_the_first_answers_of_all_jobs_come_before_the_second_ones() -> None:
+    bench = Bench(n_slots=2)
+    for id in range(1, 9):
+        bench.add(id, tokens(1000, 10), n_wanted=2, turn=id - 1)
+    bench.step()
+    bench.step()
+    bench.add(9, tokens(9000, 3), n_wanted=1)
+    bench.run()
+    assert list(bench.answers).index(9) <= 3
+
+
+def test_a_prompt_cached_up_to_its_last_token_goes_beside_the_decodes() -> None:
+    bench = Bench(n_slots=2, n_batch=4)
+    bench.talk(1, tokens(1000, 12))
+    bench.add(2, tokens(2000, 3))
+    bench.step()
+    bench.add(3, tokens(1000, 12))
+    assert bench.step() == {2: 1, 3: 1}
+
+
+def test_memory_that_cannot_drop_an_end_decodes_the_whole_prompt_again() -> None:
+    bench = Bench(is_cells=False)
+    prompt = tokens(1000, 10)
+    bench.talk(1, prompt, n_wanted=5)
+    again = bench.talk(2, prompt, n_wanted=5)
+    assert again.n_cached == 0
+    assert bench.answers[2] == bench.answers[1] == answer_to(prompt, 5)
+
+
+def test_memory_that_cannot_drop_an_end_still_goes_on_where_it_stopped() -> None:
+    bench = Bench(is_cells=False)
+    bench.talk(1, tokens(1000, 10), n_wanted=5)
+    history = tokens(1000, 10) + bench.answers[1]
+    assert bench.talk(2, [*history, 7], n_wanted=2).n_cached == 14
+    assert bench.answers[2] == answer_to([*history, 7], 2)
+
+
+def test_memory_that_cannot_be_cut_remembers_a_conversation_in_each_slot() -> None:
+    bench = Bench(n_slots=3, is_cells=False)
+    for id in (1, 2, 3):
+        bench.talk(id, tokens(1000 * id, 10))
+    for id in (2, 3, 1):
+        assert bench.talk(10 + id, [*tokens(1000 * id, 10), 7, 8]).n_cached == 10
+
+
+def test_memory_that_cannot_be_cut_holds_nobody_up() -> None:
+    bench = Bench(n_slots=2, n_cells=506, n_prefill=16, is_cells=False)
+    bench.add(1, tokens(1000, 367), n_wanted=3)
+    bench.add(2, tokens(1000, 157) + tokens(2000, 28), n_wanted=3)
+    bench.run()
+    assert len(bench.answers) == 2
+
+
+def test_an_idle_twin_of_what_runs_costs_a_newcomer_nothing() -> None:
+    bench = Bench(n_slots=4, n_cells=150)
+    bench.add(1, tokens(1000, 100), n_wanted=40)
+    bench.step()
+    bench.add(2, [*tokens(1000, 100), 7], n_wanted=1)
+    bench.step()
+    bench.add(3, [*tokens(1000, 100), 8], n_wanted=1)
+    bench.step()
+    assert 3 in bench.answers
