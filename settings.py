@@ -22,6 +22,7 @@ T = TypeVar("T", bound=BaseSettings)
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CHAT_MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"  # setup.sh puts it there
 
+ReasoningField = Literal["reasoning_content", "reasoning", "both", "none"]
 TierName = Literal["light", "medium", "heavy", "embedding", "reranker"]
 CHAT_TIERS: tuple[TierName, ...] = ("light", "medium", "heavy")
 TIERS: tuple[TierName, ...] = (*CHAT_TIERS, "embedding", "reranker")
@@ -71,6 +72,10 @@ class TierSettings(BaseSettings):
     repeat_penalty: float = Field(1.0, ge=0.01, le=10, allow_inf_nan=False)
     max_tokens: int | None = Field(None, ge=1)  # None: to the end of the context
 
+    tool_format: Literal[
+        "auto", "hermes", "llama3", "mistral", "mistral-v11", "harmony", "generic"
+    ] = "auto"  # how the model calls tools; auto: by its template
+
     queue_size: int = Field(64, ge=1)  # requests that may wait
     idle_ttl_s: float = Field(600, ge=0)  # unload when nobody asked for this long
     pin: bool = False  # never unload
@@ -112,6 +117,7 @@ class ServerSettings(BaseSettings):
     allow_insecure: bool = False  # serve other machines without keys
     allowed_hosts: CommaSeparated = []  # beside localhost, HOST and addresses
     cors_origins: CommaSeparated = []  # empty: localhost on any port; *: all
+    reasoning_field: ReasoningField = "reasoning_content"  # none: it stays in the text
     strict_params: bool = False  # unknown fields are errors
     max_body_bytes: int = Field(32 << 20, ge=1024)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

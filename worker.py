@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine import wire
-from engine.backends.base import Engine, Tokenizer, load_engine
-from engine.grammar import Compiler, Constraint
+from engine.backends.base import Constraint, Engine, Tokenizer, load_engine
+from engine.grammar import Compiler, GrammarState, control_token
 from engine.text import TextStream
+from engine.thinking import Thoughts
 from engine.types import Finish, Sampled, StepResult
 from errors import BadRequest, ContextLengthExceeded, InternalError, ModelLoadFailed, ServiceError
 
@@ -40,35 +41,47 @@ class Job:
     request: wire.Generate
     prompt: list[int]
     max_tokens: int
-    constraint: Constraint | None  # at the beginning of its grammar
+    grammar: GrammarState | None  # at its beginning
     logit_bias: dict[int, float]
+    visible: dict[int, bytes]  # control tokens that the text shows
+    ending: list[int]  # of thoughts that take too long
     has_started: bool = False
     answers: dict[int, "Answer"] = field(default_factory=dict)  # unfinished, by sequence
 
 
 class Answer:
-    """One of the answers to a job: its text so far."""
+    """One of the answers to a job: its text so far, and what it may say next."""
 
-    def __init__(self, job: Job, index: int, constraint: Constraint | None) -> None:
+    def __init__(self, job: Job, index: int, tokenizer: Tokenizer) -> None:
         self.job = job
         self._index = index
-        self._constraint = constraint
-        self._text = TextStream(job.request.stop)
+        self._tokenizer = tokenizer
+        self._grammar = job.grammar.copy() if job.grammar else None
+        self._thoughts = None
+        if thinking := job.request.thinking:
+            self._thoughts = Thoughts(thinking, self._piece, job.ending, self._grammar)
+        self._text = TextStream([] if self._thoughts else job.request.stop)
         self._n_tokens = 0
         self._logprob = 0.0
         self._held: deque[tuple[int, wire.TokenLogprob]] = deque()  # with where their text begins
         self._n_bytes = 0  # of all tokens
         self._n_bytes_out = 0
 
-    def accept(self, sampled: Sampled, tokenizer: Tokenizer) -> wire.TokenOut | None:
+    @property
+    def constraint(self) -> Constraint | None:
+        return self._thoughts or self._grammar
+
+    def accept(self, sampled: Sampled) -> wire.TokenOut | None:
         """What the client gets for this token; None while it is all held back."""
         if self.job.max_tokens == 0:  # asked for the prefill only
             return self._last("", "length")
         self._n_tokens += 1
-        if tokenizer.ends_generation(sampled.token):
+        if self._tokenizer.ends_generation(sampled.token):
             return self._last(self._text.finish(), "stop")
-        piece = tokenizer.piece(sampled.token)
-        self._hold(piece, sampled, tokenizer)
+        piece = self._piece(sampled.token)
+        self._hold(piece, sampled)
+        if self._thoughts and self._thoughts.is_over:
+            self._text.stops = tuple(self.job.request.stop)
         text = self._text.push(piece)
         if self._text.stopped:
             return self._last(text, "stop")
@@ -76,11 +89,14 @@ class Answer:
             return self._last(text + self._text.finish(), "length")
         return self._out(text, None) if text else None
 
-    def _hold(self, piece: bytes, sampled: Sampled, tokenizer: Tokenizer) -> None:
+    def _piece(self, token: int) -> bytes:
+        return self.job.visible.get(token) or self._tokenizer.piece(token)
+
+    def _hold(self, piece: bytes, sampled: Sampled) -> None:
         if sampled.logprob is None:
             return
         self._logprob += sampled.logprob
-        top = [(tokenizer.piece(token), logprob) for token, logprob in sampled.top]
+        top = [(self._piece(token), logprob) for token, logprob in sampled.top]
         self._held.append((self._n_bytes, wire.TokenLogprob(piece, sampled.logprob, top)))
         self._n_bytes += len(piece)
 
@@ -88,7 +104,7 @@ class Answer:
         mean = None
         if self.job.request.sampling.n_logprobs is not None:
             mean = self._logprob / max(self._n_tokens, 1)
-        is_valid = self._constraint.is_complete if self._constraint else None
+        is_valid = self._grammar.is_complete if self._grammar else None
         return self._out(text, wire.Done(finish, self._n_tokens, mean, is_valid))
 
     def _out(self, text: str, done: wire.Done | None) -> wire.TokenOut:
@@ -96,12 +112,14 @@ class Answer:
         logprobs = []
         while self._held and self._held[0][0] < self._n_bytes_out:
             logprobs.append(self._held.popleft()[1])
-        return wire.TokenOut(self.job.request.job, text, done, self._index, logprobs)
+        return wire.TokenOut(
+            self.job.request.job, text, done, self._index, self._n_tokens, logprobs
+        )
 
 
 def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
     """Tokenise and check a request. Raises a ServiceError that is the client's answer."""
-    constraint = compiler.compile(request.grammar) if request.grammar else None
+    grammar = compiler.compile(request.grammar) if request.grammar else None
     bias = _logit_bias(request.logit_bias, engine.tokenizer)
     prompt = _tokenize(request, engine.tokenizer)
     if not prompt:
@@ -119,7 +137,13 @@ def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
             n_ctx=engine.n_ctx,
         )
     max_tokens = n_left if request.max_tokens is None else min(request.max_tokens, n_left)
-    return Job(request, prompt, max_tokens, constraint, bias)
+    tokenizer = engine.tokenizer
+    marks = {text: control_token(text, tokenizer) for text in request.visible}
+    visible = {token: text.encode() for text, token in marks.items() if token is not None}
+    ending: list[int] = []
+    if request.thinking and request.thinking.budget is not None:
+        ending = tokenizer.tokenize(request.thinking.ending, parse_special=True, continues=True)
+    return Job(request, prompt, max_tokens, grammar, bias, visible, ending)
 
 
 def _logit_bias(asked: dict[str, float], tokenizer: Tokenizer) -> dict[int, float]:
@@ -280,13 +304,13 @@ class Jobs:
             number = next(self._ids)
             seed = (sampling.seed + index) % 2**32
             own = msgspec.structs.replace(sampling, seed=seed, logit_bias=job.logit_bias)
-            constraint = job.constraint.copy() if job.constraint else None
+            answer = Answer(job, index, self._engine.tokenizer)
             try:
-                self._engine.admit(number, job.prompt, own, constraint, turn=index)
+                self._engine.admit(number, job.prompt, own, answer.constraint, turn=index)
             except Exception:
                 self.cancel(job.request.job)
                 raise
-            job.answers[number] = self._answers[number] = Answer(job, index, constraint)
+            job.answers[number] = self._answers[number] = answer
 
     def cancel(self, job_id: int) -> None:
         """Forget a job. Unknown ones are fine: it may just have ended."""
@@ -313,7 +337,7 @@ class Jobs:
             answer = self._answers.get(number)
             if answer is None:
                 continue
-            out = answer.accept(sampled, self._engine.tokenizer)
+            out = answer.accept(sampled)
             if out is not None:
                 outs.append(out)
                 if out.done:

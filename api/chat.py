@@ -1,33 +1,21 @@
 """POST /v1/chat/completions"""
 
-import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from starlette.responses import JSONResponse, Response
 
-from api import generation
-from api.deps import Services, ServicesDep, while_connected
-from api.sampling import (
-    MAX_TOP_LOGPROBS,
-    GenerationFields,
-    OneChoice,
-    Switch,
-    TokenLimit,
-    generate_request,
-    grammar_field,
-    ignored_params,
-    refuse,
-    validity,
-)
+from api import generation, turn
+from api.chat_request import ChatRequest
+from api.deps import ServicesDep, while_connected
+from api.sampling import ignored_params, refuse, validity
 from api.sse import EventStream, event
+from chat.events import CallBegin, Event, Reasoning, Text
 from engine import wire
-from errors import BadRequest, UnsupportedParameter
-from model_manager import Tier
+from settings import ReasoningField
 
 router = APIRouter()
 
@@ -37,62 +25,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "reasoning_effort": (),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
-# what a template gets from us
-RESERVED_KWARGS = {"messages", "now", "add_generation_prompt", "self"}
-
-
-class ContentPart(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    type: str
-    text: str | None = None
-
-
-def _content_kind(value: Any) -> str:
-    return "<parts>" if isinstance(value, list) else "<text>"
-
-
-Content = Annotated[
-    Annotated[str | None, Tag("<text>")]
-    | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_kind),
-]
-
-
-class ChatMessage(BaseModel):
-    """Other fields (name, tool_calls, tool_call_id …) go to the model's template as they are."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: Content = None
-
-
-class ChatRequest(GenerationFields):
-    # fail_fast: a million bad items must not become a million errors
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: TokenLimit | None = None
-    n: OneChoice = 1
-    chat_template_kwargs: dict[str, Any] | None = None  # such as enable_thinking
-    logprobs: Switch = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-
-    @property
-    def n_logprobs(self) -> int | None:
-        if self.logprobs:
-            return self.top_logprobs or 0
-        if self.top_logprobs:
-            raise BadRequest("It is only for `logprobs: true`.", param="top_logprobs")
-        return None
 
 
 @router.post("/v1/chat/completions")
@@ -101,69 +38,103 @@ async def create_chat_completion(
 ) -> Response:
     tier = services.chat_tier(body.model)
     refuse(body, UNSUPPORTED)
-    parts = list(_parts(body.messages))
-    _check_parts(parts)
-    headers = ignored_params(
-        body, UNSUPPORTED, strict=services.settings.server.strict_params, parts=parts
-    )
-    body.check_stream_options()
-    prompt = await asyncio.to_thread(_render, services, tier, body)
-    answer = await generation.start(
-        request.receive,
-        tier,
-        [
-            generate_request(
-                body,
-                tier.settings,
-                prompt=prompt,
-                limits=(body.max_tokens, body.max_completion_tokens),
-                n=body.n,
-                n_logprobs=body.n_logprobs,
-            )
-        ],
-        fields={"prompt": "messages", "grammar": grammar_field(body)},
-    )
+    server = services.settings.server
+    headers = ignored_params(body, UNSUPPORTED, strict=server.strict_params, parts=body.inner())
+    started = await turn.start(request.receive, services, tier, body)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = generation.head("chatcmpl", kind, tier)
     if body.stream:
-        return EventStream(_events(answer, head, include_usage=body.include_usage), headers)
-    choices = await while_connected(request.receive, generation.fold(answer))
+        events = _events(started, head, body, server.reasoning_field)
+        return EventStream(events, headers)
+    choices = await while_connected(request.receive, started.fold())
     replies = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": _message(choice, server.reasoning_field),
             "logprobs": _logprobs(choice.logprobs) if body.logprobs else None,
-            "finish_reason": choice.done.finish,
-            **validity(choice.done),
+            "finish_reason": choice.end.finish,
+            **validity(choice.end.is_valid),
         }
         for index, choice in enumerate(choices)
     ]
-    usage = generation.usage(answer, [choice.done for choice in choices])
+    usage = started.usage(choice.end for choice in choices)
     return JSONResponse(head | {"choices": replies, "usage": usage}, headers=headers)
 
 
-async def _events(
-    answer: generation.Answer, head: dict[str, Any], *, include_usage: bool
-) -> AsyncGenerator[bytes, None]:
-    more = {"usage": None} if include_usage else {}
-    dones = []
+def _message(choice: turn.Choice, field: ReasoningField) -> dict[str, Any]:
+    said = choice.message
+    message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
+    if said.reasoning:
+        message |= _reasoning(said.reasoning, field)
+    if said.calls:
+        message["content"] = said.text or None
+        message["tool_calls"] = [
+            {
+                "id": _new_call_id(),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in said.calls
+        ]
+    return message
 
-    def chunk(index: int, delta: dict[str, str], **fields: Any) -> bytes:
+
+def _reasoning(text: str, field: ReasoningField) -> dict[str, str]:
+    names = ("reasoning_content", "reasoning") if field == "both" else (field,)
+    return dict.fromkeys(names, text)
+
+
+def _new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+class _Deltas:
+    """The deltas of one choice."""
+
+    def __init__(self, field: ReasoningField) -> None:
+        self._field = field
+        self._n_calls = 0
+
+    def of(self, event: Event) -> dict[str, Any]:
+        if isinstance(event, Text):
+            return {"content": event.text}
+        if isinstance(event, Reasoning):
+            return _reasoning(event.text, self._field)
+        if isinstance(event, CallBegin):
+            self._n_calls += 1
+            function = {"name": event.name, "arguments": ""}
+            return self._call(id=_new_call_id(), type="function", function=function)
+        return self._call(function={"arguments": event.text})
+
+    def _call(self, **fields: Any) -> dict[str, Any]:
+        return {"tool_calls": [{"index": self._n_calls - 1, **fields}]}
+
+
+async def _events(
+    started: turn.Turn, head: dict[str, Any], body: ChatRequest, field: ReasoningField
+) -> AsyncGenerator[bytes, None]:
+    more = {"usage": None} if body.include_usage else {}
+    ends = []
+    deltas = [_Deltas(field) for _ in range(started.n_choices)]
+
+    def chunk(index: int, delta: dict[str, Any], **fields: Any) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | fields
         return event(head | {"choices": [choice]} | more)
 
-    async with aclosing(answer.outs) as outs:
-        for index in range(answer.n_choices):
+    async with aclosing(started.outs()) as outs:
+        for index in range(started.n_choices):
             yield chunk(index, {"role": "assistant", "content": ""})
-        async for index, out in outs:
-            if out.text:
-                logprobs = _logprobs(out.logprobs) if out.logprobs else None
-                yield chunk(index, {"content": out.text}, logprobs=logprobs)
-            if out.done:
-                dones.append(out.done)
-                yield chunk(index, {}, finish_reason=out.done.finish, **validity(out.done))
-    if include_usage:
-        yield event(head | {"choices": [], "usage": generation.usage(answer, dones)})
+        async for out in outs:
+            logprobs = _logprobs(out.logprobs) if out.logprobs else None
+            for said in out.events:
+                delta = deltas[out.index].of(said)
+                yield chunk(out.index, delta, logprobs=logprobs if "content" in delta else None)
+            if out.end:
+                ends.append(out.end)
+                end = {"finish_reason": out.end.finish, **validity(out.end.is_valid)}
+                yield chunk(out.index, {}, **end)
+    if body.include_usage:
+        yield event(head | {"choices": [], "usage": started.usage(ends)})
 
 
 def _logprobs(tokens: Sequence[wire.TokenLogprob]) -> dict[str, Any]:
@@ -176,30 +147,3 @@ def _logprobs(tokens: Sequence[wire.TokenLogprob]) -> dict[str, Any]:
         for token in tokens
     ]
     return {"content": content, "refusal": None}
-
-
-def _render(services: Services, tier: Tier, body: ChatRequest) -> list[wire.Segment | int]:
-    template = services.template(tier)
-    dumped = [message.model_dump(exclude_unset=True) for message in body.messages]
-    extra = body.chat_template_kwargs or {}
-    for name in RESERVED_KWARGS & extra.keys():
-        raise BadRequest(f"'{name}' is not for clients.", param=f"chat_template_kwargs.{name}")
-    return [*template.render(dumped, now=datetime.now(), **extra)]
-
-
-def _parts(messages: Sequence[ChatMessage]) -> Iterator[tuple[str, ContentPart]]:
-    """Each part of a content that is a list, with its place."""
-    for m, message in enumerate(messages):
-        if isinstance(message.content, list):
-            for p, part in enumerate(message.content):
-                yield f"messages[{m}].content[{p}]", part
-
-
-def _check_parts(parts: Iterable[tuple[str, ContentPart]]) -> None:
-    for place, part in parts:
-        if part.type != "text":
-            raise UnsupportedParameter(
-                f"Content of type '{part.type}' is not supported; send text.", param=f"{place}.type"
-            )
-        if part.text is None:
-            raise BadRequest(f"'{place}.text' is required.", param=f"{place}.text")

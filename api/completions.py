@@ -17,8 +17,8 @@ from api.sampling import (
     ChoiceCount,
     GenerationFields,
     OneChoice,
+    answer_part,
     generate_request,
-    grammar_field,
     ignored_params,
     refuse,
     validity,
@@ -81,20 +81,26 @@ async def create_completion(
         )
     n_sampled = _n_sampled(body)
     n_logprobs = 0 if body.logprobs is None and n_sampled > body.n else body.logprobs
+    part = answer_part(body)
     asked = generate_request(
-        body, tier.settings, limits=[body.max_tokens], n=n_sampled, n_logprobs=n_logprobs
+        body,
+        tier.settings,
+        limits=[body.max_tokens],
+        n=n_sampled,
+        n_logprobs=n_logprobs,
+        grammar=wire.Grammar((part,)) if part else None,
     )
     answer = await generation.start(
         request.receive,
         tier,
         [msgspec.structs.replace(asked, prompt=prompt) for prompt in prompts],
-        fields={"grammar": grammar_field(body)},
+        fields={},
     )
     head = generation.head("cmpl", "text_completion", tier)
     if body.stream:
         return EventStream(_events(answer, head, body), headers)
     sampled = await while_connected(request.receive, generation.fold(answer))
-    usage = generation.usage(answer, [choice.done for choice in sampled])
+    usage = generation.usage(answer, sum(choice.done.n_tokens for choice in sampled))
     choices = [
         _choice(index, choice.text, choice.done, _logprobs(choice.logprobs, 0, body.logprobs))
         for index, choice in enumerate(_best(sampled, body.n, n_sampled))
@@ -128,7 +134,7 @@ def _choice(
 ) -> dict[str, Any]:
     finish = done.finish if done else None
     choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-    return choice | validity(done)
+    return choice | validity(done.is_valid if done else None)
 
 
 def _logprobs(
@@ -152,7 +158,7 @@ async def _events(
     answer: generation.Answer, head: dict[str, Any], body: CompletionRequest
 ) -> AsyncGenerator[bytes, None]:
     more = {"usage": None} if body.include_usage else {}
-    dones = []
+    n_completion = 0
     offsets = [0] * answer.n_choices
     async with aclosing(answer.outs) as outs:
         async for index, out in outs:
@@ -162,9 +168,9 @@ async def _events(
                 choice = _choice(index, out.text, out.done, logprobs)
                 yield event(head | {"choices": [choice]} | more)
             if out.done:
-                dones.append(out.done)
+                n_completion += out.done.n_tokens
     if body.include_usage:
-        yield event(head | {"choices": [], "usage": generation.usage(answer, dones)})
+        yield event(head | {"choices": [], "usage": generation.usage(answer, n_completion)})
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[Any]]:

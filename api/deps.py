@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from starlette.types import Receive
 
-from chat.template import ChatTemplate
+from chat.format import ChatFormat
 from engine.model_file import ModelFile
 from errors import BadRequest
 from model_manager import ModelManager, Tier
@@ -23,7 +23,7 @@ class Services:
 
     settings: Settings
     manager: ModelManager
-    _templates: dict[TierName, tuple[ModelFile, ChatTemplate]] = field(default_factory=dict)
+    _formats: dict[TierName, tuple[ModelFile, ChatFormat]] = field(default_factory=dict)
 
     def chat_tier(self, model: str) -> Tier:
         """The tier that a request for text names. Raises ModelNotFound or BadRequest."""
@@ -32,12 +32,13 @@ class Services:
             raise BadRequest(f"The model '{model}' does not generate text.", param="model")
         return tier
 
-    def template(self, tier: Tier) -> ChatTemplate:
-        """The chat template of the tier's model. Raises ModelLoadFailed."""
+    def chat_format(self, tier: Tier) -> ChatFormat:
+        """How the tier's model chats. Raises ModelLoadFailed."""
         model = tier.model()
-        known = self._templates.get(tier.name)
+        known = self._formats.get(tier.name)
         if known is None or known[0] is not model:
-            known = self._templates[tier.name] = model, ChatTemplate.from_model_file(model)
+            known = model, ChatFormat(model, tier.settings.tool_format)
+            self._formats[tier.name] = known
         return known[1]
 
 

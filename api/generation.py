@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -131,11 +131,10 @@ async def fold(answer: Answer) -> list[Choice]:
     ]
 
 
-def usage(answer: Answer, dones: Iterable[wire.Done]) -> dict[str, Any]:
+def usage(answer: Answer, n_completion: int) -> dict[str, Any]:
     """OpenAI's usage object. A prompt counts once for all its choices; of it `cached_tokens`
     needed no prefill."""
     n_prompt = sum(started.prompt_tokens for started in answer.started)
-    n_completion = sum(done.n_tokens for done in dones)
     n_cached = sum(started.cached_tokens for started in answer.started)
     return {
         "prompt_tokens": n_prompt,

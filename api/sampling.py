@@ -117,6 +117,9 @@ def generate_request(
     limits: Sequence[int | None],
     n: int,
     n_logprobs: int | None,
+    grammar: wire.Grammar | None,
+    thinking: wire.Thinking | None = None,
+    visible: Sequence[str] = (),
 ) -> wire.Generate:
     """What the tier is asked for. `limits` are the fields that bound the answer, under all the
     names that they have in this request. Raises BadRequest."""
@@ -125,14 +128,16 @@ def generate_request(
         add_bos=True,
         sampling=_sampling_params(fields, tier, n_logprobs),
         stop=fields.stop or [],
-        grammar=_grammar(fields),
+        grammar=grammar,
+        thinking=thinking,
+        visible=[*visible],
         logit_bias=fields.logit_bias or {},
         max_tokens=_max_tokens(tier, limits),
         n=n,
     )
 
 
-def _grammar(fields: GenerationFields) -> wire.Grammar | None:
+def answer_part(fields: GenerationFields) -> wire.GrammarPart | None:
     """What the answer must look like, by `response_format` or `grammar`. Raises BadRequest."""
     wanted = fields.response_format
     is_bound = fields.grammar or (wanted is not None and wanted.type != "text")
@@ -140,34 +145,33 @@ def _grammar(fields: GenerationFields) -> wire.Grammar | None:
         if is_bound and getattr(fields, name):
             raise BadRequest("A grammar decides where the answer ends.", param=name)
     if wanted is None or wanted.type == "text":
-        return wire.Grammar("grammar", fields.grammar) if fields.grammar else None
+        return wire.GrammarPart("grammar", fields.grammar, "grammar") if fields.grammar else None
     if fields.grammar:
         raise BadRequest("Send `grammar` or `response_format`, not both.", param="grammar")
     if wanted.type == "json_object":
-        schema = {"type": "object"} if wanted.schema_ is None else wanted.schema_
+        schema = wanted.schema_ if wanted.schema_ is not None else {"type": "object"}
     elif wanted.json_schema is None or wanted.json_schema.schema_ is None:
         param = "response_format.json_schema.schema"
         raise BadRequest(f"'{param}' is required.", param=param)
     else:
         schema = wanted.json_schema.schema_
+    return schema_part(schema, "response_format")
+
+
+def schema_part(schema: Any, param: str, *, is_lenient: bool = False) -> wire.GrammarPart:
+    """A JSON schema of the client's, in its field `param`. Raises BadRequest."""
     if not isinstance(schema, dict | bool):
-        raise BadRequest("A schema is an object.", param="response_format")
+        raise BadRequest("A schema is an object.", param=param)
     try:
-        return wire.Grammar("json_schema", json.dumps(schema, ensure_ascii=False).encode().decode())
+        text = json.dumps(schema, ensure_ascii=False).encode().decode()
     except UnicodeEncodeError:
-        raise BadRequest(
-            "A schema has half of a surrogate pair.", param="response_format"
-        ) from None
+        raise BadRequest("A schema has half of a surrogate pair.", param=param) from None
+    return wire.GrammarPart("json_schema", text, param, is_lenient)
 
 
-def grammar_field(fields: GenerationFields) -> str:
-    """The field that a fault of the grammar belongs to."""
-    return "grammar" if fields.grammar else "response_format"
-
-
-def validity(done: wire.Done | None) -> dict[str, bool]:
+def validity(is_valid: bool | None) -> dict[str, bool]:
     """Whether a finished choice is a whole one by its grammar, where it has one."""
-    return {"schema_valid": done.is_valid} if done and done.is_valid is not None else {}
+    return {} if is_valid is None else {"schema_valid": is_valid}
 
 
 def _sampling_params(

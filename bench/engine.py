@@ -20,9 +20,9 @@ from typing import cast
 from engine.backends.base import load_engine
 from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
-from engine.grammar import Compiler, Constraint
+from engine.grammar import Compiler, GrammarState
 from engine.types import Batch, SamplingParams, Sequence
-from engine.wire import Grammar, WorkerSpec
+from engine.wire import Grammar, GrammarPart, WorkerSpec
 
 SAMPLING = SamplingParams(seed=1)
 
@@ -55,7 +55,7 @@ class Bench:
         self.meter = Meter(self.decoder)
         self._n_admitted = 0
 
-    def admit(self, prompt: list[int], constraint: Constraint | None = None) -> int:
+    def admit(self, prompt: list[int], constraint: GrammarState | None = None) -> int:
         self._n_admitted += 1
         self.engine.admit(self._n_admitted, prompt, SAMPLING, constraint)
         return self._n_admitted
@@ -71,7 +71,7 @@ class Bench:
         return tokens
 
     def decode_tokens(
-        self, n_sequences: int, n_tokens: int, constraint: Constraint | None = None
+        self, n_sequences: int, n_tokens: int, constraint: GrammarState | None = None
     ) -> tuple[float, float]:
         """Tokens/s of so many sequences past their prompts, and the share inside llama_decode."""
         ids = [
@@ -189,7 +189,7 @@ def constrained(model: str, n_threads: int) -> None:
         "type": "object", "additionalProperties": False, "required": ["name", "size"],
         "properties": {"name": {"type": "string"}, "size": {"type": "number"}},
     }}  # fmt: skip
-    grammar = Grammar("json_schema", json.dumps(schema))
+    grammar = Grammar((GrammarPart("json_schema", json.dumps(schema), "response_format"),))
     ratios = []
     for _ in range(3):
         bench = Bench(model, n_threads)

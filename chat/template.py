@@ -64,10 +64,10 @@ class ChatTemplate:
         self._bos_token = bos_token
         self._eos_token = eos_token
         self._add_bos = add_bos
-        self._source = CHATML if source is None else source
+        self.source = CHATML if source is None else source
         environment = _environment()
         try:
-            tree = environment.parse(self._source)
+            tree = environment.parse(self.source)
             constants = [node.value for node in tree.find_all(nodes.Const)]
             self._template = environment.from_string(tree)
         except (TemplateError, SyntaxError, RecursionError) as error:
@@ -106,30 +106,38 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         now: datetime,
-        add_generation_prompt: bool = True,
+        continues: bool = False,
         **extra: Any,
     ) -> list[Segment]:
-        """The prompt: one segment, or more where the client wrote a control token's literal.
+        """The prompt: one segment, or more where the client wrote a control token's literal. It
+        ends where the model's answer begins or, if it `continues`, with the last message's text.
 
         `extra` is for the template, such as tools, and as little trusted as the messages. What
         the template refuses or cannot render raises BadRequest.
         """
         guard = ""
         try:
-            client = {"messages": [_normalised(message) for message in messages], "extra": extra}
+            client = {"messages": [normalised(message) for message in messages], "extra": extra}
             text = json.dumps(client, ensure_ascii=False, default=str)
             text.encode()
-            guard = next(c for c in map(chr, _GUARDS) if c not in text and c not in self._source)
+            unused = (c for c in map(chr, _GUARDS) if c not in text and c not in self.source)
+            guard, end = next(unused), next(unused)
             client = _changed(client, lambda text: self._guarded(text, guard))
+            if continues:
+                client["messages"][-1]["content"] += end
             variables = {"tools": None, "documents": None} | client["extra"]
             variables |= {
                 "messages": client["messages"],
-                "add_generation_prompt": add_generation_prompt,
+                "add_generation_prompt": not continues,
                 "bos_token": self._bos_token,
                 "eos_token": self._eos_token,
                 "strftime_now": now.strftime,
             }
             rendered = self._rendered(variables, _MAX_OWN_CHARS + _MAX_GROWTH * len(text))
+            if continues:
+                if end not in rendered:
+                    raise _Refused("The model's chat template cannot continue the last message.")
+                rendered = rendered[: rendered.rindex(end)]
         except UnicodeEncodeError as error:
             code = ord(error.object[error.start])
             reason = f"A text has half of a surrogate pair (U+{code:04X}); send whole characters."
@@ -228,8 +236,9 @@ def _tojson(
     )
 
 
-def _normalised(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as templates expect it: nothing null, content a text, arguments an object."""
+def normalised(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message as templates expect it: nothing null, content a text, arguments an object, and
+    thoughts under the name that most know."""
     given = {key: value for key, value in message.items() if value is not None}
     content = given.get("content", "")
     if not isinstance(content, str):
@@ -239,7 +248,23 @@ def _normalised(message: Mapping[str, Any]) -> dict[str, Any]:
         changes["role"] = "system"
     if "tool_calls" in given:
         changes["tool_calls"] = [_with_object(call) for call in given["tool_calls"]]
+    if "reasoning" in given:
+        changes["reasoning_content"] = given.get("reasoning_content", given["reasoning"])
     return given | changes
+
+
+def with_names(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages; results of tools with the name of the function, which some templates want."""
+    names: dict[str, str] = {}
+    turns = []
+    for message in messages:
+        turn = dict(message)
+        names |= {c["id"]: c["function"]["name"] for c in turn.get("tool_calls", ()) if "id" in c}
+        name = names.get(turn.get("tool_call_id", ""))
+        if turn["role"] == "tool" and name and "name" not in turn:
+            turn["name"] = name
+        turns.append(turn)
+    return turns
 
 
 def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,7 @@ import logging
 import time
 from array import array
 
-from engine.backends.base import CacheFull, Decoder
-from engine.grammar import Constraint
+from engine.backends.base import CacheFull, Constraint, Decoder
 from engine.pace import Pace
 from engine.prefix import PrefixTree
 from engine.scheduler import Scheduler

@@ -9,7 +9,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,29 +17,29 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.backends.base import Tokenizer
-from engine.wire import Grammar
+from engine.wire import Grammar, GrammarPart
 from errors import BadRequest
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
 
 MAX_GRAMMAR_BYTES = 256 << 10
 MAX_COMPILED = 64  # grammars that are kept
 # without a bound on spaces small models write nothing else
-JSON_STYLE: "JsonCompileOptions" = {
+JSON_STYLE = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
 }
+_ANYTHING = r"(.|\n)*"
+_MARK = re.compile("«(?P<until>until )?(?P<text>[^»]*)»")
 # what llguidance reads over although it limits what is valid
 UNENFORCED = ("minProperties", "maxProperties")
 
 
-class Constraint:
-    """The state of a grammar in one answer."""
+class GrammarState:
+    """Where one answer is in its grammar; implements Constraint."""
 
-    def __init__(self, matcher: LLMatcher, n_vocab: int) -> None:
+    def __init__(self, matcher: LLMatcher, n_vocab: int, param: str) -> None:
         self._matcher = matcher
+        self._param = param
         self._n_vocab = n_vocab
         self._bits = np.zeros((n_vocab + 31) // 32, dtype=np.int32)
 
@@ -54,7 +54,7 @@ class Constraint:
         self._check()
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._n_vocab]
         if not allowed.any():
-            raise BadRequest("The grammar leads nowhere: no text completes it.", param="grammar")
+            raise BadRequest("The grammar leads nowhere: no text completes it.", param=self._param)
         logits[: self._n_vocab][allowed == 0] = -np.inf
         logits[self._n_vocab :] = -np.inf  # of a head that is padded beyond the vocabulary
 
@@ -64,13 +64,13 @@ class Constraint:
             self._matcher.consume_token(token)
             self._check()
 
-    def copy(self) -> "Constraint":
-        return Constraint(self._matcher.deep_copy(), self._n_vocab)
+    def copy(self) -> "GrammarState":
+        return GrammarState(self._matcher.deep_copy(), self._n_vocab, self._param)
 
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = _first_line(self._matcher.get_error())
-            raise BadRequest(f"The grammar leads nowhere: {reason}.", param="grammar")
+            raise BadRequest(f"The grammar leads nowhere: {reason}.", param=self._param)
 
 
 class Compiler:
@@ -79,61 +79,109 @@ class Compiler:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ll: LLTokenizer | None = None  # takes about a second: made when first needed
-        self._compiled: OrderedDict[Grammar, Constraint] = OrderedDict()
+        self._compiled: OrderedDict[Grammar, GrammarState] = OrderedDict()
 
-    def compile(self, grammar: Grammar) -> Constraint:
-        """A constraint at the beginning of its grammar. Raises BadRequest, param `grammar`."""
+    def compile(self, grammar: Grammar) -> GrammarState:
+        """The state at the beginning of its grammar. Raises BadRequest, param that of the part
+        at fault."""
         known = self._compiled.pop(grammar, None) or self._new(grammar)
         self._compiled[grammar] = known
         if len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)
         return known.copy()
 
-    def _new(self, grammar: Grammar) -> Constraint:
-        if len(grammar.text.encode()) > MAX_GRAMMAR_BYTES:
-            raise BadRequest(f"A grammar may have {MAX_GRAMMAR_BYTES:,} bytes.", param="grammar")
-        source = _json_grammar(grammar.text) if grammar.kind == "json_schema" else _lark(grammar)
+    def _new(self, grammar: Grammar) -> GrammarState:
+        size = sum(len(part.text.encode()) for part in grammar.parts)
+        if size > MAX_GRAMMAR_BYTES:
+            raise BadRequest(
+                f"Grammars and schemas may have {MAX_GRAMMAR_BYTES:,} bytes in all.",
+                param=grammar.parts[0].param,
+            )
+        sources = [_source(part) for part in grammar.parts]
+        named = [{"name": f"p{n}", **source} for n, source in enumerate(sources)]
+        frame = {"name": "frame", "lark_grammar": self._resolved(grammar)}
+        matcher = self._matcher([frame, *named])
+        if matcher.is_error():
+            for part, source in zip(grammar.parts, sources, strict=True):
+                if (alone := self._matcher([source])).is_error():
+                    raise BadRequest(_explain(alone.get_error(), part), param=part.param)
+            reason = _first_line(matcher.get_error())
+            raise BadRequest(f"The grammar cannot be used: {reason}", param=grammar.parts[0].param)
+        state = GrammarState(matcher, self._tokenizer.n_vocab, grammar.parts[0].param)
+        state.copy().apply(np.zeros(self._tokenizer.n_vocab, np.float32))  # it must begin
+        return state
+
+    def _matcher(self, grammars: list[dict[str, Any]]) -> LLMatcher:
         if self._ll is None:
             self._ll = _ll_tokenizer(self._tokenizer)
-        matcher = LLMatcher(self._ll, source, log_level=0, limits=LLParserLimits())
-        if matcher.is_error():
-            raise BadRequest(_explain(matcher.get_error(), grammar), param="grammar")
-        constraint = Constraint(matcher, self._tokenizer.n_vocab)
-        constraint.copy().apply(np.zeros(self._tokenizer.n_vocab, np.float32))  # it must begin
-        return constraint
+        source = json.dumps({"grammars": grammars})
+        return LLMatcher(self._ll, source, log_level=0, limits=LLParserLimits())
+
+    def _resolved(self, grammar: Grammar) -> str:
+        """The frame as plain Lark: its marks by what this vocabulary has."""
+        but = ""
+        first = grammar.never_first
+        if first and control_token(first, self._tokenizer) is None:  # which is in no text
+            but = f" & ~/{_escaped(first)}{_ANYTHING}/"
+        rules = [f"ANY_TEXT: /{_ANYTHING}/{but}"]
+
+        def resolved(match: re.Match[str]) -> str:
+            text = match["text"]
+            if not text:
+                return "ANY_TEXT"
+            token = control_token(text, self._tokenizer)
+            literal = json.dumps(text) if token is None else f"<[{token}]>"
+            if not match["until"]:
+                return literal
+            if token is not None:
+                return f"(ANY_TEXT {literal})"
+            n = len(rules)
+            rules.append(
+                f"UNTIL_{n}: /{_ANYTHING}{_escaped(text)}/{but}\nuntil_{n}[lazy]: UNTIL_{n}"
+            )
+            return f"until_{n}"
+
+        return "\n".join([_MARK.sub(resolved, grammar.frame), *rules])
 
 
-def _json_grammar(text: str) -> str:
-    schema = json.loads(text)
-    for path, keyword in _keywords(schema):
-        if keyword in UNENFORCED:
-            raise BadRequest(f"{path}: '{keyword}' cannot be enforced.", param="grammar")
-    if isinstance(schema, bool):
-        if not schema:
-            raise BadRequest("The schema `false` allows nothing.", param="grammar")
-        schema = {}
-    try:
-        return str(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE))
-    except ValueError as error:
-        raise BadRequest(f"The schema cannot be used: {error}.", param="grammar") from None
+def control_token(text: str, tokenizer: Tokenizer) -> int | None:
+    """The token that is written like this and adds nothing to the text, if there is one."""
+    ids = tokenizer.tokenize(text, parse_special=True, continues=True)
+    return ids[0] if len(ids) == 1 and not tokenizer.piece(ids[0]) else None
 
 
-def _lark(grammar: Grammar) -> str:
-    text = grammar.text
+def _source(part: GrammarPart) -> dict[str, Any]:
+    """A part as llguidance takes it."""
+    if part.kind == "json_schema":
+        return {"json_schema": _styled(part)}
+    text = part.text
     if "::=" in text:
         try:
             text = gbnf_to_lark(text)
         except Exception as error:  # the converter raises bare ones
             reason = _first_line(str(error)) or "it is nested too deeply"
-            raise BadRequest(f"The GBNF cannot be used: {reason}.", param="grammar") from None
-    return str(LLMatcher.grammar_from_lark(text))
+            raise BadRequest(f"The GBNF cannot be used: {reason}.", param=part.param) from None
+    return {"lark_grammar": text}
 
 
-def _explain(error: str, grammar: Grammar) -> str:
+def _styled(part: GrammarPart) -> dict[str, Any]:
+    schema = json.loads(part.text)
+    if not part.is_lenient:
+        for path, keyword in _keywords(schema):
+            if keyword in UNENFORCED:
+                raise BadRequest(f"{path}: '{keyword}' cannot be enforced.", param=part.param)
+    if isinstance(schema, bool):
+        if not schema:
+            raise BadRequest("The schema `false` allows nothing.", param=part.param)
+        schema = {}
+    return {**schema, "x-guidance": {**JSON_STYLE, "lenient": part.is_lenient}}
+
+
+def _explain(error: str, part: GrammarPart) -> str:
     reason = _first_line(error)
-    if grammar.kind == "json_schema":
+    if part.kind == "json_schema":
         for keyword in re.findall(r'"([^"]+)"', reason):
-            for path, found in _keywords(json.loads(grammar.text)):
+            for path, found in _keywords(json.loads(part.text)):
                 if found == keyword:
                     return f"{path}: '{keyword}' cannot be enforced."
         return f"The schema cannot be enforced: {reason}"
@@ -153,6 +201,10 @@ def _keywords(schema: Any, path: str = "$") -> Iterator[tuple[str, str]]:
                     yield from _keywords(inner, f"{path}.{key}.{name}")
             elif key not in ("const", "enum", "default", "examples"):
                 yield from _keywords(value, f"{path}.{key}")
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"\W", lambda char: f"\\x{{{ord(char[0]):x}}}", text)
 
 
 def _first_line(error: str) -> str:

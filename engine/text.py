@@ -9,23 +9,23 @@ class TextStream:
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self.stopped = False  # a stop string was met; nothing more comes out
-        self._stops = tuple(stops)
+        self.stops = tuple(stops)  # of what comes next
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
     def push(self, data: bytes) -> str:
         """The text that `data` makes certain, without the stop string and what follows it."""
         text = self._held + self._decoder.decode(data)
-        if not self._stops:
+        if not self.stops:
             return text
         # the stop that is complete first counts, so how text is cut into tokens changes nothing
-        found = ((at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0)
+        found = ((at + len(s), at) for s in self.stops if (at := text.find(s)) >= 0)
         _, cut = min(found, default=(0, -1))
         if cut >= 0:
             self.stopped = True
             self._held = ""
             return text[:cut]
-        n_held = max(_overlap(text, stop) for stop in self._stops)
+        n_held = max(_overlap(text, stop) for stop in self.stops)
         self._held = text[len(text) - n_held :]
         return text[: len(text) - n_held]
 

@@ -46,7 +46,7 @@ class Sequence:
     id: int
     tokens: "array[int]"  # the prompt, then what was sampled
     sampler: Any = None  # the backend's own; survives preemption
-    constraint: Any = None  # engine.grammar.Constraint, or None
+    constraint: Any = None  # engine.backends.base.Constraint, or None
     slot: int | None = None
     n_past: int = 0
     n_cached: int = 0  # prompt tokens that needed no decoding

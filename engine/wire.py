@@ -41,11 +41,37 @@ class Segment(msgspec.Struct, frozen=True):
     parse_special: bool
 
 
-class Grammar(msgspec.Struct, frozen=True):
-    """What an answer must look like: a JSON schema as JSON text, or a grammar as Lark or GBNF."""
+class GrammarPart(msgspec.Struct, frozen=True):
+    """A JSON schema as JSON text, or a grammar as Lark or GBNF."""
 
     kind: Literal["json_schema", "grammar"]
     text: str
+    param: str  # the client's field, for faults
+    is_lenient: bool = False  # what of a schema cannot be enforced is read over, not refused
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must look like: Lark in which `@p0` is the first part, and so on.
+
+    In it `«x»` stands for the text x, or for the control token of that name where the model has
+    one; `«until x»` for any text that ends with the first such, and `«»` for any text at all. No
+    such text begins with `never_first`.
+    """
+
+    parts: tuple[GrammarPart, ...]
+    frame: str = "start: @p0"
+    never_first: str = ""
+
+
+class Thinking(msgspec.Struct, frozen=True):
+    """A model's thoughts: what comes before the first `close`, if the prompt ends inside them or
+    the answer begins with `open`. Stop strings count after them."""
+
+    open: str
+    close: str
+    is_open: bool
+    budget: int | None  # tokens, after which `ending` is put into the model's mouth
+    ending: str
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -66,6 +92,8 @@ class Generate(Message, frozen=True):
     stop: list[str]
     max_tokens: int | None  # None: to the end of the context
     grammar: Grammar | None = None
+    thinking: Thinking | None = None
+    visible: list[str] = []  # control tokens that the answer's text shows; the others are no text
     logit_bias: dict[str, float] = {}  # by token id in decimal, or by text: for each of its tokens
     n: int = 1  # answers to the one prompt; the i-th is sampled with seed + i
     job: int = 0  # given by the tier
@@ -129,6 +157,7 @@ class TokenOut(msgspec.Struct, frozen=True, array_like=True):
     text: str
     done: Done | None = None
     index: int = 0  # of the answer
+    n_tokens: int = 0  # of the answer up to here
     logprobs: list[TokenLogprob] = []
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from engine.backends.fake import FakeTokenizer
 from engine.grammar import MAX_GRAMMAR_BYTES, Compiler
-from engine.wire import Grammar
+from engine.wire import Grammar, GrammarPart
 from errors import BadRequest
 
 TOKENIZER = FakeTokenizer()
@@ -43,7 +43,11 @@ def write(grammar: Grammar, seed: int, max_tokens: int = 400) -> tuple[str, bool
 
 
 def schema(value: Any) -> Grammar:
-    return Grammar("json_schema", json.dumps(value))
+    return Grammar((GrammarPart("json_schema", json.dumps(value), "response_format"),))
+
+
+def lark(text: str) -> Grammar:
+    return Grammar((GrammarPart("grammar", text, "grammar"),))
 
 
 ENFORCED: list[Any] = [
@@ -116,7 +120,7 @@ REFUSED: list[tuple[Any, str]] = [
 def test_what_cannot_be_enforced_is_refused_and_named(value: Any, why: str) -> None:
     with pytest.raises(BadRequest) as caught:
         COMPILER.compile(schema(value))
-    assert caught.value.param == "grammar"
+    assert caught.value.param == "response_format"
     assert why in caught.value.message
 
 
@@ -130,7 +134,7 @@ GRAMMARS = [
 @pytest.mark.parametrize(("text", "pattern"), GRAMMARS)
 def test_gbnf_and_lark_are_enforced(text: str, pattern: str) -> None:
     for seed in range(5):
-        said, is_whole = write(Grammar("grammar", text), seed, max_tokens=40)
+        said, is_whole = write(lark(text), seed, max_tokens=40)
         assert not is_whole or re.fullmatch(pattern, said)
 
 
@@ -141,13 +145,13 @@ def test_gbnf_and_lark_are_enforced(text: str, pattern: str) -> None:
 )  # fmt: skip
 def test_a_grammar_that_means_nothing_is_refused(text: str) -> None:
     with pytest.raises(BadRequest) as caught:
-        COMPILER.compile(Grammar("grammar", text))
+        COMPILER.compile(lark(text))
     assert caught.value.param == "grammar"
 
 
 def test_a_grammar_that_is_too_large_is_refused_at_once() -> None:
     with pytest.raises(BadRequest, match="bytes"):
-        COMPILER.compile(Grammar("grammar", "x" * (MAX_GRAMMAR_BYTES + 1)))
+        COMPILER.compile(lark("x" * (MAX_GRAMMAR_BYTES + 1)))
 
 
 @pytest.mark.parametrize(
@@ -231,4 +235,4 @@ def test_any_schema_is_refused_or_enforced(value: Any, seed: int) -> None:
 @given(text=st.one_of(st.text(max_size=60), st.text('root:=" |()[]{}*+?/\\a-z\n', max_size=60)))
 def test_any_text_is_refused_or_a_grammar(text: str) -> None:
     with contextlib.suppress(BadRequest):
-        write(Grammar("grammar", text), random.getrandbits(16), max_tokens=10)
+        write(lark(text), random.getrandbits(16), max_tokens=10)

@@ -326,7 +326,9 @@ def test_answers_have_the_form_that_is_asked_for(
         "additionalProperties": False,
     }
     compiler = Compiler(engine.tokenizer)
-    constraint = compiler.compile(wire.Grammar("json_schema", json.dumps(person)))
+    constraint = compiler.compile(
+        wire.Grammar((wire.GrammarPart("json_schema", json.dumps(person), "response_format"),))
+    )
     states = {i: constraint.copy() for i in range(3)}
     for i, state in states.items():
         sampling = SamplingParams(temperature=1.0, seed=i)

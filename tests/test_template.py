@@ -135,9 +135,15 @@ def test_chatml_stands_in_for_a_missing_template() -> None:
     assert prompt(None, [user("Hi")]) == prompt(CHATML, [user("Hi")]) == expected
 
 
-def test_the_answer_is_not_opened_without_a_generation_prompt() -> None:
-    text = prompt(CHATML, [user("Hi")], add_generation_prompt=False)
-    assert text == "<|im_start|>user\nHi<|im_end|>\n"
+def test_the_last_message_is_continued_where_its_text_ends() -> None:
+    messages = [user("Hi"), {"role": "assistant", "content": "He said: "}]
+    text = prompt(CHATML, messages, continues=True)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHe said: "
+
+
+def test_a_template_that_drops_the_last_message_cannot_continue_it() -> None:
+    with pytest.raises(BadRequest, match="cannot continue"):
+        prompt("{{ messages[0].content }}", [user("Hi"), user("more")], continues=True)
 
 
 def test_smollm2_puts_its_default_system_prompt_first() -> None:

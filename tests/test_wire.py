@@ -32,7 +32,9 @@ TO_WORKER: list[wire.ToWorker] = [
         SamplingParams(temperature=0, seed=2**32 - 1),
         ["\n", "END"],
         None,
-        wire.Grammar("json_schema", '{"type": "object"}'),
+        wire.Grammar((wire.GrammarPart("json_schema", '{"type": "object"}', "response_format"),)),
+        wire.Thinking("<think>", "</think>", False, 5, "</think>"),
+        ["[TOOL_CALLS]"],
         {"5": -100.0},
         2,
         7,
@@ -53,7 +55,7 @@ FROM_WORKER: list[wire.FromWorker] = [
         [
             wire.TokenOut(7, "half"),
             wire.TokenOut(8, "", wire.Done("stop", 3)),
-            wire.TokenOut(9, "世", wire.Done("length", 4, -0.5), 2, [TOKEN]),
+            wire.TokenOut(9, "世", wire.Done("length", 4, -0.5), 2, 4, [TOKEN]),
         ]
     ),
     wire.Failed(7, None, "A fault."),

@@ -356,8 +356,8 @@ def test_a_step_that_fails_in_the_middle_of_an_answer_ends_it(serve: Serve) -> N
     served = serve({"match": "poison", "answer": "abcdef", "fault": "step", "after": 2})
     served.send(generate("poison", job=1))
     assert served.read() == wire.Started(1, 6, 0)
-    assert served.read() == wire.Step([wire.TokenOut(1, "a")])
-    assert served.read() == wire.Step([wire.TokenOut(1, "b")])
+    assert served.read() == wire.Step([wire.TokenOut(1, "a", n_tokens=1)])
+    assert served.read() == wire.Step([wire.TokenOut(1, "b", n_tokens=2)])
     assert isinstance(served.read(), wire.Failed)
     assert served.ask("Hi", job=2)[0] == "You said: Hi"
 
@@ -469,7 +469,7 @@ def test_cancel_frees_the_sequence_before_the_next_step(
     gated.permits.release()
     assert gated.next_calls(3) == ["cancel 1", "admit 2", "step"]
     assert served.read() == wire.Started(1, 5, 0)
-    assert served.read() == wire.Step([wire.TokenOut(1, "Y")])
+    assert served.read() == wire.Step([wire.TokenOut(1, "Y", n_tokens=1)])
     gated.permits.release(1000)
     assert served.answer(2)[1] == "You said: second"
 
@@ -497,7 +497,7 @@ def test_a_ping_is_answered_between_the_steps_of_a_busy_worker(
         arrived.get(timeout=WAIT_S)
     gated.permits.release()
     assert served.read() == wire.Started(1, 5, 0)
-    assert served.read() == wire.Step([wire.TokenOut(1, "Y")])
+    assert served.read() == wire.Step([wire.TokenOut(1, "Y", n_tokens=1)])
     assert served.read() == wire.Pong()
 
 

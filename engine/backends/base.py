@@ -1,15 +1,15 @@
 """The contracts between the worker, the scheduler and the libraries that run models."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from engine.prefix import Saved
 from engine.types import Batch, Sampled, SamplingParams, Sequence, StepResult
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
-
-if TYPE_CHECKING:
-    from engine.grammar import Constraint
 
 ReportProgress = Callable[[float], None]  # a fraction, 0…1
 
@@ -34,6 +34,16 @@ class Tokenizer(Protocol):
     def ends_generation(self, token: int) -> bool: ...
 
 
+class Constraint(Protocol):
+    """What one answer may say next."""
+
+    def apply(self, logits: npt.NDArray[np.float32]) -> None:
+        """Leave only tokens that may come next, in place."""
+
+    def accept(self, token: int) -> None:
+        """The token was chosen."""
+
+
 class Engine(Protocol):
     """Generates. One thread calls it, except for `tokenizer`."""
 
@@ -50,7 +60,7 @@ class Engine(Protocol):
         id: int,
         prompt: list[int],
         sampling: SamplingParams,
-        constraint: "Constraint | None" = None,
+        constraint: Constraint | None = None,
         turn: int = 0,
     ) -> None:
         """Take a sequence of 1…n_ctx - 1 valid tokens. It starts in this or a later step; of those

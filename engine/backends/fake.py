@@ -29,9 +29,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
+from engine.backends.base import CacheFull, Constraint, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
-from engine.grammar import Constraint
 from engine.model_file import ModelFile
 from engine.prefix import Saved
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
@@ -241,9 +240,10 @@ class FakeDecoder:
 
 
 def _allowed(constraint: Constraint, wanted: int) -> int:
-    """The wanted token if the constraint allows it, or else the end, or else the first allowed."""
+    """The wanted token if the constraint allows it, or else the one that gets to the end soonest."""
     logits = np.zeros(FakeTokenizer.n_vocab, np.float32)
-    logits[_END], logits[wanted] = 1, 2
+    logits[[*b'"]}0']] = 1
+    logits[_END], logits[wanted] = 2, 3
     constraint.apply(logits)
     token = int(logits.argmax())
     constraint.accept(token)

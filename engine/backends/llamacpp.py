@@ -11,9 +11,8 @@ import llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
-from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
+from engine.backends.base import CacheFull, Constraint, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
-from engine.grammar import Constraint
 from engine.prefix import Saved
 from engine.sampling import Bias, Penalties, logprobs
 from engine.types import Batch, Sampled, SamplingParams, Sequence

@@ -1,0 +1,234 @@
+"""What a client may ask of a chat, in OpenAI's fields. The other chat endpoints translate theirs
+into these."""
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+
+from api.sampling import (
+    MAX_TOP_LOGPROBS,
+    GenerationFields,
+    OneChoice,
+    Switch,
+    TokenLimit,
+    schema_part,
+)
+from chat.format import NO_TOOLS, Tool, ToolChoice
+from errors import BadRequest, UnsupportedParameter
+
+MAX_TOOLS = 128  # OpenAI's limit
+
+# what a template gets from us
+RESERVED_KWARGS = {"messages", "now", "continues", "tools", "add_generation_prompt", "self"}
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    text: str | None = None
+
+
+def _content_kind(value: Any) -> str:
+    return "<parts>" if isinstance(value, list) else "<text>"
+
+
+Content = Annotated[
+    Annotated[str | None, Tag("<text>")]
+    | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<parts>")],
+    Discriminator(_content_kind),
+]
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class PastCall(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(BaseModel):
+    """Other fields go to the model's template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: Content = None
+    tool_calls: Annotated[list[PastCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class FunctionDefinition(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedSet(BaseModel):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, fail_fast=True)]
+
+
+class AllowedTools(BaseModel):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedSet
+
+
+def _choice_kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "<mode>"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "<allowed>" if kind == "allowed_tools" else "<named>"
+
+
+ToolChoiceField = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
+    | Annotated[NamedTool, Tag("<named>")]
+    | Annotated[AllowedTools, Tag("<allowed>")],
+    Discriminator(_choice_kind),
+]
+
+
+class ChatRequest(GenerationFields):
+    # fail_fast: a million bad items must not become a million errors
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: TokenLimit | None = None
+    n: OneChoice = 1
+    logprobs: Switch = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = (
+        None
+    )
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    thinking_budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # such as enable_thinking
+    continue_final_message: Switch = False
+    add_generation_prompt: bool | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _only_the_templates(cls, kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in RESERVED_KWARGS & (kwargs or {}).keys():
+            raise BadRequest(f"'{name}' is not for clients.", param=f"chat_template_kwargs.{name}")
+        return kwargs
+
+    @property
+    def n_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise BadRequest("It is only for `logprobs: true`.", param="top_logprobs")
+        return None
+
+    def check_content(self) -> None:
+        """Raise for content that is no text, and for half an instruction to continue."""
+        for place, part in self.parts():
+            if part.type != "text":
+                raise UnsupportedParameter(
+                    f"Content of type '{part.type}' is not supported: model '{self.model}' reads "
+                    "text only.",
+                    param=f"{place}.type",
+                )
+            if part.text is None:
+                raise BadRequest(f"'{place}.text' is required.", param=f"{place}.text")
+        last = self.messages[-1]
+        if self.continue_final_message and (last.role != "assistant" or last.tool_calls):
+            raise BadRequest(
+                "The last message must be the assistant's text, which is to be continued.",
+                param="continue_final_message",
+            )
+        if self.add_generation_prompt == self.continue_final_message:
+            if self.continue_final_message:
+                why = "An answer is either begun or continued: not both."
+            else:
+                why = "Without it an answer needs `continue_final_message: true`."
+            raise BadRequest(why, param="add_generation_prompt")
+
+    def parts(self) -> Iterator[tuple[str, ContentPart]]:
+        """Each part of a content that is a list, with its place."""
+        for m, message in enumerate(self.messages):
+            if isinstance(message.content, list):
+                for p, part in enumerate(message.content):
+                    yield f"messages[{m}].content[{p}]", part
+
+    def inner(self) -> Iterable[tuple[str, BaseModel]]:
+        """What of the body may hold unknown fields, with its place."""
+        yield from self.parts()
+        for n, tool in enumerate(self.tools or ()):
+            yield f"tools[{n}]", tool
+            yield f"tools[{n}].function", tool.function
+
+    def tool_list(self) -> list[Tool]:
+        """The tools that the model is told of. Raises BadRequest."""
+        if self.tool_choice == "none":
+            return []
+        tools = []
+        names = set()
+        for n, tool in enumerate(self.tools or ()):
+            function = tool.function
+            if function.name in names:
+                raise BadRequest(
+                    f"There are two functions '{function.name}'.", param=f"tools[{n}].function.name"
+                )
+            names.add(function.name)
+            schema = function.parameters or {"type": "object", "properties": {}}
+            part = schema_part(
+                schema, f"tools[{n}].function.parameters", is_lenient=not function.strict
+            )
+            shown = {"name": function.name, "description": function.description or ""}
+            definition = {"type": "function", "function": {**shown, "parameters": schema}}
+            tools.append(Tool(definition, part))
+        return tools
+
+    def tool_choice_of(self, tools: Iterable[Tool]) -> ToolChoice:
+        """Which of these may be called now. Raises BadRequest."""
+        names = frozenset(tool.name for tool in tools)
+        choice = self.tool_choice
+        is_parallel = self.parallel_tool_calls is not False
+        if choice in (None, "auto", "none"):
+            return ToolChoice(names, is_parallel=is_parallel) if names else NO_TOOLS
+        if not names:
+            raise BadRequest("There are no `tools` to choose from.", param="tool_choice")
+        if isinstance(choice, NamedTool):
+            wanted, is_required, is_parallel = [choice.function.name], True, False
+        elif isinstance(choice, AllowedTools):
+            wanted = [tool.function.name for tool in choice.allowed_tools.tools]
+            is_required = choice.allowed_tools.mode == "required"
+        else:
+            wanted, is_required = list(names), True
+        for name in wanted:
+            if name not in names:
+                raise BadRequest(f"There is no function '{name}' in `tools`.", param="tool_choice")
+        return ToolChoice(frozenset(wanted), is_required, is_parallel)

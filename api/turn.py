@@ -1,0 +1,188 @@
+"""One turn of a chat: from a request to events. Every chat endpoint folds these."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from starlette.types import Receive
+
+from api import generation
+from api.chat_request import ChatRequest
+from api.deps import Services
+from api.sampling import answer_part, generate_request
+from chat.events import CallBegin, Event, Message, Splitter, Text
+from chat.format import Prompt
+from chat.splitter import InlineReasoning
+from engine import wire
+from model_manager import Tier
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How one choice ended."""
+
+    finish: FinishReason
+    n_tokens: int
+    n_reasoning: int  # of them
+    is_valid: bool | None  # by the grammar that the client sent
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """What comes next of one choice, `end` with the last. Log probabilities are of its text."""
+
+    index: int
+    events: Sequence[Event]
+    logprobs: Sequence[wire.TokenLogprob]
+    end: End | None
+
+
+@dataclass(slots=True)
+class Choice:
+    """A whole answer."""
+
+    message: Message
+    logprobs: list[wire.TokenLogprob]
+    end: End
+
+
+async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequest) -> "Turn":
+    """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
+    body.check_content()
+    body.check_stream_options()
+    prompt = await asyncio.to_thread(_prompt, services, tier, body)
+    request = generate_request(
+        body,
+        tier.settings,
+        prompt=prompt.segments,
+        limits=(body.max_tokens, body.max_completion_tokens),
+        n=body.n,
+        n_logprobs=body.n_logprobs,
+        grammar=prompt.grammar,
+        thinking=prompt.thinking,
+        visible=prompt.visible,
+    )
+    answer = await generation.start(receive, tier, [request], fields={"prompt": "messages"})
+    is_inline = services.settings.server.reasoning_field == "none"
+    return Turn(answer, prompt, is_inline, has_client_grammar=answer_part(body) is not None)
+
+
+def _prompt(services: Services, tier: Tier, body: ChatRequest) -> Prompt:
+    tools = body.tool_list()
+    return services.chat_format(tier).prompt(
+        [message.model_dump(exclude_unset=True) for message in body.messages],
+        now=datetime.now(),
+        tools=tools,
+        choice=body.tool_choice_of(tools),
+        answer=answer_part(body),
+        effort=body.reasoning_effort,
+        budget=body.thinking_budget_tokens,
+        continues=body.continue_final_message,
+        extra=body.chat_template_kwargs,
+    )
+
+
+class Turn:
+    """A turn that has started. Read it by `outs` or `fold`, once."""
+
+    def __init__(
+        self,
+        answer: generation.Answer,
+        prompt: Prompt,
+        is_inline: bool,
+        *,
+        has_client_grammar: bool,
+    ) -> None:
+        self.answer = answer
+        self.n_choices = answer.n_choices
+        self._prompt = prompt
+        self._is_inline = is_inline
+        self._has_client_grammar = has_client_grammar
+
+    async def outs(self) -> AsyncGenerator[Out, None]:
+        """What each choice says, as it comes. Closing it cancels the rest."""
+        readers = [self._reader() for _ in range(self.n_choices)]
+        async with aclosing(self.answer.outs) as outs:
+            async for index, out in outs:
+                yield readers[index].read(index, out)
+
+    async def fold(self) -> list[Choice]:
+        """The whole answers, by choice."""
+        choices = [Choice(Message(), [], _NO_END) for _ in range(self.n_choices)]
+        async with aclosing(self.outs()) as outs:
+            async for out in outs:
+                choice = choices[out.index]
+                for event in out.events:
+                    choice.message.add(event)
+                choice.logprobs += out.logprobs
+                choice.end = out.end or choice.end
+        return choices
+
+    def usage(self, ends: Iterable[End]) -> dict[str, Any]:
+        """OpenAI's usage object."""
+        ends = list(ends)
+        n_reasoning = sum(end.n_reasoning for end in ends)
+        usage = generation.usage(self.answer, sum(end.n_tokens for end in ends))
+        return usage | {"completion_tokens_details": {"reasoning_tokens": n_reasoning}}
+
+    def _reader(self) -> "_Reader":
+        splitter = self._prompt.splitter()
+        shown = InlineReasoning(splitter) if self._is_inline else splitter
+        return _Reader(splitter, shown, self._has_client_grammar)
+
+
+_NO_END = End("stop", 0, 0, None)
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Reads one choice."""
+
+    splitter: Splitter
+    shown: Splitter  # the same, or around it
+    has_client_grammar: bool
+    has_calls: bool = False
+    n_reasoning: int = 0
+    pending: list[wire.TokenLogprob] = field(default_factory=list)  # of text that is held back
+
+    def read(self, index: int, out: wire.TokenOut) -> Out:
+        was_text = self._is_text()
+        if self.splitter.is_reasoning:
+            self.n_reasoning = out.n_tokens
+        events = self.shown.feed(out.text)
+        if out.done:
+            events += self.shown.finish()
+        self.has_calls |= any(isinstance(event, CallBegin) for event in events)
+        return Out(index, events, self._logprobs(out, events, was_text), self._end(out.done))
+
+    def _is_text(self) -> bool:
+        return not (self.splitter.is_reasoning or self.splitter.is_calling)
+
+    def _logprobs(
+        self, out: wire.TokenOut, events: Sequence[Event], was_text: bool
+    ) -> list[wire.TokenLogprob]:
+        """Those of text: neither of thoughts and calls, nor of the marks around them."""
+        if not was_text:
+            return []
+        self.pending += out.logprobs
+        if any(isinstance(event, Text) for event in events):
+            logprobs, self.pending = self.pending, []
+            return logprobs
+        if not self._is_text():
+            self.pending = []
+        return []
+
+    def _end(self, done: wire.Done | None) -> End | None:
+        if done is None:
+            return None
+        finish: FinishReason = done.finish
+        if finish == "stop" and self.has_calls and not self.splitter.is_calling:
+            finish = "tool_calls"
+        is_answer = self.has_client_grammar and not self.has_calls
+        is_valid = done.is_valid if is_answer else None
+        return End(finish, done.n_tokens, self.n_reasoning, is_valid)

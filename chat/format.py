@@ -1,0 +1,183 @@
+"""How a model chats: its template, its tool calls, its thoughts. From a conversation to what the
+worker is asked for, and to a splitter of what comes back."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from chat.events import Splitter
+from chat.splitter import ReasoningTags
+from chat.template import ChatTemplate, normalised, with_names
+from chat.tools import BY_NAME, FAMILIES
+from chat.tools.base import Function
+from engine import wire
+from engine.model_file import ModelFile
+from errors import UnsupportedParameter
+
+# what templates call the switch of thinking, and how far it goes
+SWITCHES = ("enable_thinking", "thinking")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+BUDGETS = {"none": 0, "minimal": 256, "low": 1024, "medium": 8192}  # where it knows no effort
+TEMPLATE_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # that none knows
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function as templates take it, and the rule of its arguments."""
+
+    definition: Mapping[str, Any]
+    arguments: wire.GrammarPart
+
+    @property
+    def name(self) -> str:
+        return str(self.definition["function"]["name"])
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Which tools may be called now, and whether one must be."""
+
+    names: frozenset[str]
+    is_required: bool = False
+    is_parallel: bool = True
+
+
+NO_TOOLS = ToolChoice(frozenset())
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation made ready for the worker."""
+
+    segments: list[wire.Segment]
+    grammar: wire.Grammar | None
+    thinking: wire.Thinking | None
+    visible: list[str]
+    splitter: Callable[[], Splitter]
+
+
+class ChatFormat:
+    """How one model chats. Threads may share it."""
+
+    def __init__(self, model: ModelFile, tool_format: str = "auto") -> None:
+        """`tool_format` is the name of a family, or `auto`: by the template."""
+        self._template = ChatTemplate.from_model_file(model)
+        source = self._template.source
+        fitting = next(family for family in FAMILIES if family.fits(source))
+        self._family = BY_NAME.get(tool_format, fitting)
+        self._tags = self._family.reasoning(source)
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        now: datetime,
+        tools: Sequence[Tool] = (),
+        choice: ToolChoice = NO_TOOLS,
+        answer: wire.GrammarPart | None = None,
+        effort: str | None = None,
+        budget: int | None = None,
+        continues: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """Render a conversation. `answer` says what the text must look like, `effort` and `budget`
+        how long the model may think, `extra` goes to the template. With `continues` the answer
+        goes on with the last message. Raises BadRequest."""
+        callable_ = [tool for tool in tools if tool.name in choice.names]
+        self._check(callable_, choice, answer, continues)
+        switches, budget = self._effort(effort, budget)
+        messages = with_names([normalised(message) for message in messages])
+        segments = self._template.render(
+            self._family.history(messages, [tool.definition for tool in tools]),
+            now=now,
+            continues=continues,
+            tools=[t.definition for t in tools] if tools and self._family.shows_tools else None,
+            **switches | dict(extra or {}),
+        )
+        tags, is_open = self._thoughts(segments, continues=continues)
+        parts = ([answer] if answer else []) + [tool.arguments for tool in callable_]
+        functions = [
+            Function(tool.name, f"@p{n}") for n, tool in enumerate(callable_, answer is not None)
+        ]
+        grammar = None
+        if parts:
+            frame = self._family.frame(
+                functions,
+                answer="@p0" if answer else None,
+                is_required=choice.is_required,
+                is_parallel=choice.is_parallel,
+                tags=tags,
+                is_open=is_open,
+            )
+            never_first = tags.open if tags and not is_open else ""
+            grammar = wire.Grammar(tuple(parts), frame, never_first)
+        thinking = None
+        if tags:
+            ending = self._family.ending(tags)
+            thinking = wire.Thinking(tags.open, tags.close, is_open, budget, ending)
+        is_split = tags or functions
+        return Prompt(
+            segments,
+            grammar,
+            thinking,
+            [*self._family.visible, *([tags.open, tags.close] if tags else [])] if is_split else [],
+            lambda: self._family.splitter(
+                functions, only_first=answer is not None, tags=tags, is_open=is_open
+            ),
+        )
+
+    def _check(
+        self,
+        functions: Sequence[Tool],
+        choice: ToolChoice,
+        answer: wire.GrammarPart | None,
+        continues: bool,
+    ) -> None:
+        if answer and functions and not choice.is_required and not self._family.mixes_with_json:
+            raise UnsupportedParameter(
+                f"This model's calls ({self._family.name}) look like JSON answers; send "
+                f"'{answer.param}' without tools, or tool_choice 'required' or 'none'.",
+                param=answer.param,
+            )
+        if continues and answer:
+            raise UnsupportedParameter(
+                f"'{answer.param}' is about a whole answer and not about the end of one.",
+                param=answer.param,
+            )
+        if continues and functions and (choice.is_required or not self._family.calls_after_text):
+            raise UnsupportedParameter(
+                "An answer that is continued cannot become a tool call.", param="tools"
+            )
+
+    def _effort(self, effort: str | None, budget: int | None) -> tuple[dict[str, Any], int | None]:
+        """What the template is told of the effort, and the tokens that thoughts may take."""
+        source = self._template.source
+        if self._tags is None:
+            for param, value in (("reasoning_effort", effort), ("thinking_budget_tokens", budget)):
+                if value is not None and value not in ("none", 0):
+                    raise UnsupportedParameter("This model does not think.", param=param)
+            return {}, None
+        switches: dict[str, Any] = {}
+        if effort is None:
+            return switches, budget
+        switches = {name: effort != "none" for name in SWITCHES if name in source}
+        if "reasoning_effort" in source:
+            switches["reasoning_effort"] = TEMPLATE_EFFORTS.get(effort, effort)
+        elif budget is None:
+            budget = BUDGETS.get(effort)
+        return switches, budget
+
+    def _thoughts(
+        self, segments: Sequence[wire.Segment], *, continues: bool
+    ) -> tuple[ReasoningTags | None, bool]:
+        """The tags if the model may still think, and whether the prompt ends in its thoughts."""
+        tags = self._tags
+        if tags is None:
+            return None, False
+        text = "".join(segment.text for segment in segments)
+        if continues:
+            is_open = text.rfind(tags.open) > text.rfind(tags.close)
+            return (tags, True) if is_open else (None, False)
+        end = text.rstrip()
+        return (None if end.endswith(tags.close) else tags), end.endswith(tags.open)

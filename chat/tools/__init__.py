@@ -1,0 +1,19 @@
+"""The families of models by how they call tools. To add one: a file, and a row here."""
+
+from chat.tools.base import ToolFormat
+from chat.tools.generic import Generic
+from chat.tools.harmony import Harmony
+from chat.tools.hermes import Hermes
+from chat.tools.llama3 import Llama3
+from chat.tools.mistral import Mistral, MistralV11
+
+# the first that fits a template has it
+FAMILIES: tuple[ToolFormat, ...] = (
+    Harmony(),
+    MistralV11(),
+    Mistral(),
+    Hermes(),
+    Llama3(),
+    Generic(),
+)
+BY_NAME = {family.name: family for family in FAMILIES}

@@ -1,0 +1,269 @@
+"""What a family of models has to say about tool calls, and what families share."""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from chat.events import CallArguments, CallBegin, Event, Splitter, Text
+from chat.splitter import JsonSpan, PlainText, ReasoningSplitter, ReasoningTags, n_held
+
+Messages = Sequence[Mapping[str, Any]]
+
+# by the closing one: some templates write no opening one
+REASONING_TAGS = (
+    ReasoningTags("<think>", "</think>"),
+    ReasoningTags("[THINK]", "[/THINK]"),
+    ReasoningTags("<thinking>", "</thinking>"),
+    ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function that the model may call now, and the rule of its arguments in the grammar."""
+
+    name: str
+    arguments: str
+
+
+class ToolFormat(ABC):
+    """How models of one family are told of tools and call them. Subclasses have no state."""
+
+    name: ClassVar[str]
+    opener: ClassVar[str]  # what the first call begins with
+    visible: ClassVar[tuple[str, ...]] = ()  # control tokens that its splitter looks for
+    shows_tools: ClassVar[bool] = True  # the template prints the tools that it is given
+    calls_after_text: ClassVar[bool] = True
+    mixes_with_json: ClassVar[bool] = True  # a call cannot be taken for an answer that is JSON
+
+    @abstractmethod
+    def fits(self, template: str) -> bool:
+        """The template is of this family."""
+
+    @abstractmethod
+    def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
+        """Lark of the rule `calls`: one or more calls, from behind the first opener."""
+
+    @abstractmethod
+    def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
+        """A splitter of text and calls. `only_first`: calls come only at the beginning."""
+
+    def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
+        """The conversation as the family's templates take it."""
+        return messages
+
+    def reasoning(self, template: str) -> ReasoningTags | None:
+        """The tags of the thoughts, for models that think."""
+        return next((tags for tags in REASONING_TAGS if tags.close in template), None)
+
+    def ending(self, tags: ReasoningTags) -> str:
+        """What ends thoughts that take too long."""
+        return f"\n{tags.close}\n\n"
+
+    def frame(
+        self,
+        functions: Sequence[Function],
+        *,
+        answer: str | None,
+        is_required: bool,
+        is_parallel: bool,
+        tags: ReasoningTags | None,
+        is_open: bool,
+    ) -> str:
+        """Lark of a whole answer: thoughts, then calls or, unless they are required, the `answer`:
+        a rule, or None for any text, which may also stand before the calls."""
+        start = "body"
+        if tags and is_open:
+            start = f"«until {tags.close}» SPACE? body"
+        elif tags:
+            start = f"(«{tags.open}» «until {tags.close}» SPACE?)? body"
+        rules = [f"start: {start}", "SPACE: /[ \\n]{1,4}/"]
+        if not functions:
+            return "\n".join([*rules, f"body: {answer or '«»'}"])
+        body = self.body(functions, answer=answer, is_required=is_required)
+        return "\n".join([*rules, body, self.calls(functions, is_parallel=is_parallel)])
+
+    def body(self, functions: Sequence[Function], *, answer: str | None, is_required: bool) -> str:
+        """Lark of the rule `body`: what comes after the thoughts."""
+        if is_required:
+            return f"body: «{self.opener}» calls"
+        if answer:
+            return f"body: «{self.opener}» calls | {answer}"
+        return f"body: «until {self.opener}» calls | «»"
+
+    def splitter(
+        self,
+        functions: Sequence[Function],
+        *,
+        only_first: bool,
+        tags: ReasoningTags | None,
+        is_open: bool,
+    ) -> Splitter:
+        """A splitter of a whole answer."""
+        splitter: Splitter = PlainText()
+        if functions:
+            splitter = self.call_splitter(functions, only_first=only_first)
+        return ReasoningSplitter(tags, splitter, is_open=is_open) if tags else splitter
+
+
+def literal(text: str) -> str:
+    """A text in Lark."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def named(functions: Sequence[Function], key: str) -> str:
+    """Lark of the rest of `{"name": `: a name and its arguments, as one object."""
+    options = [
+        f"{literal(f'{json.dumps(f.name, ensure_ascii=False)}, {json.dumps(key)}: ')} {f.arguments}"
+        for f in functions
+    ]
+    return f"({' | '.join(options)}) {literal('}')}"
+
+
+class CallReader:
+    """Reads one call as a JSON object with a name and arguments, of which it is fed pieces.
+
+    Arguments go out as they come when the name stands before them, else once the object is whole.
+    Arguments that are JSON in a string are taken out of it.
+    """
+
+    _HEAD = re.compile(
+        r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,'
+        r'\s*"(?:arguments|parameters)"\s*:\s*(?=\S)'
+    )
+    _MAX_HEAD_CHARS = 1000  # a longer one is read when the object is whole
+
+    def __init__(self) -> None:
+        self.raw = ""  # what was fed while it is no call yet
+        self.is_whole = False
+        self._object = JsonSpan()
+        self._arguments: JsonSpan | None = None
+
+    @property
+    def is_call(self) -> bool:
+        """Its name is known."""
+        return not self.raw and (self.is_whole or self._arguments is not None)
+
+    def feed(self, text: str) -> tuple[list[Event], str | None]:
+        """Events, and what of `text` comes after the object; None while it goes on."""
+        end = self._object.feed(text)
+        self.is_whole = end is not None
+        rest = None if end is None else text[end:]
+        return self._take(text[:end]), rest
+
+    def _take(self, text: str) -> list[Event]:
+        if self._arguments:
+            return self._take_arguments(text)
+        self.raw += text
+        is_short = len(self.raw) < self._MAX_HEAD_CHARS
+        head = self._HEAD.match(self.raw) if is_short else None
+        if head and self.raw[head.end()] != '"':
+            begun, self.raw = self.raw[head.end() :], ""
+            self._arguments = JsonSpan()
+            name = json.loads(head["name"], strict=False)
+            return [CallBegin(name), *self._take_arguments(begun)]
+        call = _whole_call(self.raw) if self.is_whole else []
+        if call:
+            self.raw = ""
+        return call
+
+    def _take_arguments(self, text: str) -> list[Event]:
+        assert self._arguments
+        if self._arguments.has_ended:
+            return []
+        text = text[: self._arguments.feed(text)]
+        return [CallArguments(text)] if text else []
+
+
+def _whole_call(text: str) -> list[Event]:
+    """The events of a call as a whole object; none if it is not one."""
+    try:
+        call = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return []
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return [CallBegin(call["name"]), CallArguments(arguments)]
+
+
+class OpenedCalls(ABC):
+    """A splitter of text in which each call, or list of calls, begins with an opener.
+
+    Subclasses read what comes behind it. Spaces around calls belong to nobody. With `only_first`
+    no call comes after text.
+    """
+
+    is_reasoning = False
+
+    def __init__(self, opener: str, *, only_first: bool) -> None:
+        self._opener = opener
+        self._only_first = only_first
+        self._in_call = False
+        self._had_call = False  # and no text since
+        self._has_text = False
+        self._held = ""
+
+    @property
+    @abstractmethod
+    def is_calling(self) -> bool:
+        """A call has begun and is not whole."""
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """An opener was met."""
+
+    @abstractmethod
+    def _read(self, text: str) -> tuple[list[Event], str | None]:
+        """Events of a call, and what comes after it; None while it goes on."""
+
+    @abstractmethod
+    def _unread(self) -> str:
+        """What was read, opener and all, if it is no call."""
+
+    def feed(self, text: str) -> list[Event]:
+        events: list[Event] = []
+        rest: str | None = self._held + text
+        self._held = ""
+        while rest:
+            more, rest = self._read_call(rest) if self._in_call else self._read_text(rest)
+            events += more
+        return events
+
+    def finish(self) -> list[Event]:
+        held, self._held = self._held, ""
+        return self._text(self._unread() if self._in_call else held)
+
+    def _read_call(self, text: str) -> tuple[list[Event], str | None]:
+        events, rest = self._read(text)
+        if rest is not None:
+            self._in_call = False
+            self._had_call = True
+            events += self._text(self._unread())
+        return events, rest
+
+    def _read_text(self, text: str) -> tuple[list[Event], str | None]:
+        if self._only_first and self._has_text:
+            return [Text(text)], None
+        before, opener, after = text.partition(self._opener)
+        if opener and not (self._only_first and before.strip()):
+            self._in_call = True
+            self._begin()
+            return self._text(before.rstrip()), after
+        n_sure = len(text) - n_held(text, self._opener)
+        self._held = text[n_sure:]
+        return self._text(text[:n_sure]), None
+
+    def _text(self, text: str) -> list[Event]:
+        if self._had_call:
+            text = text.lstrip()
+        if not text:
+            return []
+        self._had_call = False
+        self._has_text = True
+        return [Text(text)]

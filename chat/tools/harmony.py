@@ -1,0 +1,158 @@
+"""gpt-oss: messages in channels, one of them for thoughts. A call is a message to a function.
+
+<|channel|>analysis<|message|>I need the weather.<|end|><|start|>assistant<|channel|>commentary
+to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris"}<|call|>
+
+<|channel|>final<|message|>It rains.<|return|>
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from chat.events import CallArguments, CallBegin, Event, Reasoning, Splitter, Text
+from chat.splitter import JsonSpan, ReasoningTags, n_held
+from chat.tools.base import Function, Messages, ToolFormat, literal
+
+START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+CONSTRAIN, END, CALL, RETURN = "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"
+TAGS = ReasoningTags(f"{CHANNEL}analysis", f"{CHANNEL}final")
+
+
+class Harmony(ToolFormat):
+    name = "harmony"
+    opener = ""
+    calls_after_text = False
+    visible = (START, CHANNEL, MESSAGE, CONSTRAIN, END)
+
+    def fits(self, template: str) -> bool:
+        return CHANNEL in template and MESSAGE in template
+
+    def reasoning(self, template: str) -> ReasoningTags | None:
+        return TAGS
+
+    def ending(self, tags: ReasoningTags) -> str:
+        return f"{END}{START}assistant"
+
+    def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
+        """Its template calls the thoughts that led to a call by a name of its own."""
+        return [
+            {**message, "thinking": message["reasoning_content"]}
+            if message.get("tool_calls") and message.get("reasoning_content")
+            else message
+            for message in messages
+        ]
+
+    def frame(
+        self,
+        functions: Sequence[Function],
+        *,
+        answer: str | None,
+        is_required: bool,
+        is_parallel: bool,
+        tags: ReasoningTags | None,
+        is_open: bool,
+    ) -> str:
+        rules = [
+            f"start: aside* {'calls' if is_required else 'final'}",
+            f'aside: «{CHANNEL}» ("analysis" | "commentary") «{MESSAGE}» «» «{END}» «{START}»'
+            ' "assistant"',
+        ]
+        final = f'«{CHANNEL}» "final" «{MESSAGE}» {answer or "«»"}'
+        if functions and not is_required:
+            final += " | calls"
+        rules.append(f"final: {final}")
+        if functions:
+            rules.append(self.calls(functions, is_parallel=is_parallel))
+        return "\n".join(rules)
+
+    def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
+        kind = f'(" " «{CONSTRAIN}» "json" | " json")? «{MESSAGE}»'
+        to = "commentary to=functions."
+        options = [f"{literal(to + f.name)} {kind} {f.arguments}" for f in functions]
+        return f"calls: «{CHANNEL}» ({' | '.join(options)})"
+
+    def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
+        return HarmonySplitter()
+
+    def splitter(
+        self,
+        functions: Sequence[Function],
+        *,
+        only_first: bool,
+        tags: ReasoningTags | None,
+        is_open: bool,
+    ) -> Splitter:
+        return HarmonySplitter()
+
+
+class HarmonySplitter:
+    """Reads messages one by one: a header, then what it says."""
+
+    _MARKS = (START, CHANNEL, MESSAGE, CONSTRAIN, END)
+    _MARK = re.compile("|".join(map(re.escape, _MARKS)))
+    _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
+
+    def __init__(self) -> None:
+        self._in_header = True
+        self._kind: Literal["text", "reasoning", "call"] = "text"
+        self._arguments = JsonSpan()
+        self._held = ""
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self._kind == "reasoning"
+
+    @property
+    def is_calling(self) -> bool:
+        return self._kind == "call" and not self._arguments.has_ended
+
+    def feed(self, text: str) -> list[Event]:
+        self._held += text
+        events: list[Event] = []
+        go_on = True
+        while go_on:
+            more, go_on = self._read_header() if self._in_header else self._read_body()
+            events += more
+        return events
+
+    def finish(self) -> list[Event]:
+        held, self._held = self._held, ""
+        if self._in_header and self._MARK.match(held):
+            return []  # half a header
+        return self._said(held)
+
+    def _read_header(self) -> tuple[list[Event], bool]:
+        if not (self._MARK.match(self._held) or any(m.startswith(self._held) for m in self._MARKS)):
+            self._in_header = False  # the model leaves the format: all is text
+            self._kind = "text"
+            return [], True
+        header, found, body = self._held.partition(MESSAGE)
+        if not found:
+            return [], False
+        self._in_header = False
+        self._held = body
+        if recipient := self._RECIPIENT.search(header):
+            self._kind = "call"
+            self._arguments = JsonSpan()
+            return [CallBegin(recipient[1])], True
+        self._kind = "reasoning" if f"{CHANNEL}analysis" in header else "text"
+        return [], True
+
+    def _read_body(self) -> tuple[list[Event], bool]:
+        if mark := self._MARK.search(self._held):
+            said = self._said(self._held[: mark.start()])
+            self._held = self._held[mark.end() if mark[0] == END else mark.start() :]
+            self._in_header = True
+            return said, bool(self._held)
+        n_sure = len(self._held) - max(n_held(self._held, mark) for mark in self._MARKS)
+        sure, self._held = self._held[:n_sure], self._held[n_sure:]
+        return self._said(sure), False
+
+    def _said(self, text: str) -> list[Event]:
+        if not text:
+            return []
+        if self._kind == "call":
+            self._arguments.feed(text)
+            return [CallArguments(text)]
+        return [Reasoning(text) if self._kind == "reasoning" else Text(text)]

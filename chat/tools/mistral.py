@@ -1,0 +1,135 @@
+"""Mistral: a control token, then a list of calls or, from version 11 of its tokenizer on, each call
+with its name before its arguments.
+
+    [TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]
+    [TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[TOOL_CALLS]get_weather[ARGS]{"city": "Rome"}
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from chat.events import CallArguments, CallBegin, Event, Splitter
+from chat.splitter import JsonSpan
+from chat.tools.base import (
+    CallReader,
+    Function,
+    Messages,
+    OpenedCalls,
+    ToolFormat,
+    literal,
+    named,
+)
+
+OPEN, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+
+
+class Mistral(ToolFormat):
+    name = "mistral"
+    opener = OPEN
+    visible: ClassVar[tuple[str, ...]] = (OPEN,)
+
+    def fits(self, template: str) -> bool:
+        return OPEN in template
+
+    def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
+        more = f" ({literal(', ')} call)*" if is_parallel else ""
+        begin = literal('{"name": ')
+        return f'calls: " "? "[" call{more} "]"\ncall: {begin} {named(functions, "arguments")}'
+
+    def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
+        return MistralSplitter(OPEN, only_first=only_first)
+
+    def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
+        """Its templates refuse ids that are not nine letters and digits."""
+        turns = []
+        for message in messages:
+            turn = dict(message)
+            if "tool_call_id" in turn:
+                turn["tool_call_id"] = _short_id(turn["tool_call_id"])
+            if "tool_calls" in turn:
+                turn["tool_calls"] = [
+                    {**call, "id": _short_id(call.get("id", ""))} for call in turn["tool_calls"]
+                ]
+            turns.append(turn)
+        return turns
+
+
+class MistralV11(Mistral):
+    name = "mistral-v11"
+    visible = (OPEN, ARGS, CALL_ID)
+
+    def fits(self, template: str) -> bool:
+        return OPEN in template and ARGS in template
+
+    def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
+        more = f" («{OPEN}» call)*" if is_parallel else ""
+        options = " | ".join(f"{literal(f.name)} «{ARGS}» {f.arguments}" for f in functions)
+        return f"calls: call{more}\ncall: {options}"
+
+
+def _short_id(id: str) -> str:
+    if re.fullmatch("[a-zA-Z0-9]{9}", id):
+        return id
+    return hashlib.sha256(id.encode(errors="replace")).hexdigest()[:9]
+
+
+class MistralSplitter(OpenedCalls):
+    """Takes both forms."""
+
+    _NAMED = re.compile(r"\s*(?P<name>[^\[{\s]+)\s*(\[CALL_ID\][^\[{]*)?(\[ARGS\])?\s*(?=\{)")
+
+    def _begin(self) -> None:
+        self._raw = ""  # while it is no call yet
+        self._reader: CallReader | None = None  # in a list
+        self._is_between = False  # calls of a list
+        self._arguments: JsonSpan | None = None  # behind a name
+
+    @property
+    def is_calling(self) -> bool:
+        return self._in_call and not self._is_between
+
+    def _unread(self) -> str:
+        if self._reader:
+            return "" if self._reader.is_call else f"{OPEN}[{self._reader.raw}"
+        return "" if self._arguments else OPEN + self._raw
+
+    def _read(self, text: str) -> tuple[list[Event], str | None]:
+        if self._reader:
+            return self._read_list(text)
+        if self._arguments:
+            end = self._arguments.feed(text)
+            return [CallArguments(text[:end])], None if end is None else text[end:]
+        self._raw += text
+        begun = self._raw.lstrip()
+        if begun.startswith("["):
+            self._reader = CallReader()
+            return self._read_list(begun[1:])
+        if head := self._NAMED.match(self._raw):
+            self._arguments = JsonSpan()
+            events, rest = self._read(self._raw[head.end() :])
+            return [CallBegin(head["name"]), *events], rest
+        return [], None
+
+    def _read_list(self, text: str) -> tuple[list[Event], str | None]:
+        assert self._reader
+        events: list[Event] = []
+        while text:
+            if self._is_between:
+                text = text.lstrip(", \n\t")
+                if text.startswith("]"):
+                    return events, text[1:]
+                if not text:
+                    break
+                self._is_between = False
+                self._reader = CallReader()
+            more, rest = self._reader.feed(text)
+            events += more
+            if rest is None:
+                break
+            if not self._reader.is_call:
+                return events, rest
+            self._is_between = True
+            text = rest
+        return events, None
