@@ -1,7 +1,7 @@
 """POST /v1/chat/completions"""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -102,12 +102,13 @@ async def create_chat_completion(
     tier = services.chat_tier(body.model)
     refuse(body, UNSUPPORTED)
     parts = list(_parts(body.messages))
-    _check_parts(parts)
     headers = ignored_params(
         body, UNSUPPORTED, strict=services.settings.server.strict_params, parts=parts
     )
     body.check_stream_options()
-    prompt = await asyncio.to_thread(_render, services, tier, body)
+    prompt = await asyncio.to_thread(
+        render, services, tier, body.messages, body.chat_template_kwargs
+    )
     answer = await generation.start(
         request.receive,
         tier,
@@ -178,13 +179,18 @@ def _logprobs(tokens: Sequence[wire.TokenLogprob]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _render(services: Services, tier: Tier, body: ChatRequest) -> list[wire.Segment | int]:
-    template = services.template(tier)
-    dumped = [message.model_dump(exclude_unset=True) for message in body.messages]
-    extra = body.chat_template_kwargs or {}
-    for name in RESERVED_KWARGS & extra.keys():
+def render(
+    services: Services,
+    tier: Tier,
+    messages: Sequence[ChatMessage],
+    kwargs: Mapping[str, Any] | None,
+) -> list[wire.Segment]:
+    """The prompt of a conversation, by the model's template. Raises BadRequest, ModelLoadFailed."""
+    _check_parts(_parts(messages))
+    for name in RESERVED_KWARGS & (kwargs or {}).keys():
         raise BadRequest(f"'{name}' is not for clients.", param=f"chat_template_kwargs.{name}")
-    return [*template.render(dumped, now=datetime.now(), **extra)]
+    dumped = [message.model_dump(exclude_unset=True) for message in messages]
+    return services.template(tier).render(dumped, now=datetime.now(), **(kwargs or {}))
 
 
 def _parts(messages: Sequence[ChatMessage]) -> Iterator[tuple[str, ContentPart]]:
