@@ -5,8 +5,8 @@ One task per tier makes every transition, so none of them can race:
 
 1. A waiting job starts the worker. A load that fails fails the jobs that wait for it; a worker
    that could not load is tried again after a back-off, when the next job comes.
-2. While the worker has free sequences it gets the oldest waiting job. Conversions between text and
-   tokens need none: they go to it at once, and fail when it dies.
+2. While the worker has free sequences it gets the next waiting job, by priority and age.
+   Conversions between text and tokens need no sequence: they go to it at once, and fail with it.
 3. When nobody has a lease for IDLE_TTL_S the worker is stopped.
 4. When the worker dies, jobs that had sent text fail; the others are suspects: each is tried again
    alone on a fresh worker, and a second death is its own fault. Waiting jobs just wait on.
@@ -42,6 +42,7 @@ from errors import (
     WorkerCrashed,
 )
 from settings import CHAT_TIERS, Settings, TierName, TierSettings
+from waiting import WaitingLine
 from worker_spec import effective_n_ctx, worker_spec
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ class Tier:
         self._model_signature = 0, 0
         self._fingerprint = ""
         self._worker: Worker | None = None
-        self._waiting: deque[Generation] = deque()
+        self._waiting: WaitingLine[Generation] = WaitingLine()
         self._suspects: deque[Generation] = deque()
         self._running: dict[int, tuple[Generation, float]] = {}  # with the time it was handed over
         self._conversions: dict[int, Conversion] = {}  # that somebody waits for, by job
@@ -230,14 +231,15 @@ class Tier:
             self._n_leases -= 1
             self._wakeup.set()
 
-    def submit(self, request: wire.Generate) -> Generation:
-        """Queue a request. Raises QueueFull, ContextLengthExceeded where that is certain without
-        tokenising, or TierUnavailable when the service is stopping."""
+    def submit(self, request: wire.Generate, *, priority: int = 0) -> Generation:
+        """Queue a request; a lower priority is served earlier. Raises QueueFull,
+        ContextLengthExceeded where that is certain without tokenising, or TierUnavailable when the
+        service is stopping."""
         self._check_length(request)
         self._check_room(len(self._waiting))
         request = msgspec.structs.replace(request, job=next(self._job_ids))
         generation = Generation(self, request)
-        self._waiting.append(generation)
+        self._waiting.join(generation, priority, time.monotonic())
         self._wakeup.set()
         return generation
 
@@ -306,9 +308,9 @@ class Tier:
             self._job_s += 0.2 * (time.monotonic() - handed_at - self._job_s)
             assert self._worker is not None
             self._worker.cancel(job)
-        for queue in (self._waiting, self._suspects):
-            if generation in queue:
-                queue.remove(generation)
+        self._waiting.leave(generation)
+        if generation in self._suspects:
+            self._suspects.remove(generation)
         self._wakeup.set()
 
     def start(self) -> None:
@@ -379,14 +381,14 @@ class Tier:
 
         1. Nobody while a suspect is in there, alone.
         2. A suspect, once the worker is empty.
-        3. The oldest waiting one, if a sequence is free.
+        3. The first in the waiting line, if a sequence is free.
         """
         if any(generation.n_crashes for generation, _ in self._running.values()):
             return None
         if self._suspects:
             return None if self._running else self._suspects.popleft()
         if self._waiting and len(self._running) < n_seats:
-            return self._waiting.popleft()
+            return self._waiting.pop()
         return None
 
     async def _ensure_ready(self) -> Worker:
@@ -465,9 +467,10 @@ class Tier:
         self._wakeup.set()
 
     def _fail_waiting(self, error: ServiceError) -> None:
-        for queue in (self._waiting, self._suspects):
-            while queue:
-                queue.popleft().fail(error)
+        while self._waiting:
+            self._waiting.pop().fail(error)
+        while self._suspects:
+            self._suspects.popleft().fail(error)
         for conversion in self._unsent:
             conversion.fail(error)
 

@@ -122,10 +122,11 @@ async def create_chat_completion(
                 n_logprobs=body.n_logprobs,
             )
         ],
+        priority=body.effective_priority,
         fields={"prompt": "messages", "grammar": grammar_field(body)},
     )
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    head = generation.head("chatcmpl", kind, tier)
+    head = generation.head("chatcmpl", kind, tier, body.service_tier)
     if body.stream:
         return EventStream(_events(answer, head, include_usage=body.include_usage), headers)
     choices = await while_connected(request.receive, generation.fold(answer))

@@ -89,9 +89,10 @@ async def create_completion(
         request.receive,
         tier,
         [msgspec.structs.replace(asked, prompt=prompt) for prompt in prompts],
+        priority=body.effective_priority,
         fields={"grammar": grammar_field(body)},
     )
-    head = generation.head("cmpl", "text_completion", tier)
+    head = generation.head("cmpl", "text_completion", tier, body.service_tier)
     if body.stream:
         return EventStream(_events(answer, head, body), headers)
     sampled = await while_connected(request.receive, generation.fold(answer))

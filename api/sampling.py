@@ -27,6 +27,8 @@ REQUEST_ONLY = ("frequency_penalty", "presence_penalty", "repeat_last_n", "typic
                 "ignore_eos")  # fmt: skip
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128  # OpenAI's limit of n
+MAX_PRIORITY = 100
+PRIORITY_OF_SERVICE_TIER = {"flex": 10, "priority": -10}
 
 
 def _as_list(value: Any) -> Any:
@@ -110,6 +112,15 @@ class GenerationFields(BaseModel):
     response_format: ResponseFormat | None = None
     grammar: str | None = None  # Lark or GBNF
     user: str | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+
+    @property
+    def effective_priority(self) -> int:
+        """As in vLLM, lower is served earlier; where it is not said, the service tier says it."""
+        if self.priority is not None:
+            return self.priority
+        return PRIORITY_OF_SERVICE_TIER.get(self.service_tier or "", 0)
 
     @property
     def include_usage(self) -> bool:

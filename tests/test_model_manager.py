@@ -143,6 +143,25 @@ def test_requests_are_served_in_the_order_in_which_they_came(tmp_path: Path) -> 
     assert run(test, light=fake(n_parallel=1)) == list(range(10))
 
 
+def test_those_that_wait_are_served_by_priority() -> None:
+    async def test(manager: ModelManager) -> list[str]:
+        tier = manager.tiers["light"]
+        order: list[str] = []
+
+        async def one(name: str, priority: int) -> None:
+            with tier.submit(request(name), priority=priority) as generation:
+                await generation.started()
+                order.append(name)
+                async for _ in generation:
+                    pass
+
+        asked = {"low": 2, "first": 0, "second": 0, "high": -2}
+        await asyncio.gather(*(one(name, priority) for name, priority in asked.items()))
+        return order
+
+    assert run(test, light=fake(n_parallel=1)) == ["high", "first", "second", "low"]
+
+
 def test_leaving_the_block_ends_a_request_wherever_it_is(tmp_path: Path) -> None:
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
