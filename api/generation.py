@@ -29,19 +29,25 @@ class Answer:
     n_choices: int
 
 
-def head(prefix: str, kind: str, tier: Tier) -> dict[str, Any]:
+def head(prefix: str, kind: str, tier: Tier, service_tier: str | None) -> dict[str, Any]:
     """What the reply and each of its chunks begin with."""
+    served_as = {"service_tier": "default" if service_tier == "auto" else service_tier}
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
         "model": tier.name,
         "system_fingerprint": tier.fingerprint,
-    }
+    } | (served_as if service_tier else {})
 
 
 async def start(
-    receive: Receive, tier: Tier, requests: Sequence[wire.Generate], *, fields: Mapping[str, str]
+    receive: Receive,
+    tier: Tier,
+    requests: Sequence[wire.Generate],
+    *,
+    priority: int,
+    fields: Mapping[str, str],
 ) -> Answer:
     """Submit requests and wait until all have started: from here on nothing that is wrong with
     them can come up.
@@ -50,7 +56,7 @@ async def start(
     knows it.
     """
     started: list[wire.Started] = []
-    outs = _generate(tier, requests, started)
+    outs = _generate(tier, requests, priority, started)
     try:
         await while_connected(receive, anext(outs))
     except BadRequest as error:
@@ -60,11 +66,13 @@ async def start(
 
 
 async def _generate(
-    tier: Tier, requests: Sequence[wire.Generate], started: list[wire.Started]
+    tier: Tier, requests: Sequence[wire.Generate], priority: int, started: list[wire.Started]
 ) -> Outs:
     with ExitStack() as stack:
         stack.enter_context(tier.lease())
-        generations = [stack.enter_context(tier.submit(request)) for request in requests]
+        generations = [
+            stack.enter_context(tier.submit(request, priority=priority)) for request in requests
+        ]
         started += [await generation.started() for generation in generations]
         yield -1, wire.TokenOut(0, "")  # the handshake that `start` waits for
         if len(generations) == 1:

@@ -2,10 +2,11 @@
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,12 +27,24 @@ REQUEST_ONLY = ("frequency_penalty", "presence_penalty", "repeat_last_n", "typic
                 "ignore_eos")  # fmt: skip
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128  # OpenAI's limit of n
+MAX_PRIORITY = 100
+PRIORITY_OF_SERVICE_TIER = {"flex": 10, "priority": -10}
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("The text has half of a surrogate pair.") from None
+    return text
+
+
+WholeText = Annotated[str, AfterValidator(_whole)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
 StopList = Annotated[
     list[Annotated[str, StringConstraints(min_length=1)]],
     Field(max_length=MAX_STOPS, fail_fast=True),
@@ -99,6 +112,15 @@ class GenerationFields(BaseModel):
     response_format: ResponseFormat | None = None
     grammar: str | None = None  # Lark or GBNF
     user: str | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+
+    @property
+    def effective_priority(self) -> int:
+        """As in vLLM, lower is served earlier; where it is not said, the service tier says it."""
+        if self.priority is not None:
+            return self.priority
+        return PRIORITY_OF_SERVICE_TIER.get(self.service_tier or "", 0)
 
     @property
     def include_usage(self) -> bool:
@@ -217,8 +239,8 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def ignored_params(
-    fields: GenerationFields,
-    known: Mapping[str, Any],
+    fields: BaseModel,
+    known: Container[str] = (),
     *,
     strict: bool,
     parts: Iterable[tuple[str, BaseModel]] = (),
@@ -226,8 +248,8 @@ def ignored_params(
     """The header that names the unknown fields of a body and of its `parts`, which come with their
     places. Raises BadRequest where `strict`."""
     unknown = [name for name in fields.model_extra or {} if name not in known]
-    inner = {"stream_options": fields.stream_options, "response_format": fields.response_format}
-    parts = [*((name, part) for name, part in inner.items() if part is not None), *parts]
+    inner = ((name, getattr(fields, name, None)) for name in ("stream_options", "response_format"))
+    parts = [*((name, part) for name, part in inner if part is not None), *parts]
     unknown += [f"{place}.{name}" for place, part in parts for name in part.model_extra or {}]
     if not unknown:
         return {}

@@ -53,26 +53,37 @@ class Choice:
 
 async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequest) -> "Turn":
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
-    body.check_content()
     body.check_stream_options()
-    prompt = await asyncio.to_thread(_prompt, services, tier, body)
+    made = await prompt(services, tier, body)
     request = generate_request(
         body,
         tier.settings,
-        prompt=prompt.segments,
+        prompt=made.segments,
         limits=(body.max_tokens, body.max_completion_tokens),
         n=body.n,
         n_logprobs=body.n_logprobs,
-        grammar=prompt.grammar,
-        thinking=prompt.thinking,
-        visible=prompt.visible,
+        grammar=made.grammar,
+        thinking=made.thinking,
+        visible=made.visible,
     )
-    answer = await generation.start(receive, tier, [request], fields={"prompt": "messages"})
+    answer = await generation.start(
+        receive,
+        tier,
+        [request],
+        priority=body.effective_priority,
+        fields={"prompt": "messages"},
+    )
     is_inline = services.settings.server.reasoning_field == "none"
-    return Turn(answer, prompt, is_inline, has_client_grammar=answer_part(body) is not None)
+    return Turn(answer, made, is_inline, has_client_grammar=answer_part(body) is not None)
 
 
-def _prompt(services: Services, tier: Tier, body: ChatRequest) -> Prompt:
+async def prompt(services: Services, tier: Tier, body: ChatRequest) -> Prompt:
+    """The conversation as the model reads it. Raises ServiceError."""
+    body.check_content()
+    return await asyncio.to_thread(_render, services, tier, body)
+
+
+def _render(services: Services, tier: Tier, body: ChatRequest) -> Prompt:
     tools = body.tool_list()
     return services.chat_format(tier).prompt(
         [message.model_dump(exclude_unset=True) for message in body.messages],

@@ -591,6 +591,51 @@ def test_a_full_queue_is_a_429_with_a_time_to_come_back(service: Service) -> Non
         client.close()
 
 
+def test_the_service_tier_is_told_where_it_was_asked_for(service: Service) -> None:
+    told = {"auto": "default", "default": "default", "flex": "flex", "priority": "priority"}
+    for asked, answered in told.items():
+        assert service.chat(service_tier=asked).json()["service_tier"] == answered
+        assert service.complete(service_tier=asked).json()["service_tier"] == answered
+        for chunk in events(service.chat(service_tier=asked, stream=True)):
+            assert chunk["service_tier"] == answered
+    assert "service_tier" not in service.chat(priority=5).json()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"service_tier": "scale"}, {"service_tier": 1}, {"priority": 101}, {"priority": -101},
+     {"priority": 0.5}, {"priority": "high"}],
+    ids=str,
+)  # fmt: skip
+def test_a_priority_that_is_not_there_is_refused(service: Service, fields: dict[str, Any]) -> None:
+    for response in (service.chat(**fields), service.complete(**fields)):
+        assert error_of(response, 400)["param"] == next(iter(fields))
+
+
+def test_the_next_to_be_served_is_chosen_by_priority_or_else_by_service_tier(
+    service: Service,
+) -> None:
+    tier = service.manager.tiers["heavy"]
+    order: list[str] = []
+
+    def ask_for(name: str, **fields: Any) -> None:
+        with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
+            body = {"model": "heavy", "messages": [{"role": "user", "content": name}]} | fields
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+            order.append(name)
+
+    with ThreadPoolExecutor(3) as pool:
+        busy = pool.submit(ask_for, "slow", max_tokens=300)
+        wait_until(lambda: tier._running)
+        asked = [pool.submit(ask_for, "flex", service_tier="flex")]
+        wait_until(lambda: len(tier._waiting) == 1)
+        asked.append(pool.submit(ask_for, "urgent", service_tier="flex", priority=-1))
+        wait_until(lambda: len(tier._waiting) == 2)
+        for future in (busy, *asked):
+            future.result()
+    assert order == ["slow", "urgent", "flex"]
+
+
 def test_a_client_that_leaves_a_stream_frees_its_place(service: Service) -> None:
     body = {"model": "heavy", "messages": [{"role": "user", "content": "slow"}], "max_tokens": -1}
     request = service.http.build_request("POST", "/v1/chat/completions", json=body | {"stream": 1})

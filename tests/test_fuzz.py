@@ -72,7 +72,9 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tools": ODD,
     "tool_choice": ODD,
     "user": ODD,
-    "mirostat": ODD,
+    "priority": st.integers(-101, 101),
+    "service_tier": st.sampled_from(["auto", "default", "flex", "priority", "scale"]),
+    "frob": ODD,
 }  # fmt: skip
 GOOD_MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "system", "assistant"]), "content": st.text(max_size=30)}

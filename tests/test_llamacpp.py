@@ -416,6 +416,43 @@ def _squeezed(text: str) -> str:
     return text.replace(" ", "")
 
 
+@pytest.mark.parametrize("which", ["smollm2", "spm"])
+def test_text_in_the_middle_of_a_prompt_is_exactly_that(
+    which: str, request: pytest.FixtureRequest, load: Callable[..., BatchEngine]
+) -> None:
+    tokenizer = load(request.getfixturevalue(which)).tokenizer
+    for text in ("hello world", " hello", "  hello", "\n    return x", "Größe 🎉", ""):
+        for parse_special in (False, True):
+            ids = tokenizer.tokenize(text, parse_special=parse_special, continues=True)
+            assert b"".join(map(tokenizer.literal, ids)).decode() == text
+
+
+@pytest.mark.parametrize("which", ["smollm2", "spm"])
+def test_plain_text_has_its_usual_ids_and_no_control_tokens(
+    which: str, request: pytest.FixtureRequest, load: Callable[..., BatchEngine]
+) -> None:
+    path: Path = request.getfixturevalue(which)
+    tokenizer = load(path).tokenizer
+
+    def plain(text: str) -> list[int]:
+        return tokenizer.tokenize(text, parse_special=False, continues=False)
+
+    text = "hello world, what is the city? " * 20_000
+    assert plain(text) == tokenizer.tokenize(text, parse_special=True, continues=False)
+    for literal in read_model_file(path).control_tokens:
+        ids = plain(f"what {literal} is")
+        assert all(map(tokenizer.piece, ids))
+        assert b"".join(map(tokenizer.piece, ids)).decode().strip() == f"what {literal} is"
+
+
+def test_a_control_token_is_written_by_its_name(
+    spm: Path, load: Callable[..., BatchEngine]
+) -> None:
+    tokenizer = load(spm).tokenizer
+    (end,) = tokenizer.tokenize("<|im_end|>", parse_special=True, continues=True)
+    assert (tokenizer.piece(end), tokenizer.literal(end)) == (b"", b"<|im_end|>")
+
+
 def test_bos_comes_once(spm: Path, load: Callable[..., BatchEngine]) -> None:
     model = read_model_file(spm)
     assert model.add_bos
