@@ -30,6 +30,7 @@ class End:
     n_tokens: int
     n_reasoning: int  # of them
     is_valid: bool | None  # by the grammar that the client sent
+    stop: str | None = None  # the stop string that ended it
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,4 +197,4 @@ class _Reader:
             finish = "tool_calls"
         is_answer = self.has_client_grammar and not self.has_calls
         is_valid = done.is_valid if is_answer else None
-        return End(finish, done.n_tokens, self.n_reasoning, is_valid)
+        return End(finish, done.n_tokens, self.n_reasoning, is_valid, done.stop)
