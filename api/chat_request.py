@@ -1,17 +1,17 @@
 """What a client may ask of a chat, in OpenAI's fields. The other chat endpoints translate theirs
 into these."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from api.sampling import (
-    MAX_TOP_LOGPROBS,
     GenerationFields,
     OneChoice,
     Switch,
     TokenLimit,
+    TopLogprobs,
     schema_part,
 )
 from chat.format import NO_TOOLS, Tool, ToolChoice
@@ -28,6 +28,22 @@ class ContentPart(BaseModel):
 
     type: str
     text: str | None = None
+
+    def read(self, place: str, model: str, kinds: Container[str] = ("text",)) -> str:
+        """Its text, if it is of these kinds. Raises BadRequest."""
+        if self.type not in kinds:
+            raise UnsupportedParameter(
+                f"Content of type '{self.type}' is not supported: model '{model}' reads text only.",
+                param=f"{place}.type",
+            )
+        if self.text is None:
+            raise BadRequest(f"'{place}.text' is required.", param=f"{place}.text")
+        return self.text
+
+
+ToolName = Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")]
+ThinkingBudget = Annotated[int, Field(ge=0, lt=2**31)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def _content_kind(value: Any) -> str:
@@ -72,7 +88,7 @@ class ChatMessage(BaseModel):
 class FunctionDefinition(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")]
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -125,14 +141,14 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: TokenLimit | None = None
     n: OneChoice = 1
     logprobs: Switch = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: TopLogprobs | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = (
         None
     )
     tool_choice: ToolChoiceField | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    thinking_budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    reasoning_effort: Effort | None = None
+    thinking_budget_tokens: ThinkingBudget | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # such as enable_thinking
     continue_final_message: Switch = False
     add_generation_prompt: bool | None = None
@@ -155,14 +171,7 @@ class ChatRequest(GenerationFields):
     def check_content(self) -> None:
         """Raise for content that is no text, and for half an instruction to continue."""
         for place, part in self.parts():
-            if part.type != "text":
-                raise UnsupportedParameter(
-                    f"Content of type '{part.type}' is not supported: model '{self.model}' reads "
-                    "text only.",
-                    param=f"{place}.type",
-                )
-            if part.text is None:
-                raise BadRequest(f"'{place}.text' is required.", param=f"{place}.text")
+            part.read(place, self.model)
         last = self.messages[-1]
         if self.continue_final_message and (last.role != "assistant" or last.tool_calls):
             raise BadRequest(

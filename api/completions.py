@@ -96,7 +96,6 @@ async def create_completion(
         tier,
         [msgspec.structs.replace(asked, prompt=prompt) for prompt in prompts],
         priority=body.effective_priority,
-        fields={},
     )
     head = generation.head("cmpl", "text_completion", tier, body.service_tier)
     if body.stream:

@@ -3,7 +3,8 @@ ask."""
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -68,6 +69,22 @@ def envelope(error: ServiceError, scope: Scope) -> dict[str, Any]:
         "error": {"type": kind, "message": place + fault["message"]},
         "request_id": scope["request_id"],
     }
+
+
+@contextmanager
+def client_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Names the field at fault as the client knows it, in a request that was translated. `names`
+    has what to put in place of each pattern."""
+    try:
+        yield
+    except BadRequest as error:
+        given = error.param or ""
+        param = given
+        for pattern, name in names.items():
+            param = re.sub(pattern, name, param)
+        error.message = error.message.replace(f"'{given}'", f"'{param}'")
+        error.param = param or None
+        raise
 
 
 def as_service_error(error: Exception, request_id: str) -> ServiceError:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,6 @@ from starlette.types import Receive
 
 from api.deps import while_connected
 from engine import wire
-from errors import BadRequest
 from model_manager import Generation, Tier
 
 Outs = AsyncGenerator[tuple[int, wire.TokenOut], None]  # with the index of the choice
@@ -33,12 +32,16 @@ def head(prefix: str, kind: str, tier: Tier, service_tier: str | None) -> dict[s
     """What the reply and each of its chunks begin with."""
     served_as = {"service_tier": "default" if service_tier == "auto" else service_tier}
     return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "id": new_id(f"{prefix}-"),
         "object": kind,
         "created": int(time.time()),
         "model": tier.name,
         "system_fingerprint": tier.fingerprint,
     } | (served_as if service_tier else {})
+
+
+def new_id(prefix: str) -> str:
+    return prefix + uuid.uuid4().hex
 
 
 async def start(
@@ -47,21 +50,12 @@ async def start(
     requests: Sequence[wire.Generate],
     *,
     priority: int,
-    fields: Mapping[str, str],
 ) -> Answer:
     """Submit requests and wait until all have started: from here on nothing that is wrong with
-    them can come up.
-
-    Raises ClientLeft or ServiceError; what that is about is renamed by `fields` as the client
-    knows it.
-    """
+    them can come up. Raises ClientLeft or ServiceError."""
     started: list[wire.Started] = []
     outs = _generate(tier, requests, priority, started)
-    try:
-        await while_connected(receive, anext(outs))
-    except BadRequest as error:
-        error.param = fields.get(error.param or "", error.param)
-        raise
+    await while_connected(receive, anext(outs))
     return Answer(started, outs, sum(request.n for request in requests))
 
 
@@ -150,3 +144,16 @@ def usage(answer: Answer, n_completion: int) -> dict[str, Any]:
         "total_tokens": n_prompt + n_completion,
         "prompt_tokens_details": {"cached_tokens": n_cached},
     }
+
+
+def logprobs(tokens: Sequence[wire.TokenLogprob]) -> list[dict[str, Any]]:
+    """Log probabilities in OpenAI's form."""
+
+    def entry(token: bytes, logprob: float) -> dict[str, Any]:
+        text = token.decode(errors="replace")
+        return {"token": text, "logprob": logprob, "bytes": list(token)}
+
+    return [
+        entry(token.token, token.logprob) | {"top_logprobs": [entry(*top) for top in token.top]}
+        for token in tokens
+    ]

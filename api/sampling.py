@@ -52,6 +52,10 @@ StopList = Annotated[
 ]
 UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+ServiceTier = Literal["auto", "default", "flex", "priority"]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenLimit = Annotated[int, Field(ge=-1, lt=2**31)]  # -1, as some clients say it: no limit
 ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
@@ -95,9 +99,9 @@ class GenerationFields(BaseModel):
     stream: Switch = False
     stream_options: StreamOptions | None = None
     max_tokens: TokenLimit | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    temperature: Temperature | None = None
     top_p: UnitInterval | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: TopK | None = None
     min_p: UnitInterval | None = None
     repeat_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
     repeat_last_n: Annotated[int, Field(ge=-1, le=2**20)] | None = None
@@ -113,7 +117,7 @@ class GenerationFields(BaseModel):
     grammar: str | None = None  # Lark or GBNF
     user: str | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    service_tier: ServiceTier | None = None
 
     @property
     def effective_priority(self) -> int:
@@ -244,18 +248,20 @@ def ignored_params(
     *,
     strict: bool,
     parts: Iterable[tuple[str, BaseModel]] = (),
+    also: Iterable[str] = (),
 ) -> dict[str, str]:
     """The header that names the unknown fields of a body and of its `parts`, which come with their
-    places. Raises BadRequest where `strict`."""
+    places, and what `also` is ignored. Raises BadRequest where `strict`."""
     unknown = [name for name in fields.model_extra or {} if name not in known]
     inner = ((name, getattr(fields, name, None)) for name in ("stream_options", "response_format"))
     parts = [*((name, part) for name, part in inner if part is not None), *parts]
     unknown += [f"{place}.{name}" for place, part in parts for name in part.model_extra or {}]
+    unknown += also
     if not unknown:
         return {}
     if strict:
         raise BadRequest(
-            f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
+            f"The field '{unknown[0]}' would be ignored (STRICT_PARAMS is on).", param=unknown[0]
         )
     names = ",".join(name.encode("ascii", "backslashreplace").decode() for name in unknown)
     printable = "".join(c if c.isprintable() else "?" for c in names)

@@ -12,6 +12,7 @@ from starlette.types import Receive
 from api import generation
 from api.chat_request import ChatRequest
 from api.deps import Services
+from api.errors import client_names
 from api.sampling import answer_part, generate_request
 from chat.events import CallBegin, Event, Message, Splitter, Text
 from chat.format import Prompt
@@ -67,13 +68,8 @@ async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequ
         thinking=made.thinking,
         visible=made.visible,
     )
-    answer = await generation.start(
-        receive,
-        tier,
-        [request],
-        priority=body.effective_priority,
-        fields={"prompt": "messages"},
-    )
+    with client_names({"^prompt$": "messages"}):
+        answer = await generation.start(receive, tier, [request], priority=body.effective_priority)
     is_inline = services.settings.server.reasoning_field == "none"
     return Turn(answer, made, is_inline, has_client_grammar=answer_part(body) is not None)
 
