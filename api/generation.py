@@ -30,14 +30,18 @@ class Answer:
 
 def head(prefix: str, kind: str, tier: Tier, service_tier: str | None) -> dict[str, Any]:
     """What the reply and each of its chunks begin with."""
-    served_as = {"service_tier": "default" if service_tier == "auto" else service_tier}
+    more = {"service_tier": served_as(service_tier)} if service_tier else {}
     return {
         "id": new_id(f"{prefix}-"),
         "object": kind,
         "created": int(time.time()),
         "model": tier.name,
         "system_fingerprint": tier.fingerprint,
-    } | (served_as if service_tier else {})
+    } | more
+
+
+def served_as(service_tier: str) -> str:
+    return "default" if service_tier == "auto" else service_tier
 
 
 def new_id(prefix: str) -> str:
