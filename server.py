@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from api import chat, completions, errors, models, responses, tokens, unsupported
+from api import chat, completions, errors, messages, models, responses, tokens, unsupported
 from api.deps import Services
 from api.middleware import Faults, Gate, RequestLog, is_loopback
 from engine.client import Launcher, launch_process
@@ -53,7 +53,7 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
     )
     app.state.services = Services(settings, manager)
     errors.install(app)
-    for part in (chat, responses, completions, tokens, models, unsupported):
+    for part in (chat, responses, messages, completions, tokens, models, unsupported):
         app.include_router(part.router)
     return app
 

@@ -14,10 +14,10 @@ class Conversation:
 
     messages: list[dict[str, Any]] = field(default_factory=list)
 
-    def text(self, role: str, text: str) -> None:
+    def text(self, role: str, text: str, *, between: str = "\n\n") -> None:
         message = self._message(role, "tool_calls")
         before = message.get("content")
-        message["content"] = text if before is None else f"{before}\n\n{text}"
+        message["content"] = text if before is None else before + between + text
 
     def thoughts(self, text: str) -> None:
         message = self._message("assistant", "reasoning_content", "content", "tool_calls")

@@ -1,5 +1,6 @@
 """POST /v1/responses, without a memory: each request brings the whole conversation."""
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -59,7 +60,7 @@ def _head(body: ResponsesRequest, tier: Tier) -> dict[str, Any]:
     """What is known of the response before it begins."""
     chosen = body.tool_choice
     wanted = body.text.format and body.text.format.model_dump(by_alias=True, exclude_unset=True)
-    return {
+    head = {
         "id": generation.new_id("resp_"),
         "object": "response",
         "created_at": int(time.time()),
@@ -90,6 +91,10 @@ def _head(body: ResponsesRequest, tier: Tier) -> dict[str, Any]:
         "usage": None,
         "user": body.user,
     }
+    # of what clients wrote, halves of surrogate pairs and NaN are no JSON
+    text = json.dumps(head, ensure_ascii=False).encode(errors="replace")
+    known: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
+    return known
 
 
 def _or(value: float | None, default: float) -> float:
