@@ -93,6 +93,28 @@ def check_whole(client: httpx.Client, model: str, *, chat: bool) -> object:
     return " ".join(text_of(choice).split())[:50]
 
 
+def check_response(client: httpx.Client, model: str) -> object:
+    request = {"model": model, "input": HELLO["content"], "max_output_tokens": 24}
+    body = answer(client.post("/v1/responses", json=request))
+    expect(body["status"] in ("completed", "incomplete"), f"status {body['status']!r}")
+    parts = [part for item in body["output"] for part in item.get("content", ())]
+    text = " ".join(part["text"] for part in parts)
+    expect(text, "the answer is empty")
+    return " ".join(text.split())[:50]
+
+
+def check_message(client: httpx.Client, model: str) -> object:
+    """The tokens are those that were counted before."""
+    request = {"model": model, "messages": [HELLO]}
+    counted = answer(client.post("/v1/messages/count_tokens", json=request))["input_tokens"]
+    body = answer(client.post("/v1/messages", json=request | {"max_tokens": 24}))
+    usage = body["usage"]
+    expect(usage["input_tokens"] + usage["cache_read_input_tokens"] == counted, f"usage {usage}")
+    text = " ".join(b.get("text") or b.get("thinking") or "" for b in body["content"])
+    expect(text, "the answer is empty")
+    return " ".join(text.split())[:50]
+
+
 def check_stream(client: httpx.Client, model: str, *, chat: bool) -> object:
     """Without usage, because many clients index choices[0] in every chunk; then with it."""
     expect_stream(client, model, chat=chat, include_usage=False)
@@ -199,6 +221,8 @@ def plan(models: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, Check]]:
             yield f"POST {path}", tier, partial(check_whole, model=tier, chat=chat)
             yield f"POST {path} stream", tier, partial(check_stream, model=tier, chat=chat)
     for tier in able("chat"):
+        yield "POST /v1/responses", tier, partial(check_response, model=tier)
+        yield "POST /v1/messages", tier, partial(check_message, model=tier)
         yield "POST /tokenize, /detokenize", tier, partial(check_tokens, model=tier)
         yield "POST /apply-template", tier, partial(check_template, model=tier)
     for tier in able("embedding"):

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import pydantic
 import pytest
+from openai.types import responses as types
 
 from api.responses_request import ResponsesRequest
 from tests.serving import (
@@ -18,6 +20,7 @@ from tests.serving import (
     settings,
 )
 
+EVENT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(types.ResponseStreamEvent)
 WEATHER = {
     "type": "function",
     "name": "get_weather",
@@ -172,6 +175,14 @@ def test_a_stream_tells_how_the_response_grows(service: Service) -> None:
         assert {d["item_id"] for d in own[1:-1]} == {item["id"]}
         deltas = "".join(d["delta"] for d in own if d["type"].endswith(".delta"))
         assert deltas == item.get("arguments") or deltas == item["content"][0]["text"]
+
+
+@pytest.mark.parametrize("text", ["weather", "think", "break", "Hi"])
+def test_all_has_the_types_of_the_sdk(service: Service, text: str) -> None:
+    for data in named_events(service.respond(text, tools=[WEATHER], stream=True)):
+        EVENT.validate_python(data)
+    if text != "break":
+        types.Response.model_validate(body_of(service.respond(text, tools=[WEATHER])))
 
 
 def test_an_answer_that_is_cut_is_incomplete(service: Service) -> None:
