@@ -25,7 +25,7 @@ from model_manager import ModelManager, Tier
 from settings import CHAT_TIERS, LOCAL_ORIGINS, ServerSettings, Settings, SettingsError
 
 EXIT_USAGE = 2
-EXPOSED_HEADERS = ["X-Request-Id", "X-Ignored-Params", "Retry-After"]
+EXPOSED_HEADERS = ["X-Request-Id", "Request-Id", "X-Ignored-Params", "Retry-After"]
 
 
 def create_app(settings: Settings, *, launch: Launcher = launch_process) -> FastAPI:

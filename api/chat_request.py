@@ -23,9 +23,13 @@ MAX_TOOLS = 128  # OpenAI's limit
 RESERVED_KWARGS = {"messages", "now", "continues", "tools", "add_generation_prompt", "self"}
 
 
-class ContentPart(BaseModel):
+class Extensible(BaseModel):
+    """A part of a request that may hold fields which nobody knows."""
+
     model_config = ConfigDict(extra="allow")
 
+
+class ContentPart(Extensible):
     type: str
     text: str | None = None
 
@@ -57,25 +61,27 @@ Content = Annotated[
 ]
 
 
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(extra="allow")
+def read_text(content: Content, place: str, model: str, kinds: Container[str] = ("text",)) -> str:
+    """The text of a content. Raises BadRequest where it has parts that are not of these kinds."""
+    if isinstance(content, list):
+        parts = enumerate(content)
+        return "".join(part.read(f"{place}[{n}]", model, kinds) for n, part in parts)
+    return content or ""
 
+
+class CalledFunction(Extensible):
     name: str
     arguments: str | dict[str, Any] = ""
 
 
-class PastCall(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class PastCall(Extensible):
     id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Extensible):
     """Other fields go to the model's template as they are."""
-
-    model_config = ConfigDict(extra="allow")
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Content = None
@@ -85,18 +91,14 @@ class ChatMessage(BaseModel):
     reasoning: str | None = None
 
 
-class FunctionDefinition(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class FunctionDefinition(Extensible):
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class ToolDefinition(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class ToolDefinition(Extensible):
     type: Literal["function"]
     function: FunctionDefinition
 

@@ -3,25 +3,23 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
 from api.chat_request import (
     MAX_TOOLS,
     ChatRequest,
     Content,
     ContentPart,
+    Extensible,
     ThinkingBudget,
     ToolName,
+    read_text,
 )
 from api.conversation import Conversation
 from api.sampling import StopList, Switch, TopK, UnitInterval
 from errors import BadRequest, UnsupportedParameter
 
 DEFAULT_EFFORT = "medium"  # where thinking is asked for and an effort is not
-
-
-class Extensible(BaseModel):
-    model_config = ConfigDict(extra="allow")
 
 
 class ThinkingBlock(Extensible):
@@ -130,10 +128,10 @@ class PromptRequest(Extensible):
     model: str
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     system: Content = None
-    tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
+    tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
-    output_config: OutputConfig = OutputConfig()
+    output_config: OutputConfig | None = None
     cache_control: Any = None  # what prompts have in common is remembered anyway
 
     @property
@@ -155,10 +153,10 @@ class PromptRequest(Extensible):
             "tool_choice": self.tool_choice,
             "thinking": self.thinking,
             "output_config": self.output_config,
-            "output_config.format": self.output_config.format,
+            "output_config.format": self.output_config and self.output_config.format,
         }
         yield from ((name, part) for name, part in inner.items() if part)
-        for n, tool in enumerate(self.tools):
+        for n, tool in enumerate(self.tools or ()):
             yield f"tools[{n}]", tool
 
     def chat(self) -> ChatRequest:
@@ -168,7 +166,7 @@ class PromptRequest(Extensible):
     def _fields(self) -> dict[str, Any]:
         messages = self._messages()
         choice = self.tool_choice
-        wanted = self.output_config.format
+        wanted = self.output_config and self.output_config.format
         schema = wanted and {"type": "json_schema", "json_schema": {"schema": wanted.schema_}}
         return {
             "model": self.model,
@@ -184,7 +182,7 @@ class PromptRequest(Extensible):
     def _messages(self) -> list[dict[str, Any]]:
         conversation = Conversation()
         if self.system:
-            conversation.text("system", self._text(self.system, "system"))
+            conversation.text("system", read_text(self.system, "system", self.model))
         for n, message in enumerate(self.messages):
             if isinstance(message.content, str):
                 conversation.text(message.role, message.content)
@@ -201,21 +199,15 @@ class PromptRequest(Extensible):
                 elif isinstance(block, CallBlock):
                     conversation.call(block.id, block.name, block.input)
                 else:
-                    text = self._text(block.content, f"{place}.content")
+                    text = read_text(block.content, f"{place}.content", self.model)
                     text = (
                         f"Error: {text}" if block.is_error else text
                     )  # templates know no other way
                     conversation.result(block.tool_use_id, text)
         return conversation.messages
 
-    def _text(self, content: Content, place: str) -> str:
-        if isinstance(content, list):
-            parts = enumerate(content)
-            return "".join(part.read(f"{place}[{n}]", self.model) for n, part in parts)
-        return content or ""
-
     def _tools(self) -> Iterator[dict[str, Any]]:
-        for n, tool in enumerate(self.tools):
+        for n, tool in enumerate(self.tools or ()):
             if isinstance(tool, ServerTool):
                 raise UnsupportedParameter(
                     f"The tool '{tool.name or tool.type}' is not there: only tools with an "
@@ -226,7 +218,7 @@ class PromptRequest(Extensible):
             yield definition | {"parameters": tool.input_schema}
 
     def _thinking(self) -> dict[str, Any]:
-        asked, effort = self.thinking, self.output_config.effort
+        asked, effort = self.thinking, self.output_config and self.output_config.effort
         if asked is None or asked.type == "adaptive":
             return {"reasoning_effort": effort}
         if asked.type == "disabled":

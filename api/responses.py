@@ -58,8 +58,8 @@ async def create_response(
 
 def _head(body: ResponsesRequest, tier: Tier) -> dict[str, Any]:
     """What is known of the response before it begins."""
-    chosen = body.tool_choice
-    wanted = body.text.format and body.text.format.model_dump(by_alias=True, exclude_unset=True)
+    chosen = body.tool_choice or "auto"
+    wanted = body.format and body.format.model_dump(by_alias=True, exclude_unset=True)
     head = {
         "id": generation.new_id("resp_"),
         "object": "response",
@@ -84,7 +84,7 @@ def _head(body: ResponsesRequest, tier: Tier) -> dict[str, Any]:
         "temperature": _or(body.temperature, tier.settings.temperature),
         "text": {"format": wanted or {"type": "text"}, "verbosity": "medium"},
         "tool_choice": chosen if isinstance(chosen, str) else chosen.model_dump(),
-        "tools": [tool.model_dump() for tool in body.tools],
+        "tools": [tool.model_dump() for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": _or(body.top_p, tier.settings.top_p),
         "truncation": "disabled",

@@ -1,9 +1,9 @@
 """What a client may ask of OpenAI's Responses, and the chat that it comes to."""
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
 from api.chat_request import (
     MAX_TOOLS,
@@ -11,8 +11,10 @@ from api.chat_request import (
     Content,
     ContentPart,
     Effort,
+    Extensible,
     FunctionDefinition,
     FunctionName,
+    read_text,
 )
 from api.conversation import Conversation
 from api.sampling import (
@@ -44,17 +46,13 @@ NAMES = {
 }
 
 
-class Extensible(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-
 class MessageItem(Extensible):
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
 
 
 class ReasoningItem(Extensible):
-    summary: Annotated[list[ContentPart], Field(fail_fast=True)] = []
+    summary: Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     content: Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
 
 
@@ -161,10 +159,10 @@ class ResponsesRequest(Extensible):
     model: str
     input: Input
     instructions: str | None = None
-    tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] = []
-    tool_choice: ChoiceField = "auto"
+    tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ChoiceField | None = None
     parallel_tool_calls: bool | None = None
-    text: TextConfig = TextConfig()
+    text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     max_output_tokens: TokenLimit | None = None
     max_tool_calls: int | None = None  # of the service's own tools, which it does not have
@@ -182,6 +180,10 @@ class ResponsesRequest(Extensible):
     prompt_cache_key: str | None = None
 
     @property
+    def format(self) -> TextFormat | None:
+        return self.text.format if self.text else None
+
+    @property
     def ignored(self) -> list[str]:
         """What it asks for and does not get."""
         includes = [
@@ -191,12 +193,9 @@ class ResponsesRequest(Extensible):
 
     def inner(self) -> Iterator[tuple[str, BaseModel]]:
         """What of the body may hold unknown fields, with its place."""
-        yield "text", self.text
-        if self.text.format:
-            yield "text.format", self.text.format
-        if self.reasoning:
-            yield "reasoning", self.reasoning
-        for n, tool in enumerate(self.tools):
+        inner = {"text": self.text, "text.format": self.format, "reasoning": self.reasoning}
+        yield from ((name, part) for name, part in inner.items() if part)
+        for n, tool in enumerate(self.tools or ()):
             yield f"tools[{n}]", tool
 
     def chat(self) -> ChatRequest:
@@ -221,7 +220,7 @@ class ResponsesRequest(Extensible):
                 raise UnsupportedParameter(
                     f"There is no '{what}' in a response here.", param=f"include[{n}]"
                 )
-        if self.text.verbosity not in (None, "medium"):
+        if self.text and self.text.verbosity not in (None, "medium"):
             raise UnsupportedParameter(
                 "How much a model writes cannot be set; ask it in words.", param="text.verbosity"
             )
@@ -240,31 +239,27 @@ class ResponsesRequest(Extensible):
         return conversation.messages
 
     def _add(self, conversation: Conversation, item: Item, place: str) -> None:
+        def text(content: Content, name: str, kinds: Container[str] = MESSAGE_TEXT) -> str:
+            return read_text(content, f"{place}.{name}", self.model, kinds)
+
         if isinstance(item, MessageItem):
             role = "system" if item.role == "developer" else item.role
-            conversation.text(role, self._text(item.content, f"{place}.content"))
+            conversation.text(role, text(item.content, "content"))
         elif isinstance(item, CallItem):
             conversation.call(item.call_id, item.name, item.arguments)
         elif isinstance(item, ResultItem):
-            conversation.result(item.call_id, self._text(item.output, f"{place}.output"))
+            conversation.result(item.call_id, text(item.output, "output"))
         elif isinstance(item, ReasoningItem):
             name = "content" if item.content else "summary"
-            parts = getattr(item, name)
-            conversation.thoughts(self._text(parts, f"{place}.{name}", REASONING_TEXT))
+            conversation.thoughts(text(getattr(item, name), name, REASONING_TEXT))
         else:
-            kind = item.type or "item_reference"
             raise UnsupportedParameter(
-                f"Items of type '{kind}' are not supported.", param=f"{place}.type"
+                f"Items of type '{item.type or 'item_reference'}' are not supported.",
+                param=f"{place}.type",
             )
 
-    def _text(self, content: Content, place: str, kinds: Container[str] = MESSAGE_TEXT) -> str:
-        if isinstance(content, list):
-            parts = enumerate(content)
-            return "".join(part.read(f"{place}[{n}]", self.model, kinds) for n, part in parts)
-        return content or ""
-
-    def _tools(self) -> Iterable[dict[str, Any]]:
-        for n, tool in enumerate(self.tools):
+    def _tools(self) -> Iterator[dict[str, Any]]:
+        for n, tool in enumerate(self.tools or ()):
             if not isinstance(tool, FunctionTool):
                 raise UnsupportedParameter(
                     f"Tools of type '{tool.type}' are not supported: only functions.",
@@ -287,7 +282,7 @@ class ResponsesRequest(Extensible):
         return choice
 
     def _response_format(self) -> Any:
-        wanted = self.text.format
+        wanted = self.format
         if wanted is None or wanted.type != "json_schema":
             return wanted and {"type": wanted.type}
         schema = {"name": wanted.name, "schema": wanted.schema_, "strict": wanted.strict}

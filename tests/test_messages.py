@@ -407,6 +407,7 @@ def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
         "metadata": {"user_id": "me"}, "service_tier": "auto", "tools": [], "stream": False,
         "cache_control": {"type": "ephemeral"}, "mcp_servers": [], "speed": "standard",
         "temperature": None, "stop_sequences": [], "system": "", "thinking": None,
+        "tool_choice": None, "output_config": None,
     }  # fmt: skip
     response = service.message("Hi", **neutral)
     assert text_of(response) == "You said: Hi"

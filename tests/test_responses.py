@@ -1,5 +1,6 @@
 """POST /v1/responses over HTTP, on the fake backend."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from tests.serving import (
     script,
     serving,
     settings,
+    wait_until,
 )
 
 EVENT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(types.ResponseStreamEvent)
@@ -39,6 +41,7 @@ RULES = (
     {"match": "think", "answer": "<think>\nWell.\n</think>\n\nDone."},
     {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
     {"match": "fail", "fault": "step"},
+    {"match": "slow", "answer": "abcdefgh" * 2000},
     {"match": "as json", "answer": '{"city": "Paris"}'},
 )
 
@@ -50,6 +53,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         "light": fake(script(folder, *RULES, template=THINKING_TEMPLATE), temperature=0.5),
         "heavy": fake(script(folder, *RULES), n_ctx=64),  # does not think
     }
+    tiers["medium"] = fake(script(folder, *RULES, step_ms=5))
     with serving(settings(**tiers)) as service:
         yield service
 
@@ -210,6 +214,20 @@ def test_a_stream_that_breaks_ends_as_failed_and_with_an_error(service: Service)
 def test_a_fault_before_the_answer_is_an_http_status(service: Service) -> None:
     response = service.respond("fail", stream=True)
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_client_that_leaves_frees_its_place(service: Service, path: str, streams: bool) -> None:
+    slow = [{"role": "user", "content": "slow"}]
+    body = {"model": "medium", "input": slow, "messages": slow, "max_tokens": 9999}
+    with (
+        contextlib.suppress(httpx.ReadTimeout),
+        service.http.stream("POST", path, json=body | {"stream": streams}, timeout=0.3) as response,
+    ):
+        assert streams
+        next(response.iter_raw())
+    wait_until(lambda: not service.manager.tiers["medium"]._n_leases)
 
 
 def test_log_probabilities_come_where_they_are_asked_for(service: Service) -> None:
@@ -417,7 +435,9 @@ def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
         "previous_response_id": None, "prompt": None, "store": False, "truncation": "disabled",
         "tools": [], "tool_choice": "auto", "temperature": None, "stream": None, "metadata": None,
         "reasoning": None, "text": {"verbosity": None}, "service_tier": "auto", "top_logprobs": 0,
+        "user": None, "max_tool_calls": None, "stream_options": None,
     }  # fmt: skip
+    service.respond(tools=None, tool_choice=None, text=None).raise_for_status()
     response = service.respond(**neutral)
     assert text_of(response) == "You said: Hi"
     assert "x-ignored-params" not in response.headers
