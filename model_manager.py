@@ -59,6 +59,8 @@ class Generation:
 
     def __init__(self, tier: "Tier", request: wire.Generate) -> None:
         self.request = request
+        self.queued_at = time.monotonic()
+        self.handed_at = self.queued_at  # to the worker, for the last time
         self.has_answered = False
         self.n_crashes = 0
         self._tier = tier
@@ -134,7 +136,7 @@ class Tier:
         self._worker: Worker | None = None
         self._waiting: deque[Generation] = deque()
         self._suspects: deque[Generation] = deque()
-        self._running: dict[int, tuple[Generation, float]] = {}  # with the time it was handed over
+        self._running: dict[int, Generation] = {}  # by job
         self._job_ids = itertools.count(1)
         self._n_leases = 0
         self._n_load_failures = 0
@@ -238,7 +240,7 @@ class Tier:
         """Forget a request that ended or whose client left. Unknown ones are fine."""
         job = generation.request.job
         if job in self._running:
-            _, handed_at = self._running.pop(job)
+            handed_at = self._running.pop(job).handed_at
             self._job_s += 0.2 * (time.monotonic() - handed_at - self._job_s)
             assert self._worker is not None
             self._worker.cancel(job)
@@ -263,7 +265,7 @@ class Tier:
         """Take no more requests, and end those that are here."""
         self._is_closing = True
         self._fail_waiting(error)
-        for generation, _ in list(self._running.values()):
+        for generation in list(self._running.values()):
             self.drop(generation)
             generation.fail(error)
 
@@ -298,7 +300,8 @@ class Tier:
             generation = self._next(worker.ready.n_parallel)
             if generation is None:
                 return
-            self._running[generation.request.job] = generation, time.monotonic()
+            generation.handed_at = time.monotonic()
+            self._running[generation.request.job] = generation
             try:
                 worker.generate(generation.request, generation)
             except Exception as error:  # it alone cannot be sent
@@ -313,7 +316,7 @@ class Tier:
         2. A suspect, once the worker is empty.
         3. The oldest waiting one, if a sequence is free.
         """
-        if any(generation.n_crashes for generation, _ in self._running.values()):
+        if any(generation.n_crashes for generation in self._running.values()):
             return None
         if self._suspects:
             return None if self._running else self._suspects.popleft()
@@ -384,7 +387,7 @@ class Tier:
         self.state = "stopped"
         self.reason = f"The worker died ({end}); the next request starts another."
         crashed = WorkerCrashed(f"The process with the model of tier '{self.name}' died ({end}).")
-        for generation, _ in self._running.values():
+        for generation in self._running.values():
             generation.n_crashes += 1
             if generation.has_answered or generation.n_crashes > 1:
                 generation.fail(crashed)

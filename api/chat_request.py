@@ -18,6 +18,7 @@ from chat.format import NO_TOOLS, Tool, ToolChoice
 from errors import BadRequest, UnsupportedParameter
 
 MAX_TOOLS = 128  # OpenAI's limit
+SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 
 # what a template gets from us
 RESERVED_KWARGS = {"messages", "now", "continues", "tools", "add_generation_prompt", "self"}
@@ -205,7 +206,7 @@ class ChatRequest(GenerationFields):
             names.add(function.name)
             schema = function.parameters or {"type": "object", "properties": {}}
             part = schema_part(
-                schema, f"tools[{n}].function.parameters", is_lenient=not function.strict
+                _closed(schema), f"tools[{n}].function.parameters", is_lenient=not function.strict
             )
             shown = {"name": function.name, "description": function.description or ""}
             definition = {"type": "function", "function": {**shown, "parameters": schema}}
@@ -232,3 +233,11 @@ class ChatRequest(GenerationFields):
             if name not in names:
                 raise BadRequest(f"There is no function '{name}' in `tools`.", param="tool_choice")
         return ToolChoice(frozenset(wanted), is_required, is_parallel)
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without arguments that it does not name: models invent some, and functions take
+    none. A schema that says something about them, or has its properties elsewhere, is as it is."""
+    if schema.get("properties") is None or SAYS_MORE & schema.keys():
+        return schema
+    return schema | {"additionalProperties": False}

@@ -97,6 +97,7 @@ async def create_completion(
         fields={},
     )
     head = generation.head("cmpl", "text_completion", tier)
+    headers |= {"X-Seed": str(asked.sampling.seed)} | answer.headers()
     if body.stream:
         return EventStream(_events(answer, head, body), headers)
     sampled = await while_connected(request.receive, generation.fold(answer))
@@ -105,7 +106,10 @@ async def create_completion(
         _choice(index, choice.text, choice.done, _logprobs(choice.logprobs, 0, body.logprobs))
         for index, choice in enumerate(_best(sampled, body.n, n_sampled))
     ]
-    return JSONResponse(head | {"choices": choices, "usage": usage}, headers=headers)
+    reply = head | {"choices": choices, "usage": usage}
+    if body.timings:
+        reply["timings"] = answer.timings(usage["completion_tokens"])
+    return JSONResponse(reply, headers=headers | answer.whole_headers())
 
 
 def _n_sampled(body: CompletionRequest) -> int:
@@ -157,18 +161,21 @@ def _logprobs(
 async def _events(
     answer: generation.Answer, head: dict[str, Any], body: CompletionRequest
 ) -> AsyncGenerator[bytes, None]:
-    more = {"usage": None} if body.include_usage else {}
-    n_completion = 0
+    more: dict[str, Any] = {"usage": None} if body.include_usage else {}
+    n_completion = n_done = 0
     offsets = [0] * answer.n_choices
     async with aclosing(answer.outs) as outs:
         async for index, out in outs:
+            if out.done:
+                n_done += 1
+                n_completion += out.done.n_tokens
+                if body.timings and n_done == answer.n_choices:
+                    more |= {"timings": answer.timings(n_completion)}
             if out.text or out.done:
                 logprobs = _logprobs(out.logprobs, offsets[index], body.logprobs)
                 offsets[index] += len(out.text)
                 choice = _choice(index, out.text, out.done, logprobs)
                 yield event(head | {"choices": [choice]} | more)
-            if out.done:
-                n_completion += out.done.n_tokens
     if body.include_usage:
         yield event(head | {"choices": [], "usage": generation.usage(answer, n_completion)})
 

@@ -98,6 +98,7 @@ class GenerationFields(BaseModel):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     response_format: ResponseFormat | None = None
     grammar: str | None = None  # Lark or GBNF
+    timings: Switch = False  # how long it took, in the body or the last chunk
     user: str | None = None
 
     @property

@@ -69,7 +69,13 @@ async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequ
     )
     answer = await generation.start(receive, tier, [request], fields={"prompt": "messages"})
     is_inline = services.settings.server.reasoning_field == "none"
-    return Turn(answer, prompt, is_inline, has_client_grammar=answer_part(body) is not None)
+    return Turn(
+        answer,
+        prompt,
+        request.sampling.seed,
+        is_inline=is_inline,
+        has_client_grammar=answer_part(body) is not None,
+    )
 
 
 def _prompt(services: Services, tier: Tier, body: ChatRequest) -> Prompt:
@@ -94,11 +100,13 @@ class Turn:
         self,
         answer: generation.Answer,
         prompt: Prompt,
-        is_inline: bool,
+        seed: int,
         *,
+        is_inline: bool,
         has_client_grammar: bool,
     ) -> None:
         self.answer = answer
+        self.seed = seed
         self.n_choices = answer.n_choices
         self._prompt = prompt
         self._is_inline = is_inline
@@ -129,6 +137,10 @@ class Turn:
         n_reasoning = sum(end.n_reasoning for end in ends)
         usage = generation.usage(self.answer, sum(end.n_tokens for end in ends))
         return usage | {"completion_tokens_details": {"reasoning_tokens": n_reasoning}}
+
+    def headers(self) -> dict[str, str]:
+        """What a reply says beside its body, stream or not."""
+        return {"X-Seed": str(self.seed)} | self.answer.headers()
 
     def _reader(self) -> "_Reader":
         splitter = self._prompt.splitter()
