@@ -40,7 +40,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": (),
-    "store": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "verbosity": (),

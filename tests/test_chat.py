@@ -470,7 +470,6 @@ UNSUPPORTED = [
     {"modalities": ["audio"]},
     {"prediction": {"type": "content", "content": "x"}},
     {"reasoning_effort": "high"},
-    {"store": True},
 ]
 
 
@@ -500,10 +499,10 @@ def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
 
 
 def test_unknown_fields_are_named_in_a_header(service: Service) -> None:
-    fields = {"mirostat": 2, "chat_id\r\nX-Evil": 1, "grün": 1}
+    fields = {"frob": 2, "chat_id\r\nX-Evil": 1, "grün": 1}
     for stream in (False, True):
         response = service.chat(stream=stream, **fields)
-        assert response.headers["x-ignored-params"] == r"mirostat,chat_id??X-Evil,gr\xfcn"
+        assert response.headers["x-ignored-params"] == r"frob,chat_id??X-Evil,gr\xfcn"
 
 
 def test_unknown_fields_inside_are_named_with_their_place(service: Service) -> None:
@@ -532,8 +531,68 @@ def test_a_conversation_of_many_turns_is_answered(service: Service) -> None:
 
 def test_strict_params_makes_unknown_fields_an_error() -> None:
     with serving(settings({"strict_params": True})) as service:
-        assert error_of(service.chat(mirostat=2), 400)["param"] == "mirostat"
+        assert error_of(service.chat(frob=2), 400)["param"] == "frob"
         assert text_of(service.chat(n=1)) == "You said: Hi"
+        response = service.chat(store=True, user="me")
+        assert text_of(response) == "You said: Hi"
+        assert response.headers["x-ignored-params"] == "store"
+
+
+KEPT_FOR_NOBODY: dict[str, Any] = {
+    "metadata": {"run": "7"},
+    "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "me",
+    "store": True,
+}
+
+
+def test_fields_of_openai_that_mean_nothing_here_are_named_in_a_header(service: Service) -> None:
+    for response in (service.chat(**KEPT_FOR_NOBODY), service.complete(**KEPT_FOR_NOBODY)):
+        assert response.status_code == 200
+        assert response.headers["x-ignored-params"].split(",") == list(KEPT_FOR_NOBODY)
+    for name in KEPT_FOR_NOBODY:
+        assert service.chat(**{name: 5}).headers["x-ignored-params"] == name
+        assert "x-ignored-params" not in service.chat(**{name: None}).headers
+    for quiet in ({"store": False}, {"user": "me"}, {"user": {"id": 5}}):
+        assert "x-ignored-params" not in service.chat(**quiet).headers
+
+
+SAMPLING: dict[str, list[Any]] = {  # the ends of what is allowed, then what is not
+    "xtc_probability": [0, 1, -0.1, 1.1, math.nan],
+    "xtc_threshold": [0, 1, -0.1, 1.1, math.inf],
+    "mirostat": [0, 2, -1, 3, "v2"],
+    "mirostat_tau": [0, 100, -0.1, 101, math.inf],
+    "mirostat_eta": [0, 1, -0.1, 1.1, math.nan],
+    "dry_multiplier": [0, 100, -0.1, 101, math.nan],
+    "dry_base": [1, 100, 0.9, 101, math.inf],
+    "dry_allowed_length": [0, 2**20, -1, 2**20 + 1, 1.5],
+    "dry_penalty_last_n": [-1, 2**20, -2, 2**20 + 1, 1.5],
+    "dry_sequence_breakers": [[], ["\n"] * 16, ["\n"] * 17, [""], ["x" * 41], ["\0"], ["ü" * 21],
+                              ["\ud800"], "x", [1]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_a_rule_of_sampling_is_checked(service: Service, name: str) -> None:
+    low, high, *wrong = SAMPLING[name]
+    headers = {"Content-Type": "application/json"}
+    for value in (None, low, high, *wrong):
+        body = {"model": "light", "messages": [USER], name: value}
+        response = service.http.post(
+            "/v1/chat/completions", content=json.dumps(body), headers=headers
+        )
+        if any(value is bad for bad in wrong):
+            assert error_of(response, 400)["param"].startswith(name), value
+        else:
+            assert text_of(response) == "You said: Hi"
+            assert "x-ignored-params" not in response.headers
+
+
+def test_filters_that_mirostat_replaces_are_named_in_a_header(service: Service) -> None:
+    response = service.chat(mirostat=2, top_p=0.9, min_p=0.1, temperature=1)
+    assert response.headers["x-ignored-params"] == "top_p,min_p"
+    assert "x-ignored-params" not in service.chat(mirostat=0, top_p=0.9).headers
 
 
 @pytest.mark.parametrize("stream", [False, True])
