@@ -5,7 +5,8 @@ One task per tier makes every transition, so none of them can race:
 
 1. A waiting job starts the worker. A load that fails fails the jobs that wait for it; a worker
    that could not load is tried again after a back-off, when the next job comes.
-2. While the worker has free sequences it gets the oldest waiting job.
+2. While the worker has free sequences it gets the next waiting job, by priority and age.
+   Conversions between text and tokens need no sequence: they go to it at once, and fail with it.
 3. When nobody has a lease for IDLE_TTL_S the worker is stopped.
 4. When the worker dies, jobs that had sent text fail; the others are suspects: each is tried again
    alone on a fresh worker, and a second death is its own fault. Waiting jobs just wait on.
@@ -19,7 +20,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +42,7 @@ from errors import (
     WorkerCrashed,
 )
 from settings import CHAT_TIERS, Settings, TierName, TierSettings
+from waiting import WaitingLine
 from worker_spec import effective_n_ctx, worker_spec
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,7 @@ class Generation:
             raise message
         return message
 
-    def deliver(self, message: wire.Started | wire.TokenOut | wire.Failed) -> None:
+    def deliver(self, message: wire.OfJob) -> None:
         """Take what the worker says (JobSink)."""
         if isinstance(message, wire.Failed):
             error = error_from(message)
@@ -107,12 +109,40 @@ class Generation:
             if self._n_open == 0:
                 self._tier.drop(self)
             self._messages.put_nowait(message)
-        elif not self._has_started:  # a second start, after a retry, is nobody's business
-            self._has_started = True
+        elif isinstance(message, wire.Started) and not self._has_started:
+            self._has_started = True  # a second start, after a retry, is nobody's business
             self._messages.put_nowait(message)
 
     def fail(self, error: ServiceError) -> None:
         self._messages.put_nowait(copy.copy(error))  # one error may end many requests
+
+
+class Conversion:
+    """A text that becomes tokens, or tokens that become text: one question with one answer."""
+
+    def __init__(self, request: wire.Tokenize | wire.Detokenize) -> None:
+        self.request = request
+        self.answer: asyncio.Future[wire.OfJob] = asyncio.get_running_loop().create_future()
+        self.worker: Worker | None = None  # who has it
+
+    def send(self, worker: Worker) -> None:
+        self.worker = worker
+        try:
+            worker.convert(self.request, self)
+        except Exception as error:
+            logger.error("A text cannot be sent to worker %s", worker.name, exc_info=error)
+            self.fail(InternalError("The request could not be sent to its model."))
+
+    def deliver(self, message: wire.OfJob) -> None:
+        """Take what the worker says (JobSink)."""
+        if isinstance(message, wire.Failed):
+            self.fail(error_from(message))
+        elif not self.answer.done():  # it is, when the client has just left
+            self.answer.set_result(message)
+
+    def fail(self, error: ServiceError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(copy.copy(error))
 
 
 class Tier:
@@ -134,9 +164,10 @@ class Tier:
         self._model_signature = 0, 0
         self._fingerprint = ""
         self._worker: Worker | None = None
-        self._waiting: deque[Generation] = deque()
+        self._waiting: WaitingLine[Generation] = WaitingLine()
         self._suspects: deque[Generation] = deque()
         self._running: dict[int, Generation] = {}  # by job
+        self._conversions: dict[int, Conversion] = {}  # that somebody waits for, by job
         self._job_ids = itertools.count(1)
         self._n_leases = 0
         self._n_load_failures = 0
@@ -202,13 +233,53 @@ class Tier:
             self._n_leases -= 1
             self._wakeup.set()
 
-    def submit(self, request: wire.Generate) -> Generation:
-        """Queue a request. Raises QueueFull, ContextLengthExceeded where that is certain without
-        tokenising, or TierUnavailable when the service is stopping."""
+    def submit(self, request: wire.Generate, *, priority: int = 0) -> Generation:
+        """Queue a request; a lower priority is served earlier. Raises QueueFull,
+        ContextLengthExceeded where that is certain without tokenising, or TierUnavailable when the
+        service is stopping."""
+        self._check_length(request)
+        self._check_room(len(self._waiting))
+        request = msgspec.structs.replace(request, job=next(self._job_ids))
+        generation = Generation(self, request)
+        self._waiting.join(generation, priority, time.monotonic())
+        self._wakeup.set()
+        return generation
+
+    async def tokenize(self, segments: Sequence[wire.Segment], *, add_bos: bool) -> wire.Tokens:
+        """The tokens of a text, by the loaded model. Raises ServiceError."""
+        answer = await self._convert(wire.Tokenize([*segments], add_bos))
+        assert isinstance(answer, wire.Tokens)
+        return answer
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of tokens, control tokens by their names. Raises ServiceError; for an id that
+        the vocabulary does not have BadRequest, param `tokens`."""
+        answer = await self._convert(wire.Detokenize([*ids]))
+        assert isinstance(answer, wire.Text)
+        return answer.text
+
+    async def _convert(self, request: wire.Tokenize | wire.Detokenize) -> wire.OfJob:
+        self._check_room(len(self._unsent))
+        job = next(self._job_ids)
+        conversion = Conversion(msgspec.structs.replace(request, job=job))
+        self._conversions[job] = conversion
+        with self.lease():
+            self._wakeup.set()
+            try:
+                return await conversion.answer
+            finally:
+                del self._conversions[job]
+                if conversion.worker is not None:
+                    conversion.worker.cancel(job)
+
+    @property
+    def _unsent(self) -> list[Conversion]:
+        conversions = self._conversions.values()
+        return [c for c in conversions if c.worker is None and not c.answer.done()]
+
+    def _check_room(self, n_waiting: int) -> None:
         if self._is_closing:
             raise _stopping()
-        self._check_length(request)
-        n_waiting = len(self._waiting)
         if n_waiting >= self.settings.queue_size:
             wait_s = self._job_s * n_waiting / self.settings.n_parallel
             raise QueueFull(
@@ -216,11 +287,6 @@ class Tier:
                 f"({self.name.upper()}_QUEUE_SIZE). Try again later.",
                 retry_after_s=min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S),
             )
-        request = msgspec.structs.replace(request, job=next(self._job_ids))
-        generation = Generation(self, request)
-        self._waiting.append(generation)
-        self._wakeup.set()
-        return generation
 
     def _check_length(self, request: wire.Generate) -> None:
         """A prompt that is far too long must not keep the worker busy with tokenising it."""
@@ -244,9 +310,9 @@ class Tier:
             self._job_s += 0.2 * (time.monotonic() - handed_at - self._job_s)
             assert self._worker is not None
             self._worker.cancel(job)
-        for queue in (self._waiting, self._suspects):
-            if generation in queue:
-                queue.remove(generation)
+        self._waiting.leave(generation)
+        if generation in self._suspects:
+            self._suspects.remove(generation)
         self._wakeup.set()
 
     def start(self) -> None:
@@ -268,6 +334,8 @@ class Tier:
         for generation in list(self._running.values()):
             self.drop(generation)
             generation.fail(error)
+        for conversion in self._conversions.values():
+            conversion.fail(error)
 
     # the tier's task
 
@@ -294,9 +362,11 @@ class Tier:
         return self.settings.idle_ttl_s
 
     async def _hand_out(self) -> None:
-        while self._is_wanted or self._suspects or self._waiting:
+        while self._is_wanted or self._suspects or self._waiting or self._unsent:
             worker = await self._ensure_ready()
             self._is_wanted = False
+            for conversion in self._unsent:
+                conversion.send(worker)
             generation = self._next(worker.ready.n_parallel)
             if generation is None:
                 return
@@ -314,14 +384,14 @@ class Tier:
 
         1. Nobody while a suspect is in there, alone.
         2. A suspect, once the worker is empty.
-        3. The oldest waiting one, if a sequence is free.
+        3. The first in the waiting line, if a sequence is free.
         """
         if any(generation.n_crashes for generation in self._running.values()):
             return None
         if self._suspects:
             return None if self._running else self._suspects.popleft()
         if self._waiting and len(self._running) < n_seats:
-            return self._waiting.popleft()
+            return self._waiting.pop()
         return None
 
     async def _ensure_ready(self) -> Worker:
@@ -394,12 +464,18 @@ class Tier:
             else:
                 self._suspects.append(generation)
         self._running.clear()
+        for conversion in self._conversions.values():
+            if conversion.worker is worker:
+                conversion.fail(crashed)
         self._wakeup.set()
 
     def _fail_waiting(self, error: ServiceError) -> None:
-        for queue in (self._waiting, self._suspects):
-            while queue:
-                queue.popleft().fail(error)
+        while self._waiting:
+            self._waiting.pop().fail(error)
+        while self._suspects:
+            self._suspects.popleft().fail(error)
+        for conversion in self._unsent:
+            conversion.fail(error)
 
 
 class ModelManager:

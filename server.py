@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from api import chat, completions, errors, models, unsupported
+from api import chat, completions, errors, models, tokens, unsupported
 from api.deps import Services
 from api.middleware import Faults, Gate, RequestLog, is_loopback
 from engine.client import Launcher, launch_process
@@ -61,7 +61,7 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
     )
     app.state.services = Services(settings, manager)
     errors.install(app)
-    for part in (chat, completions, models, unsupported):
+    for part in (chat, completions, tokens, models, unsupported):
         app.include_router(part.router)
     return app
 

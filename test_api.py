@@ -135,6 +135,22 @@ def expect_stream(client: httpx.Client, model: str, *, chat: bool, include_usage
     return usage["completion_tokens"]
 
 
+def check_tokens(client: httpx.Client, model: str) -> object:
+    request = {"model": model, "content": STORY}
+    tokens = answer(client.post("/tokenize", json=request))["tokens"]
+    expect(tokens, "a text without tokens")
+    body = answer(client.post("/detokenize", json={"model": model, "tokens": tokens}))
+    expect(body["content"].strip() == STORY, f"another text: {body['content']!r}")
+    return f"{len(tokens)} tokens"
+
+
+def check_template(client: httpx.Client, model: str) -> object:
+    request = {"model": model, "messages": [HELLO]}
+    prompt = answer(client.post("/apply-template", json=request))["prompt"]
+    expect(HELLO["content"] in prompt, f"another prompt: {prompt!r}")
+    return f"{len(prompt)} characters"
+
+
 def check_embeddings(client: httpx.Client, model: str) -> object:
     request = {"model": model, "input": ["A cat.", "A dog."], "encoding_format": "float"}
     body = answer(client.post("/v1/embeddings", json=request))
@@ -182,6 +198,9 @@ def plan(models: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, Check]]:
         for tier in able("chat"):
             yield f"POST {path}", tier, partial(check_whole, model=tier, chat=chat)
             yield f"POST {path} stream", tier, partial(check_stream, model=tier, chat=chat)
+    for tier in able("chat"):
+        yield "POST /tokenize, /detokenize", tier, partial(check_tokens, model=tier)
+        yield "POST /apply-template", tier, partial(check_template, model=tier)
     for tier in able("embedding"):
         yield "POST /v1/embeddings", tier, partial(check_embeddings, model=tier)
     for tier in able("rerank"):

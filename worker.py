@@ -1,8 +1,8 @@
 """The process that owns one loaded model: reads messages, steps the engine, writes messages.
 
 `python -m worker FD` serves the socket with that number. One thread receives: it tokenises and
-checks new jobs beside the step loop, and ends the process when the server has gone. The main
-thread owns the engine and does all the writing.
+checks new jobs beside the step loop, turns texts into tokens and back for whoever asks, and ends
+the process when the server has gone. The main thread owns the engine and does all the writing.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -121,12 +121,10 @@ def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
     """Tokenise and check a request. Raises a ServiceError that is the client's answer."""
     grammar = compiler.compile(request.grammar) if request.grammar else None
     bias = _logit_bias(request.logit_bias, engine.tokenizer)
-    prompt = _tokenize(request, engine.tokenizer)
+    prompt = _tokenize(request.prompt, request.add_bos, engine.tokenizer)
     if not prompt:
         raise BadRequest("The prompt is empty.", param="prompt")
-    n_vocab = engine.tokenizer.n_vocab
-    if any(not 0 <= token < n_vocab for token in prompt):
-        raise BadRequest(f"Token ids must be from 0 to {n_vocab - 1}.", param="prompt")
+    _check_ids(prompt, engine.tokenizer, "prompt")
     n_left = engine.n_ctx - len(prompt)
     if n_left < 1:
         raise ContextLengthExceeded(
@@ -146,6 +144,23 @@ def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
     return Job(request, prompt, max_tokens, grammar, bias, visible, ending)
 
 
+def convert(
+    request: wire.Tokenize | wire.Detokenize, tokenizer: Tokenizer
+) -> wire.Tokens | wire.Text:
+    """Text to tokens, or tokens to text. Raises a ServiceError that is the client's answer."""
+    if isinstance(request, wire.Tokenize):
+        ids = _tokenize(request.segments, request.add_bos, tokenizer)
+        return wire.Tokens(request.job, ids, [tokenizer.literal(token) for token in ids])
+    _check_ids(request.tokens, tokenizer, "tokens")
+    data = b"".join(map(tokenizer.literal, request.tokens))
+    return wire.Text(request.job, data.decode(errors="replace"))
+
+
+def _check_ids(ids: Iterable[int], tokenizer: Tokenizer, param: str) -> None:
+    if any(not 0 <= token < tokenizer.n_vocab for token in ids):
+        raise BadRequest(f"Token ids must be from 0 to {tokenizer.n_vocab - 1}.", param=param)
+
+
 def _logit_bias(asked: dict[str, float], tokenizer: Tokenizer) -> dict[int, float]:
     bias: dict[int, float] = {}
     for key, value in asked.items():
@@ -161,29 +176,32 @@ def _logit_bias(asked: dict[str, float], tokenizer: Tokenizer) -> dict[int, floa
     return bias
 
 
-def _tokenize(request: wire.Generate, tokenizer: Tokenizer) -> list[int]:
+def _tokenize(
+    prompt: Sequence[wire.Segment | int], add_bos: bool, tokenizer: Tokenizer
+) -> list[int]:
     ids: list[int] = []
-    for n, piece in enumerate(request.prompt):
+    for n, piece in enumerate(prompt):
         if isinstance(piece, int):
             ids.append(piece)
         else:
             ids += tokenizer.tokenize(
                 piece.text, parse_special=piece.parse_special, continues=n > 0
             )
-    is_text = any(isinstance(piece, wire.Segment) for piece in request.prompt[:1])
+    is_text = any(isinstance(piece, wire.Segment) for piece in prompt[:1])
     bos = tokenizer.bos
-    if request.add_bos and is_text and bos is not None and ids[:1] != [bos]:
+    if add_bos and is_text and bos is not None and ids[:1] != [bos]:
         ids.insert(0, bos)
     return ids
 
 
-Incoming = Job | wire.Cancel | wire.Failed | wire.Ping | wire.Shutdown
+Answered = wire.Failed | wire.Tokens | wire.Text
+Incoming = Job | Answered | wire.Cancel | wire.Ping | wire.Shutdown
 
 
 class Receiver(threading.Thread):
-    """Reads the socket. Messages wait in `inbox`; new jobs are tokenised and checked here, and
-    their grammars compiled, beside the step loop. `on_disconnect` is called as soon as the server
-    has gone."""
+    """Reads the socket. Messages wait in `inbox`; new jobs are tokenised and checked here, their
+    grammars compiled and texts converted, beside the step loop. `on_disconnect` is called as soon
+    as the server has gone."""
 
     def __init__(self, sock: socket.socket, on_disconnect: Callable[[], None]) -> None:
         super().__init__(daemon=True)
@@ -196,9 +214,10 @@ class Receiver(threading.Thread):
         try:
             while (message := wire.receive(self._sock)) is not None:
                 assert not isinstance(message, wire.Load)
-                self.inbox.put(
-                    self._prepare(message) if isinstance(message, wire.Generate) else message
-                )
+                if isinstance(message, wire.Generate | wire.Tokenize | wire.Detokenize):
+                    self.inbox.put(self._work_on(message))
+                else:
+                    self.inbox.put(message)
         finally:
             self._on_disconnect()
             self.inbox.put(wire.Shutdown())
@@ -208,10 +227,12 @@ class Receiver(threading.Thread):
         self._engine = engine
         self._compiler = Compiler(engine.tokenizer)
 
-    def _prepare(self, request: wire.Generate) -> Job | wire.Failed:
+    def _work_on(self, request: wire.Request) -> Job | Answered:
         assert self._engine is not None
         try:
-            return prepare(request, self._engine, self._compiler)
+            if isinstance(request, wire.Generate):
+                return prepare(request, self._engine, self._compiler)
+            return convert(request, self._engine.tokenizer)
         except Exception as error:
             return _failure(request.job, error)
 

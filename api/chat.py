@@ -26,7 +26,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "prediction": (),
-    "store": (False,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -42,7 +41,7 @@ async def create_chat_completion(
     headers = ignored_params(body, UNSUPPORTED, strict=server.strict_params, parts=body.inner())
     started = await turn.start(request.receive, services, tier, body)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    head = generation.head("chatcmpl", kind, tier)
+    head = generation.head("chatcmpl", kind, tier, body.service_tier)
     if body.stream:
         events = _events(started, head, body, server.reasoning_field)
         return EventStream(events, headers | started.headers())

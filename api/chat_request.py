@@ -120,13 +120,13 @@ ToolChoiceField = Annotated[
 ]
 
 
-class ChatRequest(GenerationFields):
+class Conversation(BaseModel):
+    """The fields that make the prompt."""
+
+    model_config = ConfigDict(extra="allow")
+
     # fail_fast: a million bad items must not become a million errors
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: TokenLimit | None = None
-    n: OneChoice = 1
-    logprobs: Switch = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = (
         None
     )
@@ -145,20 +145,12 @@ class ChatRequest(GenerationFields):
             raise BadRequest(f"'{name}' is not for clients.", param=f"chat_template_kwargs.{name}")
         return kwargs
 
-    @property
-    def n_logprobs(self) -> int | None:
-        if self.logprobs:
-            return self.top_logprobs or 0
-        if self.top_logprobs:
-            raise BadRequest("It is only for `logprobs: true`.", param="top_logprobs")
-        return None
-
-    def check_content(self) -> None:
+    def check_content(self, model: str) -> None:
         """Raise for content that is no text, and for half an instruction to continue."""
         for place, part in self.parts():
             if part.type != "text":
                 raise UnsupportedParameter(
-                    f"Content of type '{part.type}' is not supported: model '{self.model}' reads "
+                    f"Content of type '{part.type}' is not supported: model '{model}' reads "
                     "text only.",
                     param=f"{place}.type",
                 )
@@ -233,6 +225,21 @@ class ChatRequest(GenerationFields):
             if name not in names:
                 raise BadRequest(f"There is no function '{name}' in `tools`.", param="tool_choice")
         return ToolChoice(frozenset(wanted), is_required, is_parallel)
+
+
+class ChatRequest(Conversation, GenerationFields):
+    max_completion_tokens: TokenLimit | None = None
+    n: OneChoice = 1
+    logprobs: Switch = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise BadRequest("It is only for `logprobs: true`.", param="top_logprobs")
+        return None
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from api.sampling import (
     ChoiceCount,
     GenerationFields,
     OneChoice,
+    Token,
+    WholeText,
     answer_part,
     generate_request,
     ignored_params,
@@ -35,7 +37,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
 }
 
-Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 
@@ -49,8 +50,8 @@ def _prompt_kind(value: Any) -> str:
 
 
 Prompt = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Field(min_length=1, fail_fast=True), Tag("<texts>")]
+    Annotated[WholeText, Tag("<text>")]
+    | Annotated[list[WholeText], Field(min_length=1, fail_fast=True), Tag("<texts>")]
     | Annotated[Tokens, Tag("<tokens>")]
     | Annotated[list[Tokens], Field(fail_fast=True), Tag("<lists of tokens>")],
     Discriminator(_prompt_kind),
@@ -94,9 +95,10 @@ async def create_completion(
         request.receive,
         tier,
         [msgspec.structs.replace(asked, prompt=prompt) for prompt in prompts],
+        priority=body.effective_priority,
         fields={},
     )
-    head = generation.head("cmpl", "text_completion", tier)
+    head = generation.head("cmpl", "text_completion", tier, body.service_tier)
     headers |= {"X-Seed": str(asked.sampling.seed)} | answer.headers()
     if body.stream:
         return EventStream(_events(answer, head, body), headers)
@@ -195,8 +197,4 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[list
 def _segment(text: str) -> wire.Segment:
     if not text:
         raise BadRequest("A prompt must not be empty.", param="prompt")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadRequest("A prompt has half of a surrogate pair.", param="prompt") from None
     return wire.Segment(text, parse_special=True)

@@ -25,8 +25,15 @@ class Services:
     manager: ModelManager
     _formats: dict[TierName, tuple[ModelFile, ChatFormat]] = field(default_factory=dict)
 
-    def chat_tier(self, model: str) -> Tier:
-        """The tier that a request for text names. Raises ModelNotFound or BadRequest."""
+    def chat_tier(self, model: str | None) -> Tier:
+        """The tier that a request for text names; with None the only one that there is. Raises
+        ModelNotFound or BadRequest."""
+        if model is None:
+            names = [name for name in self.manager.tiers if name in CHAT_TIERS]
+            if len(names) != 1:
+                known = ", ".join(names) or "none"
+                raise BadRequest(f"'model' is required. Tiers for text: {known}.", param="model")
+            model = names[0]
         tier = self.manager.resolve(model)
         if tier.name not in CHAT_TIERS:
             raise BadRequest(f"The model '{model}' does not generate text.", param="model")

@@ -23,18 +23,20 @@ class Answer:
     """Requests, one for each prompt, and the choices that come of them: those of the first prompt,
     then those of the second. Close `outs` to cancel them."""
 
-    def __init__(self, tier: Tier, requests: Sequence[wire.Generate]) -> None:
+    def __init__(self, tier: Tier, requests: Sequence[wire.Generate], priority: int) -> None:
         self.n_choices = sum(request.n for request in requests)
         self.n_prompt = 0
         self.n_cached = 0  # of these tokens
         # by the monotonic clock; of several prompts the last time counts
         self.queued_at = self.handed_at = self.first_at = self.last_at = time.monotonic()
-        self.outs: Outs = self._generate(tier, requests)
+        self.outs: Outs = self._generate(tier, requests, priority)
 
-    async def _generate(self, tier: Tier, requests: Sequence[wire.Generate]) -> Outs:
+    async def _generate(self, tier: Tier, requests: Sequence[wire.Generate], priority: int) -> Outs:
         with ExitStack() as stack:
             stack.enter_context(tier.lease())
-            generations = [stack.enter_context(tier.submit(request)) for request in requests]
+            generations = [
+                stack.enter_context(tier.submit(request, priority=priority)) for request in requests
+            ]
             for generation in generations:
                 started = await generation.started()
                 self.n_prompt += started.prompt_tokens
@@ -79,19 +81,25 @@ def _rates(kind: str, n: int, seconds: float) -> dict[str, float]:
     }
 
 
-def head(prefix: str, kind: str, tier: Tier) -> dict[str, Any]:
+def head(prefix: str, kind: str, tier: Tier, service_tier: str | None) -> dict[str, Any]:
     """What the reply and each of its chunks begin with."""
+    served_as = {"service_tier": "default" if service_tier == "auto" else service_tier}
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
         "model": tier.name,
         "system_fingerprint": tier.fingerprint,
-    }
+    } | (served_as if service_tier else {})
 
 
 async def start(
-    receive: Receive, tier: Tier, requests: Sequence[wire.Generate], *, fields: Mapping[str, str]
+    receive: Receive,
+    tier: Tier,
+    requests: Sequence[wire.Generate],
+    *,
+    priority: int,
+    fields: Mapping[str, str],
 ) -> Answer:
     """Submit requests and wait until all have started: from here on nothing that is wrong with
     them can come up.
@@ -99,7 +107,7 @@ async def start(
     Raises ClientLeft or ServiceError; what that is about is renamed by `fields` as the client
     knows it.
     """
-    answer = Answer(tier, requests)
+    answer = Answer(tier, requests, priority)
     try:
         await while_connected(receive, anext(answer.outs))
     except BadRequest as error:

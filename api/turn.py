@@ -10,7 +10,7 @@ from typing import Any, Literal
 from starlette.types import Receive
 
 from api import generation
-from api.chat_request import ChatRequest
+from api.chat_request import ChatRequest, Conversation
 from api.deps import Services
 from api.sampling import answer_part, generate_request
 from chat.events import CallBegin, Event, Message, Splitter, Text
@@ -53,9 +53,9 @@ class Choice:
 
 async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequest) -> "Turn":
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
-    body.check_content()
     body.check_stream_options()
-    prompt = await asyncio.to_thread(_prompt, services, tier, body)
+    answer_must = answer_part(body)
+    prompt = await asyncio.to_thread(prompt_of, services, tier, body, answer_must)
     request = generate_request(
         body,
         tier.settings,
@@ -67,29 +67,38 @@ async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequ
         thinking=prompt.thinking,
         visible=prompt.visible,
     )
-    answer = await generation.start(receive, tier, [request], fields={"prompt": "messages"})
+    answer = await generation.start(
+        receive, tier, [request], priority=body.effective_priority, fields={"prompt": "messages"}
+    )
     is_inline = services.settings.server.reasoning_field == "none"
     return Turn(
         answer,
         prompt,
         request.sampling.seed,
         is_inline=is_inline,
-        has_client_grammar=answer_part(body) is not None,
+        has_client_grammar=answer_must is not None,
     )
 
 
-def _prompt(services: Services, tier: Tier, body: ChatRequest) -> Prompt:
-    tools = body.tool_list()
+def prompt_of(
+    services: Services,
+    tier: Tier,
+    conversation: Conversation,
+    answer: wire.GrammarPart | None = None,
+) -> Prompt:
+    """What the tier's model makes of a conversation; it takes a while. Raises ServiceError."""
+    conversation.check_content(tier.name)
+    tools = conversation.tool_list()
     return services.chat_format(tier).prompt(
-        [message.model_dump(exclude_unset=True) for message in body.messages],
+        [message.model_dump(exclude_unset=True) for message in conversation.messages],
         now=datetime.now(),
         tools=tools,
-        choice=body.tool_choice_of(tools),
-        answer=answer_part(body),
-        effort=body.reasoning_effort,
-        budget=body.thinking_budget_tokens,
-        continues=body.continue_final_message,
-        extra=body.chat_template_kwargs,
+        choice=conversation.tool_choice_of(tools),
+        answer=answer,
+        effort=conversation.reasoning_effort,
+        budget=conversation.thinking_budget_tokens,
+        continues=conversation.continue_final_message,
+        extra=conversation.chat_template_kwargs,
     )
 
 

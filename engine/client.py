@@ -39,7 +39,7 @@ Launcher = Callable[[socket.socket], Awaitable[Handle]]
 class JobSink(Protocol):
     """Who gets what the worker says about one job."""
 
-    def deliver(self, message: wire.Started | wire.TokenOut | wire.Failed) -> None: ...
+    def deliver(self, message: wire.OfJob) -> None: ...
 
 
 @dataclass(slots=True)
@@ -119,10 +119,16 @@ class Worker:
             raise
 
     def generate(self, request: wire.Generate, sink: JobSink) -> None:
+        self._submit(request, sink, request.n)
+
+    def convert(self, request: wire.Tokenize | wire.Detokenize, sink: JobSink) -> None:
+        self._submit(request, sink, 1)
+
+    def _submit(self, request: wire.Request, sink: JobSink, n_answers: int) -> None:
         data = wire.frame(request)  # may fail: before anybody counts on an answer
         if not self._expectants:
             self._heard_at = asyncio.get_running_loop().time()
-        self._expectants[request.job] = _Expectant(sink, request.n)
+        self._expectants[request.job] = _Expectant(sink, n_answers)
         self._write(data)
 
     def cancel(self, job: int) -> None:
@@ -175,16 +181,18 @@ class Worker:
         if isinstance(message, wire.Step):
             for out in message.outs:
                 self._deliver(out.job, out)
-        elif isinstance(message, wire.Started | wire.Failed):
+        elif isinstance(message, wire.Started | wire.Failed | wire.Tokens | wire.Text):
             self._deliver(message.job, message)
 
-    def _deliver(self, job: int, message: wire.Started | wire.TokenOut | wire.Failed) -> None:
+    def _deliver(self, job: int, message: wire.OfJob) -> None:
         expectant = self._expectants.get(job)
         if expectant is None:
             return
         if isinstance(message, wire.TokenOut):
             expectant.n_open -= message.done is not None
-        if expectant.n_open == 0 or isinstance(message, wire.Failed):
+        elif not isinstance(message, wire.Started):  # the last word
+            expectant.n_open = 0
+        if expectant.n_open == 0:
             del self._expectants[job]
         expectant.sink.deliver(message)
 

@@ -99,6 +99,21 @@ class Generate(Message, frozen=True):
     job: int = 0  # given by the tier
 
 
+class Tokenize(Message, frozen=True):
+    """Answered by Tokens. Needs no sequence, so it never waits for one."""
+
+    segments: list[Segment]
+    add_bos: bool
+    job: int = 0  # given by the tier
+
+
+class Detokenize(Message, frozen=True):
+    """Answered by Text, in the same way."""
+
+    tokens: list[int]
+    job: int = 0  # given by the tier
+
+
 class Cancel(Message, frozen=True):
     job: int
 
@@ -177,12 +192,27 @@ class Failed(Message, frozen=True):
     numbers: dict[str, int] = {}
 
 
+class Tokens(Message, frozen=True):
+    job: int
+    ids: list[int]
+    pieces: list[bytes]  # how each is written; a character may be spread over several
+
+
+class Text(Message, frozen=True):
+    job: int
+    text: str
+
+
 class Pong(Message, frozen=True):
     pass
 
 
-ToWorker = Union[Load, Generate, Cancel, Ping, Shutdown]  # noqa: UP007 (a runtime type)
-FromWorker = Union[Progress, Ready, LoadFailed, Started, Step, Failed, Pong]  # noqa: UP007
+Request = Generate | Tokenize | Detokenize  # what a worker is asked
+OfJob = Started | TokenOut | Failed | Tokens | Text  # what it says about one of them
+ToWorker = Union[Load, Request, Cancel, Ping, Shutdown]  # noqa: UP007 (a runtime type)
+FromWorker = Union[  # noqa: UP007
+    Progress, Ready, LoadFailed, Started, Step, Failed, Tokens, Text, Pong
+]
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

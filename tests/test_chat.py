@@ -469,7 +469,6 @@ UNSUPPORTED = [
     {"modalities": ["audio"]},
     {"prediction": {"type": "content", "content": "x"}},
     {"reasoning_effort": "high"},
-    {"store": True},
 ]
 
 
@@ -499,10 +498,10 @@ def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
 
 
 def test_unknown_fields_are_named_in_a_header(service: Service) -> None:
-    fields = {"mirostat": 2, "chat_id\r\nX-Evil": 1, "grün": 1}
+    fields = {"frob": 2, "chat_id\r\nX-Evil": 1, "grün": 1}
     for stream in (False, True):
         response = service.chat(stream=stream, **fields)
-        assert response.headers["x-ignored-params"] == r"mirostat,chat_id??X-Evil,gr\xfcn"
+        assert response.headers["x-ignored-params"] == r"frob,chat_id??X-Evil,gr\xfcn"
 
 
 def test_unknown_fields_inside_are_named_with_their_place(service: Service) -> None:
@@ -531,8 +530,68 @@ def test_a_conversation_of_many_turns_is_answered(service: Service) -> None:
 
 def test_strict_params_makes_unknown_fields_an_error() -> None:
     with serving(settings({"strict_params": True})) as service:
-        assert error_of(service.chat(mirostat=2), 400)["param"] == "mirostat"
+        assert error_of(service.chat(frob=2), 400)["param"] == "frob"
         assert text_of(service.chat(n=1)) == "You said: Hi"
+        response = service.chat(store=True, user="me")
+        assert text_of(response) == "You said: Hi"
+        assert response.headers["x-ignored-params"] == "store"
+
+
+KEPT_FOR_NOBODY: dict[str, Any] = {
+    "metadata": {"run": "7"},
+    "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "me",
+    "store": True,
+}
+
+
+def test_fields_of_openai_that_mean_nothing_here_are_named_in_a_header(service: Service) -> None:
+    for response in (service.chat(**KEPT_FOR_NOBODY), service.complete(**KEPT_FOR_NOBODY)):
+        assert response.status_code == 200
+        assert response.headers["x-ignored-params"].split(",") == list(KEPT_FOR_NOBODY)
+    for name in KEPT_FOR_NOBODY:
+        assert service.chat(**{name: 5}).headers["x-ignored-params"] == name
+        assert "x-ignored-params" not in service.chat(**{name: None}).headers
+    for quiet in ({"store": False}, {"user": "me"}, {"user": {"id": 5}}):
+        assert "x-ignored-params" not in service.chat(**quiet).headers
+
+
+SAMPLING: dict[str, list[Any]] = {  # the ends of what is allowed, then what is not
+    "xtc_probability": [0, 1, -0.1, 1.1, math.nan],
+    "xtc_threshold": [0, 1, -0.1, 1.1, math.inf],
+    "mirostat": [0, 2, -1, 3, "v2"],
+    "mirostat_tau": [0, 100, -0.1, 101, math.inf],
+    "mirostat_eta": [0, 1, -0.1, 1.1, math.nan],
+    "dry_multiplier": [0, 100, -0.1, 101, math.nan],
+    "dry_base": [1, 100, 0.9, 101, math.inf],
+    "dry_allowed_length": [0, 2**20, -1, 2**20 + 1, 1.5],
+    "dry_penalty_last_n": [-1, 2**20, -2, 2**20 + 1, 1.5],
+    "dry_sequence_breakers": [[], ["\n"] * 16, ["\n"] * 17, [""], ["x" * 41], ["\0"], ["ü" * 21],
+                              ["\ud800"], "x", [1]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_a_rule_of_sampling_is_checked(service: Service, name: str) -> None:
+    low, high, *wrong = SAMPLING[name]
+    headers = {"Content-Type": "application/json"}
+    for value in (None, low, high, *wrong):
+        body = {"model": "light", "messages": [USER], name: value}
+        response = service.http.post(
+            "/v1/chat/completions", content=json.dumps(body), headers=headers
+        )
+        if any(value is bad for bad in wrong):
+            assert error_of(response, 400)["param"].startswith(name), value
+        else:
+            assert text_of(response) == "You said: Hi"
+            assert "x-ignored-params" not in response.headers
+
+
+def test_filters_that_mirostat_replaces_are_named_in_a_header(service: Service) -> None:
+    response = service.chat(mirostat=2, top_p=0.9, min_p=0.1, temperature=1)
+    assert response.headers["x-ignored-params"] == "top_p,min_p"
+    assert "x-ignored-params" not in service.chat(mirostat=0, top_p=0.9).headers
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -589,6 +648,51 @@ def test_a_full_queue_is_a_429_with_a_time_to_come_back(service: Service) -> Non
         assert [text_of(future.result()) for future in waiting] == ["You sai"] * 2
     for client in clients:
         client.close()
+
+
+def test_the_service_tier_is_told_where_it_was_asked_for(service: Service) -> None:
+    told = {"auto": "default", "default": "default", "flex": "flex", "priority": "priority"}
+    for asked, answered in told.items():
+        assert service.chat(service_tier=asked).json()["service_tier"] == answered
+        assert service.complete(service_tier=asked).json()["service_tier"] == answered
+        for chunk in events(service.chat(service_tier=asked, stream=True)):
+            assert chunk["service_tier"] == answered
+    assert "service_tier" not in service.chat(priority=5).json()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"service_tier": "scale"}, {"service_tier": 1}, {"priority": 101}, {"priority": -101},
+     {"priority": 0.5}, {"priority": "high"}],
+    ids=str,
+)  # fmt: skip
+def test_a_priority_that_is_not_there_is_refused(service: Service, fields: dict[str, Any]) -> None:
+    for response in (service.chat(**fields), service.complete(**fields)):
+        assert error_of(response, 400)["param"] == next(iter(fields))
+
+
+def test_the_next_to_be_served_is_chosen_by_priority_or_else_by_service_tier(
+    service: Service,
+) -> None:
+    tier = service.manager.tiers["heavy"]
+    order: list[str] = []
+
+    def ask_for(name: str, **fields: Any) -> None:
+        with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
+            body = {"model": "heavy", "messages": [{"role": "user", "content": name}]} | fields
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+            order.append(name)
+
+    with ThreadPoolExecutor(3) as pool:
+        busy = pool.submit(ask_for, "slow", max_tokens=300)
+        wait_until(lambda: tier._running)
+        asked = [pool.submit(ask_for, "flex", service_tier="flex")]
+        wait_until(lambda: len(tier._waiting) == 1)
+        asked.append(pool.submit(ask_for, "urgent", service_tier="flex", priority=-1))
+        wait_until(lambda: len(tier._waiting) == 2)
+        for future in (busy, *asked):
+            future.result()
+    assert order == ["slow", "urgent", "flex"]
 
 
 def test_a_client_that_leaves_a_stream_frees_its_place(service: Service) -> None:

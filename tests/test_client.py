@@ -63,16 +63,19 @@ class Sink(JobSink):
     """Keeps what it is told; the last word can be waited for."""
 
     def __init__(self) -> None:
-        self.messages: list[wire.Started | wire.TokenOut | wire.Failed] = []
+        self.messages: list[wire.OfJob] = []
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._last: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def deliver(self, message: wire.Started | wire.TokenOut | wire.Failed) -> None:
+    def deliver(self, message: wire.OfJob) -> None:
         assert not self._last.done(), "nothing comes after the last word"
         self.messages.append(message)
         if not self._first.done():
             self._first.set_result(None)
-        if isinstance(message, wire.Failed) or getattr(message, "done", None):
+        if isinstance(message, wire.TokenOut):
+            if message.done:
+                self._last.set_result(None)
+        elif not isinstance(message, wire.Started):
             self._last.set_result(None)
 
     async def first(self) -> None:
@@ -187,6 +190,25 @@ def test_a_job_that_is_refused_hears_why() -> None:
         (failed,) = sink.messages
         assert isinstance(failed, wire.Failed)
         assert isinstance(error_from(failed), errors.ContextLengthExceeded)
+        await worker.stop()
+
+    run(test)
+
+
+def test_a_text_is_converted_and_back_by_one_word_each() -> None:
+    async def test() -> None:
+        worker = await Started(in_threads).start(spec())
+        tokens, text, bad = Sink(), Sink(), Sink()
+        worker.convert(wire.Tokenize([wire.Segment("Hi", True)], True, 1), tokens)
+        worker.convert(wire.Detokenize([72, 105], 2), text)
+        worker.convert(wire.Detokenize([-1], 3), bad)
+        for sink in (tokens, text, bad):
+            await sink.last()
+        assert tokens.messages == [wire.Tokens(1, [72, 105], [b"H", b"i"])]
+        assert text.messages == [wire.Text(2, "Hi")]
+        assert isinstance(bad.messages[0], wire.Failed)
+        assert isinstance(error_from(bad.messages[0]), errors.BadRequest)
+        assert not worker._expectants
         await worker.stop()
 
     run(test)

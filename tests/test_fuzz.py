@@ -72,7 +72,16 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "tools": ODD,
     "tool_choice": ODD,
     "user": ODD,
-    "mirostat": ODD,
+    "xtc_probability": st.floats(-0.1, 1.1),
+    "xtc_threshold": st.floats(-0.1, 1.1),
+    "mirostat": st.integers(-1, 3),
+    "dry_multiplier": st.floats(-0.1, 3),
+    "dry_sequence_breakers": st.lists(st.text(max_size=3), max_size=3),
+    "store": ODD,
+    "metadata": ODD,
+    "priority": st.integers(-101, 101),
+    "service_tier": st.sampled_from(["auto", "default", "flex", "priority", "scale"]),
+    "frob": ODD,
 }  # fmt: skip
 GOOD_MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "system", "assistant"]), "content": st.text(max_size=30)}

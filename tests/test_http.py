@@ -75,7 +75,7 @@ def test_a_body_that_is_too_large_is_a_413_whether_it_says_so_or_not(service: Se
 def test_a_fault_of_ours_is_a_500_under_the_requests_id(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(self: Tier, request: object) -> None:
+    def fail(self: Tier, request: object, **_: object) -> None:
         raise RuntimeError("secret detail")
 
     with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ from engine.backends.fake import model_file
 from engine.client import Handle, Launcher, launch_process
 from engine.types import SamplingParams
 from errors import (
+    BadRequest,
     InternalError,
     ModelLoadFailed,
     ModelNotFound,
@@ -140,6 +141,25 @@ def test_requests_are_served_in_the_order_in_which_they_came(tmp_path: Path) -> 
         return order
 
     assert run(test, light=fake(n_parallel=1)) == list(range(10))
+
+
+def test_those_that_wait_are_served_by_priority() -> None:
+    async def test(manager: ModelManager) -> list[str]:
+        tier = manager.tiers["light"]
+        order: list[str] = []
+
+        async def one(name: str, priority: int) -> None:
+            with tier.submit(request(name), priority=priority) as generation:
+                await generation.started()
+                order.append(name)
+                async for _ in generation:
+                    pass
+
+        asked = {"low": 2, "first": 0, "second": 0, "high": -2}
+        await asyncio.gather(*(one(name, priority) for name, priority in asked.items()))
+        return order
+
+    assert run(test, light=fake(n_parallel=1)) == ["high", "first", "second", "low"]
 
 
 def test_leaving_the_block_ends_a_request_wherever_it_is(tmp_path: Path) -> None:
@@ -329,6 +349,119 @@ def test_closing_during_a_load_leaves_no_process(tmp_path: Path) -> None:
     assert not any(psutil.pid_exists(pid) for pid in launches.pids)
 
 
+# texts and tokens
+
+
+def text(of: str) -> list[wire.Segment]:
+    return [wire.Segment(of, parse_special=True)]
+
+
+def test_the_first_to_ask_for_tokens_loads_the_model() -> None:
+    launches = Launches()
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        answer, back = await asyncio.gather(
+            tier.tokenize(text("Hi"), add_bos=True), tier.detokenize([72, 105])
+        )
+        assert (answer.ids, answer.pieces, back) == ([72, 105], [b"H", b"i"], "Hi")
+        with pytest.raises(BadRequest, match="0 to"):
+            await tier.detokenize([100_000])
+        assert not tier._conversions
+
+    run(test, launches)
+    assert len(launches.handles) == 1
+
+
+def test_tokens_do_not_wait_for_those_that_run_or_wait(tmp_path: Path) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        with tier.submit(request("long")) as running, tier.submit(request("long")):
+            await running.started()
+            for _ in range(5):
+                assert await tier.detokenize([72]) == "H"
+            assert tier._running
+            assert tier._waiting
+
+    run(test, light=fake(script(tmp_path, LONG, step_ms=1), n_parallel=1))
+
+
+def test_tokens_are_refused_as_answers_are_while_the_model_cannot_be_loaded(
+    tmp_path: Path,
+) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        with pytest.raises(ModelLoadFailed, match="told to fail"):
+            await tier.tokenize(text("Hi"), add_bos=True)
+        with pytest.raises(TierUnavailable, match="tried again"):
+            await tier.detokenize([72])
+        assert not tier._conversions
+
+    run(test, light=fake(script(tmp_path, fault="load")))
+
+
+def test_those_that_wait_for_tokens_are_bounded_and_told_when_the_service_stops(
+    tmp_path: Path,
+) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        tasks = [asyncio.create_task(tier.detokenize([72])) for _ in range(3)]
+        await until(lambda: tier.state == "starting")
+        with pytest.raises(QueueFull):
+            await tier.detokenize([72])
+        tasks[0].cancel()
+        manager.abandon()
+        left, *told = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(left, asyncio.CancelledError)
+        assert all(isinstance(error, TierUnavailable) for error in told)
+        with pytest.raises(TierUnavailable):
+            await tier.tokenize(text("Hi"), add_bos=True)
+        assert not tier._conversions
+
+    run(test, light=fake(script(tmp_path, load_s=0.1), queue_size=3))
+
+
+def test_a_text_that_cannot_be_sent_fails_alone() -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        bad = tier.tokenize(text("\ud800"), add_bos=True)
+        error, answer = await asyncio.gather(bad, ask(tier), return_exceptions=True)
+        assert isinstance(error, InternalError)
+        assert answer == "You said: Hi"
+
+    run(test)
+
+
+def test_who_waits_for_tokens_when_the_worker_dies_is_told(tmp_path: Path) -> None:
+    launches = Launches(launch_process)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        await ask(tier)
+        psutil.Process(launches.pids[0]).suspend()
+        question = asyncio.create_task(tier.detokenize([72]))
+        await until(lambda: any(c.worker for c in tier._conversions.values()))
+        psutil.Process(launches.pids[0]).kill()
+        with pytest.raises(WorkerCrashed, match="died"):
+            await question
+        assert await tier.detokenize([72]) == "H"
+
+    run(test, launches)
+
+
+def test_a_worker_that_hangs_is_ended_also_when_only_tokens_are_waited_for() -> None:
+    launches = Launches(launch_process)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        await ask(tier)
+        psutil.Process(launches.pids[0]).suspend()
+        with pytest.raises(WorkerCrashed):
+            await tier.detokenize([72])
+
+    run(test, launches, {"worker_timeout_s": 0.4})
+
+
 # when a worker dies
 
 
@@ -374,7 +507,7 @@ def test_a_worker_that_is_killed_is_replaced_for_the_queue(tmp_path: Path) -> No
         tier = manager.tiers["light"]
         running = asyncio.create_task(outcome(ask(tier, "long")))
         waiting = asyncio.create_task(ask(tier, "patient"))
-        await until(lambda: any(g.has_answered for g, _ in tier._running.values()))
+        await until(lambda: any(g.has_answered for g in tier._running.values()))
         psutil.Process(launches.pids[0]).kill()
         assert isinstance(await running, WorkerCrashed)
         assert await waiting == "You said: patient"

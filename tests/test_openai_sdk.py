@@ -86,8 +86,8 @@ def test_errors_are_the_sdks_own(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-9", messages=HELLO)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model="light", messages=HELLO, store=True)
-    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "store")
+        client.chat.completions.create(model="light", messages=HELLO, modalities=["audio"])
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "modalities")
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="light", prompt="x" * 99, stream=True)
     assert long.value.code == "context_length_exceeded"

@@ -40,6 +40,8 @@ TO_WORKER: list[wire.ToWorker] = [
         7,
     ),
     wire.Generate([1, 2, 0], False, SamplingParams(), [], 0),
+    wire.Tokenize([wire.Segment("über 世界 \0", False)], True, 7),
+    wire.Detokenize([0, 1, 151935], 7),
     wire.Cancel(7),
     wire.Ping(),
     wire.Shutdown(),
@@ -60,6 +62,8 @@ FROM_WORKER: list[wire.FromWorker] = [
     ),
     wire.Failed(7, None, "A fault."),
     wire.Failed(8, "context_length_exceeded", "Too long.", "messages", {"n_ctx": 8192}),
+    wire.Tokens(7, [5, 6], [b"\xe4", b"\xb8\x96"]),
+    wire.Text(7, "世界"),
     wire.Pong(),
 ]
 

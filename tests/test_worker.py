@@ -138,6 +138,41 @@ def test_a_bos_comes_before_a_text_that_wants_one_and_nowhere_else() -> None:
     assert tokenizer.calls == [("a", False), ("b", True)] * 2
 
 
+# texts and tokens
+
+
+def test_a_text_becomes_tokens_with_their_pieces(engine: Engine) -> None:
+    segments = [wire.Segment("é<|end|>", True), wire.Segment("<|end|>", False)]
+    ids = [*"é".encode(), 256, *b"<|end|>"]
+    pieces = [b"\xc3", b"\xa9", b"<|end|>", *(bytes([byte]) for byte in b"<|end|>")]
+    request = wire.Tokenize(segments, add_bos=True, job=3)
+    assert worker.convert(request, engine.tokenizer) == wire.Tokens(3, ids, pieces)
+    nothing = worker.convert(wire.Tokenize([wire.Segment("", True)], True, 4), engine.tokenizer)
+    assert nothing == wire.Tokens(4, [], [])
+
+
+def test_a_text_begins_with_bos_only_where_that_is_asked_for() -> None:
+    tokenizer = TokenizerWithBos()
+    for add_bos, ids in ((True, [7, 97]), (False, [97])):
+        request = wire.Tokenize([wire.Segment("a", True)], add_bos)
+        answer = worker.convert(request, tokenizer)
+        assert isinstance(answer, wire.Tokens)
+        assert answer.ids == ids
+
+
+def test_tokens_become_text_with_control_tokens_by_name(engine: Engine) -> None:
+    request = wire.Detokenize([*"Größe".encode(), 256, 0xC3], job=3)
+    assert worker.convert(request, engine.tokenizer) == wire.Text(3, "Größe<|end|>\ufffd")
+    assert worker.convert(wire.Detokenize([]), engine.tokenizer) == wire.Text(0, "")
+
+
+@pytest.mark.parametrize("token", [-1, fake.FakeTokenizer.n_vocab, 2**63 - 1])
+def test_an_id_outside_the_vocabulary_has_no_text(token: int, engine: Engine) -> None:
+    with pytest.raises(BadRequest, match="0 to") as error:
+        worker.convert(wire.Detokenize([0, token]), engine.tokenizer)
+    assert error.value.param == "tokens"
+
+
 # its loop
 
 
@@ -499,6 +534,26 @@ def test_a_ping_is_answered_between_the_steps_of_a_busy_worker(
     assert served.read() == wire.Started(1, 5, 0)
     assert served.read() == wire.Step([wire.TokenOut(1, "Y", n_tokens=1)])
     assert served.read() == wire.Pong()
+
+
+def test_texts_and_tokens_need_no_free_sequence(
+    serve: Serve, gated: Gated, arrived: "queue.SimpleQueue[Any]"
+) -> None:
+    served = serve()
+    served.send(generate("first", job=1), generate("second", job=2))
+    gated.next_calls(2)
+    served.send(wire.Tokenize([wire.Segment("Hi", True)], True, 3), wire.Detokenize([72, 105], 4))
+    served.send(wire.Detokenize([999], 5), wire.Cancel(5))
+    for _ in range(6):
+        arrived.get(timeout=WAIT_S)
+    gated.permits.release()
+    assert served.read() == wire.Started(1, 5, 0)
+    assert served.read() == wire.Step([wire.TokenOut(1, "Y", n_tokens=1)])
+    assert served.read() == wire.Tokens(3, [72, 105], [b"H", b"i"])
+    assert served.read() == wire.Text(4, "Hi")
+    failed = served.read()
+    assert isinstance(failed, wire.Failed)
+    assert (failed.job, failed.param) == (5, "tokens")
 
 
 def test_a_finished_job_is_taken_out_of_the_engine(serve: Serve, gated: Gated) -> None:

@@ -31,6 +31,9 @@ class Tokenizer(Protocol):
     def piece(self, token: int) -> bytes:
         """The bytes that `token` adds to the text; none for control tokens."""
 
+    def literal(self, token: int) -> bytes:
+        """How `token` is written: its piece, or the name of a control token."""
+
     def ends_generation(self, token: int) -> bool: ...
 
 

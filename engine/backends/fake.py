@@ -136,6 +136,9 @@ class FakeTokenizer:
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
+    def literal(self, token: int) -> bytes:
+        return self.piece(token) or CONTROL_TOKENS[token - 256].encode()
+
     def ends_generation(self, token: int) -> bool:
         return token == _END
 

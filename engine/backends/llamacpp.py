@@ -3,7 +3,7 @@
 import ctypes
 import logging
 import sys
-from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,8 @@ from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
+
+MIROSTAT_M = 100  # likeliest tokens that version 1 estimates from, as in the paper and llama.cpp
 
 
 class Error(Exception):
@@ -46,64 +48,76 @@ class LlamaTokenizer:
         wants_bos = lib.llama_vocab_get_add_bos(self._vocab)
         self.bos: int | None = lib.llama_vocab_bos(self._vocab) if wants_bos else None
         self._pieces: dict[int, bytes] = {}
-        self._ends: list[int] = []
-        self._ordinary: dict[bytes, int] = {}  # ids of ordinary tokens, made when first needed
+        # SPM vocabularies put a space before a text
+        first = self._call(b"a", parse_special=False)[:1]
+        self._adds_space = any(self.piece(token)[:1] == b" " for token in first)
 
     def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
-        if not parse_special:
-            return self._spell(text.encode())
-        ids = self._call(text.encode())
-        # SPM vocabularies put a space before a text; in the middle of a prompt there is none
-        if continues and ids and not text.startswith(" ") and self.piece(ids[0])[:1] == b" ":
+        data = text.encode()
+        ids = self._call(data, parse_special)
+        if not parse_special and any(lib.llama_vocab_is_control(self._vocab, i) for i in ids):
+            return self._spell(data)  # merges have put one together
+        if continues and self._adds_space and ids and self.piece(ids[0])[:1] == b" ":
             ids[:1] = self._spell(self.piece(ids[0])[1:])
         return ids
 
     def piece(self, token: int) -> bytes:
         piece = self._pieces.get(token)
         if piece is None:
-            piece = self._pieces[token] = self._read_piece(token)
+            piece = self._pieces[token] = self._read_piece(token, with_control=False)
         return piece
+
+    def literal(self, token: int) -> bytes:
+        return self.piece(token) or self._read_piece(token, with_control=True)
 
     def ends_generation(self, token: int) -> bool:
         return bool(lib.llama_vocab_is_eog(self._vocab, token))
 
-    @property
+    @cached_property
     def ends(self) -> list[int]:
         """Every token that ends a generation."""
-        if not self._ends:
-            self._ends = [token for token in range(self.n_vocab) if self.ends_generation(token)]
-        return self._ends
+        return [token for token in range(self.n_vocab) if self.ends_generation(token)]
 
-    def _call(self, data: bytes) -> list[int]:
+    def _call(self, data: bytes, parse_special: bool) -> list[int]:
         n_room = len(data) + 16
         while True:
             ids = (lib.llama_token * n_room)()
-            n = lib.llama_tokenize(self._vocab, data, len(data), ids, n_room, False, True)
+            n = lib.llama_tokenize(self._vocab, data, len(data), ids, n_room, False, parse_special)
             if n >= 0:
                 return list(ids[:n])
             n_room = -n  # a character can be many tokens: llama.cpp says how many
 
-    def _spell(self, data: bytes) -> list[int]:
-        """Ids of ordinary tokens whose pieces join to exactly `data`, longest first."""
-        if not self._ordinary:
-            mask = lib.LLAMA_TOKEN_ATTR_NORMAL | lib.LLAMA_TOKEN_ATTR_BYTE
+    @cached_property
+    def _ordinary(self) -> dict[bytes, int]:
+        """Ids of ordinary tokens by piece. Those of single bytes are the last resort."""
+        ids: dict[bytes, int] = {}
+        for mask in (lib.LLAMA_TOKEN_ATTR_NORMAL, lib.LLAMA_TOKEN_ATTR_BYTE):
             for token in range(self.n_vocab):
                 if lib.llama_vocab_get_attr(self._vocab, token) & mask:
-                    self._ordinary.setdefault(self.piece(token), token)
-        ids = []
-        while data:
-            n = next((n for n in range(len(data), 0, -1) if data[:n] in self._ordinary), 0)
-            if n == 0:
-                raise Error(f"the vocabulary has no token for {data[:1]!r}")
-            ids.append(self._ordinary[data[:n]])
-            data = data[n:]
+                    ids.setdefault(self.piece(token), token)
         return ids
 
-    def _read_piece(self, token: int) -> bytes:
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._ordinary))
+
+    def _spell(self, data: bytes) -> list[int]:
+        """Ids of ordinary tokens whose pieces join to exactly `data`, longest first."""
+        ids, at = [], 0
+        while at < len(data):
+            ends = range(min(at + self._longest, len(data)), at, -1)
+            end = next((end for end in ends if data[at:end] in self._ordinary), at)
+            if end == at:
+                raise Error(f"the vocabulary has no token for {data[at : at + 1]!r}")
+            ids.append(self._ordinary[data[at:end]])
+            at = end
+        return ids
+
+    def _read_piece(self, token: int, *, with_control: bool) -> bytes:
         n_room = 64
         while True:
             buffer = ctypes.create_string_buffer(n_room)
-            n = lib.llama_token_to_piece(self._vocab, token, buffer, n_room, 0, False)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, n_room, 0, with_control)
             if n >= 0:
                 return buffer.raw[:n]
             n_room = -n
@@ -132,6 +146,8 @@ class LlamaDecoder:
         self.n_batch: int = lib.llama_n_batch(self._context)
         self._llama_tokenizer = LlamaTokenizer(self._model)
         self.tokenizer: Tokenizer = self._llama_tokenizer
+        vocab = lib.llama_model_get_vocab(self._model)
+        self._dry = lru_cache(maxsize=8)(partial(_Dry, vocab))
         self._batch = _BatchArrays(self.n_batch)
 
     def close(self) -> None:
@@ -184,7 +200,60 @@ class LlamaDecoder:
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler":
         ends = self._llama_tokenizer.ends if sampling.ignore_eos or sampling.min_tokens else []
-        return LlamaSampler(sampling, prompt, ends)
+        return LlamaSampler(sampling, prompt, ends, self._new_chain(sampling, prompt))
+
+    def _new_chain(self, sampling: SamplingParams, prompt: list[int]) -> Any:
+        """llama.cpp's samplers in the order of its server; None where the likeliest token is all
+        that is wanted."""
+        has_dry = sampling.dry_multiplier > 0 and sampling.dry_penalty_last_n != 0
+        if sampling.is_greedy and not has_dry and sampling.xtc_probability == 0:
+            return None
+        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        add = partial(lib.llama_sampler_chain_add, chain)
+        # llama.cpp draws its own seed for 0xFFFFFFFF
+        seed = sampling.seed if sampling.seed != 0xFFFFFFFF else 0x9E3779B9
+        if has_dry:
+            add(self._new_dry(sampling, prompt))
+        if sampling.mirostat and not sampling.is_greedy:
+            tau, eta = sampling.mirostat_tau, sampling.mirostat_eta
+            add(lib.llama_sampler_init_temp(sampling.temperature))
+            if sampling.mirostat == 1:
+                n_vocab = self.tokenizer.n_vocab
+                add(lib.llama_sampler_init_mirostat(n_vocab, seed, tau, eta, MIROSTAT_M))
+            else:
+                add(lib.llama_sampler_init_mirostat_v2(seed, tau, eta))
+            return chain
+        if sampling.top_k > 0:
+            add(lib.llama_sampler_init_top_k(sampling.top_k))
+        if sampling.typical_p < 1:
+            add(lib.llama_sampler_init_typical(sampling.typical_p, 1))
+        if sampling.top_p < 1:
+            add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
+        if sampling.min_p > 0:
+            add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
+        if sampling.xtc_probability > 0:
+            probability, threshold = sampling.xtc_probability, sampling.xtc_threshold
+            add(lib.llama_sampler_init_xtc(probability, threshold, 1, seed))
+        if sampling.is_greedy:
+            add(lib.llama_sampler_init_greedy())
+        else:
+            add(lib.llama_sampler_init_temp(sampling.temperature))
+            add(lib.llama_sampler_init_dist(seed))
+        return chain
+
+    def _new_dry(self, sampling: SamplingParams, prompt: list[int]) -> Any:
+        asked = sampling.dry_penalty_last_n
+        last_n = self.n_cells if asked < 0 else min(asked, self.n_cells)
+        sampler = self._dry(
+            sampling.dry_multiplier,
+            sampling.dry_base,
+            sampling.dry_allowed_length,
+            last_n,
+            sampling.dry_sequence_breakers,
+        ).copy()
+        for token in prompt[-last_n:]:
+            lib.llama_sampler_accept(sampler, token)
+        return sampler
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
         index = self._batch.logits_at[row]
@@ -195,15 +264,18 @@ class LlamaDecoder:
 
 
 class LlamaSampler:
-    """How one sequence chooses: penalties, then argmax or a chain of llama.cpp's samplers."""
+    """How one sequence chooses: penalties, then argmax or a chain of llama.cpp's samplers, which
+    it owns."""
 
-    def __init__(self, sampling: SamplingParams, prompt: list[int], ends: list[int]) -> None:
+    def __init__(
+        self, sampling: SamplingParams, prompt: list[int], ends: list[int], chain: Any
+    ) -> None:
+        self._chain = chain
         self._ends = ends
         self._n_without_end = sys.maxsize if sampling.ignore_eos else sampling.min_tokens
         self._n_logprobs = sampling.n_logprobs
         self._bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
         self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
-        self._chain = None if sampling.is_greedy else _new_chain(sampling)
 
     def sample(
         self,
@@ -229,6 +301,8 @@ class LlamaSampler:
             token = int(logits.argmax())
         else:
             token = lib.llama_sampler_sample(self._chain, context, index)
+            if logits[token] == -np.inf:  # XTC and DRY may leave only what is forbidden
+                token = int(logits.argmax())
         if self._penalties:
             self._penalties.accept(token)
         if constraint:
@@ -240,6 +314,31 @@ class LlamaSampler:
     def __del__(self) -> None:
         if self._chain is not None:
             lib.llama_sampler_free(self._chain)
+
+
+class _Dry:
+    """A DRY sampler to be copied. Making one searches the vocabulary for what holds a breaker, and
+    takes 10 ms for 50,000 tokens."""
+
+    def __init__(
+        self,
+        vocab: Any,
+        multiplier: float,
+        base: float,
+        allowed_length: int,
+        last_n: int,
+        breakers: tuple[str, ...],
+    ) -> None:
+        texts = (ctypes.c_char_p * len(breakers))(*(text.encode() for text in breakers))
+        self._sampler = lib.llama_sampler_init_dry(
+            vocab, multiplier, base, allowed_length, last_n, texts, len(breakers)
+        )
+
+    def copy(self) -> Any:
+        return lib.llama_sampler_clone(self._sampler)
+
+    def __del__(self) -> None:
+        lib.llama_sampler_free(self._sampler)
 
 
 class _BatchArrays:
@@ -287,23 +386,6 @@ def _pointer(array: "npt.NDArray[Any]", field: str) -> Any:
 
 def _bytes(array: npt.NDArray[np.uint8]) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-def _new_chain(sampling: SamplingParams) -> Any:
-    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-    add: Callable[[Any], None] = lambda sampler: lib.llama_sampler_chain_add(chain, sampler)  # noqa: E731
-    if sampling.top_k > 0:
-        add(lib.llama_sampler_init_top_k(sampling.top_k))
-    if sampling.typical_p < 1:
-        add(lib.llama_sampler_init_typical(sampling.typical_p, 1))
-    if sampling.top_p < 1:
-        add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
-    if sampling.min_p > 0:
-        add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
-    add(lib.llama_sampler_init_temp(sampling.temperature))
-    # llama.cpp draws its own seed for 0xFFFFFFFF
-    add(lib.llama_sampler_init_dist(sampling.seed if sampling.seed != 0xFFFFFFFF else 0x9E3779B9))
-    return chain
 
 
 def _load_model(spec: WorkerSpec, progress: ReportProgress, log: "LlamaLog") -> Any:
