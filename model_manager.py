@@ -288,11 +288,15 @@ class Tier:
                 retry_after_s=min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S),
             )
 
+    def least_tokens(self, prompt: Sequence[wire.Segment | int]) -> int:
+        """So many tokens a prompt has at least. Raises ModelLoadFailed."""
+        n_bytes = sum(len(p.text.encode()) for p in prompt if isinstance(p, wire.Segment))
+        n_ids = sum(isinstance(piece, int) for piece in prompt)
+        return n_ids + n_bytes // self.model().max_token_bytes
+
     def _check_length(self, request: wire.Generate) -> None:
         """A prompt that is far too long must not keep the worker busy with tokenising it."""
-        n_bytes = sum(len(p.text.encode()) for p in request.prompt if isinstance(p, wire.Segment))
-        n_ids = sum(isinstance(piece, int) for piece in request.prompt)
-        n_tokens = n_ids + n_bytes // self.model().max_token_bytes
+        n_tokens = self.least_tokens(request.prompt)
         if n_tokens > self.n_ctx:
             raise ContextLengthExceeded(
                 f"The prompt has more than {n_tokens:,} tokens; tier '{self.name}' takes "

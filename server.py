@@ -29,6 +29,7 @@ EXPOSED_HEADERS = [
     "X-Request-Id",
     "X-Ignored-Params",
     "X-Seed",
+    "X-Truncated-Messages",
     "X-Queue-Time-Ms",
     "X-Prompt-Time-Ms",
     "X-Generation-Time-Ms",

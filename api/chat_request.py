@@ -228,6 +228,7 @@ class Conversation(BaseModel):
 
 
 class ChatRequest(Conversation, GenerationFields):
+    truncate: Literal["middle"] | None = None  # leave old turns out where all are too long
     max_completion_tokens: TokenLimit | None = None
     n: OneChoice = 1
     logprobs: Switch = False

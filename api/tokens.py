@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from api.chat_request import Conversation
 from api.deps import ServicesDep, while_connected
+from api.prompt import prompt_of
 from api.sampling import Switch, Token, WholeText, ignored_params
-from api.turn import prompt_of
 from engine import wire
 
 router = APIRouter()

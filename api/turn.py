@@ -4,14 +4,14 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, Literal
 
 from starlette.types import Receive
 
 from api import generation
-from api.chat_request import ChatRequest, Conversation
-from api.deps import Services
+from api.chat_request import ChatRequest
+from api.deps import Services, while_connected
+from api.prompt import n_too_many, prompt_of, without_middle
 from api.sampling import answer_part, generate_request
 from chat.events import CallBegin, Event, Message, Splitter, Text
 from chat.format import Prompt
@@ -55,6 +55,10 @@ async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequ
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
     body.check_stream_options()
     answer_must = answer_part(body)
+    n_left_out = 0
+    if body.truncate:
+        n_left_out = await while_connected(receive, n_too_many(services, tier, body))
+        body = without_middle(body, n_left_out)
     prompt = await asyncio.to_thread(prompt_of, services, tier, body, answer_must)
     request = generate_request(
         body,
@@ -75,30 +79,9 @@ async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequ
         answer,
         prompt,
         request.sampling.seed,
+        n_left_out,
         is_inline=is_inline,
         has_client_grammar=answer_must is not None,
-    )
-
-
-def prompt_of(
-    services: Services,
-    tier: Tier,
-    conversation: Conversation,
-    answer: wire.GrammarPart | None = None,
-) -> Prompt:
-    """What the tier's model makes of a conversation; it takes a while. Raises ServiceError."""
-    conversation.check_content(tier.name)
-    tools = conversation.tool_list()
-    return services.chat_format(tier).prompt(
-        [message.model_dump(exclude_unset=True) for message in conversation.messages],
-        now=datetime.now(),
-        tools=tools,
-        choice=conversation.tool_choice_of(tools),
-        answer=answer,
-        effort=conversation.reasoning_effort,
-        budget=conversation.thinking_budget_tokens,
-        continues=conversation.continue_final_message,
-        extra=conversation.chat_template_kwargs,
     )
 
 
@@ -110,12 +93,14 @@ class Turn:
         answer: generation.Answer,
         prompt: Prompt,
         seed: int,
+        n_left_out: int,
         *,
         is_inline: bool,
         has_client_grammar: bool,
     ) -> None:
         self.answer = answer
         self.seed = seed
+        self._n_left_out = n_left_out
         self.n_choices = answer.n_choices
         self._prompt = prompt
         self._is_inline = is_inline
@@ -149,7 +134,10 @@ class Turn:
 
     def headers(self) -> dict[str, str]:
         """What a reply says beside its body, stream or not."""
-        return {"X-Seed": str(self.seed)} | self.answer.headers()
+        headers = {"X-Seed": str(self.seed)} | self.answer.headers()
+        if self._n_left_out:
+            headers["X-Truncated-Messages"] = str(self._n_left_out)
+        return headers
 
     def _reader(self) -> "_Reader":
         splitter = self._prompt.splitter()

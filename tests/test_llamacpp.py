@@ -368,7 +368,9 @@ def test_dry_ends_a_loop(smollm2: Path, load: Callable[..., BatchEngine]) -> Non
 
 def test_no_rule_of_sampling_breaks_a_grammar(tiny: Path, load: Callable[..., BatchEngine]) -> None:
     engine = load(tiny)
-    constraint = Compiler(engine.tokenizer).compile(wire.Grammar("grammar", "start: /(ab){40}/"))
+    constraint = Compiler(engine.tokenizer).compile(
+        wire.Grammar((wire.GrammarPart("grammar", "start: /(ab){40}/", "grammar"),))
+    )
     extremes: list[dict[str, Any]] = [
         {"xtc_probability": 1.0, "xtc_threshold": 0.0},
         {"dry_multiplier": 100.0, "dry_base": 100.0},
