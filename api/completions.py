@@ -1,5 +1,7 @@
 """POST /v1/completions: raw prompts, OpenAI's legacy form."""
 
+import asyncio
+import dataclasses
 import itertools
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -17,25 +19,21 @@ from api.sampling import (
     ChoiceCount,
     GenerationFields,
     OneChoice,
+    Switch,
     Token,
     WholeText,
     answer_part,
     generate_request,
     ignored_params,
-    refuse,
     validity,
 )
 from api.sse import EventStream, event
+from chat.infill import Marks, infill, marks_of
 from engine import wire
-from errors import BadRequest
+from errors import BadRequest, UnsupportedParameter
+from model_manager import Tier
 
 router = APIRouter()
-
-# OpenAI's fields that this version does not have, with the values that ask for nothing
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "echo": (False,),
-    "suffix": ("",),
-}
 
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
@@ -60,6 +58,8 @@ Prompt = Annotated[
 
 class CompletionRequest(GenerationFields):
     prompt: Prompt
+    suffix: WholeText | None = None  # what stands behind the answer
+    echo: Switch = False  # the prompt's text before the answer
     n: OneChoice = 1
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: ChoiceCount | None = None  # how many are sampled, of which the n likeliest are given
@@ -70,9 +70,13 @@ async def create_completion(
     body: CompletionRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    refuse(body, UNSUPPORTED)
-    headers = ignored_params(body, UNSUPPORTED, strict=services.settings.server.strict_params)
+    headers = ignored_params(body, strict=services.settings.server.strict_params)
     body.check_stream_options()
+    if body.echo and body.logprobs is not None:
+        raise UnsupportedParameter(
+            "The log probabilities of a prompt are not computed: no `logprobs` with `echo`.",
+            param="logprobs",
+        )
     prompts = _prompts(body.prompt)
     if len(prompts) > tier.settings.queue_size:
         raise BadRequest(
@@ -91,13 +95,20 @@ async def create_completion(
         n_logprobs=n_logprobs,
         grammar=wire.Grammar((part,)) if part else None,
     )
+    marks = await asyncio.to_thread(_marks, tier) if body.suffix else None
+    requests = [
+        msgspec.structs.replace(asked, prompt=_segments(prompt, body.suffix or "", marks))
+        for prompt in prompts
+    ]
     answer = await generation.start(
         request.receive,
         tier,
-        [msgspec.structs.replace(asked, prompt=prompt) for prompt in prompts],
+        requests,
         priority=body.effective_priority,
         fields={},
     )
+    if body.echo:
+        answer = dataclasses.replace(answer, outs=_echoed(answer, tier, prompts))
     head = generation.head("cmpl", "text_completion", tier, body.service_tier)
     headers |= {"X-Seed": str(asked.sampling.seed)} | answer.headers()
     if body.stream:
@@ -182,19 +193,50 @@ async def _events(
         yield event(head | {"choices": [], "usage": generation.usage(answer, n_completion)})
 
 
-def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[Any]]:
-    """Each prompt as the worker takes it: segments of text, or token ids.
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """Each prompt, as text or token ids."""
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return [prompt] if is_one else prompt
 
-    A raw prompt is the client's own: control tokens in it are obeyed.
+
+def _marks(tier: Tier) -> Marks:
+    """What marks the parts of a prompt with a suffix. Raises UnsupportedParameter."""
+    marks = marks_of(tier.model().control_tokens)
+    if marks is None:
+        raise UnsupportedParameter(
+            f"The model of tier '{tier.name}' has no tokens to fill in a middle; leave `suffix` "
+            "out.",
+            param="suffix",
+        )
+    return marks
+
+
+def _segments(
+    prompt: str | list[int], suffix: str, marks: Marks | None
+) -> list[wire.Segment | int]:
+    """A prompt as the worker takes it: segments of text, or token ids.
+
+    A raw prompt is the client's own: control tokens in it are obeyed, unless there is a suffix.
     """
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    if isinstance(prompt[0], int):
-        return [list(prompt)]
-    return [[_segment(item)] if isinstance(item, str) else list(item) for item in prompt]
-
-
-def _segment(text: str) -> wire.Segment:
-    if not text:
+    if isinstance(prompt, list):
+        if marks is not None:
+            raise BadRequest("With a `suffix` the prompt must be text.", param="suffix")
+        return [*prompt]
+    if marks is not None:
+        return [*infill(prompt, suffix, marks)]
+    if not prompt:
         raise BadRequest("A prompt must not be empty.", param="prompt")
-    return wire.Segment(text, parse_special=True)
+    return [wire.Segment(prompt, parse_special=True)]
+
+
+async def _echoed(
+    answer: generation.Answer, tier: Tier, prompts: Sequence[str | list[int]]
+) -> generation.Outs:
+    """What an answer says, each choice after the text of its prompt."""
+    n = answer.n_choices // len(prompts)
+    async with aclosing(answer.outs) as outs:
+        texts = [p if isinstance(p, str) else await tier.detokenize(p) for p in prompts]
+        for index in range(answer.n_choices):
+            yield index, wire.TokenOut(0, texts[index // n])
+        async for indexed in outs:
+            yield indexed

@@ -228,7 +228,7 @@ BAD = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
     ({"logit_bias": {"-1": 100}}, "logit_bias"),
-    ({"logit_bias": {"261": 1}}, "logit_bias"),
+    ({"logit_bias": {"264": 1}}, "logit_bias"),
     ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
     ({"logit_bias": [[1, 2]]}, "logit_bias"),
     ({"n": 129}, "n"),

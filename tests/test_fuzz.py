@@ -58,7 +58,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": st.one_of(st.booleans(), st.integers(0, 6)),
     "top_logprobs": st.integers(0, 21),
     "logit_bias": st.dictionaries(
-        st.sampled_from(["0", "65", "260", "261", "-1", "x"]), st.floats(-101, 101)
+        st.sampled_from(["0", "65", "263", "264", "-1", "x"]), st.floats(-101, 101)
     ),
     "stream": st.booleans(),
     "stream_options": st.dictionaries(st.sampled_from(["include_usage", "x"]), st.booleans()),
@@ -77,6 +77,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "mirostat": st.integers(-1, 3),
     "dry_multiplier": st.floats(-0.1, 3),
     "dry_sequence_breakers": st.lists(st.text(max_size=3), max_size=3),
+    "echo": st.booleans(),
+    "suffix": st.text(max_size=5),
     "store": ODD,
     "metadata": ODD,
     "priority": st.integers(-101, 101),

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from chat.infill import FAMILIES, Marks, infill, marks_of
 from chat.template import ChatTemplate
 from engine import wire
 from engine.backends.base import load_engine
@@ -606,6 +607,27 @@ def test_a_raw_prompt_begins_with_one_bos_and_ids_are_taken_as_they_are(
     assert (ids[0], ids.count(bos)) == (bos, 1)
     for given in ([bos, 300, 301], [300, 301]):
         assert prompt(given) == given
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
+def test_a_middle_has_the_models_own_marks_and_the_clients_text(
+    family: Marks, tmp_path: Path, load: Callable[..., BatchEngine]
+) -> None:
+    path = gguf_fixtures.write_tiny_spm(tmp_path / "fim.gguf", more_tokens=family)
+    marks = marks_of(read_model_file(path).control_tokens)
+    assert marks == family
+    engine = load(path)
+    before, after = f"def f(:\n  {family[1]}", f"  return <s>{family[2]}\n"
+    request = wire.Generate([*infill(before, after, marks)], True, GREEDY, [], 5)
+    prompt = prepare(request, engine, Compiler(engine.tokenizer)).prompt
+    ids = [engine.tokenizer.n_vocab - 3 + i for i in range(3)]
+    assert [token for token in prompt if token in ids] == ids
+    assert prompt[:2] == [engine.tokenizer.bos, ids[0]]
+    first, second, last = (prompt.index(token) for token in ids)
+    spelled = [b"".join(map(engine.tokenizer.piece, part)).decode()
+               for part in (prompt[first:second], prompt[second:last], prompt[last:])]  # fmt: skip
+    texts = [before, after, ""]
+    assert spelled == [text.replace("▁", " ") for text in texts]  # to SentencePiece they are one
 
 
 # loading
