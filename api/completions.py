@@ -1,7 +1,6 @@
 """POST /v1/completions: raw prompts, OpenAI's legacy form."""
 
 import asyncio
-import dataclasses
 import itertools
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -101,14 +100,10 @@ async def create_completion(
         for prompt in prompts
     ]
     answer = await generation.start(
-        request.receive,
-        tier,
-        requests,
-        priority=body.effective_priority,
-        fields={},
+        request.receive, tier, requests, priority=body.effective_priority, fields={}
     )
     if body.echo:
-        answer = dataclasses.replace(answer, outs=_echoed(answer, tier, prompts))
+        answer.outs = _echoed(answer.outs, answer.n_choices, tier, prompts)
     head = generation.head("cmpl", "text_completion", tier, body.service_tier)
     headers |= {"X-Seed": str(asked.sampling.seed)} | answer.headers()
     if body.stream:
@@ -230,13 +225,13 @@ def _segments(
 
 
 async def _echoed(
-    answer: generation.Answer, tier: Tier, prompts: Sequence[str | list[int]]
+    answer: generation.Outs, n_choices: int, tier: Tier, prompts: Sequence[str | list[int]]
 ) -> generation.Outs:
     """What an answer says, each choice after the text of its prompt."""
-    n = answer.n_choices // len(prompts)
-    async with aclosing(answer.outs) as outs:
+    n = n_choices // len(prompts)
+    async with aclosing(answer) as outs:
         texts = [p if isinstance(p, str) else await tier.detokenize(p) for p in prompts]
-        for index in range(answer.n_choices):
+        for index in range(n_choices):
             yield index, wire.TokenOut(0, texts[index // n])
         async for indexed in outs:
             yield indexed
