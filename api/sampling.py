@@ -31,7 +31,8 @@ REQUEST_ONLY = (
 )  # fmt: skip
 # of OpenAI's API: what is kept for whom, of which there is nothing here
 IGNORED = (
-    "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "store",
+    "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "store",
 )  # fmt: skip
 REPLACED_BY_MIROSTAT = ("top_k", "typical_p", "top_p", "min_p", "xtc_probability")
 MAX_BREAKERS = 16

@@ -7,11 +7,17 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 from fastapi.routing import iter_route_contexts
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_params
 
-from api.chat import ChatRequest
+from api import chat
+from api.chat_request import ChatRequest
+from api.completions import CompletionRequest
+from api.sampling import IGNORED
 from server import create_app
 from settings import (
     ROOT,
@@ -22,11 +28,21 @@ from settings import (
     unknown_keys,
 )
 
+CHAT_PARAMS = (
+    chat_params.CompletionCreateParamsNonStreaming,
+    chat_params.CompletionCreateParamsStreaming,
+)
+COMPLETION_PARAMS = (
+    completion_create_params.CompletionCreateParamsNonStreaming,
+    completion_create_params.CompletionCreateParamsStreaming,
+)
+
 DOCUMENTS = [
     "README.md",
     "CLAUDE.md",
     "CHANGELOG.md",
     "docs/architecture.md",
+    "docs/api.md",
 ]
 
 
@@ -343,3 +359,41 @@ def test_chat_knows_of_the_wire_only_what_a_prompt_consists_of() -> None:
 def test_the_smoke_test_needs_only_httpx() -> None:
     libraries = {name.partition(".")[0] for name, _ in imports(MODULES["test_api"])}
     assert libraries - sys.stdlib_module_names == {"httpx"}
+
+
+# docs/api.md
+
+Fates = dict[str, str]
+
+
+def fates(path: str) -> Fates:
+    """What docs/api.md says of each field of a route."""
+    section = read("docs/api.md").split(f"## POST {path}\n")[1].split("\n## ")[0]
+    rows = [row for row in table_rows(section) if row[0].startswith("`")]
+    return {field: row[1] for row in rows for field in re.findall(r"`(\w+)`", row[0])}
+
+
+ROUTES = [
+    ("/v1/chat/completions", ChatRequest, chat.UNSUPPORTED, CHAT_PARAMS),
+    ("/v1/completions", CompletionRequest, {}, COMPLETION_PARAMS),
+]
+
+
+@pytest.mark.parametrize(("path", "request_model", "unsupported", "params"), ROUTES)
+def test_every_field_of_openais_requests_has_a_fate(
+    path: str, request_model: Any, unsupported: Any, params: Any
+) -> None:
+    """Fails when a release of the SDK knows a new one."""
+    fields = {name for kind in params for name in get_type_hints(kind)}
+    assert fields - fates(path).keys() == set()
+
+
+@pytest.mark.parametrize(("path", "request_model", "unsupported", "params"), ROUTES)
+def test_the_fate_of_a_field_is_what_the_code_makes_of_it(
+    path: str, request_model: Any, unsupported: Any, params: Any
+) -> None:
+    known = dict.fromkeys(request_model.model_fields, "works")
+    if path == "/v1/chat/completions":
+        known |= dict.fromkeys(IGNORED, "ignored")
+    known |= {"user": "ignored"} | dict.fromkeys(unsupported, "refused")
+    assert fates(path) == known
