@@ -26,7 +26,7 @@ from engine.model_file import read_model_file
 from engine.types import Sampled, SamplingParams, Sequence
 from errors import ModelLoadFailed
 from model_manager import ModelManager
-from settings import DEFAULT_CHAT_MODEL, ROOT, TierSettings
+from settings import TierSettings
 from tests import gguf_fixtures
 from tests.serving import events, fake, serving, settings
 from worker import prepare
@@ -35,20 +35,6 @@ pytestmark = pytest.mark.real
 
 GREEDY = SamplingParams(temperature=0)
 Logits = npt.NDArray[np.float32]
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    path = ROOT / DEFAULT_CHAT_MODEL
-    assert path.is_file(), "the default model is not there: run ./setup.sh"
-    return path
-
-
-@pytest.fixture(scope="session")
-def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of random weights with SmolLM2's vocabulary (BPE)."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return gguf_fixtures.write_tiny_llama(folder / "tiny.gguf", vocab_from=smollm2)
 
 
 @pytest.fixture(scope="session")
