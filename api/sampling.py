@@ -177,6 +177,9 @@ def generate_request(
 ) -> wire.Generate:
     """What the tier is asked for. `limits` are the fields that bound the answer, under all the
     names that they have in this request. Raises BadRequest."""
+    for name in ("min_tokens", "ignore_eos"):
+        if grammar and getattr(fields, name):
+            raise BadRequest("A grammar, or that of tools, decides where it ends.", param=name)
     return wire.Generate(
         prompt=[*prompt],
         add_bos=True,
@@ -194,10 +197,6 @@ def generate_request(
 def answer_part(fields: GenerationFields) -> wire.GrammarPart | None:
     """What the answer must look like, by `response_format` or `grammar`. Raises BadRequest."""
     wanted = fields.response_format
-    is_bound = fields.grammar or (wanted is not None and wanted.type != "text")
-    for name in ("min_tokens", "ignore_eos"):
-        if is_bound and getattr(fields, name):
-            raise BadRequest("A grammar decides where the answer ends.", param=name)
     if wanted is None or wanted.type == "text":
         return wire.GrammarPart("grammar", fields.grammar, "grammar") if fields.grammar else None
     if fields.grammar:
