@@ -290,7 +290,7 @@ MAY_IMPORT = {
     "engine.pace": set(),
     "test_api": set(),
     "bench": set(),
-    "bench.engine": {"engine"},
+    "bench.engine": {"chat", "engine"},
 }
 # Libraries that only some modules may import.
 ONLY_IN = {
