@@ -61,6 +61,8 @@ class Generation:
 
     def __init__(self, tier: "Tier", request: wire.Generate) -> None:
         self.request = request
+        self.queued_at = time.monotonic()
+        self.handed_at = self.queued_at  # to the worker, for the last time
         self.has_answered = False
         self.n_crashes = 0
         self._tier = tier
@@ -164,7 +166,7 @@ class Tier:
         self._worker: Worker | None = None
         self._waiting: WaitingLine[Generation] = WaitingLine()
         self._suspects: deque[Generation] = deque()
-        self._running: dict[int, tuple[Generation, float]] = {}  # with the time it was handed over
+        self._running: dict[int, Generation] = {}  # by job
         self._conversions: dict[int, Conversion] = {}  # that somebody waits for, by job
         self._job_ids = itertools.count(1)
         self._n_leases = 0
@@ -286,11 +288,15 @@ class Tier:
                 retry_after_s=min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S),
             )
 
+    def least_tokens(self, prompt: Sequence[wire.Segment | int]) -> int:
+        """So many tokens a prompt has at least. Raises ModelLoadFailed."""
+        n_bytes = sum(len(p.text.encode()) for p in prompt if isinstance(p, wire.Segment))
+        n_ids = sum(isinstance(piece, int) for piece in prompt)
+        return n_ids + n_bytes // self.model().max_token_bytes
+
     def _check_length(self, request: wire.Generate) -> None:
         """A prompt that is far too long must not keep the worker busy with tokenising it."""
-        n_bytes = sum(len(p.text.encode()) for p in request.prompt if isinstance(p, wire.Segment))
-        n_ids = sum(isinstance(piece, int) for piece in request.prompt)
-        n_tokens = n_ids + n_bytes // self.model().max_token_bytes
+        n_tokens = self.least_tokens(request.prompt)
         if n_tokens > self.n_ctx:
             raise ContextLengthExceeded(
                 f"The prompt has more than {n_tokens:,} tokens; tier '{self.name}' takes "
@@ -304,7 +310,7 @@ class Tier:
         """Forget a request that ended or whose client left. Unknown ones are fine."""
         job = generation.request.job
         if job in self._running:
-            _, handed_at = self._running.pop(job)
+            handed_at = self._running.pop(job).handed_at
             self._job_s += 0.2 * (time.monotonic() - handed_at - self._job_s)
             assert self._worker is not None
             self._worker.cancel(job)
@@ -329,7 +335,7 @@ class Tier:
         """Take no more requests, and end those that are here."""
         self._is_closing = True
         self._fail_waiting(error)
-        for generation, _ in list(self._running.values()):
+        for generation in list(self._running.values()):
             self.drop(generation)
             generation.fail(error)
         for conversion in self._conversions.values():
@@ -368,7 +374,8 @@ class Tier:
             generation = self._next(worker.ready.n_parallel)
             if generation is None:
                 return
-            self._running[generation.request.job] = generation, time.monotonic()
+            generation.handed_at = time.monotonic()
+            self._running[generation.request.job] = generation
             try:
                 worker.generate(generation.request, generation)
             except Exception as error:  # it alone cannot be sent
@@ -383,7 +390,7 @@ class Tier:
         2. A suspect, once the worker is empty.
         3. The first in the waiting line, if a sequence is free.
         """
-        if any(generation.n_crashes for generation, _ in self._running.values()):
+        if any(generation.n_crashes for generation in self._running.values()):
             return None
         if self._suspects:
             return None if self._running else self._suspects.popleft()
@@ -454,7 +461,7 @@ class Tier:
         self.state = "stopped"
         self.reason = f"The worker died ({end}); the next request starts another."
         crashed = WorkerCrashed(f"The process with the model of tier '{self.name}' died ({end}).")
-        for generation, _ in self._running.values():
+        for generation in self._running.values():
             generation.n_crashes += 1
             if generation.has_answered or generation.n_crashes > 1:
                 generation.fail(crashed)

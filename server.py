@@ -25,7 +25,17 @@ from model_manager import ModelManager, Tier
 from settings import CHAT_TIERS, LOCAL_ORIGINS, ServerSettings, Settings, SettingsError
 
 EXIT_USAGE = 2
-EXPOSED_HEADERS = ["X-Request-Id", "Request-Id", "X-Ignored-Params", "Retry-After"]
+EXPOSED_HEADERS = [
+    "X-Request-Id",
+    "Request-Id",
+    "X-Ignored-Params",
+    "X-Seed",
+    "X-Truncated-Messages",
+    "X-Queue-Time-Ms",
+    "X-Prompt-Time-Ms",
+    "X-Generation-Time-Ms",
+    "Retry-After",
+]
 
 
 def create_app(settings: Settings, *, launch: Launcher = launch_process) -> FastAPI:

@@ -157,6 +157,40 @@ def expect_stream(client: httpx.Client, model: str, *, chat: bool, include_usage
     return usage["completion_tokens"]
 
 
+def check_tool(client: httpx.Client, model: str) -> object:
+    """A call that must come, with arguments by their schema."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+    }
+    function = {"name": "get_weather", "parameters": schema}
+    tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    path, request = generation(model, chat=True, max_tokens=200, **tools)
+    (choice,) = answer(client.post(path, json=request))["choices"]
+    expect(choice["finish_reason"] == "tool_calls", f"finish {choice['finish_reason']!r}")
+    call = choice["message"]["tool_calls"][0]["function"]
+    city = json.loads(call["arguments"])["city"]
+    expect(city in ("Paris", "Rome"), f"{city!r} is not in the schema")
+    return f"{call['name']}({call['arguments']})"
+
+
+def check_schema(client: httpx.Client, model: str) -> object:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema}}
+    path, request = generation(model, chat=True, response_format=form)
+    (choice,) = answer(client.post(path, json=request))["choices"]
+    said = json.loads(choice["message"]["content"])
+    expect(said.keys() == {"ok"} and isinstance(said["ok"], bool), f"{said} is not by the schema")
+    expect(choice["schema_valid"] is True, "schema_valid is not true")
+    return choice["message"]["content"]
+
+
 def check_tokens(client: httpx.Client, model: str) -> object:
     request = {"model": model, "content": STORY}
     tokens = answer(client.post("/tokenize", json=request))["tokens"]
@@ -221,6 +255,8 @@ def plan(models: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, Check]]:
             yield f"POST {path}", tier, partial(check_whole, model=tier, chat=chat)
             yield f"POST {path} stream", tier, partial(check_stream, model=tier, chat=chat)
     for tier in able("chat"):
+        yield "POST /v1/chat/completions tools", tier, partial(check_tool, model=tier)
+        yield "POST /v1/chat/completions schema", tier, partial(check_schema, model=tier)
         yield "POST /v1/responses", tier, partial(check_response, model=tier)
         yield "POST /v1/messages", tier, partial(check_message, model=tier)
         yield "POST /tokenize, /detokenize", tier, partial(check_tokens, model=tier)

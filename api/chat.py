@@ -24,8 +24,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
+    "moderation": (),
     "prediction": (),
-    "store": (False,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -44,7 +44,7 @@ async def create_chat_completion(
     head = generation.head("chatcmpl", kind, tier, body.service_tier)
     if body.stream:
         events = _events(started, head, body, server.reasoning_field)
-        return EventStream(events, headers)
+        return EventStream(events, headers | started.headers())
     choices = await while_connected(request.receive, started.fold())
     replies = [
         {
@@ -57,7 +57,10 @@ async def create_chat_completion(
         for index, choice in enumerate(choices)
     ]
     usage = started.usage(choice.end for choice in choices)
-    return JSONResponse(head | {"choices": replies, "usage": usage}, headers=headers)
+    reply = head | {"choices": replies, "usage": usage}
+    if body.timings:
+        reply["timings"] = started.answer.timings(usage["completion_tokens"])
+    return JSONResponse(reply, headers=headers | started.whole_headers())
 
 
 def _message(choice: turn.Choice, field: ReasoningField) -> dict[str, Any]:
@@ -108,7 +111,7 @@ class _Deltas:
 async def _events(
     started: turn.Turn, head: dict[str, Any], body: ChatRequest, field: ReasoningField
 ) -> AsyncGenerator[bytes, None]:
-    more = {"usage": None} if body.include_usage else {}
+    more: dict[str, Any] = {"usage": None} if body.include_usage else {}
     ends = []
     deltas = [_Deltas(field) for _ in range(started.n_choices)]
 
@@ -127,6 +130,9 @@ async def _events(
             if out.end:
                 ends.append(out.end)
                 end = {"finish_reason": out.end.finish, **validity(out.end.is_valid)}
+                if body.timings and len(ends) == started.n_choices:
+                    n_completion = sum(end.n_tokens for end in ends)
+                    more |= {"timings": started.answer.timings(n_completion)}
                 yield chunk(out.index, {}, **end)
     if body.include_usage:
         yield event(head | {"choices": [], "usage": started.usage(ends)})

@@ -18,6 +18,7 @@ from chat.format import NO_TOOLS, Tool, ToolChoice
 from errors import BadRequest, UnsupportedParameter
 
 MAX_TOOLS = 128  # OpenAI's limit
+SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 
 # what a template gets from us
 RESERVED_KWARGS = {"messages", "now", "continues", "tools", "add_generation_prompt", "self"}
@@ -137,13 +138,11 @@ ToolChoiceField = Annotated[
 ]
 
 
-class ChatRequest(GenerationFields):
+class Conversation(Extensible):
+    """The fields that make the prompt."""
+
     # fail_fast: a million bad items must not become a million errors
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: TokenLimit | None = None
-    n: OneChoice = 1
-    logprobs: Switch = False
-    top_logprobs: TopLogprobs | None = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = (
         None
     )
@@ -162,18 +161,10 @@ class ChatRequest(GenerationFields):
             raise BadRequest(f"'{name}' is not for clients.", param=f"chat_template_kwargs.{name}")
         return kwargs
 
-    @property
-    def n_logprobs(self) -> int | None:
-        if self.logprobs:
-            return self.top_logprobs or 0
-        if self.top_logprobs:
-            raise BadRequest("It is only for `logprobs: true`.", param="top_logprobs")
-        return None
-
-    def check_content(self) -> None:
+    def check_content(self, model: str) -> None:
         """Raise for content that is no text, and for half an instruction to continue."""
         for place, part in self.parts():
-            part.read(place, self.model)
+            part.read(place, model)
         last = self.messages[-1]
         if self.continue_final_message and (last.role != "assistant" or last.tool_calls):
             raise BadRequest(
@@ -216,7 +207,7 @@ class ChatRequest(GenerationFields):
             names.add(function.name)
             schema = function.parameters or {"type": "object", "properties": {}}
             part = schema_part(
-                schema, f"tools[{n}].function.parameters", is_lenient=not function.strict
+                _closed(schema), f"tools[{n}].function.parameters", is_lenient=not function.strict
             )
             shown = {"name": function.name, "description": function.description or ""}
             definition = {"type": "function", "function": {**shown, "parameters": schema}}
@@ -243,3 +234,27 @@ class ChatRequest(GenerationFields):
             if name not in names:
                 raise BadRequest(f"There is no function '{name}' in `tools`.", param="tool_choice")
         return ToolChoice(frozenset(wanted), is_required, is_parallel)
+
+
+class ChatRequest(Conversation, GenerationFields):
+    truncate: Literal["middle"] | None = None  # leave old turns out where all are too long
+    max_completion_tokens: TokenLimit | None = None
+    n: OneChoice = 1
+    logprobs: Switch = False
+    top_logprobs: TopLogprobs | None = None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise BadRequest("It is only for `logprobs: true`.", param="top_logprobs")
+        return None
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema without arguments that it does not name: models invent some, and functions take
+    none. A schema that says something about them, or has its properties elsewhere, is as it is."""
+    if schema.get("properties") is None or SAYS_MORE & schema.keys():
+        return schema
+    return schema | {"additionalProperties": False}

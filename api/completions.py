@@ -1,5 +1,6 @@
 """POST /v1/completions: raw prompts, OpenAI's legacy form."""
 
+import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -17,25 +18,21 @@ from api.sampling import (
     ChoiceCount,
     GenerationFields,
     OneChoice,
+    Switch,
     Token,
     WholeText,
     answer_part,
     generate_request,
     ignored_params,
-    refuse,
     validity,
 )
 from api.sse import EventStream, event
+from chat.infill import Marks, infill, marks_of
 from engine import wire
-from errors import BadRequest
+from errors import BadRequest, UnsupportedParameter
+from model_manager import Tier
 
 router = APIRouter()
-
-# OpenAI's fields that this version does not have, with the values that ask for nothing
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "echo": (False,),
-    "suffix": ("",),
-}
 
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
@@ -60,6 +57,8 @@ Prompt = Annotated[
 
 class CompletionRequest(GenerationFields):
     prompt: Prompt
+    suffix: WholeText | None = None  # what stands behind the answer
+    echo: Switch = False  # the prompt's text before the answer
     n: OneChoice = 1
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     best_of: ChoiceCount | None = None  # how many are sampled, of which the n likeliest are given
@@ -70,9 +69,13 @@ async def create_completion(
     body: CompletionRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    refuse(body, UNSUPPORTED)
-    headers = ignored_params(body, UNSUPPORTED, strict=services.settings.server.strict_params)
+    headers = ignored_params(body, strict=services.settings.server.strict_params)
     body.check_stream_options()
+    if body.echo and body.logprobs is not None:
+        raise UnsupportedParameter(
+            "The log probabilities of a prompt are not computed: no `logprobs` with `echo`.",
+            param="logprobs",
+        )
     prompts = _prompts(body.prompt)
     if len(prompts) > tier.settings.queue_size:
         raise BadRequest(
@@ -91,13 +94,18 @@ async def create_completion(
         n_logprobs=n_logprobs,
         grammar=wire.Grammar((part,)) if part else None,
     )
+    marks = await asyncio.to_thread(_marks, tier) if body.suffix else None
+    requests = [
+        msgspec.structs.replace(asked, prompt=_segments(prompt, body.suffix or "", marks))
+        for prompt in prompts
+    ]
     answer = await generation.start(
-        request.receive,
-        tier,
-        [msgspec.structs.replace(asked, prompt=prompt) for prompt in prompts],
-        priority=body.effective_priority,
+        request.receive, tier, requests, priority=body.effective_priority
     )
+    if body.echo:
+        answer.outs = _echoed(answer.outs, answer.n_choices, tier, prompts)
     head = generation.head("cmpl", "text_completion", tier, body.service_tier)
+    headers |= {"X-Seed": str(asked.sampling.seed)} | answer.headers()
     if body.stream:
         return EventStream(_events(answer, head, body), headers)
     sampled = await while_connected(request.receive, generation.fold(answer))
@@ -106,7 +114,10 @@ async def create_completion(
         _choice(index, choice.text, choice.done, _logprobs(choice.logprobs, 0, body.logprobs))
         for index, choice in enumerate(_best(sampled, body.n, n_sampled))
     ]
-    return JSONResponse(head | {"choices": choices, "usage": usage}, headers=headers)
+    reply = head | {"choices": choices, "usage": usage}
+    if body.timings:
+        reply["timings"] = answer.timings(usage["completion_tokens"])
+    return JSONResponse(reply, headers=headers | answer.whole_headers())
 
 
 def _n_sampled(body: CompletionRequest) -> int:
@@ -158,35 +169,69 @@ def _logprobs(
 async def _events(
     answer: generation.Answer, head: dict[str, Any], body: CompletionRequest
 ) -> AsyncGenerator[bytes, None]:
-    more = {"usage": None} if body.include_usage else {}
-    n_completion = 0
+    more: dict[str, Any] = {"usage": None} if body.include_usage else {}
+    n_completion = n_done = 0
     offsets = [0] * answer.n_choices
     async with aclosing(answer.outs) as outs:
         async for index, out in outs:
+            if out.done:
+                n_done += 1
+                n_completion += out.done.n_tokens
+                if body.timings and n_done == answer.n_choices:
+                    more |= {"timings": answer.timings(n_completion)}
             if out.text or out.done:
                 logprobs = _logprobs(out.logprobs, offsets[index], body.logprobs)
                 offsets[index] += len(out.text)
                 choice = _choice(index, out.text, out.done, logprobs)
                 yield event(head | {"choices": [choice]} | more)
-            if out.done:
-                n_completion += out.done.n_tokens
     if body.include_usage:
         yield event(head | {"choices": [], "usage": generation.usage(answer, n_completion)})
 
 
-def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[list[Any]]:
-    """Each prompt as the worker takes it: segments of text, or token ids.
+def _prompts(prompt: Any) -> list[str | list[int]]:
+    """Each prompt, as text or token ids."""
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return [prompt] if is_one else prompt
 
-    A raw prompt is the client's own: control tokens in it are obeyed.
+
+def _marks(tier: Tier) -> Marks:
+    """What marks the parts of a prompt with a suffix. Raises UnsupportedParameter."""
+    marks = marks_of(tier.model().control_tokens)
+    if marks is None:
+        raise UnsupportedParameter(
+            f"The model of tier '{tier.name}' has no tokens to fill in a middle; leave `suffix` "
+            "out.",
+            param="suffix",
+        )
+    return marks
+
+
+def _segments(
+    prompt: str | list[int], suffix: str, marks: Marks | None
+) -> list[wire.Segment | int]:
+    """A prompt as the worker takes it: segments of text, or token ids.
+
+    A raw prompt is the client's own: control tokens in it are obeyed, unless there is a suffix.
     """
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    if isinstance(prompt[0], int):
-        return [list(prompt)]
-    return [[_segment(item)] if isinstance(item, str) else list(item) for item in prompt]
-
-
-def _segment(text: str) -> wire.Segment:
-    if not text:
+    if isinstance(prompt, list):
+        if marks is not None:
+            raise BadRequest("With a `suffix` the prompt must be text.", param="suffix")
+        return [*prompt]
+    if marks is not None:
+        return [*infill(prompt, suffix, marks)]
+    if not prompt:
         raise BadRequest("A prompt must not be empty.", param="prompt")
-    return wire.Segment(text, parse_special=True)
+    return [wire.Segment(prompt, parse_special=True)]
+
+
+async def _echoed(
+    answer: generation.Outs, n_choices: int, tier: Tier, prompts: Sequence[str | list[int]]
+) -> generation.Outs:
+    """What an answer says, each choice after the text of its prompt."""
+    n = n_choices // len(prompts)
+    async with aclosing(answer) as outs:
+        texts = [p if isinstance(p, str) else await tier.detokenize(p) for p in prompts]
+        for index in range(n_choices):
+            yield index, wire.TokenOut(0, texts[index // n])
+        async for indexed in outs:
+            yield indexed

@@ -18,14 +18,66 @@ from model_manager import Generation, Tier
 Outs = AsyncGenerator[tuple[int, wire.TokenOut], None]  # with the index of the choice
 
 
-@dataclass(frozen=True, slots=True)
 class Answer:
-    """Requests that have started, one for each prompt, and the choices that come of them: those of
-    the first prompt, then those of the second. Close `outs` to cancel them."""
+    """Requests, one for each prompt, and the choices that come of them: those of the first prompt,
+    then those of the second. Close `outs` to cancel them."""
 
-    started: Sequence[wire.Started]
-    outs: Outs
-    n_choices: int
+    def __init__(self, tier: Tier, requests: Sequence[wire.Generate], priority: int) -> None:
+        self.n_choices = sum(request.n for request in requests)
+        self.n_prompt = 0
+        self.n_cached = 0  # of these tokens
+        # by the monotonic clock; of several prompts the last time counts
+        self.queued_at = self.handed_at = self.first_at = self.last_at = time.monotonic()
+        self.outs: Outs = self._generate(tier, requests, priority)
+
+    async def _generate(self, tier: Tier, requests: Sequence[wire.Generate], priority: int) -> Outs:
+        with ExitStack() as stack:
+            stack.enter_context(tier.lease())
+            generations = [
+                stack.enter_context(tier.submit(request, priority=priority)) for request in requests
+            ]
+            for generation in generations:
+                started = await generation.started()
+                self.n_prompt += started.prompt_tokens
+                self.n_cached += started.cached_tokens
+                self.handed_at = max(self.handed_at, generation.handed_at)
+            yield -1, wire.TokenOut(0, "")  # the handshake that `start` waits for
+            self.first_at = 0.0
+            outs = _interleave(generations) if len(generations) > 1 else _indexed(*generations)
+            async with aclosing(outs):
+                async for index, out in outs:
+                    self.last_at = time.monotonic()
+                    self.first_at = self.first_at or self.last_at
+                    yield index, out
+
+    def headers(self) -> dict[str, str]:
+        """How long it waited for its place."""
+        return {"X-Queue-Time-Ms": f"{1e3 * (self.handed_at - self.queued_at):.1f}"}
+
+    def whole_headers(self) -> dict[str, str]:
+        """All times, once it is whole."""
+        return self.headers() | {
+            "X-Prompt-Time-Ms": f"{1e3 * (self.first_at - self.handed_at):.1f}",
+            "X-Generation-Time-Ms": f"{1e3 * (self.last_at - self.first_at):.1f}",
+        }
+
+    def timings(self, n_completion: int) -> dict[str, float]:
+        """What llama-server says of a whole answer. Of the first token only the prompt is timed."""
+        n_prompt, n_predicted = self.n_prompt - self.n_cached, max(n_completion - 1, 0)
+        return {
+            "cache_n": self.n_cached,
+            **_rates("prompt", n_prompt, self.first_at - self.handed_at),
+            **_rates("predicted", n_predicted, self.last_at - self.first_at),
+        }
+
+
+def _rates(kind: str, n: int, seconds: float) -> dict[str, float]:
+    return {
+        f"{kind}_n": n,
+        f"{kind}_ms": round(1e3 * seconds, 3),
+        f"{kind}_per_token_ms": round(1e3 * seconds / max(n, 1), 3),
+        f"{kind}_per_second": round(n / seconds, 3) if seconds > 0 else 0.0,
+    }
 
 
 def head(prefix: str, kind: str, tier: Tier, service_tier: str | None) -> dict[str, Any]:
@@ -57,29 +109,14 @@ async def start(
 ) -> Answer:
     """Submit requests and wait until all have started: from here on nothing that is wrong with
     them can come up. Raises ClientLeft or ServiceError."""
-    started: list[wire.Started] = []
-    outs = _generate(tier, requests, priority, started)
-    await while_connected(receive, anext(outs))
-    return Answer(started, outs, sum(request.n for request in requests))
+    answer = Answer(tier, requests, priority)
+    await while_connected(receive, anext(answer.outs))
+    return answer
 
 
-async def _generate(
-    tier: Tier, requests: Sequence[wire.Generate], priority: int, started: list[wire.Started]
-) -> Outs:
-    with ExitStack() as stack:
-        stack.enter_context(tier.lease())
-        generations = [
-            stack.enter_context(tier.submit(request, priority=priority)) for request in requests
-        ]
-        started += [await generation.started() for generation in generations]
-        yield -1, wire.TokenOut(0, "")  # the handshake that `start` waits for
-        if len(generations) == 1:
-            async for out in generations[0]:
-                yield out.index, out
-        else:
-            async with aclosing(_interleave(generations)) as outs:
-                async for indexed in outs:
-                    yield indexed
+async def _indexed(generation: Generation) -> Outs:
+    async for out in generation:
+        yield out.index, out
 
 
 async def _interleave(generations: Sequence[Generation]) -> Outs:
@@ -140,13 +177,11 @@ async def fold(answer: Answer) -> list[Choice]:
 def usage(answer: Answer, n_completion: int) -> dict[str, Any]:
     """OpenAI's usage object. A prompt counts once for all its choices; of it `cached_tokens`
     needed no prefill."""
-    n_prompt = sum(started.prompt_tokens for started in answer.started)
-    n_cached = sum(started.cached_tokens for started in answer.started)
     return {
-        "prompt_tokens": n_prompt,
+        "prompt_tokens": answer.n_prompt,
         "completion_tokens": n_completion,
-        "total_tokens": n_prompt + n_completion,
-        "prompt_tokens_details": {"cached_tokens": n_cached},
+        "total_tokens": answer.n_prompt + n_completion,
+        "prompt_tokens_details": {"cached_tokens": answer.n_cached},
     }
 
 

@@ -1,5 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages."""
 
+import asyncio
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from api.blocks import BlockReply, Data
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
 from api.messages_request import MessagesRequest, PromptRequest
+from api.prompt import prompt_of
 from api.sampling import ignored_params, refuse, validity
 from api.sse import EventStream
 from chat.events import CallBegin, Event, Reasoning
@@ -46,9 +48,9 @@ async def create_message(
         started = await turn.start(request.receive, services, tier, body.chat())
     reply = _Reply(started, tier.name)
     if body.stream:
-        return EventStream(reply.stream(), headers, last=b"")
+        return EventStream(reply.stream(), headers | started.headers(), last=b"")
     await while_connected(request.receive, reply.finish())
-    return JSONResponse(reply.message, headers=headers)
+    return JSONResponse(reply.message, headers=headers | started.whole_headers())
 
 
 @router.post("/v1/messages/count_tokens")
@@ -58,7 +60,7 @@ async def count_tokens(body: PromptRequest, request: Request, services: Services
     strict = services.settings.server.strict_params
     headers = ignored_params(body, UNSUPPORTED, strict=strict, parts=body.inner())
     with client_names(body.names):
-        prompt = await turn.prompt(services, tier, body.chat())
+        prompt = await asyncio.to_thread(prompt_of, services, tier, body.chat())
     work = tier.tokenize(prompt.segments, add_bos=True)
     tokens = await while_connected(request.receive, work)
     return JSONResponse({"input_tokens": len(tokens.ids)}, headers=headers)

@@ -15,8 +15,8 @@ from api.chat_request import (
     ToolName,
     read_text,
 )
-from api.conversation import Conversation
 from api.sampling import StopList, Switch, TopK, UnitInterval
+from api.transcript import Transcript
 from errors import BadRequest, UnsupportedParameter
 
 DEFAULT_EFFORT = "medium"  # where thinking is asked for and an effort is not
@@ -180,31 +180,31 @@ class PromptRequest(Extensible):
         }
 
     def _messages(self) -> list[dict[str, Any]]:
-        conversation = Conversation()
+        transcript = Transcript()
         if self.system:
-            conversation.text("system", read_text(self.system, "system", self.model))
+            transcript.text("system", read_text(self.system, "system", self.model))
         for n, message in enumerate(self.messages):
             if isinstance(message.content, str):
-                conversation.text(message.role, message.content)
+                transcript.text(message.role, message.content)
                 continue
             between = "\n\n"
             for b, block in enumerate(message.content):
                 place = f"messages[{n}].content[{b}]"
                 if isinstance(block, ContentPart):
                     text = block.read(place, self.model)
-                    conversation.text(message.role, text, between=between)
+                    transcript.text(message.role, text, between=between)
                     between = ""  # blocks of one message are one text
                 elif isinstance(block, ThinkingBlock):
-                    conversation.thoughts(block.thinking)
+                    transcript.thoughts(block.thinking)
                 elif isinstance(block, CallBlock):
-                    conversation.call(block.id, block.name, block.input)
+                    transcript.call(block.id, block.name, block.input)
                 else:
                     text = read_text(block.content, f"{place}.content", self.model)
                     text = (
                         f"Error: {text}" if block.is_error else text
                     )  # templates know no other way
-                    conversation.result(block.tool_use_id, text)
-        return conversation.messages
+                    transcript.result(block.tool_use_id, text)
+        return transcript.messages
 
     def _tools(self) -> Iterator[dict[str, Any]]:
         for n, tool in enumerate(self.tools or ()):
@@ -240,7 +240,6 @@ class MessagesRequest(PromptRequest):
     top_p: UnitInterval | None = None
     top_k: TopK | None = None
     stream: Switch = False
-    metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
     def _fields(self) -> dict[str, Any]:

@@ -51,8 +51,10 @@ async def create_response(
         started = await turn.start(request.receive, services, tier, body.chat())
     reply = _Reply(started, _head(body, tier))
     if body.stream:
+        headers |= started.headers()
         return EventStream(reply.stream(), headers, failed=reply.failed, last=b"")
     await while_connected(request.receive, reply.finish())
+    headers |= started.whole_headers()
     return JSONResponse(reply.response, headers=headers)
 
 
@@ -76,9 +78,7 @@ def _head(body: ResponsesRequest, tier: Tier) -> dict[str, Any]:
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,
-        "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
-        "safety_identifier": body.safety_identifier,
         "service_tier": generation.served_as(body.service_tier or "default"),
         "store": False,
         "temperature": _or(body.temperature, tier.settings.temperature),
@@ -89,7 +89,6 @@ def _head(body: ResponsesRequest, tier: Tier) -> dict[str, Any]:
         "top_p": _or(body.top_p, tier.settings.top_p),
         "truncation": "disabled",
         "usage": None,
-        "user": body.user,
     }
     # of what clients wrote, halves of surrogate pairs and NaN are no JSON
     text = json.dumps(head, ensure_ascii=False).encode(errors="replace")

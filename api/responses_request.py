@@ -16,7 +16,6 @@ from api.chat_request import (
     FunctionName,
     read_text,
 )
-from api.conversation import Conversation
 from api.sampling import (
     ServiceTier,
     StreamOptions,
@@ -26,6 +25,7 @@ from api.sampling import (
     TopLogprobs,
     UnitInterval,
 )
+from api.transcript import Transcript
 from errors import BadRequest, UnsupportedParameter
 
 LOGPROBS = "message.output_text.logprobs"
@@ -173,11 +173,8 @@ class ResponsesRequest(Extensible):
     stream: Switch = False
     stream_options: StreamOptions | None = None
     service_tier: ServiceTier | None = None
-    store: Switch = False
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: Any = None
 
     @property
     def format(self) -> TextFormat | None:
@@ -186,10 +183,8 @@ class ResponsesRequest(Extensible):
     @property
     def ignored(self) -> list[str]:
         """What it asks for and does not get."""
-        includes = [
-            f"include[{n}]" for n, what in enumerate(self.include or ()) if what != LOGPROBS
-        ]
-        return (["store"] if self.store else []) + includes
+        asked = enumerate(self.include or ())
+        return [f"include[{n}]" for n, what in asked if what != LOGPROBS]
 
     def inner(self) -> Iterator[tuple[str, BaseModel]]:
         """What of the body may hold unknown fields, with its place."""
@@ -228,30 +223,30 @@ class ResponsesRequest(Extensible):
             raise BadRequest(f"It is only for `include: ['{LOGPROBS}']`.", param="top_logprobs")
 
     def _messages(self) -> list[dict[str, Any]]:
-        conversation = Conversation()
+        transcript = Transcript()
         if self.instructions:
-            conversation.text("system", self.instructions)
+            transcript.text("system", self.instructions)
         if isinstance(self.input, str):
-            conversation.text("user", self.input)
+            transcript.text("user", self.input)
         else:
             for n, item in enumerate(self.input):
-                self._add(conversation, item, f"input[{n}]")
-        return conversation.messages
+                self._add(transcript, item, f"input[{n}]")
+        return transcript.messages
 
-    def _add(self, conversation: Conversation, item: Item, place: str) -> None:
+    def _add(self, transcript: Transcript, item: Item, place: str) -> None:
         def text(content: Content, name: str, kinds: Container[str] = MESSAGE_TEXT) -> str:
             return read_text(content, f"{place}.{name}", self.model, kinds)
 
         if isinstance(item, MessageItem):
             role = "system" if item.role == "developer" else item.role
-            conversation.text(role, text(item.content, "content"))
+            transcript.text(role, text(item.content, "content"))
         elif isinstance(item, CallItem):
-            conversation.call(item.call_id, item.name, item.arguments)
+            transcript.call(item.call_id, item.name, item.arguments)
         elif isinstance(item, ResultItem):
-            conversation.result(item.call_id, text(item.output, "output"))
+            transcript.result(item.call_id, text(item.output, "output"))
         elif isinstance(item, ReasoningItem):
             name = "content" if item.content else "summary"
-            conversation.thoughts(text(getattr(item, name), name, REASONING_TEXT))
+            transcript.thoughts(text(getattr(item, name), name, REASONING_TEXT))
         else:
             raise UnsupportedParameter(
                 f"Items of type '{item.type or 'item_reference'}' are not supported.",

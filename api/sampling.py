@@ -23,8 +23,20 @@ from settings import TierSettings
 MAX_STOPS = 64
 MAX_BIASES = 1024
 # sampling fields that have no setting of a tier
-REQUEST_ONLY = ("frequency_penalty", "presence_penalty", "repeat_last_n", "typical_p", "min_tokens",
-                "ignore_eos")  # fmt: skip
+REQUEST_ONLY = (
+    "frequency_penalty", "presence_penalty", "repeat_last_n", "typical_p", "min_tokens",
+    "ignore_eos", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta",
+    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
+    "dry_sequence_breakers",
+)  # fmt: skip
+# of OpenAI's API: what is kept for whom, of which there is nothing here
+IGNORED = (
+    "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "store",
+)  # fmt: skip
+REPLACED_BY_MIROSTAT = ("top_k", "typical_p", "top_p", "min_p", "xtc_probability")
+MAX_BREAKERS = 16
+MAX_BREAKER_BYTES = 40  # llama.cpp cuts longer ones
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128  # OpenAI's limit of n
 MAX_PRIORITY = 100
@@ -43,7 +55,14 @@ def _whole(text: str) -> str:
     return text
 
 
+def _fits_breaker(text: str) -> str:
+    if len(text.encode()) > MAX_BREAKER_BYTES or "\0" in text:
+        raise ValueError(f"A sequence breaker has at most {MAX_BREAKER_BYTES} bytes, and no NUL.")
+    return text
+
+
 WholeText = Annotated[str, AfterValidator(_whole)]
+Breaker = Annotated[WholeText, Field(min_length=1), AfterValidator(_fits_breaker)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 StopList = Annotated[
     list[Annotated[str, StringConstraints(min_length=1)]],
@@ -106,6 +125,18 @@ class GenerationFields(BaseModel):
     repeat_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
     repeat_last_n: Annotated[int, Field(ge=-1, le=2**20)] | None = None
     typical_p: UnitInterval | None = None
+    xtc_probability: UnitInterval | None = None
+    xtc_threshold: UnitInterval | None = None
+    mirostat: Literal[0, 1, 2] | None = None
+    mirostat_tau: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    mirostat_eta: UnitInterval | None = None
+    dry_multiplier: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
+    dry_base: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] | None = None
+    dry_allowed_length: Annotated[int, Field(ge=0, le=2**20)] | None = None
+    dry_penalty_last_n: Annotated[int, Field(ge=-1, le=2**20)] | None = None
+    dry_sequence_breakers: (
+        Annotated[tuple[Breaker, ...], Field(max_length=MAX_BREAKERS, fail_fast=True)] | None
+    ) = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: Switch = False
     frequency_penalty: Penalty | None = None
@@ -115,7 +146,8 @@ class GenerationFields(BaseModel):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     response_format: ResponseFormat | None = None
     grammar: str | None = None  # Lark or GBNF
-    user: str | None = None
+    timings: Switch = False  # how long it took, in the body or the last chunk
+    user: Any = None  # whose request it is: nobody here wants to know
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     service_tier: ServiceTier | None = None
 
@@ -149,6 +181,9 @@ def generate_request(
 ) -> wire.Generate:
     """What the tier is asked for. `limits` are the fields that bound the answer, under all the
     names that they have in this request. Raises BadRequest."""
+    for name in ("min_tokens", "ignore_eos"):
+        if grammar and getattr(fields, name):
+            raise BadRequest("A grammar, or that of tools, decides where it ends.", param=name)
     return wire.Generate(
         prompt=[*prompt],
         add_bos=True,
@@ -166,10 +201,6 @@ def generate_request(
 def answer_part(fields: GenerationFields) -> wire.GrammarPart | None:
     """What the answer must look like, by `response_format` or `grammar`. Raises BadRequest."""
     wanted = fields.response_format
-    is_bound = fields.grammar or (wanted is not None and wanted.type != "text")
-    for name in ("min_tokens", "ignore_eos"):
-        if is_bound and getattr(fields, name):
-            raise BadRequest("A grammar decides where the answer ends.", param=name)
     if wanted is None or wanted.type == "text":
         return wire.GrammarPart("grammar", fields.grammar, "grammar") if fields.grammar else None
     if fields.grammar:
@@ -250,19 +281,21 @@ def ignored_params(
     parts: Iterable[tuple[str, BaseModel]] = (),
     also: Iterable[str] = (),
 ) -> dict[str, str]:
-    """The header that names the unknown fields of a body and of its `parts`, which come with their
-    places, and what `also` is ignored. Raises BadRequest where `strict`."""
-    unknown = [name for name in fields.model_extra or {} if name not in known]
+    """The header that names what has no effect: the unknown fields of a body and of its `parts`,
+    which come with their places, known ones, and `also` these. Raises BadRequest for unknown ones
+    if `strict`."""
+    extra = fields.model_extra or {}
+    unknown = [name for name in extra if name not in known and name not in IGNORED]
     inner = ((name, getattr(fields, name, None)) for name in ("stream_options", "response_format"))
     parts = [*((name, part) for name, part in inner if part is not None), *parts]
     unknown += [f"{place}.{name}" for place, part in parts for name in part.model_extra or {}]
-    unknown += also
-    if not unknown:
-        return {}
-    if strict:
+    if unknown and strict:
         raise BadRequest(
-            f"The field '{unknown[0]}' would be ignored (STRICT_PARAMS is on).", param=unknown[0]
+            f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
         )
-    names = ",".join(name.encode("ascii", "backslashreplace").decode() for name in unknown)
-    printable = "".join(c if c.isprintable() else "?" for c in names)
-    return {"X-Ignored-Params": printable[:1000]}
+    ignored = [*also, *(name for name in IGNORED if extra.get(name) not in (None, False))]
+    if getattr(fields, "mirostat", None):
+        ignored += [name for name in REPLACED_BY_MIROSTAT if getattr(fields, name) is not None]
+    names = [name.encode("ascii", "backslashreplace").decode() for name in unknown + ignored]
+    printable = "".join(c if c.isprintable() else "?" for c in ",".join(names))
+    return {"X-Ignored-Params": printable[:1000]} if names else {}

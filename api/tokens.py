@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from api import turn
-from api.chat_request import ChatMessage, ChatRequest
+from api.chat_request import Conversation
 from api.deps import ServicesDep, while_connected
+from api.prompt import prompt_of
 from api.sampling import Switch, Token, WholeText, ignored_params
 from engine import wire
 
@@ -36,9 +36,8 @@ class DetokenizeRequest(ModelFields):
     tokens: Annotated[list[Token], Field(max_length=MAX_LENGTH, fail_fast=True)]
 
 
-class ApplyTemplateRequest(ModelFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-    chat_template_kwargs: dict[str, Any] | None = None
+class ApplyTemplateRequest(Conversation, ModelFields):
+    pass
 
 
 @router.post("/tokenize")
@@ -65,11 +64,9 @@ async def detokenize(body: DetokenizeRequest, request: Request, services: Servic
 @router.post("/apply-template")
 async def apply_template(body: ApplyTemplateRequest, services: ServicesDep) -> Response:
     tier = services.chat_tier(body.model)
-    headers = ignored_params(body, strict=services.settings.server.strict_params)
-    chat = ChatRequest(
-        model=tier.name, messages=body.messages, chat_template_kwargs=body.chat_template_kwargs
-    )
-    prompt = await turn.prompt(services, tier, chat)
+    strict = services.settings.server.strict_params
+    headers = ignored_params(body, strict=strict, parts=body.inner())
+    prompt = await asyncio.to_thread(prompt_of, services, tier, body)
     return _reply({"prompt": "".join(segment.text for segment in prompt.segments)}, headers)
 
 

@@ -4,15 +4,15 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, Literal
 
 from starlette.types import Receive
 
 from api import generation
 from api.chat_request import ChatRequest
-from api.deps import Services
+from api.deps import Services, while_connected
 from api.errors import client_names
+from api.prompt import n_too_many, prompt_of, without_middle
 from api.sampling import answer_part, generate_request
 from chat.events import CallBegin, Event, Message, Splitter, Text
 from chat.format import Prompt
@@ -56,42 +56,33 @@ class Choice:
 async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequest) -> "Turn":
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
     body.check_stream_options()
-    made = await prompt(services, tier, body)
+    answer_must = answer_part(body)
+    n_left_out = 0
+    if body.truncate:
+        n_left_out = await while_connected(receive, n_too_many(services, tier, body))
+        body = without_middle(body, n_left_out)
+    prompt = await asyncio.to_thread(prompt_of, services, tier, body, answer_must)
     request = generate_request(
         body,
         tier.settings,
-        prompt=made.segments,
+        prompt=prompt.segments,
         limits=(body.max_tokens, body.max_completion_tokens),
         n=body.n,
         n_logprobs=body.n_logprobs,
-        grammar=made.grammar,
-        thinking=made.thinking,
-        visible=made.visible,
+        grammar=prompt.grammar,
+        thinking=prompt.thinking,
+        visible=prompt.visible,
     )
     with client_names({"^prompt$": "messages"}):
         answer = await generation.start(receive, tier, [request], priority=body.effective_priority)
     is_inline = services.settings.server.reasoning_field == "none"
-    return Turn(answer, made, is_inline, has_client_grammar=answer_part(body) is not None)
-
-
-async def prompt(services: Services, tier: Tier, body: ChatRequest) -> Prompt:
-    """The conversation as the model reads it. Raises ServiceError."""
-    body.check_content()
-    return await asyncio.to_thread(_render, services, tier, body)
-
-
-def _render(services: Services, tier: Tier, body: ChatRequest) -> Prompt:
-    tools = body.tool_list()
-    return services.chat_format(tier).prompt(
-        [message.model_dump(exclude_unset=True) for message in body.messages],
-        now=datetime.now(),
-        tools=tools,
-        choice=body.tool_choice_of(tools),
-        answer=answer_part(body),
-        effort=body.reasoning_effort,
-        budget=body.thinking_budget_tokens,
-        continues=body.continue_final_message,
-        extra=body.chat_template_kwargs,
+    return Turn(
+        answer,
+        prompt,
+        request.sampling.seed,
+        n_left_out,
+        is_inline=is_inline,
+        has_client_grammar=answer_must is not None,
     )
 
 
@@ -102,11 +93,15 @@ class Turn:
         self,
         answer: generation.Answer,
         prompt: Prompt,
-        is_inline: bool,
+        seed: int,
+        n_left_out: int,
         *,
+        is_inline: bool,
         has_client_grammar: bool,
     ) -> None:
         self.answer = answer
+        self.seed = seed
+        self._n_left_out = n_left_out
         self.n_choices = answer.n_choices
         self._prompt = prompt
         self._is_inline = is_inline
@@ -137,6 +132,17 @@ class Turn:
         n_reasoning = sum(end.n_reasoning for end in ends)
         usage = generation.usage(self.answer, sum(end.n_tokens for end in ends))
         return usage | {"completion_tokens_details": {"reasoning_tokens": n_reasoning}}
+
+    def headers(self) -> dict[str, str]:
+        """What a stream says beside its body."""
+        headers = {"X-Seed": str(self.seed)} | self.answer.headers()
+        if self._n_left_out:
+            headers["X-Truncated-Messages"] = str(self._n_left_out)
+        return headers
+
+    def whole_headers(self) -> dict[str, str]:
+        """What a whole reply says beside its body."""
+        return self.headers() | self.answer.whole_headers()
 
     def _reader(self) -> "_Reader":
         splitter = self._prompt.splitter()

@@ -106,8 +106,14 @@ _DEFAULT_BOS = {"llama": 1, "bert": 101}
 _DEFAULT_EOS = {"llama": 2, "t5": 1}
 
 _TYPE_UNKNOWN, _TYPE_CONTROL = 2, 3
-# Ends of turn that llama-vocab.cpp makes control tokens, whatever type the file gives them.
+# Ends of turn and marks of infilling that llama-vocab.cpp makes control tokens, whatever type the
+# file gives them.
 _CONTROL_BY_NAME = frozenset(
+    "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> "
+    "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> "
+    "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> "
+    "<|prefix|> <|suffix|> <|middle|> <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] "
+    "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|> "
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> "
     "<|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> "
     "<eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[".split()

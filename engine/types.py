@@ -16,6 +16,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     `frequency_penalty` and `presence_penalty` count generated tokens only, as OpenAI defines them;
     `repeat_penalty` looks at the last `repeat_last_n` tokens of prompt and answer, as in llama.cpp.
+    Mirostat takes the place of top_k, typical_p, top_p, min_p and XTC.
     """
 
     temperature: float = 0.8  # 0: greedy
@@ -23,6 +24,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int = 40  # 0 or less: off
     min_p: float = 0.05  # 0: off
     typical_p: float = 1.0  # 1: off
+    xtc_probability: float = 0.0  # of leaving out all likely tokens but the last; 0: off
+    xtc_threshold: float = 0.1  # from which probability on a token is likely; over 0.5: off
+    mirostat: int = 0  # version 1 or 2; 0: off
+    mirostat_tau: float = 5.0  # the surprise that it aims at, in bits
+    mirostat_eta: float = 0.1  # how fast it learns
+    dry_multiplier: float = 0.0  # of the penalty for a longer and longer repetition; 0: off
+    dry_base: float = 1.75  # its growth with each token beyond the allowed length
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1  # -1: all, 0: off
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")  # no repetition goes beyond them
     repeat_penalty: float = 1.0  # 1: off
     repeat_last_n: int = 64  # -1: all, 0: off
     frequency_penalty: float = 0.0  # 0: off
@@ -36,7 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
+        return self.temperature < MIN_TEMPERATURE or (self.top_k == 1 and not self.mirostat)
 
 
 @dataclass(slots=True, eq=False)

@@ -1,6 +1,13 @@
+from pathlib import Path
+
+import hypothesis
 import pytest
 
-from settings import known_keys
+from settings import DEFAULT_CHAT_MODEL, ROOT, known_keys
+from tests import gguf_fixtures
+
+# for test_fuzz.py: pytest --hypothesis-profile=deep
+hypothesis.settings.register_profile("deep", max_examples=3334)
 
 
 @pytest.fixture(autouse=True)
@@ -8,3 +15,17 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on what its caller has configured."""
     for key in known_keys():
         monkeypatch.delenv(key, raising=False)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    path = ROOT / DEFAULT_CHAT_MODEL
+    assert path.is_file(), "the default model is not there: run ./setup.sh"
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of random weights with SmolLM2's vocabulary (BPE)."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return gguf_fixtures.write_tiny_llama(folder / "tiny.gguf", vocab_from=smollm2)

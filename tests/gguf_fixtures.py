@@ -70,9 +70,15 @@ def write_tiny_llama(
     return path
 
 
-def write_tiny_spm(path: Path, *, n_ctx: int = 512, seed: int = 0) -> Path:
-    """A llama of random F32 weights with a SentencePiece vocabulary of some hundred pieces."""
+def write_tiny_spm(
+    path: Path, *, n_ctx: int = 512, seed: int = 0, more_tokens: Sequence[str] = ()
+) -> Path:
+    """A llama of random F32 weights with a SentencePiece vocabulary of some hundred pieces, and of
+    `more_tokens` of the normal type."""
     tokens, scores, types = spm_vocabulary()
+    tokens += more_tokens
+    scores += [-1e6] * len(more_tokens)
+    types += [_TYPE_NORMAL] * len(more_tokens)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)

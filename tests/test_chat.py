@@ -228,7 +228,7 @@ BAD = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
     ({"logit_bias": {"-1": 100}}, "logit_bias"),
-    ({"logit_bias": {"261": 1}}, "logit_bias"),
+    ({"logit_bias": {"264": 1}}, "logit_bias"),
     ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
     ({"logit_bias": [[1, 2]]}, "logit_bias"),
     ({"n": 129}, "n"),
@@ -469,7 +469,6 @@ UNSUPPORTED = [
     {"modalities": ["audio"]},
     {"prediction": {"type": "content", "content": "x"}},
     {"reasoning_effort": "high"},
-    {"store": True},
 ]
 
 
@@ -499,10 +498,10 @@ def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
 
 
 def test_unknown_fields_are_named_in_a_header(service: Service) -> None:
-    fields = {"mirostat": 2, "chat_id\r\nX-Evil": 1, "grün": 1}
+    fields = {"frob": 2, "chat_id\r\nX-Evil": 1, "grün": 1}
     for stream in (False, True):
         response = service.chat(stream=stream, **fields)
-        assert response.headers["x-ignored-params"] == r"mirostat,chat_id??X-Evil,gr\xfcn"
+        assert response.headers["x-ignored-params"] == r"frob,chat_id??X-Evil,gr\xfcn"
 
 
 def test_unknown_fields_inside_are_named_with_their_place(service: Service) -> None:
@@ -531,8 +530,68 @@ def test_a_conversation_of_many_turns_is_answered(service: Service) -> None:
 
 def test_strict_params_makes_unknown_fields_an_error() -> None:
     with serving(settings({"strict_params": True})) as service:
-        assert error_of(service.chat(mirostat=2), 400)["param"] == "mirostat"
+        assert error_of(service.chat(frob=2), 400)["param"] == "frob"
         assert text_of(service.chat(n=1)) == "You said: Hi"
+        response = service.chat(store=True, user="me")
+        assert text_of(response) == "You said: Hi"
+        assert response.headers["x-ignored-params"] == "store"
+
+
+KEPT_FOR_NOBODY: dict[str, Any] = {
+    "metadata": {"run": "7"},
+    "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "me",
+    "store": True,
+}
+
+
+def test_fields_of_openai_that_mean_nothing_here_are_named_in_a_header(service: Service) -> None:
+    for response in (service.chat(**KEPT_FOR_NOBODY), service.complete(**KEPT_FOR_NOBODY)):
+        assert response.status_code == 200
+        assert response.headers["x-ignored-params"].split(",") == list(KEPT_FOR_NOBODY)
+    for name in KEPT_FOR_NOBODY:
+        assert service.chat(**{name: 5}).headers["x-ignored-params"] == name
+        assert "x-ignored-params" not in service.chat(**{name: None}).headers
+    for quiet in ({"store": False}, {"user": "me"}, {"user": {"id": 5}}):
+        assert "x-ignored-params" not in service.chat(**quiet).headers
+
+
+SAMPLING: dict[str, list[Any]] = {  # the ends of what is allowed, then what is not
+    "xtc_probability": [0, 1, -0.1, 1.1, math.nan],
+    "xtc_threshold": [0, 1, -0.1, 1.1, math.inf],
+    "mirostat": [0, 2, -1, 3, "v2"],
+    "mirostat_tau": [0, 100, -0.1, 101, math.inf],
+    "mirostat_eta": [0, 1, -0.1, 1.1, math.nan],
+    "dry_multiplier": [0, 100, -0.1, 101, math.nan],
+    "dry_base": [1, 100, 0.9, 101, math.inf],
+    "dry_allowed_length": [0, 2**20, -1, 2**20 + 1, 1.5],
+    "dry_penalty_last_n": [-1, 2**20, -2, 2**20 + 1, 1.5],
+    "dry_sequence_breakers": [[], ["\n"] * 16, ["\n"] * 17, [""], ["x" * 41], ["\0"], ["ü" * 21],
+                              ["\ud800"], "x", [1]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_a_rule_of_sampling_is_checked(service: Service, name: str) -> None:
+    low, high, *wrong = SAMPLING[name]
+    headers = {"Content-Type": "application/json"}
+    for value in (None, low, high, *wrong):
+        body = {"model": "light", "messages": [USER], name: value}
+        response = service.http.post(
+            "/v1/chat/completions", content=json.dumps(body), headers=headers
+        )
+        if any(value is bad for bad in wrong):
+            assert error_of(response, 400)["param"].startswith(name), value
+        else:
+            assert text_of(response) == "You said: Hi"
+            assert "x-ignored-params" not in response.headers
+
+
+def test_filters_that_mirostat_replaces_are_named_in_a_header(service: Service) -> None:
+    response = service.chat(mirostat=2, top_p=0.9, min_p=0.1, temperature=1)
+    assert response.headers["x-ignored-params"] == "top_p,min_p"
+    assert "x-ignored-params" not in service.chat(mirostat=0, top_p=0.9).headers
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -670,3 +729,144 @@ def test_a_template_that_refuses_is_a_400_with_its_words(
         error = error_of(other.chat(), 400)
     assert error["message"] == "Roles must alternate"
     assert error["param"] == "messages"
+
+
+# a conversation that is too long
+
+LONG = [
+    {"role": "system", "content": "S" * 40},
+    *(
+        {"role": role, "content": f"{n}" * 50}
+        for n in range(1, 9)
+        for role in ("user", "assistant")
+    ),
+    {"role": "user", "content": "the last"},
+]
+
+
+def ask_at_length(service: Service, **fields: Any) -> httpx.Response:
+    return service.http.post(
+        "/v1/chat/completions", json={"model": "short", "messages": LONG} | fields
+    )
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[Service]:
+    with serving(settings(light=fake(n_ctx=400, aliases=["short"]))) as service:
+        yield service
+
+
+def test_too_long_a_conversation_is_a_400_with_both_numbers(short: Service) -> None:
+    error = error_of(ask_at_length(short), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert error["n_prompt_tokens"] > error["n_ctx"] == 400
+
+
+def test_truncate_leaves_out_the_oldest_turns_and_no_more_than_it_must(short: Service) -> None:
+    for max_tokens, n_left_out in ((30, 10), (180, 14)):
+        response = ask_at_length(short, truncate="middle", max_tokens=max_tokens)
+        assert response.headers["x-truncated-messages"] == str(n_left_out)
+        prompt = short.http.post(
+            "/apply-template", json={"messages": [LONG[0], *LONG[1 + n_left_out :]]}
+        ).json()["prompt"]
+        n_tokens = response.json()["usage"]["prompt_tokens"]
+        assert n_tokens == _n_tokens(short, prompt)
+        assert 400 - max_tokens - 2 * 52 < n_tokens <= 400 - max_tokens
+        assert text_of(response) == "You said: the last"
+
+
+def _n_tokens(service: Service, text: str) -> int:
+    return len(service.http.post("/tokenize", json={"content": text}).json()["tokens"])
+
+
+def test_truncate_leaves_a_short_conversation_as_it_is(short: Service) -> None:
+    response = short.chat("Hi", truncate="middle")
+    assert "x-truncated-messages" not in response.headers
+    assert text_of(response) == "You said: Hi"
+
+
+def test_a_last_turn_that_is_too_long_alone_is_still_refused(short: Service) -> None:
+    response = short.chat("x" * 500, truncate="middle")
+    assert error_of(response, 400)["code"] == "context_length_exceeded"
+
+
+def test_truncation_is_in_the_middle_or_not_at_all(short: Service) -> None:
+    assert error_of(short.chat(truncate="end"), 400)["param"] == "truncate"
+
+
+# what a reply says beside its text
+
+
+def test_the_seed_is_told_and_repeats_the_answer(service: Service) -> None:
+    first = service.chat("Hi")
+    assert 0 <= int(first.headers["x-seed"]) < 2**32
+    assert service.chat("Hi", seed=7, stream=True).headers["x-seed"] == "7"
+    assert service.complete("Hi", seed=-1).headers["x-seed"] == str(2**32 - 1)
+
+
+def test_every_reply_says_how_long_it_waited_and_a_whole_one_how_long_it_took(
+    service: Service,
+) -> None:
+    for ask_for in (service.chat, service.complete):
+        whole = ask_for("Hi").headers
+        streamed = ask_for("Hi", stream=True).headers
+        assert float(streamed["x-queue-time-ms"]) >= 0
+        assert float(whole["x-queue-time-ms"]) >= 0
+        assert float(whole["x-prompt-time-ms"]) > 0
+        assert float(whole["x-generation-time-ms"]) > 0
+        assert "x-generation-time-ms" not in streamed
+
+
+def test_timings_are_told_on_request(service: Service) -> None:
+    for ask_for in (service.chat, service.complete):
+        assert "timings" not in ask_for("Hi").json()
+        body = ask_for("Hi", timings=True).json()
+        timings, usage = body["timings"], body["usage"]
+        n_cached = usage["prompt_tokens_details"]["cached_tokens"]
+        assert timings["cache_n"] == n_cached
+        assert timings["prompt_n"] == usage["prompt_tokens"] - n_cached
+        assert timings["predicted_n"] == usage["completion_tokens"] - 1
+        assert timings["predicted_ms"] > 0
+        rate = timings["predicted_n"] / timings["predicted_ms"] * 1e3
+        assert timings["predicted_per_second"] == pytest.approx(rate, rel=0.01)
+        *chunks, last = events(ask_for("Hi", timings=True, stream=True, n=2))
+        assert last["timings"]["predicted_n"] > 0
+        assert not any("timings" in chunk for chunk in chunks)
+
+
+# a last message that is to be continued
+
+
+def test_the_last_message_is_continued(service: Service) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}]
+    begun = ask(service, *messages).json()["usage"]["prompt_tokens"]
+    body = {"model": "light", "messages": messages, "continue_final_message": True}
+    for fields in ({}, {"add_generation_prompt": False}):
+        response = service.http.post("/v1/chat/completions", json=body | fields)
+        # neither the end of the turn nor the beginning of another
+        assert response.json()["usage"]["prompt_tokens"] == begun - 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"continue_final_message": "x"}, "continue_final_message"),
+    ],
+)
+def test_there_must_be_something_to_continue(
+    service: Service, fields: dict[str, Any], param: str
+) -> None:
+    assert error_of(service.chat("Hi", **fields), 400)["param"] == param
+
+
+def test_an_answer_is_begun_or_continued(service: Service) -> None:
+    for fields, param in (
+        ({"add_generation_prompt": True}, "add_generation_prompt"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "{"}]
+        body = {"model": "light", "messages": messages, "continue_final_message": True} | fields
+        response = service.http.post("/v1/chat/completions", json=body)
+        assert error_of(response, 400)["param"] == param

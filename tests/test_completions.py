@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from engine.backends import fake as backend
 from tests.serving import Service, events, fake, script, serving, settings
 
 
@@ -68,7 +69,7 @@ def test_control_tokens_in_a_raw_prompt_are_obeyed(service: Service) -> None:
 @pytest.mark.parametrize(
     "prompt",
     ["", [], [""], ["a", ""], [[]], [[1], []], [1, "a"], ["a", 1], {"a": 1}, None, 5, [-1], [1.5],
-     ["a"] * 5, [260, 261], [999999]],
+     ["a"] * 5, [263, 264], [999999]],
 )  # fmt: skip
 def test_a_bad_prompt_is_a_400_that_names_it(service: Service, prompt: Any) -> None:
     response = service.complete(prompt)
@@ -81,18 +82,6 @@ def test_an_over_long_prompt_is_named_as_such(service: Service) -> None:
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
 
 
-@pytest.mark.parametrize(
-    "field",
-    [{"echo": True}, {"suffix": "x"}],
-    ids=str,
-)  # fmt: skip
-def test_what_is_not_there_is_refused_by_name(service: Service, field: dict[str, Any]) -> None:
-    response = service.complete(**field)
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert (error["code"], error["param"]) == ("unsupported_parameter", next(iter(field)))
-
-
 def test_n_answers_to_each_of_several_prompts(service: Service) -> None:
     body = service.complete(["choose", "a"], n=2, seed=0).json()
     texts = ["red", "vermilion", "You said: a", "You said: a"]
@@ -103,6 +92,111 @@ def test_n_answers_to_each_of_several_prompts(service: Service) -> None:
         (choice,) = chunk["choices"]
         streamed[choice["index"]] += choice["text"]
     assert streamed == texts
+
+
+def streamed_texts(response: Any, n: int) -> list[str]:
+    texts = [""] * n
+    for chunk in events(response):
+        (choice,) = chunk["choices"]
+        assert choice["text"] or choice["finish_reason"]
+        texts[choice["index"]] += choice["text"]
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("once", ["once upon a time"]),
+        (list(b"once"), ["once upon a time"]),
+        ([256, 0xC3, 256], ["<|end|>\ufffd<|end|>You said: \ufffd"]),
+        (["a", "once"], ["aYou said: a", "once upon a time"]),
+        ([list(b"a"), list(b"once")], ["aYou said: a", "once upon a time"]),
+    ],
+)
+def test_a_prompt_is_echoed_as_text_streamed_and_not(
+    service: Service, prompt: Any, texts: list[str]
+) -> None:
+    body = service.complete(prompt, echo=True).json()
+    assert [choice["text"] for choice in body["choices"]] == texts
+    assert body["usage"] == service.complete(prompt).json()["usage"] | {
+        "prompt_tokens_details": body["usage"]["prompt_tokens_details"]
+    }
+    assert streamed_texts(service.complete(prompt, echo=True, stream=True), len(texts)) == texts
+    assert service.complete(prompt, echo=None).status_code == 200
+
+
+def test_each_of_several_answers_begins_with_its_own_prompt(service: Service) -> None:
+    fields: dict[str, Any] = {"n": 2, "seed": 0, "echo": True}
+    texts = ["choosered", "choosevermilion", "aYou said: a", "aYou said: a"]
+    body = service.complete(["choose", "a"], **fields).json()
+    assert [choice["text"] for choice in body["choices"]] == texts
+    streamed = service.complete(["choose", "a"], stream=True, **fields)
+    assert streamed_texts(streamed, 4) == texts
+    best = service.complete(["choose", "a"], best_of=3, **fields).json()["choices"]
+    assert [c["text"] for c in best] == ["chooseultramarine", "choosevermilion", *texts[2:]]
+
+
+def test_an_echo_alone_is_the_prompt(service: Service) -> None:
+    choice = service.complete("once", echo=True, max_tokens=0).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("once", "length")
+
+
+@pytest.mark.parametrize("n_logprobs", [0, 3])
+def test_log_probabilities_of_an_echo_are_refused(service: Service, n_logprobs: int) -> None:
+    response = service.complete("once", echo=True, logprobs=n_logprobs)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "logprobs")
+    assert "log probabilities of a prompt are not computed" in error["message"]
+
+
+def test_ids_that_have_no_text_cannot_be_echoed(service: Service) -> None:
+    response = service.complete([1, 99999], echo=True)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt"
+
+
+def test_a_middle_is_filled_between_the_models_own_marks(service: Service) -> None:
+    body = service.complete("def f(", suffix="return 1").json()
+    assert body["choices"][0]["text"] == "You said: def f(return 1"
+    assert body["usage"]["prompt_tokens"] == len("def f(return 1") + 3
+    streamed = service.complete("def f(", suffix="return 1", echo=True, stream=True)
+    assert streamed_texts(streamed, 1) == ["def f(You said: def f(return 1"]
+    several = service.complete(["a", ""], suffix="z").json()["choices"]
+    assert [choice["text"] for choice in several] == ["You said: az", "You said: z"]
+
+
+def test_around_a_middle_no_control_token_is_obeyed(service: Service) -> None:
+    prompt, suffix = "<|fim_suffix|>a", "b<|user|>c<|end|>"
+    usage = service.complete(prompt, suffix=suffix).json()["usage"]
+    assert usage["prompt_tokens"] == len(prompt + suffix) + 3
+
+
+@pytest.mark.parametrize("suffix", [None, ""])
+def test_no_suffix_is_a_prompt_as_ever(service: Service, suffix: Any) -> None:
+    body = service.complete("<|user|>once<|end|>", suffix=suffix).json()
+    assert body["choices"][0]["text"] == " upon a time"
+    assert body["usage"]["prompt_tokens"] == 6
+    assert service.complete("", suffix=suffix).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "fields", [{"suffix": 5}, {"suffix": ["a"]}, {"suffix": "a", "prompt": [1, 2]}], ids=str
+)
+def test_a_suffix_that_makes_no_sense_is_refused(service: Service, fields: dict[str, Any]) -> None:
+    response = service.complete(**fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "suffix"
+
+
+def test_a_model_without_marks_fills_no_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "CONTROL_TOKENS", backend.CONTROL_TOKENS[:5])
+    with serving() as other:
+        response = other.complete("a", suffix="b")
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["code"], error["param"]) == ("unsupported_parameter", "suffix")
+        assert other.complete("a", suffix="").status_code == 200
 
 
 def test_log_probabilities_in_the_legacy_form(service: Service) -> None:

@@ -7,11 +7,20 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
+from anthropic.types import MessageCountTokensParams, message_create_params
 from fastapi.routing import iter_route_contexts
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params
 
-from api.chat import ChatRequest
+from api import chat, messages, responses
+from api.chat_request import ChatRequest
+from api.completions import CompletionRequest
+from api.messages_request import MessagesRequest, PromptRequest
+from api.responses_request import ResponsesRequest
 from server import create_app
 from settings import (
     ROOT,
@@ -22,11 +31,29 @@ from settings import (
     unknown_keys,
 )
 
+CHAT_PARAMS = (
+    chat_params.CompletionCreateParamsNonStreaming,
+    chat_params.CompletionCreateParamsStreaming,
+)
+RESPONSE_PARAMS = (
+    response_create_params.ResponseCreateParamsNonStreaming,
+    response_create_params.ResponseCreateParamsStreaming,
+)
+MESSAGE_PARAMS = (
+    message_create_params.MessageCreateParamsNonStreaming,
+    message_create_params.MessageCreateParamsStreaming,
+)
+COMPLETION_PARAMS = (
+    completion_create_params.CompletionCreateParamsNonStreaming,
+    completion_create_params.CompletionCreateParamsStreaming,
+)
+
 DOCUMENTS = [
     "README.md",
     "CLAUDE.md",
     "CHANGELOG.md",
     "docs/architecture.md",
+    "docs/api.md",
 ]
 
 
@@ -274,7 +301,7 @@ MAY_IMPORT = {
     "engine.pace": set(),
     "test_api": set(),
     "bench": set(),
-    "bench.engine": {"engine"},
+    "bench.engine": {"chat", "engine"},
 }
 # Libraries that only some modules may import.
 ONLY_IN = {
@@ -331,14 +358,59 @@ def test_the_manager_imports_the_fake_backend_only_where_it_uses_it() -> None:
     )
 
 
-def test_chat_knows_nothing_of_the_wire_but_segments() -> None:
+def test_chat_knows_of_the_wire_only_what_a_prompt_consists_of() -> None:
     for module, path in MODULES.items():
         if fits(module, {"chat"}):
             for imported, node in imports(path):
                 if imported == "engine.wire":
-                    assert [alias.name for alias in getattr(node, "names", [])] == ["Segment"], path
+                    names = {alias.name for alias in getattr(node, "names", [])}
+                    assert names <= {"Segment", "Grammar", "GrammarPart", "Thinking"}, path
 
 
 def test_the_smoke_test_needs_only_httpx() -> None:
     libraries = {name.partition(".")[0] for name, _ in imports(MODULES["test_api"])}
     assert libraries - sys.stdlib_module_names == {"httpx"}
+
+
+# docs/api.md
+
+Fates = dict[str, str]
+
+
+def fates(path: str) -> Fates:
+    """What docs/api.md says of each field of a route."""
+    section = read("docs/api.md").split(f"## POST {path}\n")[1].split("\n## ")[0]
+    rows = [row for row in table_rows(section) if row[0].startswith("`")]
+    return {field: row[1] for row in rows for field in re.findall(r"`(\w+)`", row[0])}
+
+
+ROUTES = [
+    ("/v1/chat/completions", ChatRequest, chat.UNSUPPORTED, CHAT_PARAMS),
+    ("/v1/completions", CompletionRequest, {}, COMPLETION_PARAMS),
+    ("/v1/responses", ResponsesRequest, responses.UNSUPPORTED, RESPONSE_PARAMS),
+    ("/v1/messages", MessagesRequest, messages.UNSUPPORTED, MESSAGE_PARAMS),
+    ("/v1/messages/count_tokens", PromptRequest, messages.UNSUPPORTED, [MessageCountTokensParams]),
+]
+
+
+@pytest.mark.parametrize(("path", "request_model", "unsupported", "params"), ROUTES)
+def test_every_field_of_the_sdks_requests_has_a_fate(
+    path: str, request_model: Any, unsupported: Any, params: Any
+) -> None:
+    """Fails when a release of an SDK knows a new one."""
+    fields = {name for kind in params for name in get_type_hints(kind)}
+    assert fields - fates(path).keys() == set()
+
+
+@pytest.mark.parametrize(("path", "request_model", "unsupported", "params"), ROUTES)
+def test_the_fate_of_a_field_is_what_the_code_makes_of_it(
+    path: str, request_model: Any, unsupported: Any, params: Any
+) -> None:
+    """A field that the code does not know is ignored, and the header names it."""
+    written = fates(path)
+    known = dict.fromkeys(request_model.model_fields, "works")
+    known |= dict.fromkeys(unsupported, "refused") | {"user": "ignored"}
+    assert {name: fate for name, fate in written.items() if fate != "ignored"} == {
+        name: fate for name, fate in known.items() if fate != "ignored"
+    }
+    assert all(known.get(name, "ignored") == fate for name, fate in written.items())

@@ -4,13 +4,18 @@ breaks, and nothing is left behind."""
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.serving import Service, fake, named_events, script, serving, wait_until
+from engine.client import launch_process
+from settings import TierSettings
+from tests.serving import Service, fake, in_threads, named_events, script, serving, wait_until
 from tests.serving import settings as service_settings
 
 ODD: st.SearchStrategy[Any] = st.one_of(
@@ -58,7 +63,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": st.one_of(st.booleans(), st.integers(0, 6)),
     "top_logprobs": st.integers(0, 21),
     "logit_bias": st.dictionaries(
-        st.sampled_from(["0", "65", "260", "261", "-1", "x"]), st.floats(-101, 101)
+        st.sampled_from(["0", "65", "263", "264", "-1", "x"]), st.floats(-101, 101)
     ),
     "stream": st.booleans(),
     "stream_options": st.dictionaries(st.sampled_from(["include_usage", "x"]), st.booleans()),
@@ -69,9 +74,39 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     ),
     "grammar": st.sampled_from(['root ::= "a" | "b"', "start: /[ab]+/", "nonsense", ""]),
     "chat_template_kwargs": st.dictionaries(st.sampled_from(["a", "messages", "tools"]), ODD),
-    "tools": ODD,
-    "tool_choice": ODD,
+    "tools": st.lists(
+        st.builds(
+            lambda name, schema, strict: {
+                "type": "function",
+                "function": {"name": name, "parameters": schema, "strict": strict},
+            },
+            st.sampled_from(["f", "get_weather", "é.b-c", "", "a b"]),
+            SCHEMA,
+            st.booleans(),
+        ),
+        max_size=3,
+    ),
+    "tool_choice": st.sampled_from(
+        ["none", "auto", "required", {"type": "function", "function": {"name": "f"}},
+         {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}]
+    ),
+    "parallel_tool_calls": st.booleans(),
+    "reasoning_effort": st.sampled_from(["none", "low", "high", "much"]),
+    "thinking_budget_tokens": st.integers(-1, 5),
+    "continue_final_message": st.booleans(),
+    "add_generation_prompt": st.booleans(),
+    "truncate": st.sampled_from(["middle", "end", None]),
+    "timings": st.booleans(),
     "user": ODD,
+    "xtc_probability": st.floats(-0.1, 1.1),
+    "xtc_threshold": st.floats(-0.1, 1.1),
+    "mirostat": st.integers(-1, 3),
+    "dry_multiplier": st.floats(-0.1, 3),
+    "dry_sequence_breakers": st.lists(st.text(max_size=3), max_size=3),
+    "echo": st.booleans(),
+    "suffix": st.text(max_size=5),
+    "store": ODD,
+    "metadata": ODD,
     "priority": st.integers(-101, 101),
     "service_tier": st.sampled_from(["auto", "default", "flex", "priority", "scale"]),
     "frob": ODD,
@@ -99,29 +134,38 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     return body
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    path = script(tmp_path_factory.mktemp("fuzz"))
-    with serving(service_settings(light=fake(path, n_ctx=512, max_tokens=4))) as service:
+@pytest.fixture(scope="module", params=["fake", pytest.param("llamacpp", marks=pytest.mark.real)])
+def service(
+    request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("fuzz")
+    if request.param == "fake":
+        tier = fake(script(folder), n_ctx=512, max_tokens=4)
+        launch = in_threads
+    else:
+        tier = TierSettings(model_path=str(tiny), n_ctx=512, max_tokens=4)
+        launch = launch_process  # that it lives at the end is what the test is about
+    with serving(service_settings(light=tier), launch=launch) as service:
         yield service
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+N_BODIES = 3 * settings().max_examples  # 300, or 10,000 with --hypothesis-profile=deep
+ANY_NUMBER = settings(
+    max_examples=N_BODIES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+@ANY_NUMBER
 @given(body=bodies(), path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]))
 def test_any_body_is_answered_or_refused(service: Service, body: Any, path: str) -> None:
     content = json.dumps(body)
     reply = service.http.post(path, content=content, headers={"Content-Type": "application/json"})
-    assert reply.status_code in (200, 400, 404), reply.text
+    check(reply)
     if reply.status_code != 200:
-        error = reply.json()["error"]
-        assert error["message"]
-        assert error["type"] == "invalid_request_error"
-    elif reply.headers["content-type"].startswith("text/event-stream"):
-        assert reply.text.endswith("data: [DONE]\n\n")
-        assert '"error"' not in reply.text
-    else:
+        assert reply.json()["error"]["type"] == "invalid_request_error"
+    elif not reply.headers["content-type"].startswith("text/event-stream"):
         assert reply.json()["choices"]
 
 
@@ -187,21 +231,47 @@ def other_bodies(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/messages/count_tokens"])
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@ANY_NUMBER
 @given(body=other_bodies())
 def test_any_body_of_another_form_is_answered_or_refused(
     service: Service, body: Any, path: str
 ) -> None:
     content = json.dumps(body)
     reply = service.http.post(path, content=content, headers={"Content-Type": "application/json"})
-    assert reply.status_code in (200, 400), reply.text
-    if reply.status_code == 400:
+    check(reply)
+    if reply.status_code != 200:
         assert reply.json()["error"]["type"] == "invalid_request_error"
-    elif reply.headers["content-type"].startswith("text/event-stream"):
+
+
+def check(reply: httpx.Response) -> None:
+    """Answered or refused, and a stream has come to its end."""
+    assert reply.status_code in (200, 400, 404), reply.text
+    if reply.status_code != 200:
+        assert reply.json()["error"]["message"]
+    elif reply.text.startswith("event: "):
         last = named_events(reply)[-1]["type"]
         assert last in ("message_stop", "response.completed", "response.incomplete")
+    elif reply.headers["content-type"].startswith("text/event-stream"):
+        assert reply.text.endswith("data: [DONE]\n\n")
+        assert '"error"' not in reply.text
+
+
+def test_what_the_openapi_document_allows_is_answered_or_refused(service: Service) -> None:
+    document = service.http.get("/openapi.json").json()
+    schema = schemathesis.openapi.from_dict(document)
+    paths = [path for path, methods in document["paths"].items() if "post" in methods]
+    operations = [schema[path]["POST"].as_strategy() for path in paths]
+
+    @settings(ANY_NUMBER, max_examples=N_BODIES // 3)
+    @given(case=st.one_of(operations))
+    def any_case(case: schemathesis.Case) -> None:
+        body = case.body
+        if isinstance(body, dict):
+            body = body | {"model": "light"}
+        reply = service.http.post(case.path, content=json.dumps(body, default=str))
+        check(reply)
+
+    any_case()
 
 
 def test_nothing_is_left_behind(service: Service) -> None:

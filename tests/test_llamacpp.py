@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from chat.infill import FAMILIES, Marks, infill, marks_of
 from chat.template import ChatTemplate
 from engine import wire
 from engine.backends.base import load_engine
@@ -25,7 +26,7 @@ from engine.model_file import read_model_file
 from engine.types import Sampled, SamplingParams, Sequence
 from errors import ModelLoadFailed
 from model_manager import ModelManager
-from settings import DEFAULT_CHAT_MODEL, ROOT, TierSettings
+from settings import TierSettings
 from tests import gguf_fixtures
 from tests.serving import events, fake, serving, settings
 from worker import prepare
@@ -34,20 +35,6 @@ pytestmark = pytest.mark.real
 
 GREEDY = SamplingParams(temperature=0)
 Logits = npt.NDArray[np.float32]
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    path = ROOT / DEFAULT_CHAT_MODEL
-    assert path.is_file(), "the default model is not there: run ./setup.sh"
-    return path
-
-
-@pytest.fixture(scope="session")
-def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of random weights with SmolLM2's vocabulary (BPE)."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return gguf_fixtures.write_tiny_llama(folder / "tiny.gguf", vocab_from=smollm2)
 
 
 @pytest.fixture(scope="session")
@@ -272,6 +259,127 @@ def test_sampling_follows_its_seed_and_its_rules(
     assert len(set(once)) == len(once)
 
 
+FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+Say = Callable[..., list[Sampled]]
+
+
+@pytest.fixture
+def say(tiny: Path, load: Callable[..., BatchEngine]) -> Say:
+    """What the tiny model says to a prompt, by sampling values."""
+    engine = load(tiny)
+
+    def say(prompt: str = "one two three", n_tokens: int = 24, **values: Any) -> list[Sampled]:
+        engine.admit(1, ids(engine, prompt), SamplingParams(**values))
+        said: list[Sampled] = []
+        while len(said) < n_tokens and not engine.idle:
+            result = engine.step()
+            assert not result.failed
+            said += (sampled for _, sampled in result.tokens)
+        engine.cancel(1)
+        return said
+
+    return say
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_xtc_leaves_out_all_likely_tokens_but_the_last(say: Say, temperature: float) -> None:
+    wanted = FREE | {"temperature": temperature, "seed": 3, "n_logprobs": 20}
+    threshold = 0.02
+    n_left_out = 0
+    for sampled in say(**wanted, xtc_probability=1.0, xtc_threshold=threshold):
+        likely = [token for token, logprob in sampled.top if np.exp(logprob) >= threshold]
+        assert sampled.token not in likely[:-1]
+        n_left_out += len(likely) > 1
+        if temperature == 0 and likely:
+            assert sampled.token == likely[-1]
+    assert n_left_out > 5
+    plain = say(**wanted)
+    assert say(**wanted, xtc_probability=0.0, xtc_threshold=threshold) == plain
+    assert say(**wanted, xtc_probability=1.0, xtc_threshold=0.6) == plain
+    half = say(**wanted, xtc_probability=0.5, xtc_threshold=threshold)
+    assert half == say(**wanted, xtc_probability=0.5, xtc_threshold=threshold) != plain
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_mirostat_follows_its_seed_and_aims_at_its_surprise(say: Say, version: int) -> None:
+    def tokens(**values: Any) -> list[int]:
+        return [sampled.token for sampled in say(**values)]
+
+    def surprise(tau: float) -> float:
+        said = say(n_tokens=60, **wanted, mirostat_tau=tau, seed=1, n_logprobs=0)
+        return float(np.mean([-(sampled.logprob or 0.0) for sampled in said]))
+
+    wanted: dict[str, Any] = {"temperature": 1.0, "mirostat": version}
+    first = tokens(**wanted, seed=1)
+    assert tokens(**wanted, seed=1) == first != tokens(**wanted, seed=2)
+    greedy = tokens(temperature=0)
+    assert tokens(**wanted | {"temperature": 0}, seed=1) == greedy
+    assert tokens(**wanted, mirostat_tau=0.0, seed=1) == greedy
+    assert surprise(0.5) < surprise(3.0) < surprise(9.0)
+    assert tokens(**wanted, seed=1, top_k=1, min_p=1.0) == first  # it takes their place
+    assert tokens(**FREE, seed=1, mirostat=0, mirostat_tau=0.1) == tokens(**FREE, seed=1)
+
+
+def longest_repetition(tokens: list[int]) -> int:
+    """Length of the longest run of tokens that was there before."""
+    best = 0
+    for end in range(1, len(tokens) + 1):
+        while best + 1 < end and any(
+            tokens[end - best - 1 : end] == tokens[at : at + best + 1]
+            for at in range(end - best - 1)
+        ):
+            best += 1
+    return best
+
+
+def test_dry_ends_a_loop(smollm2: Path, load: Callable[..., BatchEngine]) -> None:
+    engine = load(smollm2)
+    prompt = ids(engine, "red green blue, " * 6 + "red green")
+
+    def repeats(**values: Any) -> bool:
+        answer = generate(engine, {1: prompt}, 16, SamplingParams(temperature=0, **values))[1]
+        return longest_repetition(prompt + answer) > longest_repetition(prompt) + 8
+
+    strong: dict[str, Any] = {"dry_multiplier": 10.0, "dry_base": 2.0}
+    assert repeats()
+    assert repeats(dry_multiplier=0.0, dry_base=4.0)
+    assert repeats(dry_multiplier=1e-6, dry_base=1.0)
+    assert repeats(**strong, dry_penalty_last_n=0)
+    assert repeats(**strong, dry_penalty_last_n=3)  # sees less than one round
+    assert repeats(**strong, dry_allowed_length=1000)
+    assert repeats(**strong, dry_sequence_breakers=("green", "blue"))
+    assert not repeats(**strong)
+    assert not repeats(**strong)  # a copy of the first sampler, and with nothing of its past
+    assert not repeats(**strong, dry_sequence_breakers=())
+
+
+def test_no_rule_of_sampling_breaks_a_grammar(tiny: Path, load: Callable[..., BatchEngine]) -> None:
+    engine = load(tiny)
+    constraint = Compiler(engine.tokenizer).compile(
+        wire.Grammar((wire.GrammarPart("grammar", "start: /(ab){40}/", "grammar"),))
+    )
+    extremes: list[dict[str, Any]] = [
+        {"xtc_probability": 1.0, "xtc_threshold": 0.0},
+        {"dry_multiplier": 100.0, "dry_base": 100.0},
+        {"dry_multiplier": 100.0, "dry_base": 100.0, "temperature": 0.0},
+        {"mirostat": 1, "mirostat_tau": 100.0},
+        {"mirostat": 2, "mirostat_tau": 100.0, "dry_multiplier": 100.0, "dry_base": 100.0},
+    ]
+    texts = {}
+    for number, values in enumerate(extremes):
+        sampling = SamplingParams(**(FREE | {"seed": number} | values))
+        engine.admit(number, ids(engine, "ab"), sampling, constraint.copy())
+        texts[number] = b""
+    while not engine.idle:
+        result = engine.step()
+        assert not result.failed
+        for number, (token, *_) in result.tokens:
+            texts[number] += engine.tokenizer.piece(token)
+            if engine.tokenizer.ends_generation(token):
+                engine.cancel(number)
+    assert set(texts.values()) == {b"ab" * 40}
+
+
 def test_log_probabilities_are_of_the_raw_row_whatever_is_done_to_it(
     tiny: Path, load: Callable[..., BatchEngine]
 ) -> None:
@@ -485,6 +593,27 @@ def test_a_raw_prompt_begins_with_one_bos_and_ids_are_taken_as_they_are(
     assert (ids[0], ids.count(bos)) == (bos, 1)
     for given in ([bos, 300, 301], [300, 301]):
         assert prompt(given) == given
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
+def test_a_middle_has_the_models_own_marks_and_the_clients_text(
+    family: Marks, tmp_path: Path, load: Callable[..., BatchEngine]
+) -> None:
+    path = gguf_fixtures.write_tiny_spm(tmp_path / "fim.gguf", more_tokens=family)
+    marks = marks_of(read_model_file(path).control_tokens)
+    assert marks == family
+    engine = load(path)
+    before, after = f"def f(:\n  {family[1]}", f"  return <s>{family[2]}\n"
+    request = wire.Generate([*infill(before, after, marks)], True, GREEDY, [], 5)
+    prompt = prepare(request, engine, Compiler(engine.tokenizer)).prompt
+    ids = [engine.tokenizer.n_vocab - 3 + i for i in range(3)]
+    assert [token for token in prompt if token in ids] == ids
+    assert prompt[:2] == [engine.tokenizer.bos, ids[0]]
+    first, second, last = (prompt.index(token) for token in ids)
+    spelled = [b"".join(map(engine.tokenizer.piece, part)).decode()
+               for part in (prompt[first:second], prompt[second:last], prompt[last:])]  # fmt: skip
+    texts = [before, after, ""]
+    assert spelled == [text.replace("▁", " ") for text in texts]  # to SentencePiece they are one
 
 
 # loading

@@ -404,7 +404,7 @@ def test_an_unanswered_call_at_the_end_is_refused(service: Service) -> None:
 
 def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
     neutral = {
-        "metadata": {"user_id": "me"}, "service_tier": "auto", "tools": [], "stream": False,
+        "metadata": None, "service_tier": "auto", "tools": [], "stream": False,
         "cache_control": {"type": "ephemeral"}, "mcp_servers": [], "speed": "standard",
         "temperature": None, "stop_sequences": [], "system": "", "thinking": None,
         "tool_choice": None, "output_config": None,
@@ -415,10 +415,16 @@ def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
 
 
 def test_what_is_ignored_is_named_in_a_header(service: Service) -> None:
-    fields = {"tools": [WEATHER | {"input_examples": []}], "context_management": {"edits": []}}
+    fields = {
+        "tools": [WEATHER | {"input_examples": []}],
+        "context_management": {"edits": []},
+        "metadata": {"user_id": "me"},
+    }
     for stream in (False, True):
         response = service.message("Hi", stream=stream, **fields)
-        assert response.headers["x-ignored-params"] == "context_management,tools[0].input_examples"
+        assert response.headers["x-ignored-params"] == (
+            "context_management,tools[0].input_examples,metadata"
+        )
 
 
 # errors

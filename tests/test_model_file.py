@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chat.infill import FAMILIES
 from engine.model_file import ModelFile, open_header, read_model_file
 from errors import ModelLoadFailed
 from tests.gguf_fixtures import (
@@ -152,6 +153,16 @@ def test_control_tokens_are_those_that_a_prompt_could_smuggle_in(tmp_path: Path)
     assert sorted(read_model_file(path).control_tokens) == sorted(control)
     lengths = [len(token) for token in read_model_file(path).control_tokens]
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_marks_of_infilling_are_control_tokens_whatever_their_type(tmp_path: Path) -> None:
+    marks = {mark for family in FAMILIES for mark in family}
+    path = write_minimal(
+        tmp_path / "fim.gguf",
+        tokenizer__ggml__tokens=[*marks, "plain"],
+        tokenizer__ggml__token_type=[1] * (len(marks) + 1),
+    )
+    assert set(read_model_file(path).control_tokens) == marks
 
 
 def test_ends_of_turn_are_control_tokens_where_no_type_is_given(tmp_path: Path) -> None:

@@ -507,7 +507,7 @@ def test_a_worker_that_is_killed_is_replaced_for_the_queue(tmp_path: Path) -> No
         tier = manager.tiers["light"]
         running = asyncio.create_task(outcome(ask(tier, "long")))
         waiting = asyncio.create_task(ask(tier, "patient"))
-        await until(lambda: any(g.has_answered for g, _ in tier._running.values()))
+        await until(lambda: any(g.has_answered for g in tier._running.values()))
         psutil.Process(launches.pids[0]).kill()
         assert isinstance(await running, WorkerCrashed)
         assert await waiting == "You said: patient"

@@ -148,6 +148,17 @@ def test_raw_completions(client: openai.OpenAI) -> None:
     assert [choice.text for choice in reply.choices] == ["You said: a", "You said: b"]
     chunks = client.completions.create(model="light", prompt="c", stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == "You said: c"
+    reply = client.completions.create(model="light", prompt="a", suffix="b", echo=True)
+    assert reply.choices[0].text == "aYou said: ab"
+
+
+def test_a_place_in_the_queue_and_fields_that_openai_keeps(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="light", messages=HELLO, service_tier="flex", store=True, metadata={"run": "7"},
+        extra_body={"priority": 3, "mirostat": 2},
+    )  # fmt: skip
+    assert reply.service_tier == "flex"
+    assert reply.choices[0].message.content == "You said: Hello"
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -160,8 +171,8 @@ def test_errors_are_the_sdks_own(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-9", messages=HELLO)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model="light", messages=HELLO, store=True)
-    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "store")
+        client.chat.completions.create(model="light", messages=HELLO, modalities=["audio"])
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "modalities")
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="light", prompt="x" * 99, stream=True)
     assert long.value.code == "context_length_exceeded"

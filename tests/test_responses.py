@@ -117,15 +117,14 @@ def test_the_settings_of_a_response_are_told_with_the_tiers_own(service: Service
         "parallel_tool_calls": True, "previous_response_id": None, "service_tier": "default",
         "store": False, "temperature": 0.5, "tool_choice": "auto", "tools": [], "top_p": 0.95,
         "text": {"format": {"type": "text"}, "verbosity": "medium"}, "truncation": "disabled",
-        "reasoning": {"effort": None, "summary": None}, "background": False, "user": None,
+        "reasoning": {"effort": None, "summary": None}, "background": False,
     }  # fmt: skip
     assert {name: body[name] for name in told} == told
     asked = {
         "instructions": "Be brief.", "max_output_tokens": 99, "metadata": {"a": "b"},
         "parallel_tool_calls": False, "service_tier": "flex", "temperature": 0, "top_p": 0.5,
         "tool_choice": {"type": "function", "name": "get_weather"}, "tools": [WEATHER],
-        "text": {"format": {"type": "text"}, "verbosity": "medium"}, "user": "me",
-        "safety_identifier": "x", "prompt_cache_key": "y", "max_tool_calls": 3,
+        "text": {"format": {"type": "text"}, "verbosity": "medium"}, "max_tool_calls": 3,
     }  # fmt: skip
     body = body_of(service.respond(**asked))
     assert {name: body[name] for name in asked} == asked
@@ -447,6 +446,7 @@ def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
 def test_what_is_ignored_is_named_in_a_header(service: Service, stream: bool) -> None:
     response = service.respond(
         store=True,
+        prompt_cache_key="x",
         include=["reasoning.encrypted_content"],
         reasoning={"effort": "low", "summary": "auto"},
         tools=[WEATHER | {"defer_loading": False}],
@@ -454,16 +454,22 @@ def test_what_is_ignored_is_named_in_a_header(service: Service, stream: bool) ->
         stream=stream,
     )
     assert response.headers["x-ignored-params"] == (
-        "frob,reasoning.summary,tools[0].defer_loading,store,include[0]"
+        "frob,reasoning.summary,tools[0].defer_loading,include[0],prompt_cache_key,store"
     )
 
 
 def test_what_a_client_wrote_comes_back_as_json_whatever_it_is(service: Service) -> None:
     odd = WEATHER | {"parameters": {"default": float("nan")}}
     content = json.dumps(
-        {"model": "light", "input": "Hi", "user": "\ud800", "tools": [odd], "tool_choice": "none"}
+        {
+            "model": "light",
+            "input": "Hi",
+            "metadata": {"a": "\ud800"},
+            "tools": [odd],
+            "tool_choice": "none",
+        }
     )
     headers = {"Content-Type": "application/json"}
     body = body_of(service.http.post("/v1/responses", content=content, headers=headers))
-    assert body["user"] == "?"
+    assert body["metadata"] == {"a": "?"}
     assert body["tools"][0]["parameters"] == {"default": None}

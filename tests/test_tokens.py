@@ -164,7 +164,7 @@ def test_tokens_come_while_a_long_answer_runs_and_another_waits(tmp_path: Any) -
         ThreadPoolExecutor(2) as pool,
     ):
         tier = service.manager.tiers["light"]
-        answers = [pool.submit(service.chat, "long", max_tokens=1500) for _ in range(2)]
+        answers = [pool.submit(service.chat, "long", max_tokens=400) for _ in range(2)]
         wait_until(lambda: tier._running and tier._waiting)
         assert post(service, "/tokenize", content="Hi") == {"tokens": [72, 105]}
         assert not any(answer.done() for answer in answers)

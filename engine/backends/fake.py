@@ -37,7 +37,10 @@ from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
-CONTROL_TOKENS = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+CONTROL_TOKENS = (
+    "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>",
+    "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>",
+)  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -244,7 +247,7 @@ class FakeDecoder:
 
 
 def _allowed(constraint: Constraint, wanted: int) -> int:
-    """The wanted token if the constraint allows it, or else the one that ends it soonest."""
+    """The wanted token if the constraint allows it, or else one that is soon at the end."""
     logits = np.zeros(FakeTokenizer.n_vocab, np.float32)
     logits[[*b'"]}0']] = 1
     logits[_END], logits[wanted] = 2, 3

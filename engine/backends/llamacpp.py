@@ -3,8 +3,7 @@
 import ctypes
 import logging
 import sys
-from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +20,8 @@ from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
+
+MIROSTAT_M = 100  # likeliest tokens that version 1 estimates from, as in the paper and llama.cpp
 
 
 class Error(Exception):
@@ -145,6 +146,8 @@ class LlamaDecoder:
         self.n_batch: int = lib.llama_n_batch(self._context)
         self._llama_tokenizer = LlamaTokenizer(self._model)
         self.tokenizer: Tokenizer = self._llama_tokenizer
+        vocab = lib.llama_model_get_vocab(self._model)
+        self._dry = lru_cache(maxsize=8)(partial(_Dry, vocab))
         self._batch = _BatchArrays(self.n_batch)
 
     def close(self) -> None:
@@ -197,7 +200,60 @@ class LlamaDecoder:
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler":
         ends = self._llama_tokenizer.ends if sampling.ignore_eos or sampling.min_tokens else []
-        return LlamaSampler(sampling, prompt, ends)
+        return LlamaSampler(sampling, prompt, ends, self._new_chain(sampling, prompt))
+
+    def _new_chain(self, sampling: SamplingParams, prompt: list[int]) -> Any:
+        """llama.cpp's samplers in the order of its server; None where the likeliest token is all
+        that is wanted."""
+        has_dry = sampling.dry_multiplier > 0 and sampling.dry_penalty_last_n != 0
+        if sampling.is_greedy and not has_dry and sampling.xtc_probability == 0:
+            return None
+        chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        add = partial(lib.llama_sampler_chain_add, chain)
+        # llama.cpp draws its own seed for 0xFFFFFFFF
+        seed = sampling.seed if sampling.seed != 0xFFFFFFFF else 0x9E3779B9
+        if has_dry:
+            add(self._new_dry(sampling, prompt))
+        if sampling.mirostat and not sampling.is_greedy:
+            tau, eta = sampling.mirostat_tau, sampling.mirostat_eta
+            add(lib.llama_sampler_init_temp(sampling.temperature))
+            if sampling.mirostat == 1:
+                n_vocab = self.tokenizer.n_vocab
+                add(lib.llama_sampler_init_mirostat(n_vocab, seed, tau, eta, MIROSTAT_M))
+            else:
+                add(lib.llama_sampler_init_mirostat_v2(seed, tau, eta))
+            return chain
+        if sampling.top_k > 0:
+            add(lib.llama_sampler_init_top_k(sampling.top_k))
+        if sampling.typical_p < 1:
+            add(lib.llama_sampler_init_typical(sampling.typical_p, 1))
+        if sampling.top_p < 1:
+            add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
+        if sampling.min_p > 0:
+            add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
+        if sampling.xtc_probability > 0:
+            probability, threshold = sampling.xtc_probability, sampling.xtc_threshold
+            add(lib.llama_sampler_init_xtc(probability, threshold, 1, seed))
+        if sampling.is_greedy:
+            add(lib.llama_sampler_init_greedy())
+        else:
+            add(lib.llama_sampler_init_temp(sampling.temperature))
+            add(lib.llama_sampler_init_dist(seed))
+        return chain
+
+    def _new_dry(self, sampling: SamplingParams, prompt: list[int]) -> Any:
+        asked = sampling.dry_penalty_last_n
+        last_n = self.n_cells if asked < 0 else min(asked, self.n_cells)
+        sampler = self._dry(
+            sampling.dry_multiplier,
+            sampling.dry_base,
+            sampling.dry_allowed_length,
+            last_n,
+            sampling.dry_sequence_breakers,
+        ).copy()
+        for token in prompt[-last_n:]:
+            lib.llama_sampler_accept(sampler, token)
+        return sampler
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
         index = self._batch.logits_at[row]
@@ -208,15 +264,18 @@ class LlamaDecoder:
 
 
 class LlamaSampler:
-    """How one sequence chooses: penalties, then argmax or a chain of llama.cpp's samplers."""
+    """How one sequence chooses: penalties, then argmax or a chain of llama.cpp's samplers, which
+    it owns."""
 
-    def __init__(self, sampling: SamplingParams, prompt: list[int], ends: list[int]) -> None:
+    def __init__(
+        self, sampling: SamplingParams, prompt: list[int], ends: list[int], chain: Any
+    ) -> None:
+        self._chain = chain
         self._ends = ends
         self._n_without_end = sys.maxsize if sampling.ignore_eos else sampling.min_tokens
         self._n_logprobs = sampling.n_logprobs
         self._bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
         self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
-        self._chain = None if sampling.is_greedy else _new_chain(sampling)
 
     def sample(
         self,
@@ -242,6 +301,8 @@ class LlamaSampler:
             token = int(logits.argmax())
         else:
             token = lib.llama_sampler_sample(self._chain, context, index)
+            if logits[token] == -np.inf:  # XTC and DRY may leave only what is forbidden
+                token = int(logits.argmax())
         if self._penalties:
             self._penalties.accept(token)
         if constraint:
@@ -253,6 +314,31 @@ class LlamaSampler:
     def __del__(self) -> None:
         if self._chain is not None:
             lib.llama_sampler_free(self._chain)
+
+
+class _Dry:
+    """A DRY sampler to be copied. Making one searches the vocabulary for what holds a breaker, and
+    takes 10 ms for 50,000 tokens."""
+
+    def __init__(
+        self,
+        vocab: Any,
+        multiplier: float,
+        base: float,
+        allowed_length: int,
+        last_n: int,
+        breakers: tuple[str, ...],
+    ) -> None:
+        texts = (ctypes.c_char_p * len(breakers))(*(text.encode() for text in breakers))
+        self._sampler = lib.llama_sampler_init_dry(
+            vocab, multiplier, base, allowed_length, last_n, texts, len(breakers)
+        )
+
+    def copy(self) -> Any:
+        return lib.llama_sampler_clone(self._sampler)
+
+    def __del__(self) -> None:
+        lib.llama_sampler_free(self._sampler)
 
 
 class _BatchArrays:
@@ -300,23 +386,6 @@ def _pointer(array: "npt.NDArray[Any]", field: str) -> Any:
 
 def _bytes(array: npt.NDArray[np.uint8]) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-def _new_chain(sampling: SamplingParams) -> Any:
-    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-    add: Callable[[Any], None] = lambda sampler: lib.llama_sampler_chain_add(chain, sampler)  # noqa: E731
-    if sampling.top_k > 0:
-        add(lib.llama_sampler_init_top_k(sampling.top_k))
-    if sampling.typical_p < 1:
-        add(lib.llama_sampler_init_typical(sampling.typical_p, 1))
-    if sampling.top_p < 1:
-        add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
-    if sampling.min_p > 0:
-        add(lib.llama_sampler_init_min_p(sampling.min_p, 1))
-    add(lib.llama_sampler_init_temp(sampling.temperature))
-    # llama.cpp draws its own seed for 0xFFFFFFFF
-    add(lib.llama_sampler_init_dist(sampling.seed if sampling.seed != 0xFFFFFFFF else 0x9E3779B9))
-    return chain
 
 
 def _load_model(spec: WorkerSpec, progress: ReportProgress, log: "LlamaLog") -> Any:

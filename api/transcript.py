@@ -5,7 +5,7 @@ from typing import Any
 
 
 @dataclass(slots=True)
-class Conversation:
+class Transcript:
     """Neighbours of one role are one message, since many templates want turns to alternate.
 
     An assistant's message has thoughts, text and calls, in this order: what comes out of order

@@ -1,0 +1,300 @@
+"""Tools over HTTP: what a client sees of calls, whole and streamed, and what is refused."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from chat.events import CallArguments, CallBegin, Message
+from tests.serving import Service, events, fake, script, serving, settings
+
+PARIS = '{"city": "Paris"}'
+CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
+ROME = CALL.replace("Paris", "Rome")
+
+
+def tool(name: str = "get_weather", **fields: Any) -> dict[str, Any]:
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    return {"type": "function", "function": {"name": name, "parameters": parameters} | fields}
+
+
+TOOLS = [tool(), tool("get_time")]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    path = script(
+        tmp_path_factory.mktemp("tools"),
+        {"match": "tool_response", "answer": "It rains."},
+        {"match": "weather in both", "answer": f"{CALL}\n{ROME}"},
+        {"match": "weather", "answer": f"Let me look.\n{CALL}"},
+        {"match": "unknown", "answer": CALL.replace("get_weather", "no_such")},
+        {"match": "json", "answer": '{"city": "<tool_call>"}'},
+    )
+    with serving(settings(light=fake(path, max_tokens=300))) as service:
+        yield service
+
+
+def message_of(response: httpx.Response) -> Any:
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]
+
+
+def called(message: Any) -> list[tuple[str, str]]:
+    functions = [call["function"] for call in message.get("tool_calls", ())]
+    return [(function["name"], function["arguments"]) for function in functions]
+
+
+def error_of(response: httpx.Response) -> Any:
+    assert response.status_code == 400, response.text
+    return response.json()["error"]
+
+
+def test_a_call_comes_out_of_the_text(service: Service) -> None:
+    response = service.chat("weather", tools=TOOLS)
+    message = message_of(response)
+    assert message["content"] == "Let me look."
+    assert called(message) == [("get_weather", PARIS)]
+    (call,) = message["tool_calls"]
+    assert call["type"] == "function"
+    assert call["id"].startswith("call_")
+    assert response.json()["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_several_calls_have_ids_of_their_own_and_no_content(service: Service) -> None:
+    message = message_of(service.chat("weather in both", tools=TOOLS))
+    assert message["content"] is None
+    assert called(message) == [
+        ("get_weather", PARIS),
+        ("get_weather", PARIS.replace("Paris", "Rome")),
+    ]
+    assert len({call["id"] for call in message["tool_calls"]}) == 2
+
+
+def test_a_streamed_call_has_openais_deltas(service: Service) -> None:
+    chunks = events(service.chat("weather in both", tools=TOOLS, stream=True))
+    choices = [chunk["choices"][0] for chunk in chunks]
+    calls = [c["delta"]["tool_calls"] for c in choices if "tool_calls" in c["delta"]]
+    assert all(len(deltas) == 1 for deltas in calls)
+    first: dict[int, Any] = {}
+    joined = Message()
+    for (delta,) in calls:
+        if delta["index"] not in first:
+            first[delta["index"]] = delta
+            assert delta["function"]["arguments"] == ""
+            joined.add(CallBegin(delta["function"]["name"]))
+        else:
+            assert delta.keys() == {"index", "function"}
+            assert delta["function"].keys() == {"arguments"}
+            joined.add(CallArguments(delta["function"]["arguments"]))
+    assert list(first) == [0, 1]
+    assert first[0]["id"] != first[1]["id"]
+    assert [json.loads(call.arguments)["city"] for call in joined.calls] == ["Paris", "Rome"]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert choices[-1]["finish_reason"] == "tool_calls"
+    assert not any(choice["delta"].get("content") for choice in choices)
+    assert len(calls) > 8, "arguments come as they are generated"
+
+
+def test_text_without_calls_is_text(service: Service) -> None:
+    response = service.chat("Hi", tools=TOOLS)
+    assert message_of(response) == {
+        "role": "assistant", "content": "You said: Hi", "refusal": None,
+    }  # fmt: skip
+    assert response.json()["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("required", {"get_weather", "get_time"}),
+        ({"type": "function", "function": {"name": "get_time"}}, {"get_time"}),
+        ({"type": "allowed_tools", "allowed_tools": {
+            "mode": "required", "tools": [{"type": "function", "function": {"name": "get_time"}}],
+        }}, {"get_time"}),
+    ],
+    ids=["required", "named", "allowed"],
+)  # fmt: skip
+def test_a_call_that_is_asked_for_comes(service: Service, choice: Any, names: set[str]) -> None:
+    response = service.chat("Hi", tools=TOOLS, tool_choice=choice)
+    ((name, arguments),) = called(message_of(response))
+    assert name in names
+    assert json.loads(arguments).keys() == {"city"}
+    assert response.json()["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_only_allowed_tools_are_called(service: Service) -> None:
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "get_time"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    message = message_of(service.chat("weather", tools=TOOLS, tool_choice=choice))
+    assert "get_weather" not in dict(called(message))
+
+
+def test_a_name_that_does_not_exist_cannot_be_written(service: Service) -> None:
+    calls = called(message_of(service.chat("unknown", tools=TOOLS)))
+    assert {name for name, _ in calls} <= {"get_weather", "get_time"}
+
+
+def test_one_call_where_they_must_not_be_parallel(service: Service) -> None:
+    response = service.chat("weather in both", tools=TOOLS, parallel_tool_calls=False)
+    assert called(message_of(response)) == [("get_weather", PARIS)]
+
+
+def test_with_choice_none_the_model_is_told_of_no_tools(service: Service) -> None:
+    bare = service.chat("weather").json()
+    none = service.chat("weather", tools=TOOLS, tool_choice="none").json()
+    assert none["usage"]["prompt_tokens"] == bare["usage"]["prompt_tokens"]
+    assert none["choices"][0]["message"] == bare["choices"][0]["message"]
+    assert "<tool_call>" in none["choices"][0]["message"]["content"]
+
+
+def test_a_call_that_is_cut_ends_with_length(service: Service) -> None:
+    n_tokens = len("Let me look.\n" + CALL) - 25
+    response = service.chat("weather", tools=TOOLS, max_tokens=n_tokens)
+    ((_, arguments),) = called(message_of(response))
+    assert PARIS.startswith(arguments)
+    assert len(arguments) < len(PARIS)
+    assert response.json()["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_stop_string_inside_of_a_call_is_no_whole_call(service: Service) -> None:
+    response = service.chat("weather", tools=TOOLS, stop="Paris")
+    assert response.json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_results_go_back_to_the_model(service: Service) -> None:
+    first = message_of(service.chat("weather", tools=TOOLS))
+    messages = [
+        {"role": "user", "content": "weather"},
+        first,
+        {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"], "content": "rain"},
+    ]
+    body = {"model": "light", "messages": messages, "tools": TOOLS}
+    assert (
+        message_of(service.http.post("/v1/chat/completions", json=body))["content"] == "It rains."
+    )
+
+
+def test_tools_and_a_form_of_the_answer_go_together(service: Service) -> None:
+    form = {"type": "json_object"}
+    answer = service.chat("json", tools=TOOLS, response_format=form).json()["choices"][0]
+    assert answer["message"]["content"] == '{"city": "<tool_call>"}'
+    assert answer["schema_valid"] is True
+    call = service.chat("weather in both", tools=TOOLS, response_format=form).json()["choices"][0]
+    assert len(called(call["message"])) == 2
+    assert "schema_valid" not in call
+
+
+def test_log_probabilities_are_those_of_the_text_alone(service: Service) -> None:
+    choice = service.chat("weather", tools=TOOLS, logprobs=True).json()["choices"][0]
+    assert "".join(t["token"] for t in choice["logprobs"]["content"]).strip() == "Let me look."
+
+
+def test_several_choices_each_have_their_calls(service: Service) -> None:
+    choices = service.chat("weather", tools=TOOLS, n=3).json()["choices"]
+    assert [called(choice["message"]) for choice in choices] == [[("get_weather", PARIS)]] * 3
+    assert len({choice["message"]["tool_calls"][0]["id"] for choice in choices}) == 3
+
+
+def bad_schema(schema: Any, **fields: Any) -> dict[str, Any]:
+    return {"tools": [tool(parameters=schema, **fields)]}
+
+
+UNIQUE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "why"),
+    [
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type", "function"),
+        ({"tools": [tool("a b")]}, "tools[0].function.name", "pattern"),
+        ({"tools": [tool("")]}, "tools[0].function.name", "pattern"),
+        ({"tools": [tool(), tool()]}, "tools[1].function.name", "two functions"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "required"),
+        ({"tools": [tool()] * 129}, "tools", "128"),
+        ({"tool_choice": "required"}, "tool_choice", "no `tools`"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice", "no `tools`"),
+        ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", "required"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}},
+         "tool_choice", "no function 'g'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom"}}, "tool_choice.type", "function"),
+        (bad_schema(UNIQUE, strict=True), "tools[0].function.parameters",
+         "$.properties.a: 'uniqueItems'"),
+        (bad_schema({"type": "frob"}), "tools[0].function.parameters", "frob"),
+        (bad_schema([]), "tools[0].function.parameters", "dict"),
+        ({"tools": TOOLS, "ignore_eos": True}, "ignore_eos", "where it ends"),
+        ({"tools": TOOLS, "min_tokens": 3}, "min_tokens", "where it ends"),
+        ({"tools": TOOLS, "grammar": "root ::= ("}, "grammar", "GBNF"),
+        ({"functions": [{"name": "f"}]}, "functions", "not supported"),
+    ],
+    ids=lambda value: json.dumps(value)[:50],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_done_is_refused_by_name(
+    service: Service, fields: dict[str, Any], param: str, why: str, stream: bool
+) -> None:
+    error = error_of(service.chat(stream=stream, **fields))
+    assert error["param"] == param
+    assert why in error["message"]
+
+
+def test_a_function_that_is_not_strict_is_held_to_what_can_be_enforced(service: Service) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True,
+              "items": {"type": "integer"}}}, "required": ["a"], "minProperties": 1}  # fmt: skip
+    response = service.chat(tools=[tool(parameters=schema)], tool_choice="required")
+    ((_, arguments),) = called(message_of(response))
+    assert isinstance(json.loads(arguments)["a"], list)
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "object", "properties": {}}])
+def test_a_function_may_have_no_parameters(service: Service, parameters: Any) -> None:
+    response = service.chat(tools=[tool(parameters=parameters)], tool_choice="required")
+    ((_, arguments),) = called(message_of(response))
+    assert json.loads(arguments) == {}
+
+
+def test_undeclared_arguments_are_written_only_where_they_may_be(service: Service) -> None:
+    for schema, names in (
+        ({"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}, {"a"}),
+        ({"type": "object", "additionalProperties": {"type": "null"}}, {""}),
+    ):
+        response = service.chat(tools=[tool(parameters=schema)], tool_choice="required")
+        ((_, arguments),) = called(message_of(response))
+        assert json.loads(arguments).keys() == names
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [[{}], [{"function": {}}], [{"function": {"name": 5}}], "x",
+     [{"id": 5, "function": {"name": "f"}}],
+     [{"type": "custom", "function": {"name": "f", "arguments": ""}}]],
+    ids=json.dumps,
+)  # fmt: skip
+def test_half_a_call_in_the_history_is_a_400(service: Service, calls: Any) -> None:
+    messages = [{"role": "assistant", "tool_calls": calls}, {"role": "user", "content": "Hi"}]
+    body = {"model": "light", "messages": messages}
+    error = error_of(service.http.post("/v1/chat/completions", json=body))
+    assert error["param"].startswith("messages[0].tool_calls")
+
+
+@pytest.mark.parametrize("arguments", ["", "no json", "[1]", "{"])
+def test_odd_arguments_in_the_history_are_the_models_to_read(
+    service: Service, arguments: str
+) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "done"},
+    ]
+    body = {"model": "light", "messages": messages}
+    assert (
+        message_of(service.http.post("/v1/chat/completions", json=body))["content"] == "It rains."
+    )
