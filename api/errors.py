@@ -60,13 +60,13 @@ def envelope(error: ServiceError, scope: Scope) -> dict[str, Any]:
             fault[name] = fault[name].encode(errors="backslashreplace").decode()
     if not ANTHROPIC_PATHS.match(scope["path"]):
         return body
-    place = (
-        f"{fault['param']}: " if fault["param"] and fault["param"] not in fault["message"] else ""
-    )
+    message, place = fault["message"], fault["param"]
+    if place and place not in message:  # for it there is no field
+        message = f"{place}: {message}"
     kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
     return {
         "type": "error",
-        "error": {"type": kind, "message": place + fault["message"]},
+        "error": {"type": kind, "message": message},
         "request_id": scope["request_id"],
     }
 
