@@ -221,6 +221,15 @@ class Header:
         dtype: np.dtype[Any] = np.dtype(f"<{code}")
         return np.array(np.frombuffer(self.data, dtype, count, array.start))
 
+    def floats(self, key: str) -> NDArray[np.float32] | None:
+        """An array of float32, None where there is none."""
+        array = self.array(key)
+        if array is None:
+            return None
+        if _SCALARS.get(array.type) != "f":
+            self.wrong_type(key)
+        return np.array(np.frombuffer(self.data, "<f4", array.count, array.start))
+
     def texts(self, array: _Array, indices: Iterable[int]) -> list[str]:
         """Elements of an array of strings."""
         spans = ((array.texts[i] + 8, array.texts[i + 1]) for i in indices)
