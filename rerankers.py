@@ -18,10 +18,25 @@ from engine.types import Method, Output, Scale
 from errors import ModelLoadFailed
 
 QUERY_SHARE = 3, 4  # of all tokens, which a query does not pass: FlagEmbedding's
-# A head that is missing or was never trained does not know which of two documents answers these.
+# Query, answer, nonsense. A trained head tells them apart in some language; one that got lost on
+# the way in none, or it scores all alike.
 PROOF = (
-    ("what is the capital of France?", "Paris is the capital of France.", "the lazy dog jumps"),
-    ("hello world", "hello world", "rain and sun, weather"),
+    (
+        "what is the capital of France?",
+        "Paris is the capital of France.",
+        "Photosynthesis turns light into sugar.",
+    ),
+    (
+        "how tall is Mount Everest?",
+        "Mount Everest is 8,849 metres high.",
+        "My cat sleeps all day.",
+    ),
+    (
+        "How do I sort a list in Python?",
+        "Call sorted(), or the list's own sort().",
+        "The recipe needs two eggs.",
+    ),
+    ("中国的首都是哪里？", "北京是中国的首都。", "今天的晚饭很好吃。"),
 )
 
 
