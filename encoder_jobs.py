@@ -40,14 +40,13 @@ class Text:
 class Job(ABC):
     """One request. Its texts are numbered in the order in which they should be computed."""
 
-    windows: list[int]  # how many texts come before any others of the next window
+    windows: list[int]  # how many texts come before any of the next window
     outputs: frozenset[Output] = frozenset()
 
     def __init__(self, request: wire.Embed | wire.Score, n_texts: int, tier: str) -> None:
         self.id = request.job
         self.texts: list[Text] = []
         self.n_texts = n_texts
-        self.windows = [n_texts]
         self._tier = tier
 
     @abstractmethod
@@ -79,6 +78,7 @@ class Job(ABC):
 class EmbedJob(Job):
     def __init__(self, request: wire.Embed, embedder: Embedder, tier: str) -> None:
         super().__init__(request, len(request.inputs), tier)
+        self.windows = [self.n_texts]
         self._request = request
         self._embedder = embedder
         for output in request.outputs:
@@ -145,6 +145,7 @@ class PairJob(ScoreJob):
 
     def __init__(self, request: wire.Score, reranker: BGEReranker, tier: str) -> None:
         super().__init__(request, reranker, len(request.pairs), tier)
+        self.windows = [self.n_texts]
         self._cross_encoder = reranker
 
     def tokenize(self, index: int) -> Text:
@@ -175,12 +176,13 @@ class SimilarityJob(ScoreJob):
     so that those of documents need not be."""
 
     def __init__(self, request: wire.Score, reranker: EmbeddingReranker, tier: str) -> None:
-        n_queries = len(request.queries)
-        super().__init__(request, reranker, n_queries + len(request.documents), tier)
-        self.windows = [n_queries, len(request.documents)]
+        self._query_at = sorted({query for query, _ in request.pairs})
+        self._document_at = sorted({document for _, document in request.pairs})
+        self.windows = [len(self._query_at), len(self._document_at)]
+        super().__init__(request, reranker, sum(self.windows), tier)
         self.outputs = reranker.outputs(self._method)
         self._embedder = reranker.embedder
-        self._queries: dict[int, Embedded | ServiceError] = {}
+        self._queries: dict[int, tuple[int, Embedded | ServiceError]] = {}  # tokens, vectors
         self._pairs: dict[int, list[tuple[int, int]]] = {}  # by document: query, index
         for index, (query, document) in enumerate(request.pairs):
             self._pairs.setdefault(document, []).append((query, index))
@@ -188,10 +190,11 @@ class SimilarityJob(ScoreJob):
     def tokenize(self, index: int) -> Text:
         request, embedder = self._request, self._embedder
         n_ctx = embedder.encoder.n_ctx
-        at = index - len(request.queries)
-        if at < 0:
-            framed = embedder.frame(request.queries[index], "query")
-            return self._fit(framed, n_ctx, request.truncate, "query", index)
+        if index < len(self._query_at):
+            at = self._query_at[index]
+            framed = embedder.frame(request.queries[at], "query")
+            return self._fit(framed, n_ctx, request.truncate, "query", at)
+        at = self._document_at[index - len(self._query_at)]
         framed = embedder.frame(request.documents[at], "passage")
         n_cut = 0
         if request.max_tokens is not None and len(framed.body) > request.max_tokens:
@@ -203,24 +206,21 @@ class SimilarityJob(ScoreJob):
 
     def take(self, index: int, result: Result | ServiceError) -> list[Item]:
         assert not isinstance(result, float)
-        request = self._request
-        at = index - len(request.queries)
-        if at < 0:
-            self._queries[index] = result
+        text = self.texts[index]
+        if index < len(self._query_at):
+            self._queries[self._query_at[index]] = len(text.ids), result
             return []
         items: list[Item] = []
-        for query, pair in self._pairs.get(at, ()):
-            ours = self._queries[query]
-            n_tokens = len(self.texts[query].ids) + len(self.texts[index].ids)
-            n_cut = self.texts[index].n_cut
+        for query, pair in self._pairs[self._document_at[index - len(self._query_at)]]:
+            n_query, ours = self._queries[query]
+            n_tokens = n_query + len(text.ids)
             fault = next((r for r in (ours, result) if isinstance(r, ServiceError)), None)
-            if fault is not None:
-                items.append(wire.Scored(pair, n_tokens, n_cut, fault=_fault(fault)))
-                continue
-            assert isinstance(ours, Embedded)
-            assert isinstance(result, Embedded)
-            score = EmbeddingReranker.score(ours, result, self._method, request.weights)
-            items.append(wire.Scored(pair, n_tokens, n_cut, score))
+            score = 0.0
+            if isinstance(ours, Embedded) and isinstance(result, Embedded):
+                score = EmbeddingReranker.score(ours, result, self._method, self._request.weights)
+            items.append(
+                wire.Scored(pair, n_tokens, text.n_cut, score, _fault(fault) if fault else None)
+            )
         return items
 
 

@@ -185,9 +185,7 @@ class Worker:
         if isinstance(message, wire.Step):
             for out in message.outs:
                 self._deliver(out.job, out)
-        elif not isinstance(
-            message, wire.Progress | wire.Ready | wire.LoadFailed | wire.Pong
-        ):
+        elif not isinstance(message, wire.Progress | wire.Ready | wire.LoadFailed | wire.Pong):
             self._deliver(message.job, message)
 
     def _deliver(self, job: int, message: wire.OfJob) -> None:

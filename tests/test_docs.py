@@ -249,10 +249,15 @@ def test_the_tree_in_the_architecture_is_the_tree() -> None:
 # package stands for all that is in it.
 MAY_IMPORT = {
     "server": {"api", "chat", "engine", "model_manager", "settings", "errors"},
-    "worker": {"engine", "errors"},
+    "worker": {"embedders", "encoder_jobs", "engine", "errors", "rerankers"},
+    "encoder_jobs": {"embedders", "engine", "errors", "rerankers"},
+    "rerankers": {"embedders", "engine", "errors"},
+    "embedders": {"engine"},
     "model_manager": {
+        "encoding",
         "engine.client",
         "engine.wire",
+        "engine.types",
         "engine.model_file",
         "engine.backends.fake",
         "waiting",
@@ -260,6 +265,7 @@ MAY_IMPORT = {
         "settings",
         "errors",
     },
+    "encoding": {"engine.client", "engine.wire", "engine.types", "errors"},
     "waiting": set(),
     "worker_spec": {"engine.wire", "engine.model_file", "settings"},
     "settings": set(),
@@ -286,6 +292,7 @@ MAY_IMPORT = {
         "engine.types",
     },
     "engine.cells": {"engine.backends.base", "engine.prefix"},
+    "engine.batcher": set(),
     "engine.prefix": set(),
     "engine.pace": set(),
     "engine.heads": {"engine.model_file", "engine.tensors", "engine.torch_file", "errors"},
@@ -300,7 +307,7 @@ ONLY_IN = {
     "fastapi": {"api", "server"},
     "starlette": {"api", "server"},
     "uvicorn": {"server"},
-    "llama_cpp": {"engine.backends.llamacpp"},
+    "llama_cpp": {"engine.backends.llamacpp", "engine.backends.llama_encoder"},
 }
 
 

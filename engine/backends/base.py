@@ -170,9 +170,9 @@ class Encoder(Protocol):
 def load_encoder(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
     """The loaded encoder of `spec.backend`; raises ModelLoadFailed with a sentence for the user."""
     if spec.backend == "llamacpp":
-        from engine.backends import llamacpp_encoder
+        from engine.backends import llama_encoder
 
-        return llamacpp_encoder.load(spec, progress)
+        return llama_encoder.load(spec, progress)
     if spec.backend == "fake":
         from engine.backends import fake_encoder
 

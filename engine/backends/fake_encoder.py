@@ -36,7 +36,7 @@ from engine.types import Pooling, Scale
 from engine.wire import WorkerSpec
 
 N_EMBD, N_CTX_TRAIN = 32, 8192
-N_VOCAB = 30_000
+N_VOCAB = 1 << 24  # so many that no two words of a test share an id
 BEGIN, PAD, END, UNKNOWN = range(4)
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 
@@ -160,7 +160,7 @@ def load(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
     )
 
 
-@lru_cache(maxsize=N_VOCAB)
+@lru_cache(maxsize=1 << 16)
 def _row(token: int) -> Floats:
     row = np.random.default_rng(token).standard_normal(N_EMBD).astype(np.float32)
     row /= np.linalg.norm(row)
