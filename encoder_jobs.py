@@ -182,7 +182,7 @@ class SimilarityJob(ScoreJob):
         super().__init__(request, reranker, sum(self.windows), tier)
         self.outputs = reranker.outputs(self._method)
         self._embedder = reranker.embedder
-        self._queries: dict[int, tuple[int, Embedded | ServiceError]] = {}  # tokens, vectors
+        self._queries: dict[int, tuple[Text, Embedded | ServiceError]] = {}
         self._pairs: dict[int, list[tuple[int, int]]] = {}  # by document: query, index
         for index, (query, document) in enumerate(request.pairs):
             self._pairs.setdefault(document, []).append((query, index))
@@ -208,18 +208,19 @@ class SimilarityJob(ScoreJob):
         assert not isinstance(result, float)
         text = self.texts[index]
         if index < len(self._query_at):
-            self._queries[self._query_at[index]] = len(text.ids), result
+            self._queries[self._query_at[index]] = text, result
             return []
         items: list[Item] = []
         for query, pair in self._pairs[self._document_at[index - len(self._query_at)]]:
-            n_query, ours = self._queries[query]
-            n_tokens = n_query + len(text.ids)
+            of_query, ours = self._queries[query]
+            n_tokens = len(of_query.ids) + len(text.ids)
+            n_cut = of_query.n_cut + text.n_cut
             fault = next((r for r in (ours, result) if isinstance(r, ServiceError)), None)
             score = 0.0
             if isinstance(ours, Embedded) and isinstance(result, Embedded):
                 score = EmbeddingReranker.score(ours, result, self._method, self._request.weights)
             items.append(
-                wire.Scored(pair, n_tokens, text.n_cut, score, _fault(fault) if fault else None)
+                wire.Scored(pair, n_tokens, n_cut, score, _fault(fault) if fault else None)
             )
         return items
 

@@ -115,14 +115,14 @@ class BGEReranker(Reranker):
 
     def prove(self) -> None:
         """Raises ModelLoadFailed where the model scores nonsense as high as an answer."""
-        scores = []
+        verdicts = []
         for query, good, bad in PROOF:
-            pairs = [self.frame(query, document)[0] for document in (good, bad)]
-            fitting = [pair.fit(self.encoder.n_ctx, "end") for pair in pairs]
-            scores.append([self.score([fit[0]])[0] for fit in fitting if fit])
-        if not any(
-            len(pair) == 2 and math.isfinite(sum(pair)) and pair[0] > pair[1] for pair in scores
-        ):
+            framed = [self.frame(query, document) for document in (good, bad)]
+            whole = [pair.fit(self.encoder.n_ctx, "none") for pair, n_cut in framed if not n_cut]
+            scores = [self.score([fit[0]])[0] for fit in whole if fit is not None]
+            if len(scores) == 2:  # cut ones would prove nothing
+                verdicts.append(math.isfinite(sum(scores)) and scores[0] > scores[1])
+        if verdicts and not any(verdicts):
             raise ModelLoadFailed(
                 "The model scores an answer no higher than nonsense: its file seems to lack the "
                 "head that was trained for that; take another conversion of the model."

@@ -82,9 +82,10 @@ class LlamaEncoder:
         ranks = encoder.kind == "reranker"
         self.n_ctx = min(spec.n_ctx, int(lib.llama_model_n_ctx_train(self._model)))
         self.n_tokens = max(self.n_ctx, encoder.batch_tokens)
-        self.n_sequences = min(MAX_SEQUENCES, self.n_tokens)
         may_split = not (facts.is_encoder or ranks) and facts.is_causal
         self._step = min(self.n_tokens, DECODER_STEP) if may_split else self.n_tokens
+        # a context that has more sequences than a batch has tokens ends the process, too
+        self.n_sequences = min(MAX_SEQUENCES, self._step)
         self._context = self._new_context(spec, encoder)
         self._memory = lib.llama_get_memory(self._context)
         tokenizer = LlamaTokenizer(self._model)
