@@ -31,7 +31,7 @@ import numpy as np
 
 from engine.backends.base import CacheFull, Constraint, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
-from engine.model_file import ModelFile
+from engine.model_file import Kind, ModelFile
 from engine.prefix import Saved
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
 from engine.wire import WorkerSpec
@@ -54,7 +54,7 @@ _CONTROL_IDS = {literal: [256 + number] for number, literal in enumerate(CONTROL
 class Rule(msgspec.Struct, forbid_unknown_fields=True):
     match: str = ""
     answer: str | list[str] | None = None
-    fault: Literal["step", "crash", "hang"] | None = None
+    fault: Literal["step", "crash", "hang", "stall", "nan", "nan_in_company"] | None = None
     after: int = 0
 
 
@@ -65,6 +65,7 @@ class Script(msgspec.Struct, forbid_unknown_fields=True):
     fault: Literal["load", "load_crash"] | None = None
     template: str | None = None  # of chats, instead of CHAT_TEMPLATE
     rules: list[Rule] = []
+    heads: bool = True  # of an embedding model: for sparse and ColBERT vectors
 
     @classmethod
     def read(cls, path: str) -> "Script":
@@ -81,7 +82,7 @@ class Script(msgspec.Struct, forbid_unknown_fields=True):
         return next((rule for rule in self.rules if rule.match in text), Rule())
 
 
-def model_file(script: Path | Literal[""]) -> ModelFile:
+def model_file(script: Path | Literal[""], kind: Kind = "chat") -> ModelFile:
     """What a header would say. Raises ModelLoadFailed where the script cannot be read."""
     template = Script.read(str(script)).template
     return ModelFile(
@@ -101,19 +102,13 @@ def model_file(script: Path | Literal[""]) -> ModelFile:
         eos_token=CONTROL_TOKENS[0],
         add_bos=False,
         control_tokens=CONTROL_TOKENS,
-        kind="chat",
+        kind=kind,
     )
 
 
 def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     script = Script.read(spec.model_path)
-    progress(0.0)
-    time.sleep(script.load_s)
-    if script.fault == "load":
-        raise ModelLoadFailed("The fake backend was told to fail.")
-    if script.fault == "load_crash":
-        os.kill(os.getpid(), signal.SIGKILL)
-    progress(1.0)
+    begin_load(script, progress)
     return BatchEngine(
         FakeDecoder(script, n_slots=spec.n_parallel, n_cells=spec.kv_tokens),
         spec,
@@ -121,6 +116,17 @@ def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
         n_cells=spec.kv_tokens,
         n_batch=spec.n_batch,
     )
+
+
+def begin_load(script: Script, progress: ReportProgress) -> None:
+    """What a load does before there is a model, in its time; or its fault."""
+    progress(0.0)
+    time.sleep(script.load_s)
+    if script.fault == "load":
+        raise ModelLoadFailed("The fake backend was told to fail.")
+    if script.fault == "load_crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    progress(1.0)
 
 
 class FakeTokenizer:

@@ -1,0 +1,149 @@
+"""The two layers that make sparse weights and ColBERT rows out of BGE-M3's last hidden rows.
+
+GGUF has no place for them among its tensors, so they come beside the model or in its metadata.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engine.model_file import open_header
+from engine.tensors import read_tensors
+from engine.torch_file import Floats
+from errors import ModelLoadFailed
+
+SPARSE, COLBERT = "sparse_linear", "colbert_linear"  # as FlagEmbedding calls them
+METADATA_PREFIX = "bge_m3."  # in a GGUF: bge_m3.sparse_linear.weight and so on, as flat arrays
+
+_SUFFIXES = (".pt", ".safetensors")
+# What converters append to a name: model-Q4_K_M, model.f16, model-fp16.
+_QUANTIZATION = re.compile(r"[-._](?:bf16|fp?16|fp?32|i?q\d\w*|tq\d\w*|mxfp4)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heads:
+    """Float32, in the shapes in which they are multiplied with hidden rows [n_tokens, n_embd]."""
+
+    sparse_weight: Floats  # [n_embd]
+    sparse_bias: float
+    colbert_weight: Floats  # [n_colbert, n_embd]
+    colbert_bias: Floats  # [n_colbert]
+
+
+def read_heads(
+    model_path: Path, n_embd: int, sparse_path: Path | None, colbert_path: Path | None
+) -> Heads | None:
+    """The heads of a model, or None where one of them is nowhere.
+
+    Each is looked for in this order, and the first place that has it counts:
+
+    1. The path that is given; that there is no such file is then an error.
+    2. The model's own metadata.
+    3. `<model's name without its quantization>.heads.safetensors` beside the model.
+    4. `sparse_linear` and `colbert_linear`, as .pt or .safetensors, beside the model.
+
+    Raises ModelLoadFailed with one sentence that names the file, for heads that do not fit.
+    """
+    sparse = _find(SPARSE, model_path, sparse_path)
+    colbert = _find(COLBERT, model_path, colbert_path)
+    if sparse is None or colbert is None:
+        return None
+    # In metadata the arrays are flat; their last dimension is the model's.
+    sparse_weight = sparse.shaped("weight", (1, n_embd))
+    n_colbert = colbert.bias.size
+    return Heads(
+        sparse_weight=sparse_weight[0],
+        sparse_bias=float(sparse.shaped("bias", (1,))[0]),
+        colbert_weight=colbert.shaped("weight", (n_colbert, n_embd)),
+        colbert_bias=colbert.shaped("bias", (n_colbert,)),
+    )
+
+
+def missing_heads(
+    model_path: Path, sparse_path: Path | None, colbert_path: Path | None
+) -> tuple[str, ...]:
+    """Names of the files that would have to be put beside the model, for a message.
+
+    Empty where nothing is missing. It reads no weights.
+    """
+    names = ((SPARSE, sparse_path), (COLBERT, colbert_path))
+    return tuple(
+        f"{name}.pt"
+        for name, given in names
+        if given is None and not _in_metadata(name, model_path) and not _beside(name, model_path)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A linear layer as some file has it."""
+
+    file: str  # its name, for messages
+    weight: Floats
+    bias: Floats
+
+    def shaped(self, part: str, shape: tuple[int, ...]) -> Floats:
+        values = self.weight if part == "weight" else self.bias
+        if values.size != np.prod(shape) or (values.ndim == len(shape) and values.shape != shape):
+            found, wanted = _shape_text(values.shape), _shape_text(shape)
+            raise ModelLoadFailed(
+                f"{self.file} has a {part} of {found}, and the model needs {wanted}; "
+                "give the heads that belong to it."
+            )
+        if not np.isfinite(values).all():
+            raise ModelLoadFailed(
+                f"{self.file} has a {part} that is not finite; download it again."
+            )
+        return np.array(values.reshape(shape))  # no view of a file that may be replaced
+
+
+def _find(name: str, model_path: Path, given: Path | None) -> _Layer | None:
+    if given is not None:
+        return _from_file(name, given)
+    if found := _from_metadata(name, model_path):
+        return found
+    path = _beside(name, model_path)
+    return _from_file(name, path) if path else None
+
+
+def _from_file(name: str, path: Path) -> _Layer:
+    """The layer of a file with one layer, or of that name in a file with several."""
+    tensors = read_tensors(path)
+    prefix = f"{name}." if f"{name}.weight" in tensors else ""
+    try:
+        return _Layer(path.name, tensors[f"{prefix}weight"], tensors[f"{prefix}bias"])
+    except KeyError:
+        raise ModelLoadFailed(
+            f"{path.name} has no {name}.weight and {name}.bias; give BGE-M3's {name}.pt."
+        ) from None
+
+
+def _from_metadata(name: str, model_path: Path) -> _Layer | None:
+    with open_header(model_path) as header:
+        weight = header.floats(f"{METADATA_PREFIX}{name}.weight")
+        bias = header.floats(f"{METADATA_PREFIX}{name}.bias")
+    if weight is None or bias is None:
+        return None
+    return _Layer(model_path.name, weight, bias)
+
+
+def _in_metadata(name: str, model_path: Path) -> bool:
+    with open_header(model_path) as header:
+        return f"{METADATA_PREFIX}{name}.weight" in header.metadata
+
+
+def _beside(name: str, model_path: Path) -> Path | None:
+    stem = _QUANTIZATION.sub("", model_path.stem)
+    both = model_path.with_name(f"{stem}.heads.safetensors")
+    return _first_file([both, *(model_path.with_name(name + suffix) for suffix in _SUFFIXES)])
+
+
+def _first_file(paths: Iterable[Path]) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))

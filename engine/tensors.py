@@ -1,0 +1,83 @@
+"""Named arrays out of the files in which weights come: .safetensors, .pt, .npz."""
+
+import json
+import math
+import mmap
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.torch_file import Floats, UnreadableTensors, read_torch_file, to_float32
+from errors import ModelLoadFailed
+
+_MAX_NPZ_BYTES = 1 << 30  # it may be compressed, and says nothing before it is unpacked
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+def read_tensors(path: Path) -> dict[str, Floats]:
+    """All arrays of a file as float32, or ModelLoadFailed with one sentence that names the file.
+
+    The sentence holds the file's name and never its folder: it goes to HTTP clients.
+    """
+    try:
+        read = _READERS.get(path.suffix)
+        if read is None:
+            raise UnreadableTensors(f"is none of {', '.join(sorted(_READERS))}")
+        return read(path)
+    except OSError as error:
+        raise ModelLoadFailed(
+            f"{path.name} cannot be read: {error.strerror or 'it is damaged'}; check its path."
+        ) from None
+    except UnreadableTensors as error:
+        raise ModelLoadFailed(f"{path.name} {error}.") from None
+    except Exception as error:  # a damaged file makes its readers raise anything
+        raise ModelLoadFailed(f"{path.name} is damaged; download it again.") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Floats]:
+    # Ours, because the safetensors library has no bfloat16 for numpy.
+    with path.open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    (n_header,) = struct.unpack_from("<Q", data)
+    start = 8 + n_header
+    if n_header > _MAX_HEADER_BYTES or start > len(data):
+        raise UnreadableTensors("is not a safetensors file, or is cut short")
+    header = json.loads(bytes(data[8:start]))
+    header.pop("__metadata__", None)
+    return {name: _tensor(data[start:], entry) for name, entry in header.items()}
+
+
+def _tensor(data: memoryview, entry: dict[str, Any]) -> Floats:
+    begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end <= len(data):
+        raise UnreadableTensors("is cut short; download it again")
+    values = to_float32(data[begin:end], entry["dtype"])
+    shape: tuple[int, ...] = tuple(entry["shape"])
+    if math.prod(shape) != values.size:
+        raise UnreadableTensors("has a tensor whose shape does not fit its data")
+    return values.reshape(shape)
+
+
+def _read_npz(path: Path) -> dict[str, Floats]:
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > _MAX_NPZ_BYTES:
+            raise UnreadableTensors("is too large to be unpacked; convert it to safetensors")
+    found = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for name, values in arrays.items():
+            if values.dtype.kind not in "fiu":
+                raise UnreadableTensors(f"has an array of {values.dtype}, which is not read")
+            found[name] = values.astype(np.float32)
+    return found
+
+
+_READERS = {
+    ".safetensors": _read_safetensors,
+    ".pt": read_torch_file,
+    ".pth": read_torch_file,
+    ".bin": read_torch_file,
+    ".npz": _read_npz,
+}

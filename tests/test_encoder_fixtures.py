@@ -1,0 +1,221 @@
+"""llama.cpp computes on the tiny encoders what their float64 reference says."""
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from engine.model_file import read_model_file
+from tests import encoder_fixtures as tiny
+from tests.encoder_fixtures import PAIRS, TEXTS, FileType
+
+pytestmark = pytest.mark.real
+FLASH_OFF, FLASH_ON = (
+    llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+)
+
+
+class Encoder:
+    """A model in llama.cpp's low-level API, one text at a time, as plain as it gets."""
+
+    def __init__(self, path: Path, pooling: int, flash: int = FLASH_OFF) -> None:
+        self.model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
+        assert self.model, path
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = 512
+        params.n_threads = params.n_threads_batch = 1
+        params.embeddings, params.pooling_type, params.flash_attn_type = True, pooling, flash
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        assert self.context
+        self.pooling = llama_cpp.llama_pooling_type(self.context)
+        self.n_embd = llama_cpp.llama_model_n_embd(self.model)
+        self.batch = llama_cpp.llama_batch_init(512, 0, 1)
+
+    def close(self) -> None:
+        llama_cpp.llama_batch_free(self.batch)
+        llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
+
+    def ids(self, text: str, *, special: bool = True) -> list[int]:
+        raw = text.encode()
+        out = (llama_cpp.llama_token * 512)()
+        n = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), out, 512, special, False)
+        assert n >= 0
+        return out[:n]
+
+    def pair(self, query: str, document: str) -> list[int]:
+        q, d = self.ids(query, special=False), self.ids(document, special=False)
+        return [0, *q, 2, 2, *d, 2]
+
+    def run(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Rows of the last layer; or what the context pools them to."""
+        self.batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            self.batch.token[i], self.batch.pos[i] = token, i
+            self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
+            self.batch.logits[i] = 1
+        memory = llama_cpp.llama_get_memory(self.context)
+        if memory:
+            llama_cpp.llama_memory_clear(memory, True)
+        assert llama_cpp.llama_decode(self.context, self.batch) == 0
+        if self.pooling == llama_cpp.LLAMA_POOLING_TYPE_NONE:
+            rows = llama_cpp.llama_get_embeddings(self.context)
+            return np.ctypeslib.as_array(rows, (len(ids), self.n_embd)).copy()
+        n = 1 if self.pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK else self.n_embd
+        return np.ctypeslib.as_array(
+            llama_cpp.llama_get_embeddings_seq(self.context, 0), (n,)
+        ).copy()
+
+
+@llama_cpp.llama_log_callback
+def _silent(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    pass
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[..., Encoder]]:
+    llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+    encoders: list[Encoder] = []
+
+    def load(path: Path, pooling: int = -1, flash: int = FLASH_OFF) -> Encoder:
+        encoders.append(Encoder(path, pooling, flash))
+        return encoders[-1]
+
+    yield load
+    for encoder in encoders:
+        encoder.close()
+
+
+def cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+# Largest differences allowed: hidden rows, dense (1 - cosine), sparse, MaxSim, logits. About three
+# times what was measured on AVX-512; with flash attention llama.cpp computes F32 in halves.
+TOLERANCES: dict[tuple[FileType, int], tuple[float, ...]] = {
+    ("F32", FLASH_OFF): (5e-4, 1e-9, 1e-5, 1e-5, 2e-4),
+    ("F32", FLASH_ON): (5e-3, 1e-6, 1e-3, 7e-4, 1e-2),
+    ("F16", FLASH_OFF): (8e-3, 1e-6, 1e-3, 7e-4, 1e-2),
+    ("F16", FLASH_ON): (8e-3, 1e-6, 2e-3, 1e-3, 1e-2),
+    ("Q8_0", FLASH_OFF): (0.2, 5e-4, 3e-2, 2e-2, 0.5),
+    ("Q8_0", FLASH_ON): (0.2, 5e-4, 3e-2, 2e-2, 0.5),
+}
+
+
+@pytest.mark.parametrize(("file_type", "flash"), TOLERANCES)
+def test_the_embedder_in_llama_cpp_is_its_reference(
+    file_type: FileType, flash: int, load: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    model = tiny.tiny_embedder()
+    encoder = load(tiny.write_embedder(tmp_path / "m3.gguf", file_type), pooling=0, flash=flash)
+    hidden_off, dense_off, sparse_off, max_sim_off, _ = TOLERANCES[file_type, flash]
+    found, expected = [], []
+    for text in TEXTS:
+        ids = encoder.ids(text)
+        rows, reference = encoder.run(ids).astype(np.float64), model.hidden(ids)
+        assert abs(rows - reference).max() < hidden_off, text
+        assert cosine(rows[0], reference[0]) > 1 - dense_off, text
+        sparse, right = model.sparse(rows, ids), model.sparse(reference, ids)
+        for token in sparse | right:
+            assert sparse.get(token, 0) == pytest.approx(right.get(token, 0), abs=sparse_off)
+        found.append(model.colbert(rows))
+        expected.append(model.colbert(reference))
+    for i in range(len(TEXTS)):
+        for j in range(len(TEXTS)):
+            right_score = tiny.max_sim(expected[i], expected[j])
+            assert abs(tiny.max_sim(found[i], found[j]) - right_score) < max_sim_off
+
+
+@pytest.mark.parametrize(("file_type", "flash"), TOLERANCES)
+def test_the_reranker_in_llama_cpp_is_its_reference(
+    file_type: FileType, flash: int, load: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    encoder = load(tiny.write_reranker(tmp_path / "rr.gguf", file_type), flash=flash)
+    assert encoder.pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK
+    pairs = [encoder.pair(*pair) for pair in PAIRS]
+    logits = [float(encoder.run(ids)[0]) for ids in pairs]
+    expected = [tiny.tiny_reranker().logit(ids) for ids in pairs]
+    assert logits == pytest.approx(expected, abs=TOLERANCES[file_type, flash][-1])
+    assert max(expected) - min(expected) > 2, "the logits tell documents apart"
+
+
+def test_mean_pooling_is_the_mean_of_the_reference(
+    load: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    encoder = load(tiny.write_bert(tmp_path / "bert.gguf"))
+    words = tiny.wordpieces()
+    assert [words[i] for i in encoder.ids("Jumping over the FOX, a world")] == (
+        "[CLS] jump ##ing over the fox , a world [SEP]".split()
+    )
+    for text in TEXTS[:8]:
+        ids = encoder.ids(text)
+        mean = tiny.tiny_bert().hidden(ids).mean(axis=0)
+        assert cosine(encoder.run(ids), mean) > 1 - 1e-6
+
+
+def test_last_pooling_is_the_last_row_of_the_reference(
+    load: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    encoder = load(tiny.write_decoder(tmp_path / "decoder.gguf"))
+    assert encoder.pooling == llama_cpp.LLAMA_POOLING_TYPE_LAST
+    for text in TEXTS[:8]:
+        ids = encoder.ids(text)
+        assert ids[-1] == 2, "it embeds with the end of the text"
+        assert cosine(encoder.run(ids), tiny.tiny_decoder().hidden(ids)[-1]) > 1 - 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("hello  world\n", "▁hello ▁world"),
+        ("cafe\u0301", "▁café"),
+        ("ＢＧＥ　Ｍ３", "▁BGE ▁M3"),
+        ("½ ﬁ", "▁ 1 ⁄ 2 ▁ f i"),
+        ("是 ஃ", "▁ 是 ▁ <unk>"),
+        ("", ""),
+    ],
+)
+def test_the_vocabulary_normalises_and_splits_like_xlm_r(
+    text: str, pieces: str, load: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    encoder = load(tiny.write_embedder(tmp_path / "m3.gguf"), pooling=0)
+    vocab = tiny.unigram().pieces
+    assert [vocab[i] for i in encoder.ids(text)] == ["<s>", *pieces.split(), "</s>"]
+
+
+def test_the_files_say_what_they_are(tmp_path: Path) -> None:
+    embedder = read_model_file(tiny.write_embedder(tmp_path / "m3.gguf", "Q8_0"))
+    assert (embedder.kind, embedder.architecture, embedder.tokenizer_model) == (
+        "embedding", "bert", "t5",
+    )  # fmt: skip
+    assert (embedder.n_ctx_train, embedder.n_embd) == (512, 64)
+    assert read_model_file(tiny.write_reranker(tmp_path / "rr.gguf")).kind == "reranker"
+    assert read_model_file(tiny.write_bert(tmp_path / "bert.gguf")).kind == "embedding"
+    assert read_model_file(tiny.write_decoder(tmp_path / "decoder.gguf")).kind == "embedding"
+
+
+def test_they_are_the_same_bytes_every_time(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        tiny.write_hf_embedder(tmp_path / name)
+        tiny.write_hf_reranker(tmp_path / name / "reranker")
+        tiny.write_embedder(tmp_path / name / "m3.gguf", "Q8_0")
+        tiny.tiny_embedder.cache_clear()
+    files = {path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*.*")}
+    assert {path.name for path in files} >= {"sparse_linear.pt", "model.safetensors", "m3.gguf"}
+    for file in files:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_a_file_read_back_is_the_same_reference(tmp_path: Path) -> None:
+    model, ids = tiny.tiny_embedder(), [0, 20, 30, 2]
+    back = tiny.bert_in(tiny.write_embedder(tmp_path / "m3.gguf"), model.heads)
+    assert back.hidden(ids) == pytest.approx(model.hidden(ids), abs=1e-6)
+    assert back.n_ctx == model.n_ctx
