@@ -4,6 +4,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -131,24 +132,29 @@ class CallReader:
     """
 
     _HEAD = re.compile(
-        r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,'
-        r'\s*"(?:arguments|parameters)"\s*:\s*(?=\S)'
+        r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"(?P<name>[^"\\]*)"\s*,'
+        r'\s*"(?:arguments|parameters)"\s*:\s*(?=[{\[\w-])'
     )
     _MAX_HEAD_CHARS = 1000  # a longer one is read when the object is whole
 
     def __init__(self) -> None:
         self.raw = ""  # what was fed while it is no call yet
-        self.is_whole = False
+        self.is_whole = False  # it has ended, or was no object from the start
         self._object = JsonSpan()
         self._arguments: JsonSpan | None = None
+        self._is_read = False  # as a whole
 
     @property
     def is_call(self) -> bool:
         """Its name is known."""
-        return not self.raw and (self.is_whole or self._arguments is not None)
+        return self._is_read or self._arguments is not None
 
     def feed(self, text: str) -> tuple[list[Event], str | None]:
         """Events, and what of `text` comes after the object; None while it goes on."""
+        if not self.is_call and (self.raw + text).lstrip()[:1] not in ("", "{"):
+            self.is_whole = True
+            text, self.raw = self.raw + text, ""
+            return [], text
         end = self._object.feed(text)
         self.is_whole = end is not None
         rest = None if end is None else text[end:]
@@ -158,22 +164,18 @@ class CallReader:
         if self._arguments:
             return self._take_arguments(text)
         self.raw += text
-        is_short = len(self.raw) < self._MAX_HEAD_CHARS
-        head = self._HEAD.match(self.raw) if is_short else None
-        if head and self.raw[head.end()] != '"':
-            begun, self.raw = self.raw[head.end() :], ""
+        if head := self._HEAD.match(self.raw, 0, self._MAX_HEAD_CHARS):
             self._arguments = JsonSpan()
-            name = json.loads(head["name"], strict=False)
-            return [CallBegin(name), *self._take_arguments(begun)]
+            begun, self.raw = self.raw[head.end() :], ""
+            return [CallBegin(head["name"]), *self._take_arguments(begun)]
         call = _whole_call(self.raw) if self.is_whole else []
         if call:
+            self._is_read = True
             self.raw = ""
         return call
 
     def _take_arguments(self, text: str) -> list[Event]:
         assert self._arguments
-        if self._arguments.has_ended:
-            return []
         text = text[: self._arguments.feed(text)]
         return [CallArguments(text)] if text else []
 
@@ -182,14 +184,22 @@ def _whole_call(text: str) -> list[Event]:
     """The events of a call as a whole object; none if it is not one."""
     try:
         call = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
+        name = call["name"]
+        arguments = _as_json(call.get("arguments", call.get("parameters", {})))
+        f"{name}{arguments}".encode()  # half a surrogate pair is no text
+    except (ValueError, KeyError, RecursionError):
         return []
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return []
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return [CallBegin(call["name"]), CallArguments(arguments)]
+    return [CallBegin(name), CallArguments(arguments)] if isinstance(name, str) else []
+
+
+def _as_json(arguments: Any) -> str:
+    """Arguments as JSON text, which they may be already."""
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            text = arguments.strip() or "{}"
+            json.loads(text)
+            return text
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 class OpenedCalls(ABC):
@@ -208,6 +218,7 @@ class OpenedCalls(ABC):
         self._had_call = False  # and no text since
         self._has_text = False
         self._held = ""
+        self._spaces = ""  # before the opener: text, if no call follows
 
     @property
     @abstractmethod
@@ -237,15 +248,21 @@ class OpenedCalls(ABC):
 
     def finish(self) -> list[Event]:
         held, self._held = self._held, ""
-        return self._text(self._unread() if self._in_call else held)
+        return self._given_back() if self._in_call else self._text(held)
 
     def _read_call(self, text: str) -> tuple[list[Event], str | None]:
         events, rest = self._read(text)
         if rest is not None:
             self._in_call = False
-            self._had_call = True
-            events += self._text(self._unread())
+            given_back = self._given_back()
+            self._had_call = not given_back
+            events += given_back
         return events, rest
+
+    def _given_back(self) -> list[Event]:
+        """What only looked like a call."""
+        unread = self._unread()
+        return self._text(self._spaces + unread) if unread else []
 
     def _read_text(self, text: str) -> tuple[list[Event], str | None]:
         if self._only_first and self._has_text:
@@ -254,7 +271,9 @@ class OpenedCalls(ABC):
         if opener and not (self._only_first and before.strip()):
             self._in_call = True
             self._begin()
-            return self._text(before.rstrip()), after
+            said = before.rstrip()
+            self._spaces = before[len(said) :]
+            return self._text(said), after
         n_sure = len(text) - n_held(text, self._opener)
         self._held = text[n_sure:]
         return self._text(text[:n_sure]), None

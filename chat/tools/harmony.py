@@ -89,7 +89,9 @@ class Harmony(ToolFormat):
 class HarmonySplitter:
     """Reads messages one by one: a header, then what it says."""
 
-    _MARKS = (START, CHANNEL, MESSAGE, CONSTRAIN, END)
+    _HEADS = (START, CHANNEL, " to=functions.")  # behind the prompt's own beginning of a header
+    _ENDS = (END, CALL, RETURN)
+    _MARKS = (START, CHANNEL, *_ENDS)
     _MARK = re.compile("|".join(map(re.escape, _MARKS)))
     _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
 
@@ -111,19 +113,21 @@ class HarmonySplitter:
         self._held += text
         events: list[Event] = []
         go_on = True
-        while go_on:
+        while go_on and self._held:
             more, go_on = self._read_header() if self._in_header else self._read_body()
             events += more
         return events
 
     def finish(self) -> list[Event]:
         held, self._held = self._held, ""
-        if self._in_header and self._MARK.match(held):
-            return []  # half a header
+        if self._in_header:
+            return [] if held.startswith(self._HEADS) or not held else [Text(held)]
         return self._said(held)
 
     def _read_header(self) -> tuple[list[Event], bool]:
-        if not (self._MARK.match(self._held) or any(m.startswith(self._held) for m in self._MARKS)):
+        if not self._held.startswith(self._HEADS):
+            if any(head.startswith(self._held) for head in self._HEADS):
+                return [], False
             self._in_header = False  # the model leaves the format: all is text
             self._kind = "text"
             return [], True
@@ -140,19 +144,26 @@ class HarmonySplitter:
         return [], True
 
     def _read_body(self) -> tuple[list[Event], bool]:
+        if self.is_calling:  # a mark in JSON is a part of it
+            end = self._arguments.feed(self._held)
+            return self._said(self._taken(end)), end is not None
         if mark := self._MARK.search(self._held):
-            said = self._said(self._held[: mark.start()])
-            self._held = self._held[mark.end() if mark[0] == END else mark.start() :]
+            said = self._said(self._taken(mark.start()))
+            self._held = self._held.removeprefix(mark[0] if mark[0] in self._ENDS else "")
             self._in_header = True
-            return said, bool(self._held)
+            return said, True
         n_sure = len(self._held) - max(n_held(self._held, mark) for mark in self._MARKS)
-        sure, self._held = self._held[:n_sure], self._held[n_sure:]
-        return self._said(sure), False
+        return self._said(self._taken(n_sure)), False
+
+    def _taken(self, n: int | None) -> str:
+        """The first characters of what is held, which go out."""
+        taken = self._held[:n]
+        self._held = self._held[len(taken) :]
+        return taken
 
     def _said(self, text: str) -> list[Event]:
         if not text:
             return []
         if self._kind == "call":
-            self._arguments.feed(text)
             return [CallArguments(text)]
         return [Reasoning(text) if self._kind == "reasoning" else Text(text)]

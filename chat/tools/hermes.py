@@ -48,8 +48,8 @@ class HermesSplitter(OpenedCalls):
         events: list[Event] = []
         if not self._reader.is_whole:
             events, rest = self._reader.feed(text)
-            if rest is None:
-                return events, None
+            if rest is None or not self._reader.is_call:
+                return events, rest
             text = rest
         self._after += text
         after = self._after.lstrip()
