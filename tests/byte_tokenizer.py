@@ -1,7 +1,11 @@
 """A vocabulary of the 256 bytes, an end, and whatever control tokens a test wants."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from engine.backends.base import Constraint
 
 END = 256
 
@@ -38,3 +42,23 @@ class ByteTokenizer:
 
     def text(self, tokens: Sequence[int]) -> str:
         return b"".join(map(self.shown, tokens)).decode(errors="replace")
+
+
+def sampled(constraint: Constraint | None, wanted: Sequence[int], n_vocab: int) -> Iterator[int]:
+    """What a model says that wants to say this, token by token; what it must say it says first.
+    (None of it may be what it wants to say at that point.)"""
+    at = 0
+    for _ in range(len(wanted) + 100):
+        if at == len(wanted):
+            return
+        logits = np.full(n_vocab, -1, np.float32)
+        logits[wanted[at]] = 1
+        if constraint:
+            constraint.apply(logits)
+        token = int(logits.argmax())
+        assert logits[token] > -np.inf, "nothing is allowed"
+        if constraint:
+            constraint.accept(token)
+        yield token
+        at += token == wanted[at]
+    raise AssertionError("it never says what it wants to")

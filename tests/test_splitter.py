@@ -272,7 +272,7 @@ HARMONY_ROWS = [
     ("<b>Hello</b> <|", said("<b>Hello</b> <|")),
     ("<|end|>Hello", said("Hello")),
     (f"{ANALYSIS}Hm.<|end|>Hello", said("Hello", reasoning="Hm.")),
-    (f"{ANALYSIS}Hm.{FINAL}Hello", said("Hello", reasoning="Hm.")),
+    (f"{FINAL}In <|start|>assistant{FINAL}!", said(f"In <|start|>assistant{FINAL}!")),
     (f"{COMMENTARY}{ANALYSIS}Hm.{NEXT}{FINAL}Hi", said("Hi", reasoning="Hm.")),
     (f"{FINAL}a <|message|> b <|constrain|> c", said("a <|message|> b <|constrain|> c")),
     # half a header is no text

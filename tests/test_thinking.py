@@ -1,7 +1,6 @@
 """For how long a model may think, and what of an answer counts as thoughts."""
 
 import json
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,7 @@ from engine.backends.base import Constraint
 from engine.grammar import Compiler
 from engine.thinking import Thoughts
 from engine.types import Sampled, SamplingParams
-from tests.byte_tokenizer import END, ByteTokenizer
+from tests.byte_tokenizer import END, ByteTokenizer, sampled
 
 LETTERS = ByteTokenizer()  # in which all tags are text
 TOKENS = ByteTokenizer("<think>", "</think>")
@@ -37,26 +36,6 @@ def thoughts(
 ) -> Thoughts:
     ending = tokens(tokenizer, thinking.ending) if thinking.budget is not None else []
     return Thoughts(thinking, tokenizer.shown, ending, grammar)
-
-
-def sampled(constraint: Constraint | None, wanted: list[int], n_vocab: int) -> Iterator[int]:
-    """What a model says that wants to say this, token by token; what it must say it says first.
-    (No text of these tests wants what it must say.)"""
-    at = 0
-    for _ in range(len(wanted) + 50):
-        if at == len(wanted):
-            return
-        logits = np.full(n_vocab, -1, np.float32)
-        logits[wanted[at]] = 1
-        if constraint:
-            constraint.apply(logits)
-        token = int(logits.argmax())
-        assert logits[token] > -np.inf, "nothing is allowed"
-        if constraint:
-            constraint.accept(token)
-        yield token
-        at += token == wanted[at]
-    raise AssertionError("it never says what it wants to")
 
 
 def play(follower: Thoughts, tokenizer: ByteTokenizer, script: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ REASONING_TAGS = (
     ReasoningTags("[THINK]", "[/THINK]"),
     ReasoningTags("<thinking>", "</thinking>"),
     ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>"),
+    ReasoningTags("<seed:think>", "</seed:think>"),
+    ReasoningTags("<mm:think>", "</mm:think>"),
 )
 
 
@@ -60,7 +63,7 @@ class ToolFormat(ABC):
         """The tags of the thoughts, for models that think."""
         return next((tags for tags in REASONING_TAGS if tags.close in template), None)
 
-    def ending(self, tags: ReasoningTags) -> str:
+    def ending(self, tags: ReasoningTags, functions: Sequence[Function]) -> str:
         """What ends thoughts that take too long."""
         return f"\n{tags.close}\n\n"
 
@@ -76,24 +79,32 @@ class ToolFormat(ABC):
     ) -> str:
         """Lark of a whole answer: thoughts, then calls or, unless they are required, the `answer`:
         a rule, or None for any text, which may also stand before the calls."""
-        start = "body"
-        if tags and is_open:
-            start = f"«until {tags.close}» SPACE? body"
-        elif tags:
-            start = f"(«{tags.open}» «until {tags.close}» SPACE?)? body"
-        rules = [f"start: {start}", "SPACE: /[ \\n]{1,4}/"]
-        if not functions:
-            return "\n".join([*rules, f"body: {answer or '«»'}"])
-        body = self.body(functions, answer=answer, is_required=is_required)
-        return "\n".join([*rules, body, self.calls(functions, is_parallel=is_parallel)])
 
-    def body(self, functions: Sequence[Function], *, answer: str | None, is_required: bool) -> str:
-        """Lark of the rule `body`: what comes after the thoughts."""
+        def body(unlike: str = "") -> str:
+            return self.body(functions, answer=answer, is_required=is_required, unlike=unlike)
+
+        rules = [f"body: {body()}", "SPACE: /[ \\n]{1,4}/"]
+        if tags is None:
+            rules.append("start: body")
+        elif is_open:
+            rules.append(f"start: «until {tags.close}» SPACE? body")
+        else:  # an answer that begins like thoughts is no text
+            rules.append(f"start: «spaced {tags.open}» «until {tags.close}» SPACE? body | first")
+            rules.append("first: " + body(r"\s*" + pattern(tags.open)))
+        if functions:
+            rules.append(self.calls(functions, is_parallel=is_parallel))
+        return "\n".join(rules)
+
+    def body(
+        self, functions: Sequence[Function], *, answer: str | None, is_required: bool, unlike: str
+    ) -> str:
+        """Lark of what comes after the thoughts. Free text in it does not begin like `unlike`."""
         if is_required:
-            return f"body: «{self.opener}» calls"
+            return f"«{self.opener}» calls"
         if answer:
-            return f"body: «{self.opener}» calls | {answer}"
-        return f"body: «until {self.opener}» calls | «»"
+            return f"«{self.opener}» calls | {answer}" if functions else answer
+        unlike = unlike and f"unlike {unlike} "
+        return f"«{unlike}until {self.opener}» calls | «{unlike}»"
 
     def splitter(
         self,
@@ -110,9 +121,38 @@ class ToolFormat(ABC):
         return ReasoningSplitter(tags, splitter, is_open=is_open) if tags else splitter
 
 
+def one_call_a_turn(messages: Messages) -> list[Mapping[str, Any]]:
+    """For templates that take one call in a turn: of several each gets its own, with its result."""
+    turns: list[Mapping[str, Any]] = []
+    rest = deque(messages)
+    while rest:
+        turn = dict(rest.popleft())
+        calls = turn.get("tool_calls") or ()
+        if len(calls) < 2:
+            turns.append(turn)
+            continue
+        results = []
+        while rest and rest[0]["role"] == "tool":
+            results.append(rest.popleft())
+        for call in calls:
+            turns.append(turn | {"tool_calls": [call]})
+            turn = {"role": turn["role"], "content": ""}  # what was said and thought comes once
+            own = (r for r in results if r.get("tool_call_id") == call.get("id"))
+            if result := next(own, None):
+                results.remove(result)
+                turns.append(result)
+        turns += results
+    return turns
+
+
 def literal(text: str) -> str:
     """A text in Lark."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def pattern(text: str) -> str:
+    """A text in a regular expression of Lark."""
+    return re.sub(r"\W", lambda char: f"\\x{{{ord(char[0]):x}}}", text)
 
 
 def named(functions: Sequence[Function], key: str) -> str:

@@ -5,12 +5,11 @@
 """
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from chat.events import Event, Splitter, Text
-from chat.tools.base import CallReader, Function, Messages, ToolFormat, literal
+from chat.tools.base import CallReader, Function, Messages, ToolFormat, one_call_a_turn, pattern
 
 TAG = "<|python_tag|>"
 
@@ -23,48 +22,36 @@ class Llama3(ToolFormat):
     mixes_with_json = False
 
     def fits(self, template: str) -> bool:
-        return TAG in template or ('"parameters": ' in template and "ipython" in template)
+        # others that know the tag write their calls in another way
+        return '"parameters": ' in template and (TAG in template or "ipython" in template)
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
+        # one terminal: beside free text, which is longer, none that are shorter count
         options = [
-            f"{literal(opening)} {function.arguments}"
+            f"/[ \\n]{{0,4}}{pattern(opening)}/ {function.arguments}"
             for function in functions
             for opening in _openings(function.name)
         ]
         return f"""calls: ({" | ".join(options)}) "}}\""""
 
-    def body(self, functions: Sequence[Function], *, answer: str | None, is_required: bool) -> str:
-        body = f"body: «{TAG}»? calls"
+    def body(
+        self, functions: Sequence[Function], *, answer: str | None, is_required: bool, unlike: str
+    ) -> str:
+        if not functions and answer:
+            return answer
+        calls = f"«spaced {TAG}»? calls"
         if is_required:
-            return body
+            return calls
         # a text that begins like a call is one
-        names = "|".join(
-            re.sub(r"\W", lambda c: f"\\x{{{ord(c[0]):x}}}", _quoted(f.name)) for f in functions
-        )
-        call = rf'\{{("type": "function", )?"name": ({names})(.|\n)*'
-        return f"{body} | TEXT\nTEXT: /(.|\\n)*/ & ~/{call}/"
+        names = "|".join(pattern(_quoted(function.name)) for function in functions)
+        call = rf'\s*({pattern(TAG)}|\{{("type": "function", )?"name": ({names}))'
+        return f"{calls} | «unlike {unlike and f'{unlike}|'}{call}»"
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
         return Llama3Splitter([function.name for function in functions])
 
     def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
-        """Its templates take one call in a turn: of several each gets its own, with its result."""
-        results = {m.get("tool_call_id"): m for m in messages if m["role"] == "tool"}
-        turns: list[Any] = []
-        moved = set()
-        for message in messages:
-            calls = message.get("tool_calls") or ()
-            if len(calls) < 2:
-                if message.get("tool_call_id") not in moved:
-                    turns.append(message)
-                continue
-            for number, call in enumerate(calls):
-                content = "" if number else message["content"]
-                turns.append({**message, "content": content, "tool_calls": [call]})
-                if result := results.get(call.get("id")):
-                    turns.append(result)
-                    moved.add(call["id"])
-        return turns
+        return one_call_a_turn(messages)
 
 
 def _quoted(name: str) -> str:

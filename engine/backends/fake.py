@@ -240,7 +240,7 @@ class FakeDecoder:
 
 
 def _allowed(constraint: Constraint, wanted: int) -> int:
-    """The wanted token if the constraint allows it, or else the one that gets to the end soonest."""
+    """The wanted token if the constraint allows it, else the one that gets to the end soonest."""
     logits = np.zeros(FakeTokenizer.n_vocab, np.float32)
     logits[[*b'"]}0']] = 1
     logits[_END], logits[wanted] = 2, 3
