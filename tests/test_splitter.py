@@ -263,9 +263,12 @@ HARMONY_ROWS = [
     ),
     (
         f"{COMMENTARY} to=functions.f<|message|>{{}}<|call|><|start|>assistant"
-        f"{COMMENTARY} to=functions.g-1.x<|message|>[1]",
-        said("", ("f", "{}"), ("g-1.x", "[1]")),
+        f"{COMMENTARY} to=functions.get_weather<|message|>[1]",
+        said("", ("f", "{}"), ("get_weather", "[1]")),
     ),
+    # nobody asked for these
+    (f"{COMMENTARY} to=functions.g<|message|>{{}}<|call|>", said(reasoning="{}")),
+    (f"{COMMENTARY} to=python code<|message|>1 + 1{NEXT}{FINAL}2", said("2", reasoning="1 + 1")),
     # an answer that leaves the format
     ("Hello", said("Hello")),
     (" to be or not to=be", said(" to be or not to=be")),
@@ -274,6 +277,7 @@ HARMONY_ROWS = [
     (f"{ANALYSIS}Hm.<|end|>Hello", said("Hello", reasoning="Hm.")),
     (f"{FINAL}In <|start|>assistant{FINAL}!", said(f"In <|start|>assistant{FINAL}!")),
     (f"{COMMENTARY}{ANALYSIS}Hm.{NEXT}{FINAL}Hi", said("Hi", reasoning="Hm.")),
+    (f"{COMMENTARY} to=assistant{FINAL}Hi", said("Hi")),
     (f"{FINAL}a <|message|> b <|constrain|> c", said("a <|message|> b <|constrain|> c")),
     # half a header is no text
     ("<|channel|>fin", said()),

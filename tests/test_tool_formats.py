@@ -344,6 +344,13 @@ def test_without_tools_to_call_only_the_thoughts_are_looked_for() -> None:
     assert prompt("qwen2_5", ONE_CALL).visible == []
 
 
+def test_a_call_that_nobody_asked_for_is_none() -> None:
+    """gpt-oss may write one where there is no grammar."""
+    splitter = prompt("gpt_oss", ONE_CALL, TOOLS, choice=NO_TOOLS).splitter()
+    raw = "<|channel|>commentary to=functions.get_time json<|message|>{}"
+    assert Message.of([*splitter.feed(raw), *splitter.finish()]) == Message("", "{}")
+
+
 def test_parts_of_the_grammar_are_the_answer_and_then_the_tools() -> None:
     made = prompt("qwen2_5", ONE_CALL, TOOLS, answer=ANSWER)
     assert made.grammar

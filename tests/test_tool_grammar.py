@@ -259,6 +259,14 @@ def test_gpt_oss_has_many_heads_of_calls(head: str, thoughts: str | None) -> Non
     assert said == Message("", thoughts or "", [Call(*CALL)])
 
 
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_mistral_may_give_its_calls_ids(has_tokens: bool) -> None:
+    turn = MODELS["mistral_v11", has_tokens].asked()
+    raw = f"[TOOL_CALLS]get_time[CALL_ID]9kTq2Zx0B[ARGS]{CITY}"
+    assert turn.says(raw + raw).calls == [Call(*CALL)] * 2
+    assert not turn.may_begin(raw.replace("city", "town"))
+
+
 def test_gpt_oss_may_think_twice() -> None:
     raw = GPT_OSS.thoughts("Hm.") + GPT_OSS.before_a_call("I look.") + GPT_OSS.thoughts("Oh.")
     said = GPT_OSS.asked().says(raw + GPT_OSS.calls(CALL))

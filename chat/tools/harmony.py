@@ -81,7 +81,7 @@ class Harmony(ToolFormat):
         return f"calls: {' | '.join(calls)}"
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
-        return HarmonySplitter()
+        return HarmonySplitter([function.name for function in functions])
 
     def splitter(
         self,
@@ -91,18 +91,20 @@ class Harmony(ToolFormat):
         tags: ReasoningTags | None,
         is_open: bool,
     ) -> Splitter:
-        return HarmonySplitter()
+        return HarmonySplitter([function.name for function in functions])
 
 
 class HarmonySplitter:
-    """Reads messages one by one: a header, then what it says."""
+    """Reads messages one by one: a header, then what it says. What is said to anybody else but the
+    user and the functions counts as thoughts."""
 
     _HEADS = (START, CHANNEL, " to=functions.")  # behind the prompt's own beginning of a header
     _ENDS = (END, CALL, RETURN)
     _END = re.compile("|".join(map(re.escape, _ENDS)))
-    _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
+    _RECIPIENT = re.compile(r" to=(?!assistant)(?:functions\.)?([^\s<]+)")
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
         self._in_header = True
         self._kind: Literal["text", "reasoning", "call"] = "text"
         self._arguments = JsonSpan()
@@ -143,11 +145,12 @@ class HarmonySplitter:
             return [], False
         self._in_header = False
         self._held = body
-        if recipient := self._RECIPIENT.search(header):
+        recipient = self._RECIPIENT.search(header)
+        if recipient and recipient[1] in self._names:
             self._kind = "call"
             self._arguments = JsonSpan()
             return [CallBegin(recipient[1])], True
-        self._kind = "reasoning" if f"{CHANNEL}analysis" in header else "text"
+        self._kind = "reasoning" if recipient or f"{CHANNEL}analysis" in header else "text"
         return [], True
 
     def _read_body(self) -> tuple[list[Event], bool]:

@@ -3,6 +3,7 @@ with its name before its arguments.
 
     [TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]
     [TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[TOOL_CALLS]get_weather[ARGS]{"city": "Rome"}
+    [TOOL_CALLS]get_weather[CALL_ID]9kTq2Zx0B[ARGS]{"city": "Paris"}
 """
 
 import hashlib
@@ -65,7 +66,8 @@ class MistralV11(Mistral):
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
         more = f" («{OPEN}» call)*" if is_parallel else ""
-        options = " | ".join(f"{literal(f.name)} «{ARGS}» {f.arguments}" for f in functions)
+        id = f"(«{CALL_ID}» /[a-zA-Z0-9]{{9}}/)?"
+        options = " | ".join(f"{literal(f.name)} {id} «{ARGS}» {f.arguments}" for f in functions)
         return f"calls: call{more}\ncall: {options}"
 
 
