@@ -179,15 +179,10 @@ class CallReader:
 
     def __init__(self) -> None:
         self.raw = ""  # what was fed while it is no call yet
+        self.is_call = False  # its name is known
         self.is_whole = False  # it has ended, or was no object from the start
         self._object = JsonSpan()
-        self._arguments: JsonSpan | None = None
-        self._is_read = False  # as a whole
-
-    @property
-    def is_call(self) -> bool:
-        """Its name is known."""
-        return self._is_read or self._arguments is not None
+        self._arguments = JsonSpan()
 
     def feed(self, text: str) -> tuple[list[Event], str | None]:
         """Events, and what of `text` comes after the object; None while it goes on."""
@@ -201,21 +196,19 @@ class CallReader:
         return self._take(text[:end]), rest
 
     def _take(self, text: str) -> list[Event]:
-        if self._arguments:
+        if self.is_call:
             return self._take_arguments(text)
-        self.raw += text
-        if head := self._HEAD.match(self.raw, 0, self._MAX_HEAD_CHARS):
-            self._arguments = JsonSpan()
-            begun, self.raw = self.raw[head.end() :], ""
-            return [CallBegin(head["name"]), *self._take_arguments(begun)]
-        call = _whole_call(self.raw) if self.is_whole else []
-        if call:
-            self._is_read = True
-            self.raw = ""
-        return call
+        text, self.raw = self.raw + text, ""
+        if head := self._HEAD.match(text, 0, self._MAX_HEAD_CHARS):
+            self.is_call = True
+            return [CallBegin(head["name"]), *self._take_arguments(text[head.end() :])]
+        if self.is_whole and (call := _whole_call(text)):
+            self.is_call = True
+            return call
+        self.raw = text
+        return []
 
     def _take_arguments(self, text: str) -> list[Event]:
-        assert self._arguments
         text = text[: self._arguments.feed(text)]
         return [CallArguments(text)] if text else []
 
