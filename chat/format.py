@@ -11,8 +11,8 @@ from chat.splitter import ReasoningTags
 from chat.template import ChatTemplate, normalised, with_names
 from chat.tools import BY_NAME, FAMILIES
 from chat.tools.base import Function
-from engine import wire
 from engine.model_file import ModelFile
+from engine.wire import Grammar, GrammarPart, Segment, Thinking
 from errors import BadRequest, UnsupportedParameter
 
 # what templates call the switch of thinking, and how far it goes
@@ -27,7 +27,7 @@ class Tool:
     """A function as templates take it, and the rule of its arguments."""
 
     definition: Mapping[str, Any]
-    arguments: wire.GrammarPart
+    arguments: GrammarPart
 
     @property
     def name(self) -> str:
@@ -50,9 +50,9 @@ NO_TOOLS = ToolChoice(frozenset())
 class Prompt:
     """A conversation made ready for the worker."""
 
-    segments: list[wire.Segment]
-    grammar: wire.Grammar | None
-    thinking: wire.Thinking | None
+    segments: list[Segment]
+    grammar: Grammar | None
+    thinking: Thinking | None
     visible: list[str]
     splitter: Callable[[], Splitter]
 
@@ -76,7 +76,7 @@ class ChatFormat:
         now: datetime,
         tools: Sequence[Tool] = (),
         choice: ToolChoice = NO_TOOLS,
-        answer: wire.GrammarPart | None = None,
+        answer: GrammarPart | None = None,
         effort: str | None = None,
         budget: int | None = None,
         continues: bool = False,
@@ -113,11 +113,11 @@ class ChatFormat:
                 tags=tags,
                 is_open=is_open,
             )
-            grammar = wire.Grammar(tuple(parts), frame)
+            grammar = Grammar(tuple(parts), frame)
         thinking = None
         if tags:
             ending = self._family.ending(tags, functions)
-            thinking = wire.Thinking(tags.open, tags.close, is_open, budget, ending)
+            thinking = Thinking(tags.open, tags.close, is_open, budget, ending)
         is_split = tags or functions
         return Prompt(
             segments,
@@ -133,7 +133,7 @@ class ChatFormat:
         self,
         functions: Sequence[Tool],
         choice: ToolChoice,
-        answer: wire.GrammarPart | None,
+        answer: GrammarPart | None,
         continues: bool,
     ) -> None:
         if answer and functions and not choice.is_required and not self._family.mixes_with_json:
@@ -172,7 +172,7 @@ class ChatFormat:
         return switches, budget
 
     def _thoughts(
-        self, segments: Sequence[wire.Segment], continued: str | None
+        self, segments: Sequence[Segment], continued: str | None
     ) -> tuple[ReasoningTags | None, bool]:
         """The tags if the model may still think, and whether the prompt ends in its thoughts."""
         tags = self._tags
