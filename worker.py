@@ -92,7 +92,7 @@ class Answer:
         if self._thoughts and self._thoughts.is_over:
             self._text.stops = tuple(self.job.request.stop)
         text = self._text.push(piece)
-        if self._text.stopped:
+        if self._text.stop is not None:
             return self._last(text, "stop")
         if self._n_tokens >= self.job.max_tokens:
             return self._last(text + self._text.finish(), "length")
@@ -114,7 +114,7 @@ class Answer:
         if self.job.request.sampling.n_logprobs is not None:
             mean = self._logprob / max(self._n_tokens, 1)
         is_valid = self._grammar.is_complete if self._grammar else None
-        return self._out(text, wire.Done(finish, self._n_tokens, mean, is_valid))
+        return self._out(text, wire.Done(finish, self._n_tokens, mean, is_valid, self._text.stop))
 
     def _out(self, text: str, done: wire.Done | None) -> wire.TokenOut:
         self._n_bytes_out += len(text.encode())

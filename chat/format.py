@@ -17,9 +17,9 @@ from errors import UnsupportedParameter
 
 # what templates call the switch of thinking, and how far it goes
 SWITCHES = ("enable_thinking", "thinking")
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 BUDGETS = {"none": 0, "minimal": 256, "low": 1024, "medium": 8192}  # where it knows no effort
-TEMPLATE_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # that none knows
+# that none knows
+TEMPLATE_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,6 +213,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     n_tokens: int
     mean_logprob: float | None = None  # of its tokens, where the sampling asked for it
     is_valid: bool | None = None  # the answer is a whole one by its grammar, where it has one
+    stop: str | None = None  # the stop string that ended it
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -229,6 +229,8 @@ UNIQUE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems":
          "$.properties.a: 'uniqueItems'"),
         (bad_schema({"type": "frob"}), "tools[0].function.parameters", "frob"),
         (bad_schema([]), "tools[0].function.parameters", "dict"),
+        ({"tools": TOOLS, "ignore_eos": True}, "ignore_eos", "where it ends"),
+        ({"tools": TOOLS, "min_tokens": 3}, "min_tokens", "where it ends"),
         ({"tools": TOOLS, "grammar": "root ::= ("}, "grammar", "GBNF"),
         ({"functions": [{"name": "f"}]}, "functions", "not supported"),
     ],

@@ -3,7 +3,7 @@
 `LIGHT_BACKEND=fake` is all it takes to try a client without a model. `LIGHT_MODEL_PATH` may name a
 JSON file with a script; every key is optional:
 
-    {"load_s": 0, "step_ms": 0, "token_us": 0, "fault": "load",
+    {"load_s": 0, "step_ms": 0, "token_us": 0, "fault": "load", "template": "{{ messages … }}",
      "rules": [{"match": "weather", "answer": "It rains."},
                {"match": "poison", "fault": "crash"}]}
 
@@ -63,6 +63,7 @@ class Script(msgspec.Struct, forbid_unknown_fields=True):
     step_ms: float = 0  # time of a step
     token_us: float = 0  # and of each token in it
     fault: Literal["load", "load_crash"] | None = None
+    template: str | None = None  # of chats, instead of CHAT_TEMPLATE
     rules: list[Rule] = []
     heads: bool = True  # of an embedding model: for sparse and ColBERT vectors
 
@@ -83,7 +84,7 @@ class Script(msgspec.Struct, forbid_unknown_fields=True):
 
 def model_file(script: Path | Literal[""], kind: Kind = "chat") -> ModelFile:
     """What a header would say. Raises ModelLoadFailed where the script cannot be read."""
-    Script.read(str(script))
+    template = Script.read(str(script)).template
     return ModelFile(
         path=Path(script or "fake"),
         size_bytes=0,
@@ -96,7 +97,7 @@ def model_file(script: Path | Literal[""], kind: Kind = "chat") -> ModelFile:
         max_token_bytes=max(map(len, CONTROL_TOKENS)),
         kv_bytes_per_token=0,
         tokenizer_model="bytes",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE if template is None else template,
         bos_token="",
         eos_token=CONTROL_TOKENS[0],
         add_bos=False,
