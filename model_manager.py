@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 State = Literal["stopped", "starting", "ready", "stopping", "failed"]
 
+MOST_TO_CUT = 16  # times the longest text that could fit: all of it is tokenised before the cut
 MAX_BACK_OFF_S = 60.0
 MAX_RETRY_AFTER_S = 60
 
@@ -176,6 +177,7 @@ class Tier:
         self._model_signature = 0, 0
         self._fingerprint = ""
         self._worker: Worker | None = None
+        self._encoder: wire.EncoderInfo | None = None
         self._waiting: WaitingLine[Job] = WaitingLine()
         self._suspects: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by job
@@ -199,6 +201,11 @@ class Tier:
     def n_ctx(self) -> int:
         """Most tokens of one request, prompt and answer. Raises ModelLoadFailed."""
         return effective_n_ctx(self.settings, self.model())
+
+    @property
+    def encoder(self) -> wire.EncoderInfo | None:
+        """What the model can do that embeds or scores, once it has been loaded."""
+        return self._encoder
 
     @property
     def aliases(self) -> list[str]:
@@ -374,25 +381,33 @@ class Tier:
 
     def _check_lengths(self, request: wire.Embed | wire.Score) -> None:
         """The same for texts, of which spaces and accents may not count."""
-        if request.truncate != "none":
-            return
-        texts = request.inputs if isinstance(request, wire.Embed) else request.documents
-        for index, text in enumerate(texts):
-            if len(text) <= self.n_ctx:
-                continue
-            n_tokens = len(text)
-            if isinstance(text, str):
-                n_tokens = len("".join(text.split())) // (4 * self.model().max_token_bytes)
-            if n_tokens > self.n_ctx:
-                what = "input" if isinstance(request, wire.Embed) else "documents"
-                raise ContextLengthExceeded(
-                    f"{what}[{index}] has more than {n_tokens:,} tokens; tier '{self.name}' takes "
-                    f"{self.n_ctx:,} ({self.name.upper()}_N_CTX).",
-                    param=what,
-                    n_prompt_tokens=n_tokens,
-                    n_ctx=self.n_ctx,
-                    index=index,
-                )
+        fields: dict[str, Sequence[str | list[int]]]
+        if isinstance(request, wire.Embed):
+            fields = {"input": request.inputs}
+        else:
+            fields = {"query": request.queries, "documents": request.documents}
+        n_ctx, n_bytes = self.n_ctx, self.model().max_token_bytes
+        for what, texts in fields.items():
+            for index, text in enumerate(texts):
+                least = len(text)
+                if least > n_ctx and isinstance(text, str):
+                    least = len("".join(text.split())) // (4 * n_bytes)
+                if least > n_ctx and request.truncate == "none":
+                    raise ContextLengthExceeded(
+                        f"{what}[{index}] has more than {least:,} tokens; tier '{self.name}' "
+                        f"takes {n_ctx:,} ({self.name.upper()}_N_CTX).",
+                        param=what,
+                        n_prompt_tokens=least,
+                        n_ctx=n_ctx,
+                        index=index,
+                    )
+                if len(text) > MOST_TO_CUT * n_ctx * n_bytes:
+                    raise BadRequest(
+                        f"{what}[{index}] has {len(text):,} characters, which is too much even to "
+                        f"be cut to {n_ctx:,} tokens.",
+                        param=what,
+                        index=index,
+                    )
 
     def drop(self, generation: Job) -> None:
         """Forget a request that ended or whose client left. Unknown ones are fine."""
@@ -518,6 +533,7 @@ class Tier:
             self.state = "stopped"
             raise
         self.state, self.reason, self._n_load_failures = "ready", None, 0
+        self._encoder = self._worker.ready.encoder
         logger.info(
             "Tier %s: ready after %.1f s, %d tokens of context, %d requests at once",
             self.name, time.monotonic() - started_at, self._worker.ready.n_ctx,

@@ -69,6 +69,20 @@ def test_the_first_request_starts_a_worker_and_gets_its_vectors_in_order() -> No
     assert len(launches.handles) == 1
 
 
+def test_the_longest_text_has_all_its_rows() -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["embedding"]
+        asked = embed("a " * 8190, outputs=["colbert"])
+        with tier.lease(), tier.embed(asked) as encoding:
+            (item,) = await encoding.all()
+        assert tier.encoder is not None
+        assert item.n_tokens == 8192
+        assert item.colbert is not None
+        assert len(item.colbert) == 8191 * tier.encoder.n_colbert * 4
+
+    run(test, embedding=fake())
+
+
 def test_items_come_as_they_are_computed() -> None:
     async def test(manager: ModelManager) -> None:
         with manager.tiers["embedding"].embed(embed("a", "a b c", "a b")) as encoding:
@@ -185,6 +199,9 @@ def test_a_text_of_megabytes_is_refused_without_a_worker() -> None:
         assert caught.value.numbers["index"] == 1
         with pytest.raises(ContextLengthExceeded):
             manager.tiers["embedding"].embed(embed([5] * 9000))
+        with pytest.raises(BadRequest, match="even to be cut") as other:
+            manager.tiers["embedding"].score(score("q " * 10_000_000, "d"))
+        assert other.value.param == "query"
 
     run(test, launches, embedding=fake())
     assert launches.handles == []

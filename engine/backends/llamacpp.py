@@ -453,6 +453,7 @@ class LlamaLog:
     KNOWN = (
         "possible training context overflow",  # cells are for all; we bound each one's length
         "model default pooling_type is",  # we pool ourselves
+        "model vocab missing newline token",  # encoders need none
     )
 
     def __init__(self) -> None:
