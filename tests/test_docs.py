@@ -291,7 +291,7 @@ MAY_IMPORT = {
     "engine.heads": {"engine.model_file", "engine.tensors", "engine.torch_file", "errors"},
     "engine.tensors": {"engine.torch_file", "errors"},
     "engine.torch_file": set(),
-    "models": {"models", "engine.heads", "engine.tensors", "errors"},
+    "models": {"models", "engine.heads", "engine.tensors", "engine.torch_file", "errors"},
     "test_api": set(),
     "bench": set(),
     "bench.engine": {"engine"},
