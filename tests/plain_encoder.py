@@ -44,9 +44,11 @@ class Encoder:
         assert n >= 0
         return out[:n]
 
-    def pair(self, query: str, document: str) -> list[int]:
-        q, d = self.ids(query, special=False), self.ids(document, special=False)
-        return [0, *q, 2, 2, *d, 2]
+    def pair(self, query: str, document: str, max_length: int = 512) -> list[int]:
+        """Only the document is cut, but for a query of more than three quarters of the length."""
+        q = self.ids(query, special=False)[: max_length * 3 // 4]
+        d = self.ids(document, special=False)
+        return [0, *q, 2, 2, *d[: max_length - len(q) - 4], 2]
 
     def run(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Rows of the last layer; or what the context pools them to."""
@@ -89,4 +91,5 @@ def loading() -> Iterator[Callable[..., Encoder]]:
 
 
 def cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    a, b = a.astype(np.float64), b.astype(np.float64)
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
