@@ -10,7 +10,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from starlette.responses import Response
 
 from api.deps import ServicesDep, while_connected
-from api.errors import client_names
 from api.sampling import Switch, Token, WholeText, ignored_params
 from api.vectors import Form, item
 from engine import wire
@@ -46,6 +45,7 @@ def _as_list(value: Any) -> Any:
 
 InputText = Annotated[WholeText, Field(min_length=1)]
 InputTexts = Annotated[list[InputText], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+OneOrMore = Annotated[InputTexts, BeforeValidator(_as_list)]
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 TokenLists = Annotated[list[Tokens], Field(max_length=MAX_INPUTS, fail_fast=True)]
 Input = Annotated[
@@ -114,7 +114,7 @@ async def create_embeddings(
         role=body.role(),
         return_tokens=body.return_tokens,
     )
-    with client_names({r"^truncate$": "input"}), tier.lease(), tier.embed(asked) as encoding:
+    with tier.lease(), tier.embed(asked) as encoding:
         vectors = await while_connected(request.receive, encoding.all())
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {
@@ -125,12 +125,15 @@ async def create_embeddings(
     if cut := [{"index": v.index, "n_tokens_cut": v.n_cut} for v in vectors if v.n_cut]:
         reply["truncated"] = cut
     form = Form(body.encoding_format == "base64", body.dimensions, body.colbert_dtype)
-    content = await asyncio.to_thread(_content, reply, vectors, form)
+    n_colbert = tier.encoder.n_colbert if tier.encoder else 0
+    content = await asyncio.to_thread(_content, reply, vectors, n_colbert, form)
     return Response(content, media_type="application/json", headers=headers)
 
 
-def _content(reply: dict[str, Any], vectors: Sequence[wire.Vector], form: Form) -> bytes:
-    data = [item(vector, form) for vector in vectors]
+def _content(
+    reply: dict[str, Any], vectors: Sequence[wire.Vector], n_colbert: int, form: Form
+) -> bytes:
+    data = [item(vector, n_colbert, form) for vector in vectors]
     return msgspec.json.encode({"object": "list", "data": data} | reply)
 
 
@@ -179,4 +182,6 @@ def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:
     try:
         return [encoding.decode(ids, errors="strict") for ids in inputs]
     except (KeyError, ValueError) as error:
-        raise BadRequest(f"These are no token ids of cl100k_base: {error}.", param="input") from None
+        raise BadRequest(
+            f"These are no token ids of cl100k_base: {error}.", param="input"
+        ) from None

@@ -148,7 +148,9 @@ class ScoreRequest(ScoringFields):
             if len(pairs) > MAX_PAIRS:
                 raise BadRequest(f"There may be {MAX_PAIRS:,} pairs.", param=second)
             return left, right, pairs
-        raise BadRequest("Send `text_1` and `text_2`, or `queries` and `documents`.", param="text_1")
+        raise BadRequest(
+            "Send `text_1` and `text_2`, or `queries` and `documents`.", param="text_1"
+        )
 
 
 @router.post("/v1/score")
@@ -228,5 +230,9 @@ async def _score(
         assert encoding.scale is not None
         is_hybrid = encoding.method == "hybrid"
         return Scores(
-            items, encoding.method, encoding.scale, fields.raw_scores, weights if is_hybrid else None
+            items,
+            encoding.method,
+            encoding.scale,
+            fields.raw_scores,
+            weights if is_hybrid else None,
         )

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from api.deps import ServicesDep, while_connected
-from api.embeddings import MAX_INPUTS, InputText, OneOrMore, check_dimensions
+from api.embeddings import MAX_INPUTS, OneOrMore, check_dimensions
 from api.errors import client_names
 from api.sampling import Switch, ignored_params
 from api.vectors import shortened, sparse

@@ -21,7 +21,7 @@ class Form:
     colbert_dtype: Literal["float32", "float16"] = "float32"
 
 
-def item(vector: wire.Vector, form: Form) -> dict[str, Any]:
+def item(vector: wire.Vector, n_colbert: int, form: Form) -> dict[str, Any]:
     """One item of OpenAI's list. What is not dense stands in further fields, so that every client
     can read it; without a dense vector `embedding` is empty."""
     embedding: Any = []
@@ -34,8 +34,8 @@ def item(vector: wire.Vector, form: Form) -> dict[str, Any]:
         fields["sparse_embedding"] = {"indices": ids, "values": weights}
         fields["lexical_weights"] = dict(zip(map(str, ids), weights, strict=True))
     if vector.colbert is not None:
-        rows = np.frombuffer(vector.colbert, "<f4").reshape(-1, n_colbert)
-        rows = rows.astype(f"<{np.dtype(form.colbert_dtype).str[1:]}")
+        rows: npt.NDArray[Any] = np.frombuffer(vector.colbert, "<f4").reshape(-1, n_colbert)
+        rows = rows.astype("<f2" if form.colbert_dtype == "float16" else "<f4")
         if form.is_base64:
             fields["colbert_embedding"] = {
                 "data": _base64(rows),
