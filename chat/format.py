@@ -11,8 +11,8 @@ from chat.splitter import ReasoningTags
 from chat.template import ChatTemplate, normalised, with_names
 from chat.tools import BY_NAME, FAMILIES
 from chat.tools.base import Function
-from engine import wire
 from engine.model_file import ModelFile
+from engine.wire import Grammar, GrammarPart, Segment, Thinking
 from errors import UnsupportedParameter
 
 # what templates call the switch of thinking, and how far it goes
@@ -27,7 +27,7 @@ class Tool:
     """A function as templates take it, and the rule of its arguments."""
 
     definition: Mapping[str, Any]
-    arguments: wire.GrammarPart
+    arguments: GrammarPart
 
     @property
     def name(self) -> str:
@@ -50,9 +50,9 @@ NO_TOOLS = ToolChoice(frozenset())
 class Prompt:
     """A conversation made ready for the worker."""
 
-    segments: list[wire.Segment]
-    grammar: wire.Grammar | None
-    thinking: wire.Thinking | None
+    segments: list[Segment]
+    grammar: Grammar | None
+    thinking: Thinking | None
     visible: list[str]
     splitter: Callable[[], Splitter]
 
@@ -75,7 +75,7 @@ class ChatFormat:
         now: datetime,
         tools: Sequence[Tool] = (),
         choice: ToolChoice = NO_TOOLS,
-        answer: wire.GrammarPart | None = None,
+        answer: GrammarPart | None = None,
         effort: str | None = None,
         budget: int | None = None,
         continues: bool = False,
@@ -111,11 +111,11 @@ class ChatFormat:
                 is_open=is_open,
             )
             never_first = tags.open if tags and not is_open else ""
-            grammar = wire.Grammar(tuple(parts), frame, never_first)
+            grammar = Grammar(tuple(parts), frame, never_first)
         thinking = None
         if tags:
             ending = self._family.ending(tags)
-            thinking = wire.Thinking(tags.open, tags.close, is_open, budget, ending)
+            thinking = Thinking(tags.open, tags.close, is_open, budget, ending)
         is_split = tags or functions
         return Prompt(
             segments,
@@ -131,7 +131,7 @@ class ChatFormat:
         self,
         functions: Sequence[Tool],
         choice: ToolChoice,
-        answer: wire.GrammarPart | None,
+        answer: GrammarPart | None,
         continues: bool,
     ) -> None:
         if answer and functions and not choice.is_required and not self._family.mixes_with_json:
@@ -169,7 +169,7 @@ class ChatFormat:
         return switches, budget
 
     def _thoughts(
-        self, segments: Sequence[wire.Segment], *, continues: bool
+        self, segments: Sequence[Segment], *, continues: bool
     ) -> tuple[ReasoningTags | None, bool]:
         """The tags if the model may still think, and whether the prompt ends in its thoughts."""
         tags = self._tags
