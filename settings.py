@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", bound=BaseSettings)
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_CHAT_MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"  # setup.sh puts it there
+DEFAULT_CHAT_MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"  # setup.sh puts both there
+DEFAULT_EMBEDDING_MODEL = "models/multilingual-e5-small-F32.gguf"
 
 ReasoningField = Literal["reasoning_content", "reasoning", "both", "none"]
 TierName = Literal["light", "medium", "heavy", "embedding", "reranker"]

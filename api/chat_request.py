@@ -255,6 +255,7 @@ class ChatRequest(Conversation, GenerationFields):
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema without arguments that it does not name: models invent some, and functions take
     none. A schema that says something about them, or has its properties elsewhere, is as it is."""
-    if schema.get("properties") is None or SAYS_MORE & schema.keys():
-        return schema
-    return schema | {"additionalProperties": False}
+    closed = {"type": "object", **schema}  # whatever it says: arguments are one
+    if schema.get("properties") is not None and not SAYS_MORE & schema.keys():
+        closed["additionalProperties"] = False
+    return closed

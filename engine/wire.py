@@ -77,13 +77,14 @@ class Grammar(msgspec.Struct, frozen=True):
     """What an answer must look like: Lark in which `@p0` is the first part, and so on.
 
     In it `«x»` stands for the text x, or for the control token of that name where the model has
-    one; `«until x»` for any text that ends with the first such, and `«»` for any text at all. No
-    such text begins with `never_first`.
+    one, `«spaced x»` for the same behind spaces or none. `«»` stands for any text, `«until x»` for
+    any that ends with the first x, and `«unlike P»` and `«unlike P until x»` for such whose
+    beginning does not fit the regular expression P. None of these texts has a control token in it,
+    nor one of the frame's spelt in letters.
     """
 
     parts: tuple[GrammarPart, ...]
     frame: str = "start: @p0"
-    never_first: str = ""
 
 
 class Thinking(msgspec.Struct, frozen=True):

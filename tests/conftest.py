@@ -1,9 +1,11 @@
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 
-from settings import DEFAULT_CHAT_MODEL, ROOT, known_keys
+from settings import DEFAULT_CHAT_MODEL, DEFAULT_EMBEDDING_MODEL, ROOT, known_keys
 from tests import gguf_fixtures
 
 # for test_fuzz.py: pytest --hypothesis-profile=deep
@@ -22,6 +24,22 @@ def smollm2() -> Path:
     path = ROOT / DEFAULT_CHAT_MODEL
     assert path.is_file(), "the default model is not there: run ./setup.sh"
     return path
+
+
+@pytest.fixture(scope="session")
+def e5() -> Path:
+    path = ROOT / DEFAULT_EMBEDDING_MODEL
+    assert path.is_file(), "the default embedding model is not there: run ./setup.sh"
+    return path
+
+
+@pytest.fixture
+def load_encoder() -> Iterator[Callable[..., Any]]:
+    """Makes a plain_encoder.Encoder, which the end of the test closes."""
+    from tests.plain_encoder import loading
+
+    with loading() as load:
+        yield load
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.model_file import open_header
 from tests.gguf_fixtures import spm_vocabulary
 from tests.torch_files import write_pt
 
@@ -173,7 +174,8 @@ class Bert:
     def hidden(self, ids: Sequence[int], gelu: Gelu = "llama.cpp") -> Doubles:
         """Rows of the last layer for one text, special tokens included: [n_tokens, n_embd]."""
         n = len(ids)
-        x = self._of("token_embd.weight")[list(ids)] + self._of("position_embd.weight")[:n]
+        x = self.tensors["token_embd.weight"][list(ids)].astype(np.float64)
+        x = x + self._of("position_embd.weight")[:n]
         if "token_types.weight" in self.tensors:
             x = x + self._of("token_types.weight")[0]
         x = self._norm(x, "token_embd_norm")
@@ -315,11 +317,12 @@ def tiny_embedder() -> Bert:
     """Like BGE-M3, with its two heads."""
     random = _Random(11)
     tensors = random.bert(len(unigram().pieces))
-    heads = {
-        "sparse_linear": Head(random.matrix(1, _N_EMBD, 0.25), np.array([0.05], np.float32)),
-        "colbert_linear": Head(random.matrix(_N_EMBD, _N_EMBD), random.bias(_N_EMBD)),
-    }
-    return Bert(tensors, _N_HEAD, _N_CTX, heads=heads)
+    return Bert(tensors, _N_HEAD, _N_CTX, heads=random.heads(_N_EMBD))
+
+
+def made_heads(n_embd: int) -> dict[str, Head]:
+    """Heads for a real model that has none, always the same."""
+    return _Random(15).heads(n_embd)
 
 
 @cache
@@ -380,6 +383,12 @@ class _Random:
     def bias(self, n: int) -> Floats:
         return self.normal(n, std=0.02)
 
+    def heads(self, n_embd: int) -> dict[str, Head]:
+        return {
+            "sparse_linear": Head(self.matrix(1, n_embd, 0.25), np.array([0.05], np.float32)),
+            "colbert_linear": Head(self.matrix(n_embd, n_embd), self.bias(n_embd)),
+        }
+
     def bert(self, n_vocab: int) -> dict[str, Floats]:
         tensors = {
             "token_embd.weight": self.normal(n_vocab, _N_EMBD, std=0.6),
@@ -426,9 +435,9 @@ def write_reranker(path: Path, file_type: FileType = "F32", **metadata: object) 
     return _write_xlmr(path, tiny_reranker(), file_type, gguf.PoolingType.RANK, labels | metadata)
 
 
-def write_heads(folder: Path) -> None:
-    """sparse_linear.pt and colbert_linear.pt, as they lie beside BGE-M3."""
-    for name, head in tiny_embedder().heads.items():
+def write_heads(folder: Path, model: Bert | None = None) -> None:
+    """sparse_linear.pt and colbert_linear.pt, as they lie beside BGE-M3: the tiny embedder's."""
+    for name, head in (model or tiny_embedder()).heads.items():
         write_pt(folder / f"{name}.pt", head.tensors())
 
 
@@ -564,9 +573,25 @@ def _write_tensors(
     writer.close()
 
 
+class _Reader(gguf.GGUFReader):
+    """Steps over arrays: a vocabulary of 250,000 would take 15 seconds."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
+        pos = orig_offs + 12
+        if kind == gguf.GGUFValueType.STRING:
+            for _ in range(count):
+                pos += 8 + struct.unpack_from("<Q", self.data, pos)[0]
+        else:
+            pos += count * np.dtype(self.gguf_scalar_to_np[gguf.GGUFValueType(kind)]).itemsize
+        return pos - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
+
+
 def bert_in(path: Path, heads: Mapping[str, Head] | None = None) -> Bert:
     """The weights of any BERT in GGUF, for the reference: a real model's too."""
-    reader = gguf.GGUFReader(path)
+    reader = _Reader(path)
 
     def number(key: str) -> Any:
         return reader.fields[f"bert.{key}"].parts[-1][0]
@@ -584,18 +609,27 @@ def bert_in(path: Path, heads: Mapping[str, Head] | None = None) -> Bert:
     )
 
 
+def vocabulary_in(path: Path) -> Unigram:
+    """The vocabulary of any XLM-R in GGUF."""
+    with open_header(path) as header:
+        tokens = header.array("tokenizer.ggml.tokens")
+        scores = header.floats("tokenizer.ggml.scores")
+        charsmap = header.numbers("tokenizer.ggml.precompiled_charsmap", 1 << 24)
+        assert tokens is not None
+        assert scores is not None
+        pieces = header.texts(tokens, range(tokens.count))
+        return Unigram(tuple(pieces), tuple(scores.tolist()), charsmap.astype(np.uint8).tobytes())
+
+
 # As Hugging Face directories
 
 
 def write_hf_embedder(folder: Path) -> Path:
-    _write_hf(folder, tiny_embedder(), "XLMRobertaModel")
-    write_heads(folder)
-    return folder
+    return write_hf(folder, tiny_embedder(), unigram())
 
 
 def write_hf_reranker(folder: Path) -> Path:
-    _write_hf(folder, tiny_reranker(), "XLMRobertaForSequenceClassification")
-    return folder
+    return write_hf(folder, tiny_reranker(), unigram())
 
 
 def hf_tensors(model: Bert) -> dict[str, Floats]:
@@ -640,10 +674,13 @@ def _hf_name(name: str, prefix: str) -> str:
     return f"{'' if module.startswith('cls') else prefix}{_HF_NAMES[module]}.{part}"
 
 
-def _write_hf(folder: Path, model: Bert, architecture: str) -> None:
+def write_hf(folder: Path, model: Bert, vocab: Unigram) -> Path:
+    """An XLM-R with its vocabulary, and with its heads where it has them."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = unigram()
+    is_classifier = "cls.weight" in model.tensors
+    architecture = "XLMRobertaForSequenceClassification" if is_classifier else "XLMRobertaModel"
     write_safetensors(folder / "model.safetensors", hf_tensors(model))
+    write_heads(folder, model)
     config = {
         "architectures": [architecture],
         "model_type": "xlm-roberta",
@@ -651,9 +688,9 @@ def _write_hf(folder: Path, model: Bert, architecture: str) -> None:
         "hidden_size": model.n_embd,
         "num_hidden_layers": model.n_layer,
         "num_attention_heads": model.n_head,
-        "intermediate_size": _N_FF,
+        "intermediate_size": len(model.tensors["blk.0.ffn_up.weight"]),
         "max_position_embeddings": model.n_ctx + 2,
-        "type_vocab_size": 1,
+        "type_vocab_size": len(model.tensors["token_types.weight"]),
         "layer_norm_eps": model.eps,
         "pad_token_id": vocab.pad,
         "bos_token_id": vocab.bos,
@@ -663,7 +700,7 @@ def _write_hf(folder: Path, model: Bert, architecture: str) -> None:
         "attention_probs_dropout_prob": 0.0,
         "torch_dtype": "float32",
     }
-    if "cls.weight" in model.tensors:
+    if is_classifier:
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     _write_json(folder / "config.json", config)
     _write_json(folder / "tokenizer.json", _hf_tokenizer(vocab))
@@ -674,6 +711,7 @@ def _write_hf(folder: Path, model: Bert, architecture: str) -> None:
         {f"{name}_token": token for name, token in specials.items()}
         | {"model_max_length": model.n_ctx, "tokenizer_class": "XLMRobertaTokenizer"},
     )
+    return folder
 
 
 def _hf_tokenizer(vocab: Unigram) -> dict[str, Any]:
@@ -723,15 +761,16 @@ def _hf_tokenizer(vocab: Unigram) -> dict[str, Any]:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Floats]) -> Path:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data = b""
+    end = 0
     for name, values in tensors.items():
-        start, data = len(data), data + np.ascontiguousarray(values, "<f4").tobytes()
-        header[name] = {
-            "dtype": "F32", "shape": values.shape, "data_offsets": [start, len(data)],
-        }  # fmt: skip
+        start, end = end, end + 4 * values.size
+        header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for values in tensors.values():
+            file.write(np.ascontiguousarray(values, "<f4").tobytes())
     return path
 
 

@@ -226,7 +226,7 @@ def test_links_lead_somewhere(document: str) -> None:
 
 # the tree
 
-PACKAGES = ("api", "bench", "chat", "engine")
+PACKAGES = ("api", "bench", "chat", "engine", "models")
 
 
 def module_files() -> dict[str, Path]:
@@ -309,6 +309,7 @@ MAY_IMPORT = {
     "engine.heads": {"engine.model_file", "engine.tensors", "engine.torch_file", "errors"},
     "engine.tensors": {"engine.torch_file", "errors"},
     "engine.torch_file": set(),
+    "models": {"models", "engine.heads", "engine.tensors", "engine.torch_file", "errors"},
     "test_api": set(),
     "bench": set(),
     "bench.engine": {"chat", "engine"},
@@ -319,6 +320,7 @@ ONLY_IN = {
     "starlette": {"api", "server"},
     "uvicorn": {"server"},
     "llama_cpp": {"engine.backends.llamacpp", "engine.backends.llama_encoder"},
+    "gguf": {"models"},
 }
 
 

