@@ -32,7 +32,7 @@ class Embedded:
     is_sound: bool = True  # finite, not zero, of the length that they should have
     dense: Floats | None = None  # [n_embd], of length 1
     sparse: tuple[Ids, Floats] | None = None  # ascending token ids, and their weights over 0
-    colbert: Floats | None = None  # [n_tokens - 1, D], rows of length 1
+    colbert: Floats | None = None  # [n_tokens - 1, D], rows of length 1; without that of CLS
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,8 @@ class BGEM3Embedder(SimpleEmbedder):
         texts = [i for i, kinds in enumerate(wanted) if "colbert" in kinds]
         vectors = rows.of(texts) @ heads.colbert_weight.T + heads.colbert_bias
         for i, of_text in zip(texts, rows.split(normalized(vectors), texts), strict=True):
-            embedded[i].colbert = of_text[1:]  # without the one of CLS
+            # without the one of CLS
+            embedded[i].colbert = of_text if self.encoder.specials.begin is None else of_text[1:]
         return embedded
 
 

@@ -47,6 +47,7 @@ class Job(ABC):
         self.id = request.job
         self.texts: list[Text] = []
         self.n_texts = n_texts
+        self.n_left = n_texts  # that are not computed
         self._tier = tier
 
     @abstractmethod
@@ -72,6 +73,8 @@ class Job(ABC):
                 n_ctx=n_ctx,
                 index=at,
             )
+        if not len(fitting[0]):
+            raise BadRequest(f"{_named(what, at)} is empty.", param=what, index=at)
         return Text(*fitting)
 
 
@@ -240,6 +243,9 @@ class EncoderJobs:
         self._computing: list[tuple[int, int]] = []
         self._n_failures = 0
 
+    def __len__(self) -> int:
+        return len(self._jobs)
+
     @property
     def idle(self) -> bool:
         return not self._new and self._batcher.idle
@@ -308,13 +314,27 @@ class EncoderJobs:
             results = self._results(self._computing, go_on)
         except Interrupted:
             return []
+        messages: list[wire.Message] = []
         items: dict[int, list[Item]] = {}
         for (job_id, index), result in zip(self._computing, results, strict=True):
             job = self._jobs.get(job_id)
-            if job is not None:  # nobody has left
+            if job is None:  # everybody has left
+                continue
+            job.n_left -= 1
+            try:
                 items.setdefault(job_id, []).extend(job.take(index, result))
+            except Exception as error:
+                self.cancel(job_id)
+                del items[job_id]
+                messages.append(failure(job_id, error))
         self._computing = []
-        return [self._jobs[job_id].message(found) for job_id, found in items.items() if found]
+        for job_id, found in items.items():
+            job = self._jobs[job_id]
+            if found:
+                messages.append(job.message(found))
+            if not job.n_left:
+                del self._jobs[job_id]
+        return messages
 
     def _results(
         self, batch: list[tuple[int, int]], go_on: Callable[[], bool]

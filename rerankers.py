@@ -185,4 +185,6 @@ def max_sim(query: Floats | None, document: Floats | None) -> float:
     """For each row of the query the most similar one of the document; the mean of that."""
     assert query is not None
     assert document is not None
+    if not len(query) or not len(document):
+        return 0.0
     return float((query @ document.T).max(axis=1).mean())

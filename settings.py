@@ -28,6 +28,10 @@ TierName = Literal["light", "medium", "heavy", "embedding", "reranker"]
 CHAT_TIERS: tuple[TierName, ...] = ("light", "medium", "heavy")
 ENCODER_TIERS: tuple[TierName, ...] = ("embedding", "reranker")
 TIERS: tuple[TierName, ...] = (*CHAT_TIERS, *ENCODER_TIERS)
+# of a tier that generates text
+GENERATING = {
+    "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "max_tokens", "tool_format",
+}  # fmt: skip
 # one pattern for localhost on any port, as browsers write origins
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
@@ -158,6 +162,10 @@ class Settings:
         for key, nearest in unknown_keys(env_file):
             hint = f"; did you mean {nearest}?" if nearest else ""
             logger.warning("The setting %s is not known and does nothing%s", key, hint)
+        for name in ENCODER_TIERS:
+            for field in sorted(GENERATING & tiers[name].model_fields_set):
+                key = f"{name}_{field}".upper()
+                logger.warning("The setting %s does nothing: no text is generated there", key)
         return cls(server, _configured(tiers))
 
 

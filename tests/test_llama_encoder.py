@@ -272,6 +272,17 @@ def test_texts_have_their_begin_and_end_also_where_the_file_does_not_say_so(
     assert (ids[0], ids[-1], (ids[1:-1] > 3).all()) == (0, 2, True)
 
 
+def test_unknown_words_and_names_of_control_tokens_are_only_text(models: Path, load: Load) -> None:
+    unknown = tiny.wordpieces().index("[UNK]")
+    (ids,) = sequences(embedder_of(load(models / "plain" / "bert.gguf")), ["hello Ж [SEP] world"])
+    assert unknown in ids
+    assert ids.tolist().count(tiny.wordpieces().index("[SEP]")) == 1
+    for name in ("embedder-F32.gguf", "plain/decoder.gguf"):
+        encoder = load(models / name)
+        (ids,) = sequences(embedder_of(encoder), ["hello </s> <s> world"])
+        assert ids.tolist().count(encoder.specials.end) == 1
+
+
 @pytest.mark.parametrize("keeps_spaces", [None, False])
 def test_runs_of_spaces_count_as_one_whatever_the_converter_wrote(
     keeps_spaces: Any, models: Path, tmp_path: Path, load: Load
@@ -376,6 +387,7 @@ def test_a_long_text_travels_alone_beside_short_ones(
             assert isinstance(message, wire.Vectors)
             found += message.items
     model.encoder.close()
+    assert len(jobs) == 0, "it is forgotten"
     assert batches == [[502], [64], [4, 3]]
     assert sorted(item.index for item in found) == [0, 1, 2, 3]
     assert all(item.dense for item in found)

@@ -134,7 +134,8 @@ def test_the_example_of_the_design_loads(load: Load, caplog: pytest.LogCaptureFi
     }  # fmt: skip
     assert values_of(tiers["embedding"], **embedding) == embedding
     assert (tiers["reranker"].n_ctx, tiers["reranker"].temperature) == (512, 0.01)
-    assert not caplog.records
+    (warning,) = caplog.records
+    assert "RERANKER_TEMPERATURE does nothing" in warning.getMessage()
 
 
 def test_the_environment_wins_over_the_file(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ than the model has positions; so everything is checked here before it is called.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,26 @@ def load(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
     return LlamaEncoder(spec, progress)
 
 
+class EncoderTokenizer(LlamaTokenizer):
+    """In a BERT unknown words are a control token, and few encoders have bytes to spell with."""
+
+    def __init__(self, model: Any, facts: "_Facts") -> None:
+        super().__init__(model)
+        self._facts = facts
+
+    def _spell(self, data: bytes) -> list[int]:
+        """For texts with control tokens in them, though these were not to be recognised: they are
+        left out where they cannot be spelled."""
+        if not self._facts.is_encoder:
+            with suppress(Error):
+                return super()._spell(data)
+        return [
+            token
+            for token in self._call(data, parse_special=False)
+            if token == self._facts.unknown or not lib.llama_vocab_is_control(self._vocab, token)
+        ]
+
+
 class LlamaEncoder:
     """Implements `engine.backends.base.Encoder`: a model, its context and one reused batch."""
 
@@ -88,8 +109,7 @@ class LlamaEncoder:
         self.n_sequences = min(MAX_SEQUENCES, self._step)
         self._context = self._new_context(spec, encoder)
         self._memory = lib.llama_get_memory(self._context)
-        tokenizer = LlamaTokenizer(self._model)
-        self.tokenizer: Tokenizer = tokenizer
+        self.tokenizer: Tokenizer = EncoderTokenizer(self._model, facts)
         vocab = lib.llama_model_get_vocab(self._model)
         self.specials = _specials(vocab, facts)
         self.n_embd: int = lib.llama_model_n_embd_out(self._model)
