@@ -5,11 +5,13 @@ One task per tier makes every transition, so none of them can race:
 
 1. A waiting job starts the worker. A load that fails fails the jobs that wait for it; a worker
    that could not load is tried again after a back-off, when the next job comes.
-2. While the worker has free sequences it gets the next waiting job, by priority and age.
-   Conversions between text and tokens need no sequence: they go to it at once, and fail with it.
+2. While the worker has free sequences it gets the next waiting job, by priority and age; one that
+   embeds or scores takes nearly all, and shares itself out among them. Conversions between text
+   and tokens need no sequence: they go to it at once, and fail with it.
 3. When nobody has a lease for IDLE_TTL_S the worker is stopped.
 4. When the worker dies, jobs that had sent text fail; the others are suspects: each is tried again
-   alone on a fresh worker, and a second death is its own fault. Waiting jobs just wait on.
+   alone on a fresh worker, and a second death is its own fault. Vectors and scores that have come
+   are kept, and the rest is tried. Waiting jobs just wait on.
 """
 
 import asyncio
@@ -22,16 +24,20 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from encoding import Encoding
 from engine import wire
 from engine.client import EndReason, Launcher, Worker, error_from, launch_process
-from engine.model_file import ModelFile, read_model_file
+from engine.model_file import Kind, ModelFile, read_model_file
+from engine.types import Method
 from errors import (
+    BadRequest,
     ContextLengthExceeded,
     InternalError,
     ModelLoadFailed,
@@ -41,7 +47,7 @@ from errors import (
     TierUnavailable,
     WorkerCrashed,
 )
-from settings import CHAT_TIERS, Settings, TierName, TierSettings
+from settings import ENCODER_TIERS, Settings, TierName, TierSettings
 from waiting import WaitingLine
 from worker_spec import effective_n_ctx, worker_spec
 
@@ -49,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 State = Literal["stopped", "starting", "ready", "stopping", "failed"]
 
+MOST_TO_CUT = 16  # times the longest text that could fit: all of it is tokenised before the cut
 MAX_BACK_OFF_S = 60.0
 MAX_RETRY_AFTER_S = 60
 
@@ -84,6 +91,9 @@ class Generation:
             assert isinstance(message, wire.TokenOut)
             n_done += message.done is not None
             yield message
+
+    def send(self, worker: Worker) -> None:
+        worker.generate(self.request, self)
 
     def __enter__(self) -> "Generation":
         return self
@@ -145,6 +155,9 @@ class Conversion:
             self.answer.set_exception(copy.copy(error))
 
 
+Job = Generation | Encoding[wire.Vector] | Encoding[wire.Scored]
+
+
 class Tier:
     """One model and everybody who wants it."""
 
@@ -164,9 +177,11 @@ class Tier:
         self._model_signature = 0, 0
         self._fingerprint = ""
         self._worker: Worker | None = None
-        self._waiting: WaitingLine[Generation] = WaitingLine()
-        self._suspects: deque[Generation] = deque()
-        self._running: dict[int, Generation] = {}  # by job
+        self._encoder: wire.EncoderInfo | None = None
+        self._waiting: WaitingLine[Job] = WaitingLine()
+        self._suspects: deque[Job] = deque()
+        self._running: dict[int, Job] = {}  # by job
+        self._encodings: set[Job] = set()  # that have not ended, wherever they are
         self._conversions: dict[int, Conversion] = {}  # that somebody waits for, by job
         self._job_ids = itertools.count(1)
         self._n_leases = 0
@@ -174,6 +189,8 @@ class Tier:
         self._retry_at = 0.0  # unless the file has changed
         self._failed_signature = 0, 0
         self._job_s = 1.0  # what a job takes, averaged; for Retry-After
+        self._text_s = 0.01  # what a text takes an encoder, averaged
+        self._counted_at = 0.0
         self._is_wanted = settings.preload
         self._is_closing = False
         self._wakeup = asyncio.Event()
@@ -184,6 +201,11 @@ class Tier:
     def n_ctx(self) -> int:
         """Most tokens of one request, prompt and answer. Raises ModelLoadFailed."""
         return effective_n_ctx(self.settings, self.model())
+
+    @property
+    def encoder(self) -> wire.EncoderInfo | None:
+        """What the model can do that embeds or scores, once it has been loaded."""
+        return self._encoder
 
     @property
     def aliases(self) -> list[str]:
@@ -244,6 +266,57 @@ class Tier:
         self._waiting.join(generation, priority, time.monotonic())
         self._wakeup.set()
         return generation
+
+    def embed(self, request: wire.Embed, *, priority: int = 0) -> Encoding[wire.Vector]:
+        """Queue texts to be embedded; raises as `submit` does."""
+        encoding = Encoding[wire.Vector](self, self._with_job(request))
+        self._queue_texts(encoding, priority)
+        return encoding
+
+    def score(self, request: wire.Score, *, priority: int = 0) -> Encoding[wire.Scored]:
+        """Queue pairs to be scored; raises as `submit` does."""
+        encoding = Encoding[wire.Scored](self, self._with_job(request))
+        self._queue_texts(encoding, priority)
+        return encoding
+
+    def _with_job(self, request: wire.Embed | wire.Score) -> wire.Embed | wire.Score:
+        if self.name not in ENCODER_TIERS:
+            raise BadRequest(
+                f"The model of tier '{self.name}' neither embeds nor scores.", param="model"
+            )
+        if isinstance(request, wire.Embed) and not request.inputs:
+            raise BadRequest("There is no input.", param="input")
+        if isinstance(request, wire.Score) and not request.pairs:
+            raise BadRequest("There is no document.", param="documents")
+        self._check_lengths(request)
+        return msgspec.structs.replace(request, job=next(self._job_ids))
+
+    def _queue_texts(
+        self, encoding: Encoding[wire.Vector] | Encoding[wire.Scored], priority: int
+    ) -> None:
+        self._check_room_for_texts()
+        self._encodings.add(encoding)
+        self._waiting.join(encoding, priority, time.monotonic())
+        self._wakeup.set()
+
+    def _check_room_for_texts(self) -> None:
+        """A request of any size finds room as long as there is any."""
+        if self._is_closing:
+            raise _stopping()
+        n_texts = sum(job.n_open for job in self._encodings if isinstance(job, Encoding))
+        if n_texts >= self.settings.queue_texts:
+            raise QueueFull(
+                f"{n_texts} texts are waiting for tier '{self.name}', and it takes no more "
+                f"({self.name.upper()}_QUEUE_TEXTS). Try again later.",
+                retry_after_s=min(max(1, math.ceil(self._text_s * n_texts)), MAX_RETRY_AFTER_S),
+            )
+
+    def count(self, n_texts: int) -> None:
+        """So many texts have just been computed."""
+        now = time.monotonic()
+        text_s = (now - self._counted_at) / max(n_texts, 1)
+        self._text_s += min(0.02 * n_texts, 1) * (text_s - self._text_s)
+        self._counted_at = now
 
     async def tokenize(self, segments: Sequence[wire.Segment], *, add_bos: bool) -> wire.Tokens:
         """The tokens of a text, by the loaded model. Raises ServiceError."""
@@ -306,8 +379,39 @@ class Tier:
                 n_ctx=self.n_ctx,
             )
 
-    def drop(self, generation: Generation) -> None:
+    def _check_lengths(self, request: wire.Embed | wire.Score) -> None:
+        """The same for texts, of which spaces and accents may not count."""
+        fields: dict[str, Sequence[str | list[int]]]
+        if isinstance(request, wire.Embed):
+            fields = {"input": request.inputs}
+        else:
+            fields = {"query": request.queries, "documents": request.documents}
+        n_ctx, n_bytes = self.n_ctx, self.model().max_token_bytes
+        for what, texts in fields.items():
+            for index, text in enumerate(texts):
+                least = len(text)
+                if least > n_ctx and isinstance(text, str):
+                    least = len("".join(text.split())) // (4 * n_bytes)
+                if least > n_ctx and request.truncate == "none":
+                    raise ContextLengthExceeded(
+                        f"{what}[{index}] has more than {least:,} tokens; tier '{self.name}' "
+                        f"takes {n_ctx:,} ({self.name.upper()}_N_CTX).",
+                        param=what,
+                        n_prompt_tokens=least,
+                        n_ctx=n_ctx,
+                        index=index,
+                    )
+                if len(text) > MOST_TO_CUT * n_ctx * n_bytes:
+                    raise BadRequest(
+                        f"{what}[{index}] has {len(text):,} characters, which is too much even to "
+                        f"be cut to {n_ctx:,} tokens.",
+                        param=what,
+                        index=index,
+                    )
+
+    def drop(self, generation: Job) -> None:
         """Forget a request that ended or whose client left. Unknown ones are fine."""
+        self._encodings.discard(generation)
         job = generation.request.job
         if job in self._running:
             handed_at = self._running.pop(job).handed_at
@@ -375,15 +479,17 @@ class Tier:
             if generation is None:
                 return
             generation.handed_at = time.monotonic()
+            if not self._running:
+                self._counted_at = generation.handed_at
             self._running[generation.request.job] = generation
             try:
-                worker.generate(generation.request, generation)
+                generation.send(worker)
             except Exception as error:  # it alone cannot be sent
                 logger.error("Tier %s: a request cannot be sent", self.name, exc_info=error)
                 self.drop(generation)
                 generation.fail(InternalError("The request could not be sent to its model."))
 
-    def _next(self, n_seats: int) -> Generation | None:
+    def _next(self, n_seats: int) -> Job | None:
         """Who goes to the worker now.
 
         1. Nobody while a suspect is in there, alone.
@@ -427,6 +533,7 @@ class Tier:
             self.state = "stopped"
             raise
         self.state, self.reason, self._n_load_failures = "ready", None, 0
+        self._encoder = self._worker.ready.encoder
         logger.info(
             "Tier %s: ready after %.1f s, %d tokens of context, %d requests at once",
             self.name, time.monotonic() - started_at, self._worker.ready.n_ctx,
@@ -464,6 +571,7 @@ class Tier:
         for generation in self._running.values():
             generation.n_crashes += 1
             if generation.has_answered or generation.n_crashes > 1:
+                self._encodings.discard(generation)
                 generation.fail(crashed)
             else:
                 self._suspects.append(generation)
@@ -474,10 +582,13 @@ class Tier:
         self._wakeup.set()
 
     def _fail_waiting(self, error: ServiceError) -> None:
+        failed = [*self._suspects]
         while self._waiting:
-            self._waiting.pop().fail(error)
-        while self._suspects:
-            self._suspects.popleft().fail(error)
+            failed.append(self._waiting.pop())
+        self._suspects.clear()
+        for job in failed:
+            self._encodings.discard(job)
+            job.fail(error)
         for conversion in self._unsent:
             conversion.fail(error)
 
@@ -498,11 +609,13 @@ class ModelManager:
         }
 
     def resolve(self, model: str) -> Tier:
-        """The tier that a request names: by tier, alias or file stem, in this order.
-        Raises ModelNotFound."""
+        """The tier that a request names: by tier, alias or file stem, in this order. Without a
+        model of its own `reranker` is the embedding tier. Raises ModelNotFound."""
         for tier in self.tiers.values():
             if tier.name == model:
                 return tier
+        if model == "reranker" and "embedding" in self.tiers:
+            return self.tiers["embedding"]
         for tier in self.tiers.values():
             if model in tier.aliases:
                 return tier
@@ -512,6 +625,26 @@ class ModelManager:
         raise ModelNotFound(
             f"The model '{model}' does not exist here. Known: {known}.", param="model"
         )
+
+    def scorer(self, model: str, method: Method | None) -> Tier:
+        """The tier that scores for a request: the one that it names, unless only the embedding
+        tier knows the method. Raises ModelNotFound or BadRequest."""
+        tier = self.resolve(model)
+        if tier.name == "reranker" and method not in (None, "cross-encoder"):
+            if "embedding" not in self.tiers:
+                raise BadRequest(
+                    f"The method '{method}' needs an embedding model (EMBEDDING_MODEL_PATH).",
+                    param="method",
+                )
+            return self.tiers["embedding"]
+        if tier.name not in ENCODER_TIERS:
+            raise BadRequest(f"The model '{model}' does not score documents.", param="model")
+        if tier.name == "embedding" and method == "cross-encoder":
+            raise BadRequest(
+                "The method 'cross-encoder' needs a reranker (RERANKER_MODEL_PATH).",
+                param="method",
+            )
+        return tier
 
     def abandon(self) -> None:
         """End all requests with an error."""
@@ -532,21 +665,39 @@ def _stopping() -> ServiceError:
 
 
 def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
-    if name not in CHAT_TIERS:
-        raise ModelLoadFailed(f"Tier '{name}' is not served by this version.")
+    wanted: Kind = "embedding" if name == "embedding" else "chat"
+    wanted = "reranker" if name == "reranker" else wanted
     if settings.backend == "fake":
         from engine.backends import fake
 
-        return fake.model_file(settings.model_path and settings.path)
+        return fake.model_file(settings.model_path and settings.path, wanted)
     model = read_model_file(settings.path)
-    if model.kind != "chat":
-        raise ModelLoadFailed(f"{model.path.name} is made for {model.kind} and not for chat.")
+    is_told = settings.embedding_mode or settings.pooling != "auto"
+    if wanted == "embedding" and model.kind == "chat" and is_told:
+        return replace(model, kind="embedding")  # its file does not say so
+    if model.kind != wanted:
+        raise ModelLoadFailed(
+            f"{model.path.name} is a model for {_PURPOSES[model.kind]} and not for "
+            f"{_PURPOSES[wanted]}."
+        )
     return model
+
+
+_PURPOSES: dict[Kind, str] = {"chat": "chat", "embedding": "embeddings", "reranker": "reranking"}
 
 
 def _fingerprint(settings: TierSettings, model: ModelFile, signature: object) -> str:
     library = version("llama-cpp-python") if settings.backend == "llamacpp" else ""
-    parts = (model.path.name, signature, model.chat_template, settings.backend, library)
+    parts = [model.path.name, signature, model.chat_template, settings.backend, library]
+    if model.kind != "chat":
+        parts += (effective_n_ctx(settings, model), settings.pooling)
+        parts += (settings.query_prefix, settings.passage_prefix)
+        paths = {settings.head_path(settings.sparse_head_path)}
+        paths.add(settings.head_path(settings.colbert_head_path))
+        heads = [Path(path) for path in paths if path]
+        for pattern in ("sparse_linear.*", "colbert_linear.*", "*.heads.safetensors"):
+            heads += model.path.parent.glob(pattern)
+        parts += ((str(path), _signature(path)) for path in sorted(heads))
     return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 

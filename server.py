@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from api import chat, completions, errors, models, tokens, unsupported
+from api import chat, completions, errors, messages, models, responses, tokens, unsupported
 from api.deps import Services
 from api.middleware import Faults, Gate, RequestLog, is_loopback
 from engine.client import Launcher, launch_process
@@ -27,6 +27,7 @@ from settings import CHAT_TIERS, LOCAL_ORIGINS, ServerSettings, Settings, Settin
 EXIT_USAGE = 2
 EXPOSED_HEADERS = [
     "X-Request-Id",
+    "Request-Id",
     "X-Ignored-Params",
     "X-Seed",
     "X-Truncated-Messages",
@@ -62,7 +63,7 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
     )
     app.state.services = Services(settings, manager)
     errors.install(app)
-    for part in (chat, completions, tokens, models, unsupported):
+    for part in (chat, responses, messages, completions, tokens, models, unsupported):
         app.include_router(part.router)
     return app
 

@@ -26,7 +26,8 @@ DEFAULT_EMBEDDING_MODEL = "models/multilingual-e5-small-F32.gguf"
 ReasoningField = Literal["reasoning_content", "reasoning", "both", "none"]
 TierName = Literal["light", "medium", "heavy", "embedding", "reranker"]
 CHAT_TIERS: tuple[TierName, ...] = ("light", "medium", "heavy")
-TIERS: tuple[TierName, ...] = (*CHAT_TIERS, "embedding", "reranker")
+ENCODER_TIERS: tuple[TierName, ...] = ("embedding", "reranker")
+TIERS: tuple[TierName, ...] = (*CHAT_TIERS, *ENCODER_TIERS)
 # one pattern for localhost on any port, as browsers write origins
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
@@ -82,6 +83,13 @@ class TierSettings(BaseSettings):
     pin: bool = False  # never unload
     preload: bool = False  # load at start
 
+    queue_texts: int = Field(4096, ge=1)  # of an encoder tier, which counts texts, not requests
+    batch_tokens: int = Field(512, ge=1)  # of an encoder's call; a longer text travels alone
+    pooling: Literal["auto", "cls", "mean", "last"] = "auto"  # auto: as the file says
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    sparse_head_path: str = ""  # empty: beside the model
+    colbert_head_path: str = ""
     embedding_mode: bool | None = None
     embedding_dimension: int | None = Field(None, ge=1)
 
@@ -93,6 +101,10 @@ class TierSettings(BaseSettings):
     def path(self) -> Path:
         """Where the model is; a relative path starts at the project."""
         return ROOT / Path(self.model_path).expanduser()
+
+    def head_path(self, path: str) -> str:
+        """Where a head is, as `path`; empty where none is given."""
+        return str(ROOT / Path(path).expanduser()) if path else ""
 
     @model_validator(mode="after")
     def _fits(self) -> "TierSettings":

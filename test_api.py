@@ -93,6 +93,28 @@ def check_whole(client: httpx.Client, model: str, *, chat: bool) -> object:
     return " ".join(text_of(choice).split())[:50]
 
 
+def check_response(client: httpx.Client, model: str) -> object:
+    request = {"model": model, "input": HELLO["content"], "max_output_tokens": 24}
+    body = answer(client.post("/v1/responses", json=request))
+    expect(body["status"] in ("completed", "incomplete"), f"status {body['status']!r}")
+    parts = [part for item in body["output"] for part in item.get("content", ())]
+    text = " ".join(part["text"] for part in parts)
+    expect(text, "the answer is empty")
+    return " ".join(text.split())[:50]
+
+
+def check_message(client: httpx.Client, model: str) -> object:
+    """The tokens are those that were counted before."""
+    request = {"model": model, "messages": [HELLO]}
+    counted = answer(client.post("/v1/messages/count_tokens", json=request))["input_tokens"]
+    body = answer(client.post("/v1/messages", json=request | {"max_tokens": 24}))
+    usage = body["usage"]
+    expect(usage["input_tokens"] + usage["cache_read_input_tokens"] == counted, f"usage {usage}")
+    text = " ".join(b.get("text") or b.get("thinking") or "" for b in body["content"])
+    expect(text, "the answer is empty")
+    return " ".join(text.split())[:50]
+
+
 def check_stream(client: httpx.Client, model: str, *, chat: bool) -> object:
     """Without usage, because many clients index choices[0] in every chunk; then with it."""
     expect_stream(client, model, chat=chat, include_usage=False)
@@ -133,6 +155,40 @@ def expect_stream(client: httpx.Client, model: str, *, chat: bool, include_usage
     expect(finish[-1] in FINISH_REASONS, f"the last finish_reason is {finish[-1]!r}")
     expect(set(finish[:-1]) <= {None}, "a finish_reason before the last choice")
     return usage["completion_tokens"]
+
+
+def check_tool(client: httpx.Client, model: str) -> object:
+    """A call that must come, with arguments by their schema."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+    }
+    function = {"name": "get_weather", "parameters": schema}
+    tools = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    path, request = generation(model, chat=True, max_tokens=200, **tools)
+    (choice,) = answer(client.post(path, json=request))["choices"]
+    expect(choice["finish_reason"] == "tool_calls", f"finish {choice['finish_reason']!r}")
+    call = choice["message"]["tool_calls"][0]["function"]
+    city = json.loads(call["arguments"])["city"]
+    expect(city in ("Paris", "Rome"), f"{city!r} is not in the schema")
+    return f"{call['name']}({call['arguments']})"
+
+
+def check_schema(client: httpx.Client, model: str) -> object:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema}}
+    path, request = generation(model, chat=True, response_format=form)
+    (choice,) = answer(client.post(path, json=request))["choices"]
+    said = json.loads(choice["message"]["content"])
+    expect(said.keys() == {"ok"} and isinstance(said["ok"], bool), f"{said} is not by the schema")
+    expect(choice["schema_valid"] is True, "schema_valid is not true")
+    return choice["message"]["content"]
 
 
 def check_tokens(client: httpx.Client, model: str) -> object:
@@ -199,6 +255,10 @@ def plan(models: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, Check]]:
             yield f"POST {path}", tier, partial(check_whole, model=tier, chat=chat)
             yield f"POST {path} stream", tier, partial(check_stream, model=tier, chat=chat)
     for tier in able("chat"):
+        yield "POST /v1/chat/completions tools", tier, partial(check_tool, model=tier)
+        yield "POST /v1/chat/completions schema", tier, partial(check_schema, model=tier)
+        yield "POST /v1/responses", tier, partial(check_response, model=tier)
+        yield "POST /v1/messages", tier, partial(check_message, model=tier)
         yield "POST /tokenize, /detokenize", tier, partial(check_tokens, model=tier)
         yield "POST /apply-template", tier, partial(check_template, model=tier)
     for tier in able("embedding"):

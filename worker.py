@@ -3,6 +3,7 @@
 `python -m worker FD` serves the socket with that number. One thread receives: it tokenises and
 checks new jobs beside the step loop, turns texts into tokens and back for whoever asks, and ends
 the process when the server has gone. The main thread owns the engine and does all the writing.
+A worker with an encoder has a loop of its own: batches in place of steps.
 """
 
 import itertools
@@ -17,19 +18,27 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 
+from embedders import Embedder, new_embedder
+from encoder_jobs import EncoderJobs, Model, failure
 from engine import wire
-from engine.backends.base import Constraint, Engine, Tokenizer, load_engine
+from engine.backends.base import Constraint, Engine, Tokenizer, load_encoder, load_engine
 from engine.grammar import Compiler, GrammarState, control_token
 from engine.text import TextStream
 from engine.thinking import Thoughts
 from engine.types import Finish, Sampled, StepResult
-from errors import BadRequest, ContextLengthExceeded, InternalError, ModelLoadFailed, ServiceError
+from errors import BadRequest, ContextLengthExceeded, ModelLoadFailed
+from rerankers import BGEReranker, EmbeddingReranker
 
 logger = logging.getLogger("worker")
 
+T = TypeVar("T")
+
+ENCODER_SEATS = 256  # jobs that an encoder takes: the batcher shares it out among them
 LOGGERS = ("worker", "engine", "llama.cpp")
 EXIT_OK, EXIT_ENGINE_FAILED = 0, 70  # 70: EX_SOFTWARE of sysexits.h
 
@@ -83,7 +92,7 @@ class Answer:
         if self._thoughts and self._thoughts.is_over:
             self._text.stops = tuple(self.job.request.stop)
         text = self._text.push(piece)
-        if self._text.stopped:
+        if self._text.stop is not None:
             return self._last(text, "stop")
         if self._n_tokens >= self.job.max_tokens:
             return self._last(text + self._text.finish(), "length")
@@ -105,7 +114,7 @@ class Answer:
         if self.job.request.sampling.n_logprobs is not None:
             mean = self._logprob / max(self._n_tokens, 1)
         is_valid = self._grammar.is_complete if self._grammar else None
-        return self._out(text, wire.Done(finish, self._n_tokens, mean, is_valid))
+        return self._out(text, wire.Done(finish, self._n_tokens, mean, is_valid, self._text.stop))
 
     def _out(self, text: str, done: wire.Done | None) -> wire.TokenOut:
         self._n_bytes_out += len(text.encode())
@@ -195,18 +204,19 @@ def _tokenize(
 
 
 Answered = wire.Failed | wire.Tokens | wire.Text
-Incoming = Job | Answered | wire.Cancel | wire.Ping | wire.Shutdown
+Incoming = Job | Answered | wire.Embed | wire.Score | wire.Cancel | wire.Ping | wire.Shutdown
+WorkOn = Callable[[wire.Request], Incoming]
 
 
 class Receiver(threading.Thread):
-    """Reads the socket. Messages wait in `inbox`; new jobs are tokenised and checked here, their
-    grammars compiled and texts converted, beside the step loop. `on_disconnect` is called as soon
-    as the server has gone."""
+    """Reads the socket. Messages wait in `inbox`; requests are worked on before, beside the step
+    loop: tokenised and checked, their grammars compiled, texts converted. `on_disconnect` is called
+    as soon as the server has gone."""
 
     def __init__(self, sock: socket.socket, on_disconnect: Callable[[], None]) -> None:
         super().__init__(daemon=True)
         self.inbox: queue.SimpleQueue[Incoming] = queue.SimpleQueue()
-        self._engine: Engine | None = None
+        self._work_on: WorkOn | None = None
         self._sock = sock
         self._on_disconnect = on_disconnect
 
@@ -214,27 +224,24 @@ class Receiver(threading.Thread):
         try:
             while (message := wire.receive(self._sock)) is not None:
                 assert not isinstance(message, wire.Load)
-                if isinstance(message, wire.Generate | wire.Tokenize | wire.Detokenize):
-                    self.inbox.put(self._work_on(message))
-                else:
+                if isinstance(message, wire.Cancel | wire.Ping | wire.Shutdown):
                     self.inbox.put(message)
+                else:
+                    self.inbox.put(self._worked_on(message))
         finally:
             self._on_disconnect()
             self.inbox.put(wire.Shutdown())
 
-    def begin(self, engine: Engine) -> None:
+    def begin(self, work_on: WorkOn) -> None:
         """From now on there may be jobs. Must be called before the server is told Ready."""
-        self._engine = engine
-        self._compiler = Compiler(engine.tokenizer)
+        self._work_on = work_on
 
-    def _work_on(self, request: wire.Request) -> Job | Answered:
-        assert self._engine is not None
+    def _worked_on(self, request: wire.Request) -> Incoming:
+        assert self._work_on is not None
         try:
-            if isinstance(request, wire.Generate):
-                return prepare(request, self._engine, self._compiler)
-            return convert(request, self._engine.tokenizer)
+            return self._work_on(request)
         except Exception as error:
-            return _failure(request.job, error)
+            return failure(request.job, error)
 
 
 def serve(sock: socket.socket, on_disconnect: Callable[[], None] = lambda: None) -> int:
@@ -250,31 +257,88 @@ def serve(sock: socket.socket, on_disconnect: Callable[[], None] = lambda: None)
     def send(*messages: wire.Message) -> None:
         sock.sendall(b"".join(map(wire.frame, messages)))
 
-    engine = None
+    spec = load.spec
+    engine: Engine | None = None
+    model: Model | None = None
     try:
-        engine = _load(load.spec, send)
-        if engine is None:
+        if spec.encoder is None:
+            engine = _load(load_engine, spec, send)
+            if engine is None:
+                return EXIT_OK
+            receiver.begin(partial(_before_generating, engine, Compiler(engine.tokenizer)))
+            send(wire.Ready(engine.n_ctx, engine.n_parallel, engine.tokenizer.n_vocab))
+            return _loop(engine, receiver.inbox, send)
+        model = _load(load_model, spec, send)
+        if model is None:
             return EXIT_OK
-        receiver.begin(engine)
-        send(wire.Ready(engine.n_ctx, engine.n_parallel, engine.tokenizer.n_vocab))
-        return _loop(engine, receiver.inbox, send)
+        tokenizer = model.encoder.tokenizer
+        receiver.begin(partial(_before_encoding, tokenizer))
+        info = _encoder_info(model)
+        send(wire.Ready(model.encoder.n_ctx, ENCODER_SEATS, tokenizer.n_vocab, info))
+        jobs = EncoderJobs(model, tier=spec.name, batch_tokens=spec.encoder.batch_tokens)
+        return _encoder_loop(jobs, receiver.inbox, send)
     except ConnectionError:  # the server has gone
         return EXIT_OK
     finally:
         if engine is not None:
             engine.close()
+        if model is not None:
+            model.encoder.close()
 
 
-def _load(spec: wire.WorkerSpec, send: Callable[..., None]) -> Engine | None:
-    """The engine, or None when the server was told why there is none."""
+def _load(
+    load: Callable[[wire.WorkerSpec, Callable[[float], None]], T],
+    spec: wire.WorkerSpec,
+    send: Callable[..., None],
+) -> T | None:
+    """What is loaded, or None when the server was told why nothing is."""
     try:
-        return load_engine(spec, lambda fraction: send(wire.Progress(fraction)))
+        return load(spec, lambda fraction: send(wire.Progress(fraction)))
     except ModelLoadFailed as error:
         reason = error.message
     except MemoryError:
         reason = "There is not enough memory to load the model."
     send(wire.LoadFailed(reason))
     return None
+
+
+def load_model(spec: wire.WorkerSpec, progress: Callable[[float], None]) -> Model:
+    """An embedder or a cross-encoder. Raises ModelLoadFailed."""
+    assert spec.encoder is not None
+    encoder = load_encoder(spec, progress)
+    if encoder.scale is None:
+        return new_embedder(encoder, spec.encoder)
+    reranker = BGEReranker(encoder)
+    try:
+        reranker.prove()
+    except BaseException:
+        encoder.close()
+        raise
+    return reranker
+
+
+def _encoder_info(model: Model) -> wire.EncoderInfo:
+    n_embd = model.encoder.n_embd
+    if isinstance(model, Embedder):
+        methods = EmbeddingReranker(model).methods
+        return wire.EncoderInfo(sorted(model.outputs), [*methods], n_embd, model.n_colbert)
+    return wire.EncoderInfo([], [*model.methods], n_embd)
+
+
+def _before_generating(engine: Engine, compiler: Compiler, request: wire.Request) -> Incoming:
+    if isinstance(request, wire.Generate):
+        return prepare(request, engine, compiler)
+    if isinstance(request, wire.Tokenize | wire.Detokenize):
+        return convert(request, engine.tokenizer)
+    raise BadRequest("The model generates text, and neither embeds nor scores.", param="model")
+
+
+def _before_encoding(tokenizer: Tokenizer, request: wire.Request) -> Incoming:
+    if isinstance(request, wire.Embed | wire.Score):
+        return request  # tokenised between batches, a few texts at a time
+    if isinstance(request, wire.Tokenize | wire.Detokenize):
+        return convert(request, tokenizer)
+    raise BadRequest("The model does not generate text.", param="model")
 
 
 def _loop(
@@ -292,12 +356,12 @@ def _loop(
                 try:
                     jobs.admit(message)
                 except Exception as error:
-                    send(_failure(message.request.job, error))
+                    send(failure(message.request.job, error))
             elif isinstance(message, wire.Cancel):
                 jobs.cancel(message.job)
             elif isinstance(message, wire.Ping):
                 send(wire.Pong())
-            else:
+            elif not isinstance(message, wire.Embed | wire.Score):
                 send(message)
         try:
             result = engine.step()
@@ -306,6 +370,47 @@ def _loop(
             return EXIT_ENGINE_FAILED
         if messages := jobs.report(result):
             send(*messages)
+
+
+def _encoder_loop(
+    jobs: EncoderJobs,
+    inbox: "queue.SimpleQueue[Incoming]",
+    send: Callable[..., None],
+) -> int:
+    is_over = False
+
+    def hear(message: Incoming) -> None:
+        nonlocal is_over
+        if isinstance(message, wire.Shutdown):
+            is_over = True
+        elif isinstance(message, wire.Embed | wire.Score):
+            send(*jobs.admit(message))
+        elif isinstance(message, wire.Cancel):
+            jobs.cancel(message.job)
+        elif isinstance(message, wire.Ping):
+            send(wire.Pong())
+        elif not isinstance(message, Job):
+            send(message)
+
+    def go_on() -> bool:
+        """Asked while a batch is computed, which may take minutes: somebody still wants it."""
+        while not inbox.empty():
+            hear(inbox.get())
+        return jobs.is_wanted and not is_over
+
+    while not is_over:
+        if jobs.idle:
+            hear(inbox.get())
+        go_on()
+        try:
+            send(*jobs.tokenize())
+            send(*jobs.compute(go_on))
+        except ConnectionError:
+            raise
+        except Exception:
+            logger.critical("The encoder cannot go on; the worker ends", exc_info=True)
+            return EXIT_ENGINE_FAILED
+    return EXIT_OK
 
 
 class Jobs:
@@ -344,7 +449,7 @@ class Jobs:
         """The messages for one step. What ended is forgotten."""
         failed = {self._answers[number].job.request.job: error for number, error in result.failed}
         messages: list[wire.Message] = []
-        messages += (_failure(job_id, error) for job_id, error in failed.items())
+        messages += (failure(job_id, error) for job_id, error in failed.items())
         for job_id in failed:  # one that starts and fails at once is told by an HTTP status
             self.cancel(job_id)
         for number, n_cached in result.started:
@@ -373,13 +478,6 @@ class Jobs:
         del job.answers[number]
         if not job.answers:
             del self._jobs[job.request.job]
-
-
-def _failure(job: int, error: Exception) -> wire.Failed:
-    if not isinstance(error, ServiceError):
-        logger.error("Job %d failed", job, exc_info=error)
-        error = InternalError("The model failed at this request. The log has the reason.")
-    return wire.Failed(job, error.code, error.message, error.param, error.numbers)
 
 
 def main() -> None:

@@ -18,6 +18,17 @@ def worker_spec(
 ) -> wire.WorkerSpec:
     """What a worker is told, with the values that depend on the model and the machine decided."""
     n_ctx = effective_n_ctx(settings, model)
+    encoder = None
+    if model.kind != "chat":
+        encoder = wire.EncoderSpec(
+            kind=model.kind,
+            batch_tokens=settings.batch_tokens,
+            pooling=None if settings.pooling == "auto" else settings.pooling,
+            query_prefix=settings.query_prefix,
+            passage_prefix=settings.passage_prefix,
+            sparse_head_path=settings.head_path(settings.sparse_head_path),
+            colbert_head_path=settings.head_path(settings.colbert_head_path),
+        )
     return wire.WorkerSpec(
         name=name,
         backend=settings.backend,
@@ -33,6 +44,7 @@ def worker_spec(
         if settings.prefix_cache_mb is None
         else settings.prefix_cache_mb << 20,
         log_level=log_level,
+        encoder=encoder,
     )
 
 

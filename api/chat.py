@@ -1,6 +1,5 @@
 """POST /v1/chat/completions"""
 
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -61,8 +60,7 @@ async def create_chat_completion(
     reply = head | {"choices": replies, "usage": usage}
     if body.timings:
         reply["timings"] = started.answer.timings(usage["completion_tokens"])
-    headers |= started.headers() | started.answer.whole_headers()
-    return JSONResponse(reply, headers=headers)
+    return JSONResponse(reply, headers=headers | started.whole_headers())
 
 
 def _message(choice: turn.Choice, field: ReasoningField) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def _message(choice: turn.Choice, field: ReasoningField) -> dict[str, Any]:
         message["content"] = said.text or None
         message["tool_calls"] = [
             {
-                "id": _new_call_id(),
+                "id": generation.new_id("call_"),
                 "type": "function",
                 "function": {"name": call.name, "arguments": call.arguments},
             }
@@ -86,10 +84,6 @@ def _message(choice: turn.Choice, field: ReasoningField) -> dict[str, Any]:
 def _reasoning(text: str, field: ReasoningField) -> dict[str, str]:
     names = ("reasoning_content", "reasoning") if field == "both" else (field,)
     return dict.fromkeys(names, text)
-
-
-def _new_call_id() -> str:
-    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class _Deltas:
@@ -107,7 +101,7 @@ class _Deltas:
         if isinstance(event, CallBegin):
             self._n_calls += 1
             function = {"name": event.name, "arguments": ""}
-            return self._call(id=_new_call_id(), type="function", function=function)
+            return self._call(id=generation.new_id("call_"), type="function", function=function)
         return self._call(function={"arguments": event.text})
 
     def _call(self, **fields: Any) -> dict[str, Any]:
@@ -145,12 +139,4 @@ async def _events(
 
 
 def _logprobs(tokens: Sequence[wire.TokenLogprob]) -> dict[str, Any]:
-    def entry(token: bytes, logprob: float) -> dict[str, Any]:
-        text = token.decode(errors="replace")
-        return {"token": text, "logprob": logprob, "bytes": list(token)}
-
-    content = [
-        entry(token.token, token.logprob) | {"top_logprobs": [entry(*top) for top in token.top]}
-        for token in tokens
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": generation.logprobs(tokens), "refusal": None}

@@ -1,17 +1,17 @@
 """What a client may ask of a chat, in OpenAI's fields. The other chat endpoints translate theirs
 into these."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from api.sampling import (
-    MAX_TOP_LOGPROBS,
     GenerationFields,
     OneChoice,
     Switch,
     TokenLimit,
+    TopLogprobs,
     schema_part,
 )
 from chat.format import NO_TOOLS, Tool, ToolChoice
@@ -24,11 +24,31 @@ SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "one
 RESERVED_KWARGS = {"messages", "now", "continues", "tools", "add_generation_prompt", "self"}
 
 
-class ContentPart(BaseModel):
+class Extensible(BaseModel):
+    """A part of a request that may hold fields which nobody knows."""
+
     model_config = ConfigDict(extra="allow")
 
+
+class ContentPart(Extensible):
     type: str
     text: str | None = None
+
+    def read(self, place: str, model: str, kinds: Container[str] = ("text",)) -> str:
+        """Its text, if it is of these kinds. Raises BadRequest."""
+        if self.type not in kinds:
+            raise UnsupportedParameter(
+                f"Content of type '{self.type}' is not supported: model '{model}' reads text only.",
+                param=f"{place}.type",
+            )
+        if self.text is None:
+            raise BadRequest(f"'{place}.text' is required.", param=f"{place}.text")
+        return self.text
+
+
+ToolName = Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")]
+ThinkingBudget = Annotated[int, Field(ge=0, lt=2**31)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 def _content_kind(value: Any) -> str:
@@ -42,25 +62,27 @@ Content = Annotated[
 ]
 
 
-class CalledFunction(BaseModel):
-    model_config = ConfigDict(extra="allow")
+def read_text(content: Content, place: str, model: str, kinds: Container[str] = ("text",)) -> str:
+    """The text of a content. Raises BadRequest where it has parts that are not of these kinds."""
+    if isinstance(content, list):
+        parts = enumerate(content)
+        return "".join(part.read(f"{place}[{n}]", model, kinds) for n, part in parts)
+    return content or ""
 
+
+class CalledFunction(Extensible):
     name: str
     arguments: str | dict[str, Any] = ""
 
 
-class PastCall(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class PastCall(Extensible):
     id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Extensible):
     """Other fields go to the model's template as they are."""
-
-    model_config = ConfigDict(extra="allow")
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Content = None
@@ -70,18 +92,14 @@ class ChatMessage(BaseModel):
     reasoning: str | None = None
 
 
-class FunctionDefinition(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    name: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")]
+class FunctionDefinition(Extensible):
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class ToolDefinition(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class ToolDefinition(Extensible):
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -120,10 +138,8 @@ ToolChoiceField = Annotated[
 ]
 
 
-class Conversation(BaseModel):
+class Conversation(Extensible):
     """The fields that make the prompt."""
-
-    model_config = ConfigDict(extra="allow")
 
     # fail_fast: a million bad items must not become a million errors
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
@@ -132,8 +148,8 @@ class Conversation(BaseModel):
     )
     tool_choice: ToolChoiceField | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    thinking_budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    reasoning_effort: Effort | None = None
+    thinking_budget_tokens: ThinkingBudget | None = None
     chat_template_kwargs: dict[str, Any] | None = None  # such as enable_thinking
     continue_final_message: Switch = False
     add_generation_prompt: bool | None = None
@@ -148,14 +164,7 @@ class Conversation(BaseModel):
     def check_content(self, model: str) -> None:
         """Raise for content that is no text, and for half an instruction to continue."""
         for place, part in self.parts():
-            if part.type != "text":
-                raise UnsupportedParameter(
-                    f"Content of type '{part.type}' is not supported: model '{model}' reads "
-                    "text only.",
-                    param=f"{place}.type",
-                )
-            if part.text is None:
-                raise BadRequest(f"'{place}.text' is required.", param=f"{place}.text")
+            part.read(place, model)
         last = self.messages[-1]
         if self.continue_final_message and (last.role != "assistant" or last.tool_calls):
             raise BadRequest(
@@ -232,7 +241,7 @@ class ChatRequest(Conversation, GenerationFields):
     max_completion_tokens: TokenLimit | None = None
     n: OneChoice = 1
     logprobs: Switch = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: TopLogprobs | None = None
 
     @property
     def n_logprobs(self) -> int | None:
@@ -246,6 +255,7 @@ class ChatRequest(Conversation, GenerationFields):
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema without arguments that it does not name: models invent some, and functions take
     none. A schema that says something about them, or has its properties elsewhere, is as it is."""
-    if schema.get("properties") is None or SAYS_MORE & schema.keys():
-        return schema
-    return schema | {"additionalProperties": False}
+    closed = {"type": "object", **schema}  # whatever it says: arguments are one
+    if schema.get("properties") is not None and not SAYS_MORE & schema.keys():
+        closed["additionalProperties"] = False
+    return closed

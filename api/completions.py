@@ -100,7 +100,7 @@ async def create_completion(
         for prompt in prompts
     ]
     answer = await generation.start(
-        request.receive, tier, requests, priority=body.effective_priority, fields={}
+        request.receive, tier, requests, priority=body.effective_priority
     )
     if body.echo:
         answer.outs = _echoed(answer.outs, answer.n_choices, tier, prompts)

@@ -1,13 +1,17 @@
-"""Every error as HTTP: OpenAI's envelope, whoever raised it."""
+"""Every error as HTTP, whoever raised it: in OpenAI's envelope, or in Anthropic's where its clients
+ask."""
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from api.deps import ClientLeft
 from errors import (
@@ -22,6 +26,17 @@ from errors import (
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499  # nobody receives it; it is what the log says
+ANTHROPIC_PATHS = re.compile(r"/v1/messages(/|$)")
+# their types of errors by status; the others are invalid requests
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
 
 
 def install(app: FastAPI) -> None:
@@ -32,12 +47,44 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ClientLeft, _client_left)
 
 
-def response(error: ServiceError) -> Response:
+def response(error: ServiceError, scope: Scope) -> Response:
+    return JSONResponse(envelope(error, scope), error.status, error.headers())
+
+
+def envelope(error: ServiceError, scope: Scope) -> dict[str, Any]:
+    """An error as the clients of this path know it."""
     body = error.body()
+    fault = body["error"]
     for name in ("message", "param"):  # they may quote half a surrogate pair, which is no text
-        if body["error"][name] is not None:
-            body["error"][name] = body["error"][name].encode(errors="backslashreplace").decode()
-    return JSONResponse(body, error.status, error.headers())
+        if fault[name] is not None:
+            fault[name] = fault[name].encode(errors="backslashreplace").decode()
+    if not ANTHROPIC_PATHS.match(scope["path"]):
+        return body
+    message, place = fault["message"], fault["param"]
+    if place and place not in message:  # for it there is no field
+        message = f"{place}: {message}"
+    kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": message},
+        "request_id": scope["request_id"],
+    }
+
+
+@contextmanager
+def client_names(names: Mapping[str, str]) -> Iterator[None]:
+    """Names the field at fault as the client knows it, in a request that was translated. `names`
+    has what to put in place of each pattern."""
+    try:
+        yield
+    except BadRequest as error:
+        given = error.param or ""
+        param = given
+        for pattern, name in names.items():
+            param = re.sub(pattern, name, param)
+        error.message = error.message.replace(f"'{given}'", f"'{param}'")
+        error.param = param or None
+        raise
 
 
 def as_service_error(error: Exception, request_id: str) -> ServiceError:
@@ -61,12 +108,13 @@ def dotted(location: Sequence[str | int]) -> str:
 
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    return response(error)
+    return response(error, request.scope)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return response(_explain(error.errors()[0], request.headers.get("content-type", "")))
+    fault = _explain(error.errors()[0], request.headers.get("content-type", ""))
+    return response(fault, request.scope)
 
 
 def _explain(fault: dict[str, Any], content_type: str) -> BadRequest:
@@ -92,7 +140,8 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         405: MethodNotAllowed(f"{where} is not possible."),
         413: BodyTooLarge(str(error.detail)),
     }
-    reply = response(by_status.get(error.status_code, BadRequest(str(error.detail))))
+    fault = by_status.get(error.status_code, BadRequest(str(error.detail)))
+    reply = response(fault, request.scope)
     if error.status_code == 405 and error.headers:
         reply.headers.update(error.headers)  # Allow
     return reply

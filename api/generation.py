@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,6 @@ from starlette.types import Receive
 
 from api.deps import while_connected
 from engine import wire
-from errors import BadRequest
 from model_manager import Generation, Tier
 
 Outs = AsyncGenerator[tuple[int, wire.TokenOut], None]  # with the index of the choice
@@ -83,14 +82,22 @@ def _rates(kind: str, n: int, seconds: float) -> dict[str, float]:
 
 def head(prefix: str, kind: str, tier: Tier, service_tier: str | None) -> dict[str, Any]:
     """What the reply and each of its chunks begin with."""
-    served_as = {"service_tier": "default" if service_tier == "auto" else service_tier}
+    more = {"service_tier": served_as(service_tier)} if service_tier else {}
     return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "id": new_id(f"{prefix}-"),
         "object": kind,
         "created": int(time.time()),
         "model": tier.name,
         "system_fingerprint": tier.fingerprint,
-    } | (served_as if service_tier else {})
+    } | more
+
+
+def served_as(service_tier: str) -> str:
+    return "default" if service_tier == "auto" else service_tier
+
+
+def new_id(prefix: str) -> str:
+    return prefix + uuid.uuid4().hex
 
 
 async def start(
@@ -99,20 +106,11 @@ async def start(
     requests: Sequence[wire.Generate],
     *,
     priority: int,
-    fields: Mapping[str, str],
 ) -> Answer:
     """Submit requests and wait until all have started: from here on nothing that is wrong with
-    them can come up.
-
-    Raises ClientLeft or ServiceError; what that is about is renamed by `fields` as the client
-    knows it.
-    """
+    them can come up. Raises ClientLeft or ServiceError."""
     answer = Answer(tier, requests, priority)
-    try:
-        await while_connected(receive, anext(answer.outs))
-    except BadRequest as error:
-        error.param = fields.get(error.param or "", error.param)
-        raise
+    await while_connected(receive, anext(answer.outs))
     return answer
 
 
@@ -185,3 +183,16 @@ def usage(answer: Answer, n_completion: int) -> dict[str, Any]:
         "total_tokens": answer.n_prompt + n_completion,
         "prompt_tokens_details": {"cached_tokens": answer.n_cached},
     }
+
+
+def logprobs(tokens: Sequence[wire.TokenLogprob]) -> list[dict[str, Any]]:
+    """Log probabilities in OpenAI's form."""
+
+    def entry(token: bytes, logprob: float) -> dict[str, Any]:
+        text = token.decode(errors="replace")
+        return {"token": text, "logprob": logprob, "bytes": list(token)}
+
+    return [
+        entry(token.token, token.logprob) | {"top_logprobs": [entry(*top) for top in token.top]}
+        for token in tokens
+    ]

@@ -50,7 +50,10 @@ class RequestLog(HttpMiddleware):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = headers["Request-Id"] = (
+                    request_id  # OpenAI's, Anthropic's
+                )
             await send(message)
 
         try:
@@ -83,7 +86,7 @@ class Faults(HttpMiddleware):
         try:
             await self._app(scope, receive, watch)
         except Exception as error:
-            reply = response(as_service_error(error, scope["request_id"]))
+            reply = response(as_service_error(error, scope["request_id"]), scope)
             if has_started:
                 raise  # the server closes the connection: half a reply must not look whole
             await reply(scope, receive, send)
@@ -108,7 +111,7 @@ class Gate(HttpMiddleware):
                 self._check_key(headers)
             self._check_length(headers.get("content-length", ""))
         except ServiceError as error:
-            await response(error)(scope, receive, send)
+            await response(error, scope)(scope, receive, send)
             return
         await self._app(scope, self._limited(receive), send)
 

@@ -71,6 +71,10 @@ StopList = Annotated[
 ]
 UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+ServiceTier = Literal["auto", "default", "flex", "priority"]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenLimit = Annotated[int, Field(ge=-1, lt=2**31)]  # -1, as some clients say it: no limit
 ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
@@ -114,9 +118,9 @@ class GenerationFields(BaseModel):
     stream: Switch = False
     stream_options: StreamOptions | None = None
     max_tokens: TokenLimit | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    temperature: Temperature | None = None
     top_p: UnitInterval | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: TopK | None = None
     min_p: UnitInterval | None = None
     repeat_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] | None = None
     repeat_last_n: Annotated[int, Field(ge=-1, le=2**20)] | None = None
@@ -145,7 +149,7 @@ class GenerationFields(BaseModel):
     timings: Switch = False  # how long it took, in the body or the last chunk
     user: Any = None  # whose request it is: nobody here wants to know
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    service_tier: ServiceTier | None = None
 
     @property
     def effective_priority(self) -> int:
@@ -177,6 +181,9 @@ def generate_request(
 ) -> wire.Generate:
     """What the tier is asked for. `limits` are the fields that bound the answer, under all the
     names that they have in this request. Raises BadRequest."""
+    for name in ("min_tokens", "ignore_eos"):
+        if grammar and getattr(fields, name):
+            raise BadRequest("A grammar, or that of tools, decides where it ends.", param=name)
     return wire.Generate(
         prompt=[*prompt],
         add_bos=True,
@@ -194,10 +201,6 @@ def generate_request(
 def answer_part(fields: GenerationFields) -> wire.GrammarPart | None:
     """What the answer must look like, by `response_format` or `grammar`. Raises BadRequest."""
     wanted = fields.response_format
-    is_bound = fields.grammar or (wanted is not None and wanted.type != "text")
-    for name in ("min_tokens", "ignore_eos"):
-        if is_bound and getattr(fields, name):
-            raise BadRequest("A grammar decides where the answer ends.", param=name)
     if wanted is None or wanted.type == "text":
         return wire.GrammarPart("grammar", fields.grammar, "grammar") if fields.grammar else None
     if fields.grammar:
@@ -276,9 +279,11 @@ def ignored_params(
     *,
     strict: bool,
     parts: Iterable[tuple[str, BaseModel]] = (),
+    also: Iterable[str] = (),
 ) -> dict[str, str]:
     """The header that names what has no effect: the unknown fields of a body and of its `parts`,
-    which come with their places, and known ones. Raises BadRequest for unknown ones if `strict`."""
+    which come with their places, known ones, and `also` these. Raises BadRequest for unknown ones
+    if `strict`."""
     extra = fields.model_extra or {}
     unknown = [name for name in extra if name not in known and name not in IGNORED]
     inner = ((name, getattr(fields, name, None)) for name in ("stream_options", "response_format"))
@@ -288,7 +293,7 @@ def ignored_params(
         raise BadRequest(
             f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
         )
-    ignored = [name for name in IGNORED if extra.get(name) not in (None, False)]
+    ignored = [*also, *(name for name in IGNORED if extra.get(name) not in (None, False))]
     if getattr(fields, "mirostat", None):
         ignored += [name for name in REPLACED_BY_MIROSTAT if getattr(fields, name) is not None]
     names = [name.encode("ascii", "backslashreplace").decode() for name in unknown + ignored]

@@ -1,6 +1,6 @@
 """Server-sent events: how they look, and a response that ends its work with its client."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -9,7 +9,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.deps import ClientLeft, while_connected
-from api.errors import as_service_error
+from api.errors import as_service_error, envelope
+from errors import ServiceError
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -17,12 +18,15 @@ HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _encode = msgspec.json.Encoder().encode
 
 
-def event(data: Any) -> bytes:
-    return b"data: " + _encode(data) + b"\n\n"
+def event(data: Mapping[str, Any]) -> bytes:
+    """Data that has a type is an event of that name."""
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return name.encode() + b"data: " + _encode(data) + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends events as they come, an error as the event that clients know, then `[DONE]`.
+    """Sends events as they come, then `last`. An error is an event of its envelope, or what
+    `failed` makes of it.
 
     The generator is closed when the client has left, so what it holds is released at once.
     """
@@ -30,11 +34,18 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: dict[str, str] | None = None,
+        *,
+        failed: Callable[[ServiceError], bytes] | None = None,
+        last: bytes = DONE,
     ) -> None:
         super().__init__(headers=HEADERS | (headers or {}))
         del self.headers["content-length"]
         self._events = events
+        self._failed = failed
+        self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {
@@ -45,15 +56,16 @@ class EventStream(Response):
         async with aclosing(self._events):
             await send(start)
             try:
-                await while_connected(receive, self._send_all(send, scope["request_id"]))
+                await while_connected(receive, self._send_all(send, scope))
             except ClientLeft:
                 scope["client_left"] = True  # for the access log: the status is sent already
 
-    async def _send_all(self, send: Send, request_id: str) -> None:
+    async def _send_all(self, send: Send, scope: Scope) -> None:
         try:
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-        except Exception as error:
-            data = event(as_service_error(error, request_id).body())
+        except Exception as exception:
+            error = as_service_error(exception, scope["request_id"])
+            data = self._failed(error) if self._failed else event(envelope(error, scope))
             await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._last, "more_body": False})

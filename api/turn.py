@@ -11,6 +11,7 @@ from starlette.types import Receive
 from api import generation
 from api.chat_request import ChatRequest
 from api.deps import Services, while_connected
+from api.errors import client_names
 from api.prompt import n_too_many, prompt_of, without_middle
 from api.sampling import answer_part, generate_request
 from chat.events import CallBegin, Event, Message, Splitter, Text
@@ -30,6 +31,7 @@ class End:
     n_tokens: int
     n_reasoning: int  # of them
     is_valid: bool | None  # by the grammar that the client sent
+    stop: str | None = None  # the stop string that ended it
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +73,8 @@ async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequ
         thinking=prompt.thinking,
         visible=prompt.visible,
     )
-    answer = await generation.start(
-        receive, tier, [request], priority=body.effective_priority, fields={"prompt": "messages"}
-    )
+    with client_names({"^prompt$": "messages"}):
+        answer = await generation.start(receive, tier, [request], priority=body.effective_priority)
     is_inline = services.settings.server.reasoning_field == "none"
     return Turn(
         answer,
@@ -133,11 +134,15 @@ class Turn:
         return usage | {"completion_tokens_details": {"reasoning_tokens": n_reasoning}}
 
     def headers(self) -> dict[str, str]:
-        """What a reply says beside its body, stream or not."""
+        """What a stream says beside its body."""
         headers = {"X-Seed": str(self.seed)} | self.answer.headers()
         if self._n_left_out:
             headers["X-Truncated-Messages"] = str(self._n_left_out)
         return headers
+
+    def whole_headers(self) -> dict[str, str]:
+        """What a whole reply says beside its body."""
+        return self.headers() | self.answer.whole_headers()
 
     def _reader(self) -> "_Reader":
         splitter = self._prompt.splitter()
@@ -194,4 +199,4 @@ class _Reader:
             finish = "tool_calls"
         is_answer = self.has_client_grammar and not self.has_calls
         is_valid = done.is_valid if is_answer else None
-        return End(finish, done.n_tokens, self.n_reasoning, is_valid)
+        return End(finish, done.n_tokens, self.n_reasoning, is_valid, done.stop)

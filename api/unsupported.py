@@ -9,6 +9,5 @@ router = APIRouter()
 
 @router.post("/v1/embeddings")
 @router.post("/v1/rerank")
-@router.post("/v1/responses")
 async def refuse_route(request: Request) -> None:
     raise UnsupportedParameter(f"{request.url.path} is not supported by this version.")

@@ -17,6 +17,8 @@ import time
 from array import array
 from typing import cast
 
+from chat.tools.base import Function
+from chat.tools.hermes import Hermes
 from engine.backends.base import load_engine
 from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
@@ -183,22 +185,38 @@ def beside_remembered(model: str, n_threads: int) -> None:
     print(f"one sequence beside 2800 remembered tokens: {sorted(ratios)[1]:.3f} of a fresh context")
 
 
+# so many strings that nobody comes to the end
+LONG_LIST = {"type": "array", "minItems": 500, "items": {
+    "type": "object", "additionalProperties": False, "required": ["name", "size"],
+    "properties": {"name": {"type": "string"}, "size": {"type": "number"}},
+}}  # fmt: skip
+FREE_TEXT_OR_A_CALL = Hermes().frame(
+    [Function("get_sizes", "@p0")],
+    answer=None,
+    is_required=False,
+    is_parallel=True,
+    tags=None,
+    is_open=False,
+)
+
+
 def constrained(model: str, n_threads: int) -> None:
-    # so many strings that nobody comes to the end
-    schema = {"type": "array", "minItems": 500, "items": {
-        "type": "object", "additionalProperties": False, "required": ["name", "size"],
-        "properties": {"name": {"type": "string"}, "size": {"type": "number"}},
-    }}  # fmt: skip
-    grammar = Grammar((GrammarPart("json_schema", json.dumps(schema), "response_format"),))
-    ratios = []
+    part = GrammarPart("json_schema", json.dumps(LONG_LIST), "response_format")
+    grammars = {
+        "a JSON schema": Grammar((part,)),
+        "tools to choose from": Grammar((part,), FREE_TEXT_OR_A_CALL),
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in grammars}
     for _ in range(3):
         bench = Bench(model, n_threads)
         compiler = Compiler(bench.engine.tokenizer)
-        free, _ = bench.decode_tokens(8, 48)
-        bound, _ = bench.decode_tokens(8, 48, compiler.compile(grammar))
-        ratios.append(bound / free)
+        for name, grammar in grammars.items():
+            free, _ = bench.decode_tokens(8, 48)
+            bound, _ = bench.decode_tokens(8, 48, compiler.compile(grammar))
+            ratios[name].append(bound / free)
         bench.engine.close()
-    print(f"8 sequences with a JSON schema: {sorted(ratios)[1]:.3f} of the same without")
+    for name, found in ratios.items():
+        print(f"8 sequences with {name}: {sorted(found)[1]:.3f} of the same without")
 
 
 def main() -> None:

@@ -11,15 +11,15 @@ from chat.splitter import ReasoningTags
 from chat.template import ChatTemplate, normalised, with_names
 from chat.tools import BY_NAME, FAMILIES
 from chat.tools.base import Function
-from engine import wire
 from engine.model_file import ModelFile
-from errors import UnsupportedParameter
+from engine.wire import Grammar, GrammarPart, Segment, Thinking
+from errors import BadRequest, UnsupportedParameter
 
 # what templates call the switch of thinking, and how far it goes
 SWITCHES = ("enable_thinking", "thinking")
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 BUDGETS = {"none": 0, "minimal": 256, "low": 1024, "medium": 8192}  # where it knows no effort
-TEMPLATE_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # that none knows
+# that none knows
+TEMPLATE_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Tool:
     """A function as templates take it, and the rule of its arguments."""
 
     definition: Mapping[str, Any]
-    arguments: wire.GrammarPart
+    arguments: GrammarPart
 
     @property
     def name(self) -> str:
@@ -50,9 +50,9 @@ NO_TOOLS = ToolChoice(frozenset())
 class Prompt:
     """A conversation made ready for the worker."""
 
-    segments: list[wire.Segment]
-    grammar: wire.Grammar | None
-    thinking: wire.Thinking | None
+    segments: list[Segment]
+    grammar: Grammar | None
+    thinking: Thinking | None
     visible: list[str]
     splitter: Callable[[], Splitter]
 
@@ -67,6 +67,7 @@ class ChatFormat:
         fitting = next(family for family in FAMILIES if family.fits(source))
         self._family = BY_NAME.get(tool_format, fitting)
         self._tags = self._family.reasoning(source)
+        self._takes_system = self._renders("system", "user") or not self._renders("user")
 
     def prompt(
         self,
@@ -75,7 +76,7 @@ class ChatFormat:
         now: datetime,
         tools: Sequence[Tool] = (),
         choice: ToolChoice = NO_TOOLS,
-        answer: wire.GrammarPart | None = None,
+        answer: GrammarPart | None = None,
         effort: str | None = None,
         budget: int | None = None,
         continues: bool = False,
@@ -88,14 +89,16 @@ class ChatFormat:
         self._check(callable_, choice, answer, continues)
         switches, budget = self._effort(effort, budget)
         messages = with_names([normalised(message) for message in messages])
+        turns = self._family.history(messages, [tool.definition for tool in tools])
         segments = self._template.render(
-            self._family.history(messages, [tool.definition for tool in tools]),
+            turns if self._takes_system else _without_system(turns),
             now=now,
             continues=continues,
             tools=[t.definition for t in tools] if tools and self._family.shows_tools else None,
             **switches | dict(extra or {}),
         )
-        tags, is_open = self._thoughts(segments, continues=continues)
+        continued = messages[-1]["content"] if continues else None
+        tags, is_open = self._thoughts(segments, continued)
         parts = ([answer] if answer else []) + [tool.arguments for tool in callable_]
         functions = [
             Function(tool.name, f"@p{n}") for n, tool in enumerate(callable_, answer is not None)
@@ -110,12 +113,11 @@ class ChatFormat:
                 tags=tags,
                 is_open=is_open,
             )
-            never_first = tags.open if tags and not is_open else ""
-            grammar = wire.Grammar(tuple(parts), frame, never_first)
+            grammar = Grammar(tuple(parts), frame)
         thinking = None
         if tags:
-            ending = self._family.ending(tags)
-            thinking = wire.Thinking(tags.open, tags.close, is_open, budget, ending)
+            ending = self._family.ending(tags, functions)
+            thinking = Thinking(tags.open, tags.close, is_open, budget, ending)
         is_split = tags or functions
         return Prompt(
             segments,
@@ -131,7 +133,7 @@ class ChatFormat:
         self,
         functions: Sequence[Tool],
         choice: ToolChoice,
-        answer: wire.GrammarPart | None,
+        answer: GrammarPart | None,
         continues: bool,
     ) -> None:
         if answer and functions and not choice.is_required and not self._family.mixes_with_json:
@@ -162,22 +164,42 @@ class ChatFormat:
         if effort is None:
             return switches, budget
         switches = {name: effort != "none" for name in SWITCHES if name in source}
-        if "reasoning_effort" in source:
+        knows_effort = "reasoning_effort" in source
+        if knows_effort:
             switches["reasoning_effort"] = TEMPLATE_EFFORTS.get(effort, effort)
-        elif budget is None:
+        if budget is None and (effort == "none" or not knows_effort):
             budget = BUDGETS.get(effort)
         return switches, budget
 
     def _thoughts(
-        self, segments: Sequence[wire.Segment], *, continues: bool
+        self, segments: Sequence[Segment], continued: str | None
     ) -> tuple[ReasoningTags | None, bool]:
         """The tags if the model may still think, and whether the prompt ends in its thoughts."""
         tags = self._tags
         if tags is None:
             return None, False
-        text = "".join(segment.text for segment in segments)
-        if continues:
-            is_open = text.rfind(tags.open) > text.rfind(tags.close)
+        if continued is not None:
+            is_open = continued.rfind(tags.open) > continued.rfind(tags.close)
             return (tags, True) if is_open else (None, False)
-        end = text.rstrip()
+        end = "".join(segment.text for segment in segments).rstrip()
         return (None if end.endswith(tags.close) else tags), end.endswith(tags.open)
+
+    def _renders(self, *roles: str) -> bool:
+        """The template takes turns of these roles."""
+        turns = [{"role": role, "content": "."} for role in roles]
+        try:
+            self._template.render(turns, now=datetime(2000, 1, 1))
+        except BadRequest:
+            return False
+        return True
+
+
+def _without_system(turns: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """For templates that refuse a system text: it begins the first user turn."""
+    if not turns or turns[0]["role"] != "system":
+        return turns
+    system, *rest = turns
+    if rest and rest[0]["role"] == "user":
+        user, *rest = rest
+        system = {**user, "content": f"{system['content']}\n\n{user['content']}"}
+    return [{**system, "role": "user"}, *rest]

@@ -136,6 +136,7 @@ class JsonSpan:
     """Finds where a JSON value ends, of which it is fed pieces."""
 
     _SPECIAL = re.compile(r'["\\{}\[\]]')
+    _NO_LITERAL = re.compile(r"[^\w.+-]")  # in no number, nor in a word such as null
 
     def __init__(self) -> None:
         self.has_ended = False
@@ -145,7 +146,9 @@ class JsonSpan:
         self._is_escaped = False
 
     def feed(self, text: str) -> int | None:
-        """How many characters of `text` belong to the value, if it ends here; None if not."""
+        """How many characters of `text` belong to the value, if it ends in it; None if not."""
+        if self.has_ended:
+            return 0
         end = self._end(text)
         self.has_ended = end is not None
         return end
@@ -158,8 +161,8 @@ class JsonSpan:
                 return None
             self._kind = text[at]
         if self._kind not in '{["':
-            end = re.search(r"[\s,}\]]", text[at:])
-            return at + end.start() if end else None
+            end = self._NO_LITERAL.search(text, at)
+            return end.start() if end else None
         while at < len(text):
             if self._is_escaped:
                 self._is_escaped = False

@@ -45,7 +45,7 @@ class JobSink(Protocol):
 @dataclass(slots=True)
 class _Expectant:
     sink: JobSink
-    n_open: int  # answers that are not done
+    n_open: int  # answers that are not done, texts that are not computed
 
 
 class Worker:
@@ -121,6 +121,10 @@ class Worker:
     def generate(self, request: wire.Generate, sink: JobSink) -> None:
         self._submit(request, sink, request.n)
 
+    def encode(self, request: wire.Embed | wire.Score, sink: JobSink) -> None:
+        asked = request.inputs if isinstance(request, wire.Embed) else request.pairs
+        self._submit(request, sink, len(asked))
+
     def convert(self, request: wire.Tokenize | wire.Detokenize, sink: JobSink) -> None:
         self._submit(request, sink, 1)
 
@@ -181,7 +185,7 @@ class Worker:
         if isinstance(message, wire.Step):
             for out in message.outs:
                 self._deliver(out.job, out)
-        elif isinstance(message, wire.Started | wire.Failed | wire.Tokens | wire.Text):
+        elif not isinstance(message, wire.Progress | wire.Ready | wire.LoadFailed | wire.Pong):
             self._deliver(message.job, message)
 
     def _deliver(self, job: int, message: wire.OfJob) -> None:
@@ -190,6 +194,8 @@ class Worker:
             return
         if isinstance(message, wire.TokenOut):
             expectant.n_open -= message.done is not None
+        elif isinstance(message, wire.Vectors | wire.Scores):
+            expectant.n_open -= len(message.items)
         elif not isinstance(message, wire.Started):  # the last word
             expectant.n_open = 0
         if expectant.n_open == 0:

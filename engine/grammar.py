@@ -29,7 +29,11 @@ JSON_STYLE = {
     "key_separator": ": ",
 }
 _ANYTHING = r"(.|\n)*"
-_MARK = re.compile("«(?P<until>until )?(?P<text>[^»]*)»")
+_SPACES = "[ \\n]{0,4}"
+_MARK = re.compile(
+    "«(?:(?:unlike (?P<unlike>[^»]+?) ?)?(?:until (?P<until>[^»]+))?"
+    "|(?P<spaced>spaced )?(?P<text>[^»]+))»"
+)
 # what llguidance reads over although it limits what is valid
 UNENFORCED = ("minProperties", "maxProperties")
 
@@ -99,7 +103,7 @@ class Compiler:
             )
         sources = [_source(part) for part in grammar.parts]
         named = [{"name": f"p{n}", **source} for n, source in enumerate(sources)]
-        frame = {"name": "frame", "lark_grammar": self._resolved(grammar)}
+        frame = {"name": "frame", "lark_grammar": self._resolved(grammar.frame)}
         matcher = self._matcher([frame, *named])
         if matcher.is_error():
             for part, source in zip(grammar.parts, sources, strict=True):
@@ -117,31 +121,39 @@ class Compiler:
         source = json.dumps({"grammars": grammars})
         return LLMatcher(self._ll, source, log_level=0, limits=LLParserLimits())
 
-    def _resolved(self, grammar: Grammar) -> str:
+    def _resolved(self, frame: str) -> str:
         """The frame as plain Lark: its marks by what this vocabulary has."""
-        but = ""
-        first = grammar.never_first
-        if first and control_token(first, self._tokenizer) is None:  # which is in no text
-            but = f" & ~/{_escaped(first)}{_ANYTHING}/"
-        rules = [f"ANY_TEXT: /{_ANYTHING}/{but}"]
+        texts = (mark["text"] or mark["until"] for mark in _MARK.finditer(frame))
+        tokens = {text: control_token(text, self._tokenizer) for text in texts if text}
+        # nobody who reads the text could tell such from one that is spelt in letters
+        spelt = [_escaped(text) for text, token in tokens.items() if token is not None]
+        but_spelt = f" & ~/{_ANYTHING}({'|'.join(spelt)}){_ANYTHING}/" if spelt else ""
+        rules: list[str] = []
 
-        def resolved(match: re.Match[str]) -> str:
-            text = match["text"]
-            if not text:
-                return "ANY_TEXT"
-            token = control_token(text, self._tokenizer)
-            literal = json.dumps(text) if token is None else f"<[{token}]>"
-            if not match["until"]:
-                return literal
+        def literal(text: str, is_spaced: bool) -> str:
+            token = tokens[text]
             if token is not None:
-                return f"(ANY_TEXT {literal})"
-            n = len(rules)
-            rules.append(
-                f"UNTIL_{n}: /{_ANYTHING}{_escaped(text)}/{but}\nuntil_{n}[lazy]: UNTIL_{n}"
-            )
-            return f"until_{n}"
+                return f"(/{_SPACES}/ <[{token}]>)" if is_spaced else f"<[{token}]>"
+            if is_spaced:
+                return f"/{_SPACES}{_escaped(text)}/"
+            return json.dumps(text, ensure_ascii=False)
 
-        return "\n".join([_MARK.sub(resolved, grammar.frame), *rules])
+        def resolved(mark: re.Match[str]) -> str:
+            if mark["text"]:
+                return literal(mark["text"], bool(mark["spaced"]))
+            until, n = mark["until"], len(rules)
+            but = but_spelt
+            if mark["unlike"]:
+                but += f" & ~/({mark['unlike']}){_ANYTHING}/"
+            if until and tokens[until] is None:
+                rules.append(
+                    f"until_{n}[lazy]: TEXT_{n}\nTEXT_{n}: /{_ANYTHING}{_escaped(until)}/{but}"
+                )
+                return f"until_{n}"
+            rules.append(f"TEXT_{n}: /{_ANYTHING}/{but}")
+            return f"(TEXT_{n} {literal(until, False)})" if until else f"TEXT_{n}"
+
+        return "\n".join([_MARK.sub(resolved, frame), *rules])
 
 
 def control_token(text: str, tokenizer: Tokenizer) -> int | None:

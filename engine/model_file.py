@@ -89,7 +89,7 @@ _TENSOR_TYPES = {
 # fmt: on
 
 # Architectures that llama.cpp runs without a KV cache.
-_ENCODERS = frozenset(
+ENCODERS = frozenset(
     "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 eurobert "
     "gemma-embedding t5encoder".split()
 )
@@ -397,7 +397,7 @@ def _size_bytes(path: Path, header: Header) -> int:
 
 def _kv_bytes_per_token(header: Header, architecture: str, n_layer: int) -> int:
     """An upper bound: sliding windows and layers without attention may hold less."""
-    if architecture in _ENCODERS:
+    if architecture in ENCODERS:
         return 0
     attention = f"{architecture}.attention"
     n_head = header.per_layer(f"{attention}.head_count", n_layer, [0] * n_layer)
@@ -414,7 +414,7 @@ def _kind(header: Header, architecture: str) -> Kind:
     has_labels = f"{architecture}.classifier.output_labels" in header.metadata
     if pooling == _POOLING_RANK or has_labels or "cls.output.weight" in header.tensors:
         return "reranker"
-    return "embedding" if pooling != _POOLING_NONE or architecture in _ENCODERS else "chat"
+    return "embedding" if pooling != _POOLING_NONE or architecture in ENCODERS else "chat"
 
 
 def _special(header: Header, tokens: _Array | None, which: str, default: int | None) -> str:

@@ -8,7 +8,7 @@ class TextStream:
     """Feed bytes, get text. Holds back half a character and what may begin a stop string."""
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        self.stopped = False  # a stop string was met; nothing more comes out
+        self.stop: str | None = None  # that was met: nothing more comes out
         self.stops = tuple(stops)  # of what comes next
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
@@ -19,10 +19,9 @@ class TextStream:
         if not self.stops:
             return text
         # the stop that is complete first counts, so how text is cut into tokens changes nothing
-        found = ((at + len(s), at) for s in self.stops if (at := text.find(s)) >= 0)
-        _, cut = min(found, default=(0, -1))
-        if cut >= 0:
-            self.stopped = True
+        found = ((at + len(s), at, s) for s in self.stops if (at := text.find(s)) >= 0)
+        _, cut, self.stop = min(found, default=(0, 0, None))
+        if self.stop is not None:
             self._held = ""
             return text[:cut]
         n_held = max(_overlap(text, stop) for stop in self.stops)

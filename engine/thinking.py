@@ -1,8 +1,10 @@
 """Whether a model still thinks, and for how long it may."""
 
+import codecs
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +17,8 @@ class Thoughts:
     """Follows one answer token by token; implements Constraint, over that of the grammar.
 
     Thoughts end with the first `close`. They begin in the prompt, or where the answer begins with
-    `open`, after spaces. When they have taken `budget` tokens, the tokens of the `ending` are all
-    that is allowed, one after the other.
+    `open`, after spaces. When they have taken `budget` tokens, and the last character is whole, the
+    tokens of the `ending` are all that is allowed, one after the other.
     """
 
     def __init__(
@@ -26,49 +28,62 @@ class Thoughts:
         ending: Sequence[int],
         grammar: Constraint | None,
     ) -> None:
-        self._is_open = thinking.is_open
-        self._may_open = not thinking.is_open  # so far the answer may begin with `open`
+        self._state: Literal["before", "open", "after", "over"]
+        self._state = "open" if thinking.is_open else "before"
         self._open = thinking.open.encode()
         self._close = thinking.close.encode()
         self._text_of = text_of
         self._n_left = sys.maxsize if thinking.budget is None else thinking.budget
-        self._ending = deque(ending)
+        self._ending = ending
+        self._forced: deque[int] = deque()
         self._grammar = grammar
         self._tail = b""
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._force_end()
 
     @property
     def is_over(self) -> bool:
-        """The model answers."""
-        return not (self._is_open or self._may_open)
+        """The model answers; spaces behind its thoughts are no answer yet."""
+        return self._state == "over"
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
-        if self._is_open and self._n_left <= 0 and self._ending:
-            wanted = logits[self._ending[0]]
+        if self._forced:
+            wanted = logits[self._forced[0]]
             logits[:] = -np.inf
-            logits[self._ending[0]] = max(wanted, 0)
+            logits[self._forced[0]] = max(wanted, 0)
         elif self._grammar:
             self._grammar.apply(logits)
 
     def accept(self, token: int) -> None:
         if self._grammar:
             self._grammar.accept(token)
-        if self.is_over:
-            return
-        if self._is_open:
+        if self._forced:
+            self._forced.popleft()
+        elif self._state == "open":
             self._n_left -= 1
-            if self._n_left < 0 and self._ending:
-                self._ending.popleft()
-        self._follow(self._text_of(token))
+        if self._state != "over":
+            self._follow(self._text_of(token))
+            self._force_end()
 
     def _follow(self, data: bytes) -> None:
+        self._characters.decode(data)
         self._tail += data
-        if self._may_open:
+        if self._state == "before":
             text = self._tail.lstrip()
             if text.startswith(self._open):
-                self._is_open, self._may_open = True, False
+                self._state = "open"
                 self._tail = text[len(self._open) :]
             elif not self._open.startswith(text):
-                self._may_open = False
-        if self._is_open:
-            self._is_open = self._close not in self._tail
-            self._tail = self._tail[-len(self._close) :]
+                self._state = "over"
+        if self._state == "open":
+            _, close, after = self._tail.partition(self._close)
+            self._tail = after if close else self._tail[-len(self._close) :]
+            self._state = "after" if close else "open"
+        if self._state == "after" and self._tail.strip():
+            self._state = "over"
+
+    def _force_end(self) -> None:
+        is_whole = not self._characters.getstate()[0]
+        if self._state == "open" and self._n_left <= 0 and is_whole:
+            self._forced += self._ending
+            self._ending = ()

@@ -8,6 +8,12 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 Finish = Literal["stop", "length"]
+Output = Literal["dense", "sparse", "colbert"]  # kinds of vectors of a text
+Method = Literal["cross-encoder", "dense", "sparse", "colbert", "hybrid"]  # of scoring a pair
+Scale = Literal["logit", "probability", "similarity"]  # of scores
+Pooling = Literal["cls", "mean", "last"]  # which rows of its tokens make the vector of a text
+Truncate = Literal["none", "start", "end"]  # where a text that is too long is cut
+Role = Literal["none", "query", "passage"]  # of a text, for models that want a prefix
 MIN_TEMPERATURE = 1e-4  # below it logits would overflow, and the likeliest token is certain
 
 

@@ -11,10 +11,32 @@ from typing import Literal, Union
 
 import msgspec
 
-from engine.types import Finish, SamplingParams
+from engine.types import (
+    Finish,
+    Method,
+    Output,
+    Pooling,
+    Role,
+    SamplingParams,
+    Scale,
+    Truncate,
+)
 
 MAX_FRAME_BYTES = 1 << 30
 _LENGTH = struct.Struct("<I")
+
+
+class EncoderSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What makes a worker one that embeds or scores."""
+
+    kind: Literal["embedding", "reranker"]
+    batch_tokens: int = 512  # of one call; a longer text travels alone
+    pooling: Pooling | None = None  # None: as the file says
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    sparse_head_path: str = ""  # empty: beside the model
+    colbert_head_path: str = ""
+    flash_attention: bool = True  # where the build has it for this model
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +54,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_stall_s: float = 0.2  # that a prompt may hold up running streams
     prefix_cache_bytes: int = 0  # for cells of ended sequences, in memory of the host
     log_level: str = "INFO"
+    encoder: EncoderSpec | None = None  # None: it generates
 
 
 class Segment(msgspec.Struct, frozen=True):
@@ -54,13 +77,14 @@ class Grammar(msgspec.Struct, frozen=True):
     """What an answer must look like: Lark in which `@p0` is the first part, and so on.
 
     In it `«x»` stands for the text x, or for the control token of that name where the model has
-    one; `«until x»` for any text that ends with the first such, and `«»` for any text at all. No
-    such text begins with `never_first`.
+    one, `«spaced x»` for the same behind spaces or none. `«»` stands for any text, `«until x»` for
+    any that ends with the first x, and `«unlike P»` and `«unlike P until x»` for such whose
+    beginning does not fit the regular expression P. None of these texts has a control token in it,
+    nor one of the frame's spelt in letters.
     """
 
     parts: tuple[GrammarPart, ...]
     frame: str = "start: @p0"
-    never_first: str = ""
 
 
 class Thinking(msgspec.Struct, frozen=True):
@@ -114,6 +138,30 @@ class Detokenize(Message, frozen=True):
     job: int = 0  # given by the tier
 
 
+class Embed(Message, frozen=True):
+    """Answered by Vectors until there is one for each input, in any order."""
+
+    inputs: list[str | list[int]]  # texts, or token ids of this model
+    outputs: list[Output]
+    truncate: Truncate = "none"  # none: a text that is too long fails the request
+    role: Role = "none"
+    return_tokens: bool = False
+    job: int = 0  # given by the tier
+
+
+class Score(Message, frozen=True):
+    """Answered by Scores until there is one for each pair, in any order."""
+
+    queries: list[str]
+    documents: list[str]
+    pairs: list[tuple[int, int]]  # a query and a document, by their indices
+    method: Method | None = None  # None: the model's own
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # hybrid: of dense, sparse, colbert
+    max_tokens: int | None = None  # of a document; what goes beyond is always cut
+    truncate: Truncate = "end"  # a document, where it does not fit; none: the request fails
+    job: int = 0  # given by the tier
+
+
 class Cancel(Message, frozen=True):
     job: int
 
@@ -133,10 +181,20 @@ class Progress(Message, frozen=True):
     fraction: float  # 0…1 of the load
 
 
+class EncoderInfo(msgspec.Struct, frozen=True, array_like=True):
+    """What an encoder can do."""
+
+    outputs: list[Output]  # empty: it makes no vectors
+    methods: list[Method]  # of scoring; the first is its own
+    n_embd: int  # length of a dense vector
+    n_colbert: int = 0  # length of a ColBERT row
+
+
 class Ready(Message, frozen=True):
     n_ctx: int
-    n_parallel: int
+    n_parallel: int  # jobs that it takes at once
     n_vocab: int
+    encoder: EncoderInfo | None = None
 
 
 class LoadFailed(Message, frozen=True):
@@ -156,6 +214,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     n_tokens: int
     mean_logprob: float | None = None  # of its tokens, where the sampling asked for it
     is_valid: bool | None = None  # the answer is a whole one by its grammar, where it has one
+    stop: str | None = None  # the stop string that ended it
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -203,15 +262,59 @@ class Text(Message, frozen=True):
     text: str
 
 
+class Fault(msgspec.Struct, frozen=True, array_like=True):
+    """Why one item of a request has no answer, as in Failed."""
+
+    code: str | None
+    message: str
+
+
+class Vector(msgspec.Struct, frozen=True, array_like=True):
+    """What was asked for of one input. Floats are little-endian float32, ids little-endian int32;
+    rows of ColBERT stand one after the other, EncoderInfo.n_colbert floats each."""
+
+    index: int  # of the input
+    n_tokens: int  # that were computed, with those that the model adds
+    n_cut: int = 0  # that were left out
+    dense: bytes | None = None  # of length 1
+    sparse_ids: bytes | None = None  # token ids, ascending
+    sparse_weights: bytes | None = None
+    colbert: bytes | None = None  # each row of length 1
+    tokens: list[int] | None = None  # that were computed
+    pieces: list[bytes] | None = None  # how each is written
+    fault: Fault | None = None  # then there are no vectors
+
+
+class Vectors(Message, frozen=True):
+    job: int
+    items: list[Vector]
+
+
+class Scored(msgspec.Struct, frozen=True, array_like=True):
+    index: int  # of the pair
+    n_tokens: int  # of query and document, with those that the model adds
+    n_cut: int = 0  # of the document, and of the query if that alone is too long
+    score: float = 0.0
+    fault: Fault | None = None  # then the score means nothing
+
+
+class Scores(Message, frozen=True):
+    job: int
+    items: list[Scored]
+    method: Method
+    scale: Scale
+
+
 class Pong(Message, frozen=True):
     pass
 
 
-Request = Generate | Tokenize | Detokenize  # what a worker is asked
-OfJob = Started | TokenOut | Failed | Tokens | Text  # what it says about one of them
+Request = Generate | Tokenize | Detokenize | Embed | Score  # what a worker is asked
+# what it says about one of them
+OfJob = Started | TokenOut | Failed | Tokens | Text | Vectors | Scores
 ToWorker = Union[Load, Request, Cancel, Ping, Shutdown]  # noqa: UP007 (a runtime type)
 FromWorker = Union[  # noqa: UP007
-    Progress, Ready, LoadFailed, Started, Step, Failed, Tokens, Text, Pong
+    Progress, Ready, LoadFailed, Started, Step, Failed, Tokens, Text, Vectors, Scores, Pong
 ]
 
 _encoder = msgspec.msgpack.Encoder()

@@ -55,6 +55,17 @@ async def in_threads(sock: socket.socket) -> Handle:
     return Thread(sock.dup())
 
 
+# of a model that thinks and calls tools; their results are turns of the user, as with Qwen
+THINKING_TEMPLATE = (
+    "{% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}"
+    "</tool_call>{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+
+
 @dataclass
 class Service:
     url: str
@@ -66,6 +77,14 @@ class Service:
         messages = [{"role": "user", "content": text}]
         body = {"model": "light", "messages": messages} | fields
         return self.http.post("/v1/chat/completions", json=body)
+
+    def respond(self, asked: Any = "Hi", **fields: Any) -> httpx.Response:
+        return self.http.post("/v1/responses", json={"model": "light", "input": asked} | fields)
+
+    def message(self, *messages: Any, **fields: Any) -> httpx.Response:
+        turns = [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages]
+        body = {"model": "light", "max_tokens": 500, "messages": turns} | fields
+        return self.http.post("/v1/messages", json=body)
 
     def complete(self, prompt: Any = "Hi", **fields: Any) -> httpx.Response:
         body = {"model": "light", "prompt": prompt} | fields
@@ -115,6 +134,19 @@ def events(response: httpx.Response) -> list[Any]:
     parts = response.text.split("\n\n")
     assert parts[-2:] == ["data: [DONE]", ""], parts[-3:]
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def named_events(response: httpx.Response) -> list[Any]:
+    """The events of a stream in which each is named by its type."""
+    assert response.headers["content-type"].startswith("text/event-stream"), response.text
+    *parts, last = response.text.split("\n\n")
+    assert last == ""
+    found = []
+    for part in parts:
+        name, data = part.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
 
 
 def wait_until(holds: Callable[[], object], timeout_s: float = 10) -> None:

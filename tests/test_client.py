@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import errors
-import worker
+from encoder_jobs import failure
 from engine import wire
 from engine.client import (
     EndReason,
@@ -26,6 +26,7 @@ from engine.client import (
 from engine.types import SamplingParams
 from errors import ModelLoadFailed, ServiceError
 from tests.serving import in_threads
+from worker import EXIT_ENGINE_FAILED
 
 WAIT_S = 20
 
@@ -316,7 +317,7 @@ def test_a_worker_that_ends_by_itself_is_told_with_its_code(script: Callable[...
             sink = Sink()
             running.generate(generate("poison", job), sink)
             await (sink.last() if job < 3 else started.lost())
-        assert await started.lost() == f"exit code {worker.EXIT_ENGINE_FAILED}"
+        assert await started.lost() == f"exit code {EXIT_ENGINE_FAILED}"
 
     run(test)
 
@@ -533,13 +534,13 @@ def subclasses(of: type[ServiceError]) -> list[type[ServiceError]]:
 @pytest.mark.parametrize("error_class", subclasses(ServiceError))
 def test_every_error_crosses_the_wire(error_class: type[ServiceError]) -> None:
     error = error_class("What happened.", param="prompt", n_ctx=8192)
-    back = error_from(worker._failure(1, error))
+    back = error_from(failure(1, error))
     assert type(back) is error_class
     assert back.body() == error.body()
 
 
 def test_an_error_without_a_name_is_an_internal_error() -> None:
-    back = error_from(worker._failure(1, RuntimeError("secret")))
+    back = error_from(failure(1, RuntimeError("secret")))
     assert isinstance(back, errors.InternalError)
     assert "secret" not in back.message
 

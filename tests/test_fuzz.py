@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from engine.client import launch_process
 from settings import TierSettings
-from tests.serving import Service, fake, in_threads, script, serving, wait_until
+from tests.serving import Service, fake, in_threads, named_events, script, serving, wait_until
 from tests.serving import settings as service_settings
 
 ODD: st.SearchStrategy[Any] = st.one_of(
@@ -169,11 +169,88 @@ def test_any_body_is_answered_or_refused(service: Service, body: Any, path: str)
         assert reply.json()["choices"]
 
 
+KIND = st.sampled_from(["input_text", "output_text", "reasoning_text", "text", "image", "x"])
+PIECES = st.lists(st.fixed_dictionaries({"type": KIND}, optional={"text": ODD}), max_size=3)
+TEXT = st.one_of(st.text(max_size=9), PIECES, ODD)
+ITEM = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(
+            ["message", "reasoning", "function_call", "function_call_output", "item_reference",
+             "thinking", "tool_use", "tool_result", "text"]
+        ),
+        "role": st.sampled_from(["user", "assistant", "developer", "robot"]),
+        "content": TEXT, "summary": PIECES, "output": TEXT, "thinking": ODD, "text": ODD,
+        "call_id": st.just("1"), "tool_use_id": st.just("1"), "id": ODD, "name": ODD,
+        "arguments": st.sampled_from(["{}", "[", "5", '{"a": 1}']), "input": ODD, "is_error": ODD,
+    },
+)  # fmt: skip
+SCHEMAS = st.one_of(SCHEMA, ODD)
+TOOL = st.fixed_dictionaries(
+    {"type": st.sampled_from(["function", "custom", "web_search"]), "name": st.sampled_from("fg")},
+    optional={"parameters": SCHEMAS, "input_schema": SCHEMAS, "strict": ODD, "description": ODD},
+)
+CHOICE = st.fixed_dictionaries(
+    {"type": st.sampled_from(["auto", "any", "tool", "function", "allowed_tools", "mcp"])},
+    optional={"name": st.sampled_from("fg"), "mode": st.just("auto"), "tools": ODD},
+)
+OTHER_FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "instructions": TEXT, "system": TEXT, "max_output_tokens": st.integers(0, 4),
+    "temperature": st.floats(-0.5, 2.5), "top_logprobs": st.integers(0, 21), "stream": ODD,
+    "include": st.lists(st.sampled_from(["message.output_text.logprobs", "x"]), max_size=2),
+    "tools": st.lists(TOOL, max_size=2), "tool_choice": st.one_of(CHOICE, ODD),
+    "text": st.fixed_dictionaries({"format": st.one_of(ODD, st.fixed_dictionaries(
+        {"type": st.just("json_schema"), "name": st.just("x"), "schema": SCHEMAS}))}),
+    "output_config": st.fixed_dictionaries({}, optional={"effort": ODD, "format":
+        st.fixed_dictionaries({"type": st.just("json_schema"), "schema": SCHEMAS})}),
+    "reasoning": st.fixed_dictionaries({"effort": st.sampled_from(["none", "high", "max", "x"])}),
+    "thinking": st.fixed_dictionaries(
+        {"type": st.sampled_from(["enabled", "disabled", "adaptive"])},
+        optional={"budget_tokens": st.integers(-1, 9)}),
+    "stop_sequences": TEXT, "store": st.booleans(), "metadata": ODD, "user": ODD, "frob": ODD,
+    "parallel_tool_calls": ODD, "service_tier": ODD, "truncation": ODD, "top_k": ODD,
+}  # fmt: skip
+
+
+@st.composite
+def other_bodies(draw: st.DrawFn) -> dict[str, Any]:
+    """Of the endpoints that translate their fields into a chat's."""
+    message = st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant"]),
+         "content": st.one_of(st.text(max_size=30), st.lists(ITEM, max_size=3))}
+    )  # fmt: skip
+    body = {
+        "model": "light",
+        "max_tokens": draw(st.integers(0, 4)),
+        "input": draw(st.one_of(st.text(max_size=30), st.lists(ITEM, max_size=4))),
+        "messages": draw(st.lists(message, min_size=1, max_size=3)),
+    }
+    for name in draw(st.lists(st.sampled_from(sorted(OTHER_FIELDS)), max_size=4, unique=True)):
+        body[name] = draw(OTHER_FIELDS[name])
+    return body
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/messages/count_tokens"])
+@ANY_NUMBER
+@given(body=other_bodies())
+def test_any_body_of_another_form_is_answered_or_refused(
+    service: Service, body: Any, path: str
+) -> None:
+    content = json.dumps(body)
+    reply = service.http.post(path, content=content, headers={"Content-Type": "application/json"})
+    check(reply)
+    if reply.status_code != 200:
+        assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
 def check(reply: httpx.Response) -> None:
     """Answered or refused, and a stream has come to its end."""
     assert reply.status_code in (200, 400, 404), reply.text
     if reply.status_code != 200:
         assert reply.json()["error"]["message"]
+    elif reply.text.startswith("event: "):
+        last = named_events(reply)[-1]["type"]
+        assert last in ("message_stop", "response.completed", "response.incomplete")
     elif reply.headers["content-type"].startswith("text/event-stream"):
         assert reply.text.endswith("data: [DONE]\n\n")
         assert '"error"' not in reply.text

@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import openai
 import pydantic
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from tests.serving import Service, fake, script, serving, settings
+from tests.serving import THINKING_TEMPLATE, Service, fake, script, serving, settings
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
 
@@ -27,6 +29,19 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 @pytest.fixture
 def client(service: Service) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def thinker(tmp_path: Path) -> Iterator[openai.OpenAI]:
+    """A model that thinks, then calls."""
+    answer = "<think>\nHm.\n</think>\n\nLet me look.\n<tool_call>\n"
+    answer += '{"name": "GetWeather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    path = script(tmp_path, {"match": "weather", "answer": answer}, template=THINKING_TEMPLATE)
+    with (
+        serving(settings(light=fake(path))) as service,
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0) as client,
+    ):
         yield client
 
 
@@ -57,6 +72,10 @@ def test_the_streaming_helper(client: openai.OpenAI) -> None:
     assert final.choices[0].message.content == "You said: Hello"
 
 
+class GetWeather(pydantic.BaseModel):
+    city: str
+
+
 class City(pydantic.BaseModel):
     name: str
     is_old: bool
@@ -67,6 +86,61 @@ def test_parsed_answers(client: openai.OpenAI) -> None:
         model="light", messages=[{"role": "user", "content": "a city"}], response_format=City
     )
     assert reply.choices[0].message.parsed == City(name="Paris", is_old=True)
+
+
+def test_a_whole_response(client: openai.OpenAI) -> None:
+    reply = client.responses.create(model="light", input="Hello", instructions="Be brief.")
+    assert reply.output_text == "You said: Hello"
+    assert reply.status == "completed"
+    assert reply.usage
+    assert reply.usage.output_tokens == 16
+
+
+def test_a_streamed_response_with_its_helper(client: openai.OpenAI) -> None:
+    with client.responses.stream(model="light", input="Hello") as stream:
+        told = list(stream)
+        final = stream.get_final_response()
+    deltas = [event for event in told if event.type == "response.output_text.delta"]
+    assert deltas[-1].snapshot == final.output_text == "You said: Hello"
+    assert told[-1].type == "response.completed"
+
+
+def test_parsed_responses(client: openai.OpenAI) -> None:
+    reply = client.responses.parse(model="light", input="a city", text_format=City)
+    assert reply.output_parsed == City(name="Paris", is_old=True)
+    with client.responses.stream(model="light", input="a city", text_format=City) as stream:
+        assert stream.get_final_response().output_parsed == City(name="Paris", is_old=True)
+
+
+def test_a_loop_of_thoughts_and_tools(thinker: openai.OpenAI) -> None:
+    tool: Any = openai.pydantic_function_tool(GetWeather)
+    conversation: list[Any] = [{"role": "user", "content": "weather?"}]
+    reply = thinker.responses.parse(model="light", input=conversation, tools=[tool])
+    thoughts, message, call = reply.output
+    assert thoughts.type == "reasoning"
+    assert thoughts.content
+    assert thoughts.content[0].text == "Hm."
+    assert message.type == "message"
+    assert call.type == "function_call"
+    assert call.parsed_arguments == GetWeather(city="Paris")
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "12 C"}
+    for items in (reply.output, [item.to_dict() for item in reply.output]):
+        more = [*conversation, *items, result]
+        reply = thinker.responses.parse(model="light", input=more, tools=[tool])
+        assert reply.output_text == "You said: 12 C"
+    with thinker.responses.stream(model="light", input=conversation, tools=[tool]) as stream:
+        call = stream.get_final_response().output[-1]
+    assert call.type == "function_call"
+    assert call.parsed_arguments == GetWeather(city="Paris")
+
+
+def test_a_response_that_breaks_off_raises(client: openai.OpenAI) -> None:
+    told = []
+    with pytest.raises(openai.APIError, match="The model failed") as broken:  # noqa: PT012
+        for event in client.responses.create(model="light", input="break", stream=True):
+            told.append(event.type)  # noqa: PERF401
+    assert told[-1] == "response.failed"
+    assert broken.value.code == "internal_error"
 
 
 def test_raw_completions(client: openai.OpenAI) -> None:

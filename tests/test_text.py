@@ -15,7 +15,7 @@ def said(chunks: list[bytes], *stops: str) -> str:
     text = ""
     for chunk in chunks:
         text += stream.push(chunk)
-        if stream.stopped:
+        if stream.stop:
             return text
     return text + stream.finish()
 
@@ -56,7 +56,7 @@ def test_without_stops_nothing_is_held_back() -> None:
 def test_text_ends_before_the_stop_string() -> None:
     stream = TextStream(["END"])
     assert stream.push(b"some text END and more") == "some text "
-    assert stream.stopped
+    assert stream.stop == "END"
     assert stream.finish() == ""
 
 
@@ -133,7 +133,7 @@ def test_no_more_is_held_back_than_may_begin_a_stop(text: str, stops: list[str])
     out = ""
     for n, character in enumerate(text, start=1):
         out += stream.push(character.encode())
-        if stream.stopped:
+        if stream.stop:
             return
         held = text[len(out) : n]
         assert out + held == text[:n]

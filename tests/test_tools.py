@@ -229,6 +229,8 @@ UNIQUE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems":
          "$.properties.a: 'uniqueItems'"),
         (bad_schema({"type": "frob"}), "tools[0].function.parameters", "frob"),
         (bad_schema([]), "tools[0].function.parameters", "dict"),
+        ({"tools": TOOLS, "ignore_eos": True}, "ignore_eos", "where it ends"),
+        ({"tools": TOOLS, "min_tokens": 3}, "min_tokens", "where it ends"),
         ({"tools": TOOLS, "grammar": "root ::= ("}, "grammar", "GBNF"),
         ({"functions": [{"name": "f"}]}, "functions", "not supported"),
     ],
@@ -251,7 +253,9 @@ def test_a_function_that_is_not_strict_is_held_to_what_can_be_enforced(service: 
     assert isinstance(json.loads(arguments)["a"], list)
 
 
-@pytest.mark.parametrize("parameters", [None, {}, {"type": "object", "properties": {}}])
+@pytest.mark.parametrize(
+    "parameters", [None, {}, {"properties": {}}, {"type": "object", "properties": {}}]
+)
 def test_a_function_may_have_no_parameters(service: Service, parameters: Any) -> None:
     response = service.chat(tools=[tool(parameters=parameters)], tool_choice="required")
     ((_, arguments),) = called(message_of(response))

@@ -23,6 +23,7 @@ SPEC = wire.WorkerSpec(
     n_threads=2,
     n_gpu_layers=-1,
     log_level="DEBUG",
+    encoder=wire.EncoderSpec(kind="embedding", pooling="mean", query_prefix="query: "),
 )
 TO_WORKER: list[wire.ToWorker] = [
     wire.Load(SPEC),
@@ -42,6 +43,8 @@ TO_WORKER: list[wire.ToWorker] = [
     wire.Generate([1, 2, 0], False, SamplingParams(), [], 0),
     wire.Tokenize([wire.Segment("über 世界 \0", False)], True, 7),
     wire.Detokenize([0, 1, 151935], 7),
+    wire.Embed(["über 世界 \0", [1, 2]], ["dense", "sparse"], "start", "query", True, 7),
+    wire.Score(["q"], ["a", "b"], [(0, 1), (0, 0)], "hybrid", (0.5, 0.25, 1), 512, "none", 7),
     wire.Cancel(7),
     wire.Ping(),
     wire.Shutdown(),
@@ -64,6 +67,15 @@ FROM_WORKER: list[wire.FromWorker] = [
     wire.Failed(8, "context_length_exceeded", "Too long.", "messages", {"n_ctx": 8192}),
     wire.Tokens(7, [5, 6], [b"\xe4", b"\xb8\x96"]),
     wire.Text(7, "世界"),
+    wire.Ready(512, 256, 4000, wire.EncoderInfo(["dense"], ["dense"], 64)),
+    wire.Vectors(
+        7,
+        [
+            wire.Vector(3, 5, 1, b"\0\0\x80?", b"\x05\0\0\0", b"\0\0\x80?", b"", [1], [b"a"]),
+            wire.Vector(4, 5, fault=wire.Fault("internal_error", "A fault.")),
+        ],
+    ),
+    wire.Scores(7, [wire.Scored(1, 9, 0, -1.5)], "cross-encoder", "logit"),
     wire.Pong(),
 ]
 

@@ -299,7 +299,7 @@ def test_an_answer_ends_before_its_stop_string(serve: Serve) -> None:
     served = serve({"answer": "one two three"})
     text, done = served.ask(stop=["three", "two"])
     assert text == "one "
-    assert done == wire.Done("stop", len("one two"))
+    assert done == wire.Done("stop", len("one two"), stop="two")
 
 
 def test_an_answer_ends_at_its_limit(serve: Serve) -> None:

@@ -3,7 +3,9 @@
 import json
 import re
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +20,8 @@ REASONING_TAGS = (
     ReasoningTags("[THINK]", "[/THINK]"),
     ReasoningTags("<thinking>", "</thinking>"),
     ReasoningTags("<|START_THINKING|>", "<|END_THINKING|>"),
+    ReasoningTags("<seed:think>", "</seed:think>"),
+    ReasoningTags("<mm:think>", "</mm:think>"),
 )
 
 
@@ -59,7 +63,7 @@ class ToolFormat(ABC):
         """The tags of the thoughts, for models that think."""
         return next((tags for tags in REASONING_TAGS if tags.close in template), None)
 
-    def ending(self, tags: ReasoningTags) -> str:
+    def ending(self, tags: ReasoningTags, functions: Sequence[Function]) -> str:
         """What ends thoughts that take too long."""
         return f"\n{tags.close}\n\n"
 
@@ -75,24 +79,32 @@ class ToolFormat(ABC):
     ) -> str:
         """Lark of a whole answer: thoughts, then calls or, unless they are required, the `answer`:
         a rule, or None for any text, which may also stand before the calls."""
-        start = "body"
-        if tags and is_open:
-            start = f"«until {tags.close}» SPACE? body"
-        elif tags:
-            start = f"(«{tags.open}» «until {tags.close}» SPACE?)? body"
-        rules = [f"start: {start}", "SPACE: /[ \\n]{1,4}/"]
-        if not functions:
-            return "\n".join([*rules, f"body: {answer or '«»'}"])
-        body = self.body(functions, answer=answer, is_required=is_required)
-        return "\n".join([*rules, body, self.calls(functions, is_parallel=is_parallel)])
 
-    def body(self, functions: Sequence[Function], *, answer: str | None, is_required: bool) -> str:
-        """Lark of the rule `body`: what comes after the thoughts."""
+        def body(unlike: str = "") -> str:
+            return self.body(functions, answer=answer, is_required=is_required, unlike=unlike)
+
+        rules = [f"body: {body()}", "SPACE: /[ \\n]{1,4}/"]
+        if tags is None:
+            rules.append("start: body")
+        elif is_open:
+            rules.append(f"start: «until {tags.close}» SPACE? body")
+        else:  # an answer that begins like thoughts is no text
+            rules.append(f"start: «spaced {tags.open}» «until {tags.close}» SPACE? body | first")
+            rules.append("first: " + body(r"\s*" + pattern(tags.open)))
+        if functions:
+            rules.append(self.calls(functions, is_parallel=is_parallel))
+        return "\n".join(rules)
+
+    def body(
+        self, functions: Sequence[Function], *, answer: str | None, is_required: bool, unlike: str
+    ) -> str:
+        """Lark of what comes after the thoughts. Free text in it does not begin like `unlike`."""
         if is_required:
-            return f"body: «{self.opener}» calls"
+            return f"«{self.opener}» calls"
         if answer:
-            return f"body: «{self.opener}» calls | {answer}"
-        return f"body: «until {self.opener}» calls | «»"
+            return f"«{self.opener}» calls | {answer}" if functions else answer
+        unlike = unlike and f"unlike {unlike} "
+        return f"«{unlike}until {self.opener}» calls | «{unlike}»"
 
     def splitter(
         self,
@@ -109,9 +121,38 @@ class ToolFormat(ABC):
         return ReasoningSplitter(tags, splitter, is_open=is_open) if tags else splitter
 
 
+def one_call_a_turn(messages: Messages) -> list[Mapping[str, Any]]:
+    """For templates that take one call in a turn: of several each gets its own, with its result."""
+    turns: list[Mapping[str, Any]] = []
+    rest = deque(messages)
+    while rest:
+        turn = dict(rest.popleft())
+        calls = turn.get("tool_calls") or ()
+        if len(calls) < 2:
+            turns.append(turn)
+            continue
+        results = []
+        while rest and rest[0]["role"] == "tool":
+            results.append(rest.popleft())
+        for call in calls:
+            turns.append(turn | {"tool_calls": [call]})
+            turn = {"role": turn["role"], "content": ""}  # what was said and thought comes once
+            own = (r for r in results if r.get("tool_call_id") == call.get("id"))
+            if result := next(own, None):
+                results.remove(result)
+                turns.append(result)
+        turns += results
+    return turns
+
+
 def literal(text: str) -> str:
     """A text in Lark."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def pattern(text: str) -> str:
+    """A text in a regular expression of Lark."""
+    return re.sub(r"\W", lambda char: f"\\x{{{ord(char[0]):x}}}", text)
 
 
 def named(functions: Sequence[Function], key: str) -> str:
@@ -131,49 +172,43 @@ class CallReader:
     """
 
     _HEAD = re.compile(
-        r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,'
-        r'\s*"(?:arguments|parameters)"\s*:\s*(?=\S)'
+        r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"(?P<name>[^"\\]*)"\s*,'
+        r'\s*"(?:arguments|parameters)"\s*:\s*(?=[{\[\w-])'
     )
     _MAX_HEAD_CHARS = 1000  # a longer one is read when the object is whole
 
     def __init__(self) -> None:
         self.raw = ""  # what was fed while it is no call yet
-        self.is_whole = False
+        self.is_call = False  # its name is known
+        self.is_whole = False  # it has ended, or was no object from the start
         self._object = JsonSpan()
-        self._arguments: JsonSpan | None = None
-
-    @property
-    def is_call(self) -> bool:
-        """Its name is known."""
-        return not self.raw and (self.is_whole or self._arguments is not None)
+        self._arguments = JsonSpan()
 
     def feed(self, text: str) -> tuple[list[Event], str | None]:
         """Events, and what of `text` comes after the object; None while it goes on."""
+        if not self.is_call and (self.raw + text).lstrip()[:1] not in ("", "{"):
+            self.is_whole = True
+            text, self.raw = self.raw + text, ""
+            return [], text
         end = self._object.feed(text)
         self.is_whole = end is not None
         rest = None if end is None else text[end:]
         return self._take(text[:end]), rest
 
     def _take(self, text: str) -> list[Event]:
-        if self._arguments:
+        if self.is_call:
             return self._take_arguments(text)
-        self.raw += text
-        is_short = len(self.raw) < self._MAX_HEAD_CHARS
-        head = self._HEAD.match(self.raw) if is_short else None
-        if head and self.raw[head.end()] != '"':
-            begun, self.raw = self.raw[head.end() :], ""
-            self._arguments = JsonSpan()
-            name = json.loads(head["name"], strict=False)
-            return [CallBegin(name), *self._take_arguments(begun)]
-        call = _whole_call(self.raw) if self.is_whole else []
-        if call:
-            self.raw = ""
-        return call
+        text, self.raw = self.raw + text, ""
+        if head := self._HEAD.match(text, 0, self._MAX_HEAD_CHARS):
+            self.is_call = True
+            return [CallBegin(head["name"]), *self._take_arguments(text[head.end() :])]
+        if self.is_whole and (call := _whole_call(text)):
+            self.is_call = True
+            return call
+        self.raw = text
+        return []
 
     def _take_arguments(self, text: str) -> list[Event]:
-        assert self._arguments
-        if self._arguments.has_ended:
-            return []
         text = text[: self._arguments.feed(text)]
         return [CallArguments(text)] if text else []
 
@@ -182,14 +217,22 @@ def _whole_call(text: str) -> list[Event]:
     """The events of a call as a whole object; none if it is not one."""
     try:
         call = json.loads(text, strict=False)
-    except (ValueError, RecursionError):
+        name = call["name"]
+        arguments = _as_json(call.get("arguments", call.get("parameters", {})))
+        f"{name}{arguments}".encode()  # half a surrogate pair is no text
+    except (ValueError, KeyError, RecursionError):
         return []
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return []
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return [CallBegin(call["name"]), CallArguments(arguments)]
+    return [CallBegin(name), CallArguments(arguments)] if isinstance(name, str) else []
+
+
+def _as_json(arguments: Any) -> str:
+    """Arguments as JSON text, which they may be already."""
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            text = arguments.strip() or "{}"
+            json.loads(text)
+            return text
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 class OpenedCalls(ABC):
@@ -208,6 +251,7 @@ class OpenedCalls(ABC):
         self._had_call = False  # and no text since
         self._has_text = False
         self._held = ""
+        self._spaces = ""  # before the opener: text, if no call follows
 
     @property
     @abstractmethod
@@ -237,15 +281,21 @@ class OpenedCalls(ABC):
 
     def finish(self) -> list[Event]:
         held, self._held = self._held, ""
-        return self._text(self._unread() if self._in_call else held)
+        return self._given_back() if self._in_call else self._text(held)
 
     def _read_call(self, text: str) -> tuple[list[Event], str | None]:
         events, rest = self._read(text)
         if rest is not None:
             self._in_call = False
-            self._had_call = True
-            events += self._text(self._unread())
+            given_back = self._given_back()
+            self._had_call = not given_back
+            events += given_back
         return events, rest
+
+    def _given_back(self) -> list[Event]:
+        """What only looked like a call."""
+        unread = self._unread()
+        return self._text(self._spaces + unread) if unread else []
 
     def _read_text(self, text: str) -> tuple[list[Event], str | None]:
         if self._only_first and self._has_text:
@@ -254,7 +304,9 @@ class OpenedCalls(ABC):
         if opener and not (self._only_first and before.strip()):
             self._in_call = True
             self._begin()
-            return self._text(before.rstrip()), after
+            said = before.rstrip()
+            self._spaces = before[len(said) :]
+            return self._text(said), after
         n_sure = len(text) - n_held(text, self._opener)
         self._held = text[n_sure:]
         return self._text(text[:n_sure]), None

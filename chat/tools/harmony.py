@@ -12,18 +12,19 @@ from typing import Any, Literal
 
 from chat.events import CallArguments, CallBegin, Event, Reasoning, Splitter, Text
 from chat.splitter import JsonSpan, ReasoningTags, n_held
-from chat.tools.base import Function, Messages, ToolFormat, literal
+from chat.tools.base import Function, Messages, ToolFormat, literal, one_call_a_turn
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 CONSTRAIN, END, CALL, RETURN = "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"
-TAGS = ReasoningTags(f"{CHANNEL}analysis", f"{CHANNEL}final")
+KIND = f'(" "? «{CONSTRAIN}» "json" | " json")?'  # of what follows
+TAGS = ReasoningTags(f"{CHANNEL}analysis{MESSAGE}", END)
 
 
 class Harmony(ToolFormat):
     name = "harmony"
     opener = ""
     calls_after_text = False
-    visible = (START, CHANNEL, MESSAGE, CONSTRAIN, END)
+    visible = (START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN)
 
     def fits(self, template: str) -> bool:
         return CHANNEL in template and MESSAGE in template
@@ -31,17 +32,20 @@ class Harmony(ToolFormat):
     def reasoning(self, template: str) -> ReasoningTags | None:
         return TAGS
 
-    def ending(self, tags: ReasoningTags) -> str:
-        return f"{END}{START}assistant"
+    def ending(self, tags: ReasoningTags, functions: Sequence[Function]) -> str:
+        return f"{END}{START}assistant" + ("" if functions else f"{CHANNEL}final{MESSAGE}")
 
     def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
-        """Its template calls the thoughts that led to a call by a name of its own."""
-        return [
-            {**message, "thinking": message["reasoning_content"]}
-            if message.get("tool_calls") and message.get("reasoning_content")
-            else message
-            for message in messages
-        ]
+        """Its template has a name of its own for the thoughts that led to a call, takes what was
+        said before the call for such, and refuses both together."""
+        turns = []
+        for message in one_call_a_turn(messages):
+            texts = [message.get("reasoning_content"), message["content"]]
+            if message.get("tool_calls") and any(texts):
+                thinking = "\n\n".join(filter(None, texts))
+                message = {**message, "content": "", "thinking": thinking}
+            turns.append(message)
+        return turns
 
     def frame(
         self,
@@ -53,27 +57,31 @@ class Harmony(ToolFormat):
         tags: ReasoningTags | None,
         is_open: bool,
     ) -> str:
+        said = '"analysis"' if answer else '("analysis" | "commentary")'
+        text = f"«» | «until {END}»"
+        last = "calls"
+        if not is_required:
+            last = f'«{CHANNEL}» "final" {KIND} «{MESSAGE}» ({answer or text})'
+            last += " | calls" if functions else ""
         rules = [
-            f"start: aside* {'calls' if is_required else 'final'}",
-            f'aside: «{CHANNEL}» ("analysis" | "commentary") «{MESSAGE}» «» «{END}» «{START}»'
-            ' "assistant"',
+            f"start: aside* ({last})",
+            f'aside: «{CHANNEL}» {said} «{MESSAGE}» «until {END}» «{START}» "assistant"',
         ]
-        final = f'«{CHANNEL}» "final" «{MESSAGE}» {answer or "«»"}'
-        if functions and not is_required:
-            final += " | calls"
-        rules.append(f"final: {final}")
         if functions:
             rules.append(self.calls(functions, is_parallel=is_parallel))
         return "\n".join(rules)
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
-        kind = f'(" " «{CONSTRAIN}» "json" | " json")? «{MESSAGE}»'
-        to = "commentary to=functions."
-        options = [f"{literal(to + f.name)} {kind} {f.arguments}" for f in functions]
-        return f"calls: «{CHANNEL}» ({' | '.join(options)})"
+        calls = []
+        for function in functions:
+            to = f"to=functions.{function.name}"
+            in_role = f'{literal(f" {to}")} «{CHANNEL}» "commentary"'
+            in_channel = f"«{CHANNEL}» {literal(f'commentary {to}')}"
+            calls.append(f"({in_role} | {in_channel}) {KIND} «{MESSAGE}» {function.arguments}")
+        return f"calls: {' | '.join(calls)}"
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
-        return HarmonySplitter()
+        return HarmonySplitter([function.name for function in functions])
 
     def splitter(
         self,
@@ -83,17 +91,20 @@ class Harmony(ToolFormat):
         tags: ReasoningTags | None,
         is_open: bool,
     ) -> Splitter:
-        return HarmonySplitter()
+        return HarmonySplitter([function.name for function in functions])
 
 
 class HarmonySplitter:
-    """Reads messages one by one: a header, then what it says."""
+    """Reads messages one by one: a header, then what it says. What is said to anybody else but the
+    user and the functions counts as thoughts."""
 
-    _MARKS = (START, CHANNEL, MESSAGE, CONSTRAIN, END)
-    _MARK = re.compile("|".join(map(re.escape, _MARKS)))
-    _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
+    _HEADS = (START, CHANNEL, " to=functions.")  # behind the prompt's own beginning of a header
+    _ENDS = (END, CALL, RETURN)
+    _END = re.compile("|".join(map(re.escape, _ENDS)))
+    _RECIPIENT = re.compile(r" to=(?!assistant)(?:functions\.)?([^\s<]+)")
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
         self._in_header = True
         self._kind: Literal["text", "reasoning", "call"] = "text"
         self._arguments = JsonSpan()
@@ -111,19 +122,21 @@ class HarmonySplitter:
         self._held += text
         events: list[Event] = []
         go_on = True
-        while go_on:
+        while go_on and self._held:
             more, go_on = self._read_header() if self._in_header else self._read_body()
             events += more
         return events
 
     def finish(self) -> list[Event]:
         held, self._held = self._held, ""
-        if self._in_header and self._MARK.match(held):
-            return []  # half a header
+        if self._in_header:
+            return [] if held.startswith(self._HEADS) or not held else [Text(held)]
         return self._said(held)
 
     def _read_header(self) -> tuple[list[Event], bool]:
-        if not (self._MARK.match(self._held) or any(m.startswith(self._held) for m in self._MARKS)):
+        if not self._held.startswith(self._HEADS):
+            if any(head.startswith(self._held) for head in self._HEADS):
+                return [], False
             self._in_header = False  # the model leaves the format: all is text
             self._kind = "text"
             return [], True
@@ -132,27 +145,35 @@ class HarmonySplitter:
             return [], False
         self._in_header = False
         self._held = body
-        if recipient := self._RECIPIENT.search(header):
+        recipient = self._RECIPIENT.search(header)
+        if recipient and recipient[1] in self._names:
             self._kind = "call"
             self._arguments = JsonSpan()
             return [CallBegin(recipient[1])], True
-        self._kind = "reasoning" if f"{CHANNEL}analysis" in header else "text"
+        self._kind = "reasoning" if recipient or f"{CHANNEL}analysis" in header else "text"
         return [], True
 
     def _read_body(self) -> tuple[list[Event], bool]:
-        if mark := self._MARK.search(self._held):
-            said = self._said(self._held[: mark.start()])
-            self._held = self._held[mark.end() if mark[0] == END else mark.start() :]
+        if self.is_calling:  # a mark in JSON is a part of it
+            end = self._arguments.feed(self._held)
+            return self._said(self._taken(end)), end is not None
+        if mark := self._END.search(self._held):
+            said = self._said(self._taken(mark.start()))
+            self._held = self._held.removeprefix(mark[0])
             self._in_header = True
-            return said, bool(self._held)
-        n_sure = len(self._held) - max(n_held(self._held, mark) for mark in self._MARKS)
-        sure, self._held = self._held[:n_sure], self._held[n_sure:]
-        return self._said(sure), False
+            return said, True
+        n_sure = len(self._held) - max(n_held(self._held, mark) for mark in self._ENDS)
+        return self._said(self._taken(n_sure)), False
+
+    def _taken(self, n: int | None) -> str:
+        """The first characters of what is held, which go out."""
+        taken = self._held[:n]
+        self._held = self._held[len(taken) :]
+        return taken
 
     def _said(self, text: str) -> list[Event]:
         if not text:
             return []
         if self._kind == "call":
-            self._arguments.feed(text)
             return [CallArguments(text)]
         return [Reasoning(text) if self._kind == "reasoning" else Text(text)]

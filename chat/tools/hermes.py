@@ -23,8 +23,9 @@ class Hermes(ToolFormat):
     visible = (OPEN, CLOSE)
 
     def fits(self, template: str) -> bool:
-        # the others that write these tags put no JSON between them
-        return OPEN in template and "<function=" not in template and "<arg_key>" not in template
+        # what others write between or around these tags
+        others = ("<function=", "<arg_key>", "<invoke", "<tool_calls>")
+        return OPEN in template and not any(other in template for other in others)
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
         more = f' ("\\n" «{OPEN}» call)*' if is_parallel else ""
@@ -48,8 +49,8 @@ class HermesSplitter(OpenedCalls):
         events: list[Event] = []
         if not self._reader.is_whole:
             events, rest = self._reader.feed(text)
-            if rest is None:
-                return events, None
+            if rest is None or not self._reader.is_call:
+                return events, rest
             text = rest
         self._after += text
         after = self._after.lstrip()

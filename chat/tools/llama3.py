@@ -5,13 +5,11 @@
 """
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from chat.events import CallArguments, CallBegin, Event, Splitter, Text
-from chat.splitter import JsonSpan
-from chat.tools.base import Function, Messages, ToolFormat, literal
+from chat.events import Event, Splitter, Text
+from chat.tools.base import CallReader, Function, Messages, ToolFormat, one_call_a_turn, pattern
 
 TAG = "<|python_tag|>"
 
@@ -24,48 +22,36 @@ class Llama3(ToolFormat):
     mixes_with_json = False
 
     def fits(self, template: str) -> bool:
-        return TAG in template or ('"parameters": ' in template and "ipython" in template)
+        # others that know the tag write their calls in another way
+        return '"parameters": ' in template and (TAG in template or "ipython" in template)
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
+        # one terminal: beside free text, which is longer, none that are shorter count
         options = [
-            f"{literal(opening)} {function.arguments}"
+            f"/[ \\n]{{0,4}}{pattern(opening)}/ {function.arguments}"
             for function in functions
             for opening in _openings(function.name)
         ]
         return f"""calls: ({" | ".join(options)}) "}}\""""
 
-    def body(self, functions: Sequence[Function], *, answer: str | None, is_required: bool) -> str:
-        body = f"body: «{TAG}»? calls"
+    def body(
+        self, functions: Sequence[Function], *, answer: str | None, is_required: bool, unlike: str
+    ) -> str:
+        if not functions and answer:
+            return answer
+        calls = f"«spaced {TAG}»? calls"
         if is_required:
-            return body
+            return calls
         # a text that begins like a call is one
-        names = "|".join(
-            re.sub(r"\W", lambda c: f"\\x{{{ord(c[0]):x}}}", _quoted(f.name)) for f in functions
-        )
-        call = rf'\{{("type": "function", )?"name": ({names})(.|\n)*'
-        return f"{body} | TEXT\nTEXT: /(.|\\n)*/ & ~/{call}/"
+        names = "|".join(pattern(_quoted(function.name)) for function in functions)
+        call = rf'\s*({pattern(TAG)}|\{{("type": "function", )?"name": ({names}))'
+        return f"{calls} | «unlike {unlike and f'{unlike}|'}{call}»"
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
         return Llama3Splitter([function.name for function in functions])
 
     def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
-        """Its templates take one call in a turn: of several each gets its own, with its result."""
-        results = {m.get("tool_call_id"): m for m in messages if m["role"] == "tool"}
-        turns: list[Any] = []
-        moved = set()
-        for message in messages:
-            calls = message.get("tool_calls") or ()
-            if len(calls) < 2:
-                if message.get("tool_call_id") not in moved:
-                    turns.append(message)
-                continue
-            for number, call in enumerate(calls):
-                content = "" if number else message["content"]
-                turns.append({**message, "content": content, "tool_calls": [call]})
-                if result := results.get(call.get("id")):
-                    turns.append(result)
-                    moved.add(call["id"])
-        return turns
+        return one_call_a_turn(messages)
 
 
 def _quoted(name: str) -> str:
@@ -83,42 +69,45 @@ class Llama3Splitter:
     is_reasoning = False
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._openings = {opening: name for name in names for opening in _openings(name)}
+        self._openings = tuple(opening for name in names for opening in _openings(name))
         self._held = ""
-        self._arguments: JsonSpan | None = None
+        self._reader: CallReader | None = None
         self._is_text = False
 
     @property
     def is_calling(self) -> bool:
-        return self._arguments is not None and not self._arguments.has_ended
+        return self._reader is not None and not self._reader.is_whole
 
     def feed(self, text: str) -> list[Event]:
-        if self._arguments:
-            return self._feed_arguments(text)
         if self._is_text:
-            return [Text(text)]
+            return self._text(text)
+        if self._reader:
+            return self._read(self._reader, text)
         self._held += text
         begun = self._held.lstrip().removeprefix(TAG).lstrip()
-        for opening, name in self._openings.items():
-            if begun.startswith(opening):
-                self._held = ""
-                self._arguments = JsonSpan()
-                return [CallBegin(name), *self._feed_arguments(begun[len(opening) :])]
-        if TAG.startswith(begun) or any(opening.startswith(begun) for opening in self._openings):
+        if begun.startswith(self._openings):
+            self._held = self._held[: len(self._held) - len(begun)]
+            self._reader = CallReader()
+            return self._read(self._reader, begun)
+        if any(mark.startswith(begun) for mark in (TAG, *self._openings)):
             return []
-        return self._all_text()
+        return self.finish()
 
     def finish(self) -> list[Event]:
-        return self._all_text()
-
-    def _feed_arguments(self, text: str) -> list[Event]:
-        assert self._arguments
-        if self._arguments.has_ended:  # the brace around name and arguments
-            return []
-        text = text[: self._arguments.feed(text)]
-        return [CallArguments(text)] if text else []
-
-    def _all_text(self) -> list[Event]:
-        self._is_text = True
         held, self._held = self._held, ""
-        return [Text(held)] if held else []
+        if self._reader:
+            return [] if self._reader.is_call else self._text(held + self._reader.raw)
+        return self._text(held)
+
+    def _read(self, reader: CallReader, text: str) -> list[Event]:
+        events: list[Event] = []
+        if not reader.is_whole:
+            events, rest = reader.feed(text)
+            if rest is None:
+                return events
+            text = rest if reader.is_call else self._held + reader.raw + rest
+        return events + self._text(text.lstrip() if reader.is_call else text)
+
+    def _text(self, text: str) -> list[Event]:
+        self._is_text = bool(text)
+        return [Text(text)] if text else []

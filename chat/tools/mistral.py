@@ -3,6 +3,7 @@ with its name before its arguments.
 
     [TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}]
     [TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[TOOL_CALLS]get_weather[ARGS]{"city": "Rome"}
+    [TOOL_CALLS]get_weather[CALL_ID]9kTq2Zx0B[ARGS]{"city": "Paris"}
 """
 
 import hashlib
@@ -65,7 +66,8 @@ class MistralV11(Mistral):
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
         more = f" («{OPEN}» call)*" if is_parallel else ""
-        options = " | ".join(f"{literal(f.name)} «{ARGS}» {f.arguments}" for f in functions)
+        id = f"(«{CALL_ID}» /[a-zA-Z0-9]{{9}}/)?"
+        options = " | ".join(f"{literal(f.name)} {id} «{ARGS}» {f.arguments}" for f in functions)
         return f"calls: call{more}\ncall: {options}"
 
 
@@ -78,42 +80,52 @@ def _short_id(id: str) -> str:
 class MistralSplitter(OpenedCalls):
     """Takes both forms."""
 
-    _NAMED = re.compile(r"\s*(?P<name>[^\[{\s]+)\s*(\[CALL_ID\][^\[{]*)?(\[ARGS\])?\s*(?=\{)")
+    _NAMED = re.compile(
+        r"\s*(?P<name>[\w.-]+)(\[CALL_ID\][\w.-]*)?(\[ARGS\]\s*(?=[\"{\[\w-])|\s*(?=\{))"
+    )
+    _HALF = re.compile(r"\s*([\w.-]+(\[[A-Z_]*(\][\w.-]*)?)*\s*)?")  # of what may be a named one
 
     def _begin(self) -> None:
-        self._raw = ""  # while it is no call yet
+        self._raw = ""  # behind the opener, while it is no call yet
+        self._has_begun = False  # it is one
         self._reader: CallReader | None = None  # in a list
         self._is_between = False  # calls of a list
-        self._arguments: JsonSpan | None = None  # behind a name
+        self._arguments = JsonSpan()  # behind a name
 
     @property
     def is_calling(self) -> bool:
         return self._in_call and not self._is_between
 
     def _unread(self) -> str:
-        if self._reader:
-            return "" if self._reader.is_call else f"{OPEN}[{self._reader.raw}"
-        return "" if self._arguments else OPEN + self._raw
+        begun = "" if self._has_begun else OPEN + self._raw
+        return begun + (self._reader.raw if self._reader else "")
 
     def _read(self, text: str) -> tuple[list[Event], str | None]:
         if self._reader:
-            return self._read_list(text)
-        if self._arguments:
-            end = self._arguments.feed(text)
-            return [CallArguments(text[:end])], None if end is None else text[end:]
-        self._raw += text
-        begun = self._raw.lstrip()
-        if begun.startswith("["):
+            return self._read_list(self._reader, text)
+        if self._has_begun:
+            return self._read_arguments(text)
+        text, self._raw = self._raw + text, ""
+        before, bracket, begun = text.partition("[")
+        if bracket and not before.strip():
+            self._raw = before + bracket
             self._reader = CallReader()
-            return self._read_list(begun[1:])
-        if head := self._NAMED.match(self._raw):
-            self._arguments = JsonSpan()
-            events, rest = self._read(self._raw[head.end() :])
+            return self._read_list(self._reader, begun)
+        if head := self._NAMED.match(text):
+            self._has_begun = True
+            events, rest = self._read_arguments(text[head.end() :])
             return [CallBegin(head["name"]), *events], rest
-        return [], None
+        if self._HALF.fullmatch(text):
+            self._raw = text
+            return [], None
+        return [], text
 
-    def _read_list(self, text: str) -> tuple[list[Event], str | None]:
-        assert self._reader
+    def _read_arguments(self, text: str) -> tuple[list[Event], str | None]:
+        end = self._arguments.feed(text)
+        events: list[Event] = [CallArguments(text[:end])] if text[:end] else []
+        return events, None if end is None else text[end:]
+
+    def _read_list(self, reader: CallReader, text: str) -> tuple[list[Event], str | None]:
         events: list[Event] = []
         while text:
             if self._is_between:
@@ -123,12 +135,13 @@ class MistralSplitter(OpenedCalls):
                 if not text:
                     break
                 self._is_between = False
-                self._reader = CallReader()
-            more, rest = self._reader.feed(text)
+                self._reader = reader = CallReader()
+            more, rest = reader.feed(text)
             events += more
+            self._has_begun |= reader.is_call
             if rest is None:
                 break
-            if not self._reader.is_call:
+            if not reader.is_call:
                 return events, rest
             self._is_between = True
             text = rest

@@ -1,17 +1,22 @@
 """The contracts between the worker, the scheduler and the libraries that run models."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.heads import Heads
 from engine.prefix import Saved
-from engine.types import Batch, Sampled, SamplingParams, Sequence, StepResult
+from engine.types import Batch, Pooling, Sampled, SamplingParams, Scale, Sequence, StepResult
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
 ReportProgress = Callable[[float], None]  # a fraction, 0…1
+Ids = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
 
 
 class CacheFull(Exception):
@@ -118,6 +123,61 @@ class Decoder(Memory, Protocol):
         exception is the sequence's own fault."""
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Specials:
+    """The tokens that an encoder wants around texts."""
+
+    begin: int | None
+    end: int | None
+    between: tuple[int, ...] = ()  # a query and a document
+    unused: frozenset[int] = frozenset()  # without weight in sparse vectors
+
+
+class Interrupted(Exception):
+    """A computation was given up, as `go_on` wanted."""
+
+
+class Encoder(Protocol):
+    """Computes rows of tokens, or scores of pairs. One thread calls it, except for `tokenizer`."""
+
+    tokenizer: Tokenizer
+    specials: Specials
+    n_ctx: int  # most tokens of one sequence
+    n_sequences: int  # most of one batch
+    n_tokens: int  # most of one batch
+    n_embd: int  # of a row
+    pooling: Pooling | None  # what the model's file says, if it does
+    heads: Heads | None
+    missing_heads: tuple[str, ...]  # files that would have to be beside the model
+    scale: Scale | None  # of its scores; None where it makes rows
+    template: str | None  # of a pair as a prompt, where the model wants one
+
+    def encode(self, batch: Sequence_[Ids], go_on: Callable[[], bool] = lambda: True) -> Floats:
+        """Compute sequences at once: the rows of all their tokens [n_tokens, n_embd], or where it
+        has a `scale` their scores [n_sequences].
+
+        Rows are a view that the next call overwrites. `go_on` is asked now and then, where the
+        library lets us: False ends the computation, which raises Interrupted. Raises ValueError
+        for what would end the process: too many tokens or sequences, one that is too long or
+        empty, ids outside the vocabulary; and anything else when the batch failed.
+        """
+
+    def close(self) -> None: ...
+
+
+def load_encoder(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
+    """The loaded encoder of `spec.backend`; raises ModelLoadFailed with a sentence for the user."""
+    if spec.backend == "llamacpp":
+        from engine.backends import llama_encoder
+
+        return llama_encoder.load(spec, progress)
+    if spec.backend == "fake":
+        from engine.backends import fake_encoder
+
+        return fake_encoder.load(spec, progress)
+    raise ModelLoadFailed(f"Backend '{spec.backend}' is not known.")
 
 
 def load_engine(spec: WorkerSpec, progress: ReportProgress) -> Engine:

@@ -3,7 +3,7 @@
 `LIGHT_BACKEND=fake` is all it takes to try a client without a model. `LIGHT_MODEL_PATH` may name a
 JSON file with a script; every key is optional:
 
-    {"load_s": 0, "step_ms": 0, "token_us": 0, "fault": "load",
+    {"load_s": 0, "step_ms": 0, "token_us": 0, "fault": "load", "template": "{{ messages … }}",
      "rules": [{"match": "weather", "answer": "It rains."},
                {"match": "poison", "fault": "crash"}]}
 
@@ -31,7 +31,7 @@ import numpy as np
 
 from engine.backends.base import CacheFull, Constraint, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
-from engine.model_file import ModelFile
+from engine.model_file import Kind, ModelFile
 from engine.prefix import Saved
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
 from engine.wire import WorkerSpec
@@ -54,7 +54,7 @@ _CONTROL_IDS = {literal: [256 + number] for number, literal in enumerate(CONTROL
 class Rule(msgspec.Struct, forbid_unknown_fields=True):
     match: str = ""
     answer: str | list[str] | None = None
-    fault: Literal["step", "crash", "hang"] | None = None
+    fault: Literal["step", "crash", "hang", "stall", "nan", "nan_in_company"] | None = None
     after: int = 0
 
 
@@ -63,7 +63,9 @@ class Script(msgspec.Struct, forbid_unknown_fields=True):
     step_ms: float = 0  # time of a step
     token_us: float = 0  # and of each token in it
     fault: Literal["load", "load_crash"] | None = None
+    template: str | None = None  # of chats, instead of CHAT_TEMPLATE
     rules: list[Rule] = []
+    heads: bool = True  # of an embedding model: for sparse and ColBERT vectors
 
     @classmethod
     def read(cls, path: str) -> "Script":
@@ -80,9 +82,9 @@ class Script(msgspec.Struct, forbid_unknown_fields=True):
         return next((rule for rule in self.rules if rule.match in text), Rule())
 
 
-def model_file(script: Path | Literal[""]) -> ModelFile:
+def model_file(script: Path | Literal[""], kind: Kind = "chat") -> ModelFile:
     """What a header would say. Raises ModelLoadFailed where the script cannot be read."""
-    Script.read(str(script))
+    template = Script.read(str(script)).template
     return ModelFile(
         path=Path(script or "fake"),
         size_bytes=0,
@@ -95,24 +97,18 @@ def model_file(script: Path | Literal[""]) -> ModelFile:
         max_token_bytes=max(map(len, CONTROL_TOKENS)),
         kv_bytes_per_token=0,
         tokenizer_model="bytes",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE if template is None else template,
         bos_token="",
         eos_token=CONTROL_TOKENS[0],
         add_bos=False,
         control_tokens=CONTROL_TOKENS,
-        kind="chat",
+        kind=kind,
     )
 
 
 def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     script = Script.read(spec.model_path)
-    progress(0.0)
-    time.sleep(script.load_s)
-    if script.fault == "load":
-        raise ModelLoadFailed("The fake backend was told to fail.")
-    if script.fault == "load_crash":
-        os.kill(os.getpid(), signal.SIGKILL)
-    progress(1.0)
+    begin_load(script, progress)
     return BatchEngine(
         FakeDecoder(script, n_slots=spec.n_parallel, n_cells=spec.kv_tokens),
         spec,
@@ -120,6 +116,17 @@ def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
         n_cells=spec.kv_tokens,
         n_batch=spec.n_batch,
     )
+
+
+def begin_load(script: Script, progress: ReportProgress) -> None:
+    """What a load does before there is a model, in its time; or its fault."""
+    progress(0.0)
+    time.sleep(script.load_s)
+    if script.fault == "load":
+        raise ModelLoadFailed("The fake backend was told to fail.")
+    if script.fault == "load_crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    progress(1.0)
 
 
 class FakeTokenizer:

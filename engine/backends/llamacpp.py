@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import sys
+from collections.abc import Mapping
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,12 +129,12 @@ class LlamaDecoder:
 
     def __init__(self, spec: WorkerSpec, progress: ReportProgress) -> None:
         self._log = LlamaLog()
-        self._model = _load_model(spec, progress, self._log)
+        self._model = load_model(spec, progress, self._log)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
         self._context = _new_context(self._model, spec, self._log)
         self._memory = lib.llama_get_memory(self._context)
         if not self._memory:
-            raise ModelLoadFailed(f"{_name(spec)} is an encoder; it cannot generate text.")
+            raise ModelLoadFailed(f"{name_of(spec)} is an encoder; it cannot generate text.")
         # behind a sliding window llama.cpp uses cells again, and does not tell; parts of a
         # recurrent memory it takes for cells: answers would be wrong
         self.is_cells = not (
@@ -356,11 +357,11 @@ class _BatchArrays:
             n_batch, dtype=np.uintp
         )
         self._batch = lib.llama_batch(
-            token=_pointer(self._token, "token"),
-            pos=_pointer(self._pos, "pos"),
-            n_seq_id=_pointer(self._n_seq_id, "n_seq_id"),
-            seq_id=_pointer(self._seq_id, "seq_id"),
-            logits=_pointer(self._wanted, "logits"),
+            token=pointer(self._token, "token"),
+            pos=pointer(self._pos, "pos"),
+            n_seq_id=pointer(self._n_seq_id, "n_seq_id"),
+            seq_id=pointer(self._seq_id, "seq_id"),
+            logits=pointer(self._wanted, "logits"),
         )
 
     def fill(self, batch: Batch) -> Any:
@@ -380,7 +381,7 @@ class _BatchArrays:
         return self._batch
 
 
-def _pointer(array: "npt.NDArray[Any]", field: str) -> Any:
+def pointer(array: "npt.NDArray[Any]", field: str) -> Any:
     return array.ctypes.data_as(dict(lib.llama_batch._fields_)[field])
 
 
@@ -388,9 +389,19 @@ def _bytes(array: npt.NDArray[np.uint8]) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
-def _load_model(spec: WorkerSpec, progress: ReportProgress, log: "LlamaLog") -> Any:
+def load_model(
+    spec: WorkerSpec, progress: ReportProgress, log: "LlamaLog", metadata: Mapping[str, bool] = {}
+) -> Any:
+    """A model; `metadata` is read in place of what the file says."""
     params = lib.llama_model_default_params()
     params.n_gpu_layers = spec.n_gpu_layers
+    overrides = (lib.llama_model_kv_override * (len(metadata) + 1))()  # an empty key ends it
+    for override, (key, value) in zip(overrides, metadata.items(), strict=False):
+        override.tag = lib.LLAMA_KV_OVERRIDE_TYPE_BOOL
+        override.key = key.encode()
+        override.value.val_bool = value
+    if metadata:
+        params.kv_overrides = overrides
 
     @lib.llama_progress_callback  # type: ignore[untyped-decorator]
     def go_on(fraction: float, _: Any) -> bool:
@@ -400,7 +411,7 @@ def _load_model(spec: WorkerSpec, progress: ReportProgress, log: "LlamaLog") -> 
     params.progress_callback = go_on
     model = lib.llama_model_load_from_file(spec.model_path.encode(), params)
     if not model:
-        raise ModelLoadFailed(f"llama.cpp cannot load {_name(spec)}: {_reason(spec, log)}.")
+        raise ModelLoadFailed(f"llama.cpp cannot load {name_of(spec)}: {reason_of(spec, log)}.")
     return model
 
 
@@ -419,19 +430,19 @@ def _new_context(model: Any, spec: WorkerSpec, log: "LlamaLog") -> Any:
     context = lib.llama_init_from_model(model, params)
     if not context:
         raise ModelLoadFailed(
-            f"llama.cpp cannot make a context of {params.n_ctx} tokens for {_name(spec)}:"
-            f" {_reason(spec, log)}."
+            f"llama.cpp cannot make a context of {params.n_ctx} tokens for {name_of(spec)}:"
+            f" {reason_of(spec, log)}."
         )
     return context
 
 
-def _name(spec: WorkerSpec) -> str:
+def name_of(spec: WorkerSpec) -> str:
     return Path(spec.model_path).name
 
 
-def _reason(spec: WorkerSpec, log: "LlamaLog") -> str:
+def reason_of(spec: WorkerSpec, log: "LlamaLog") -> str:
     """Why llama.cpp failed, without the folder of the file: clients read it."""
-    return (log.reason or "it gives no reason").replace(spec.model_path, _name(spec))
+    return (log.reason or "it gives no reason").replace(spec.model_path, name_of(spec))
 
 
 class LlamaLog:
@@ -439,8 +450,14 @@ class LlamaLog:
 
     # ggml.h: 1 debug, 2 info, 3 warning, 4 error, 5 goes on with the line before
     LEVELS: ClassVar = {3: logging.WARNING, 4: logging.ERROR}  # its info is chatter: DEBUG
+    KNOWN = (
+        "possible training context overflow",  # cells are for all; we bound each one's length
+        "model default pooling_type is",  # we pool ourselves
+        "model vocab missing newline token",  # encoders need none
+    )
 
     def __init__(self) -> None:
+        self.is_muted = False  # while what it says is of our doing
         self.reason: str | None = None  # the first error; the later ones only say that it failed
         self._callback = lib.llama_log_callback(self._write)  # must live as long as it is set
         lib.llama_log_set(self._callback, ctypes.c_void_p(0))
@@ -449,8 +466,8 @@ class LlamaLog:
         line = text.decode(errors="replace").rstrip()
         if not line.strip("."):
             return
-        if "possible training context overflow" in line:
-            level = 2  # the cells are for all sequences; each one's length is bounded by us
+        if self.is_muted or any(known in line for known in self.KNOWN):
+            level = 2
         logger.log(self.LEVELS.get(level, logging.DEBUG), line)
         if level == 4 and self.reason is None:
             self.reason = line.rpartition("error loading model: ")[2]

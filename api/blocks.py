@@ -1,0 +1,79 @@
+"""Replies that are a list of blocks (thoughts, text, calls), and the events that tell of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from api import turn
+from api.sse import event
+from chat.events import CallArguments, CallBegin, Event, Text
+from engine import wire
+
+Data = dict[str, Any]
+
+
+class BlockReply(ABC):
+    """A reply as it grows, block by block. A subclass keeps it, and tells what happens to it in the
+    events of its format; without readers of these it is a whole reply."""
+
+    def __init__(self, started: turn.Turn) -> None:
+        self._started = started
+        self._kind: type[Event] | None = None  # of the open block
+
+    @abstractmethod
+    def begin(self) -> Iterable[Data]: ...
+
+    @abstractmethod
+    def open(self, first: Event) -> Iterable[Data]:
+        """A block begins, of which this is the first event. Its text is added later."""
+
+    @abstractmethod
+    def add(self, text: str, logprobs: Sequence[wire.TokenLogprob]) -> Iterable[Data]:
+        """More of the open block: its text, or the arguments of its call."""
+
+    @abstractmethod
+    def close(self, *, is_whole: bool) -> Iterable[Data]:
+        """No more comes of the open block."""
+
+    @abstractmethod
+    def end(self, end: turn.End) -> Iterable[Data]: ...
+
+    async def finish(self) -> None:
+        """Wait for all of it."""
+        async with aclosing(self._events()) as events:
+            async for _ in events:
+                pass
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The events, as they come. Closing it cancels the rest."""
+        async with aclosing(self._events()) as events:
+            async for data in events:
+                yield event(data)
+
+    async def _events(self) -> AsyncGenerator[Data, None]:
+        async with aclosing(self._started.outs()) as outs:
+            for data in self.begin():
+                yield data
+            async for out in outs:
+                for data in self._read(out):
+                    yield data
+
+    def _read(self, out: turn.Out) -> Iterable[Data]:
+        logprobs = out.logprobs
+        for said in out.events:
+            is_call = isinstance(said, CallBegin)
+            kind = CallArguments if is_call else type(said)
+            if is_call or kind is not self._kind:
+                yield from self._close(is_whole=True)
+                self._kind = kind
+                yield from self.open(said)
+            if not isinstance(said, CallBegin):
+                yield from self.add(said.text, logprobs if isinstance(said, Text) else ())
+        if out.end:
+            yield from self._close(is_whole=out.end.finish != "length")
+            yield from self.end(out.end)
+
+    def _close(self, *, is_whole: bool) -> Iterable[Data]:
+        if self._kind is not None:
+            yield from self.close(is_whole=is_whole)

@@ -1,0 +1,150 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages."""
+
+import asyncio
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from api import generation, turn
+from api.blocks import BlockReply, Data
+from api.deps import ServicesDep, while_connected
+from api.errors import client_names
+from api.messages_request import MessagesRequest, PromptRequest
+from api.prompt import prompt_of
+from api.sampling import ignored_params, refuse, validity
+from api.sse import EventStream
+from chat.events import CallBegin, Event, Reasoning
+from engine import wire
+
+router = APIRouter()
+
+# Anthropic's fields that this version does not have, with the values that ask for nothing
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "container": (),
+    "mcp_servers": ([],),
+    "speed": ("standard",),
+}
+# the deltas of the kinds of blocks, and the field of each that grows
+DELTAS = {
+    "text": ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+@router.post("/v1/messages")
+async def create_message(
+    body: MessagesRequest, request: Request, services: ServicesDep
+) -> Response:
+    tier = services.chat_tier(body.model)
+    refuse(body, UNSUPPORTED)
+    strict = services.settings.server.strict_params
+    headers = ignored_params(body, UNSUPPORTED, strict=strict, parts=body.inner())
+    with client_names(body.names):
+        started = await turn.start(request.receive, services, tier, body.chat())
+    reply = _Reply(started, tier.name)
+    if body.stream:
+        return EventStream(reply.stream(), headers | started.headers(), last=b"")
+    await while_connected(request.receive, reply.finish())
+    return JSONResponse(reply.message, headers=headers | started.whole_headers())
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(body: PromptRequest, request: Request, services: ServicesDep) -> Response:
+    tier = services.chat_tier(body.model)
+    refuse(body, UNSUPPORTED)
+    strict = services.settings.server.strict_params
+    headers = ignored_params(body, UNSUPPORTED, strict=strict, parts=body.inner())
+    with client_names(body.names):
+        prompt = await asyncio.to_thread(prompt_of, services, tier, body.chat())
+    work = tier.tokenize(prompt.segments, add_bos=True)
+    tokens = await while_connected(request.receive, work)
+    return JSONResponse({"input_tokens": len(tokens.ids)}, headers=headers)
+
+
+class _Reply(BlockReply):
+    """A message."""
+
+    def __init__(self, started: turn.Turn, model: str) -> None:
+        super().__init__(started)
+        self._content: list[dict[str, Any]] = []
+        self._arguments = ""  # of the open call
+        self.message: dict[str, Any] = {
+            "id": generation.new_id("msg_"),
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+            "content": self._content,
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage(turn.End("stop", 0, 0, None)),
+        }
+
+    def begin(self) -> Iterable[Data]:
+        yield {"type": "message_start", "message": self.message}
+
+    def open(self, first: Event) -> Iterable[Data]:
+        if isinstance(first, CallBegin):
+            self._arguments = ""
+            call_id = generation.new_id("toolu_")
+            block = {"type": "tool_use", "id": call_id, "name": first.name, "input": {}}
+        elif isinstance(first, Reasoning):
+            block = {"type": "thinking", "thinking": "", "signature": ""}
+        else:
+            block = {"type": "text", "text": ""}
+        self._content.append(block)
+        yield self._event("content_block_start", content_block=block)
+
+    def add(self, text: str, logprobs: Sequence[wire.TokenLogprob]) -> Iterable[Data]:
+        block = self._content[-1]
+        delta, field = DELTAS[block["type"]]
+        if block["type"] == "tool_use":
+            self._arguments += text
+        else:
+            block[field] += text
+        yield self._event("content_block_delta", delta={"type": delta, field: text})
+
+    def close(self, *, is_whole: bool) -> Iterable[Data]:
+        block = self._content[-1]
+        if block["type"] == "tool_use":
+            block["input"] = _object(self._arguments)
+        yield self._event("content_block_stop")
+
+    def end(self, end: turn.End) -> Iterable[Data]:
+        is_stopped = end.finish == "stop" and end.stop is not None
+        delta = {
+            "stop_reason": "stop_sequence" if is_stopped else STOP_REASONS[end.finish],
+            "stop_sequence": end.stop if is_stopped else None,
+            **validity(end.is_valid),
+        }
+        usage = self._usage(end)
+        self.message |= delta | {"usage": usage}
+        yield {"type": "message_delta", "delta": delta, "usage": usage}
+        yield {"type": "message_stop"}
+
+    def _event(self, kind: str, **fields: Any) -> Data:
+        return {"type": kind, "index": len(self._content) - 1, **fields}
+
+    def _usage(self, end: turn.End) -> dict[str, Any]:
+        usage = self._started.usage([end])
+        n_cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return {
+            "input_tokens": usage["prompt_tokens"] - n_cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": n_cached,
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"thinking_tokens": end.n_reasoning},
+        }
+
+
+def _object(arguments: str) -> dict[str, Any]:
+    """What they say; nothing where they were cut."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

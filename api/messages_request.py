@@ -1,0 +1,248 @@
+"""What a client may ask of Anthropic's Messages, and the chat that it comes to."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
+
+from api.chat_request import (
+    MAX_TOOLS,
+    ChatRequest,
+    Content,
+    ContentPart,
+    Extensible,
+    ThinkingBudget,
+    ToolName,
+    read_text,
+)
+from api.sampling import StopList, Switch, TopK, UnitInterval
+from api.transcript import Transcript
+from errors import BadRequest, UnsupportedParameter
+
+DEFAULT_EFFORT = "medium"  # where thinking is asked for and an effort is not
+
+
+class ThinkingBlock(Extensible):
+    thinking: str
+
+
+class CallBlock(Extensible):
+    id: str
+    name: str
+    input: dict[str, JsonValue]
+
+
+class ResultBlock(Extensible):
+    tool_use_id: str
+    content: Content = None
+    is_error: Switch = False
+
+
+def _block_tag(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return f"<{kind}>" if kind in ("thinking", "tool_use", "tool_result") else "<part>"
+
+
+Block = Annotated[
+    Annotated[ThinkingBlock, Tag("<thinking>")]
+    | Annotated[CallBlock, Tag("<tool_use>")]
+    | Annotated[ResultBlock, Tag("<tool_result>")]
+    | Annotated[ContentPart, Tag("<part>")],
+    Discriminator(_block_tag),
+]
+
+
+def _content_tag(value: Any) -> str:
+    return "<blocks>" if isinstance(value, list) else "<text>"
+
+
+class Message(Extensible):
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[
+        Annotated[str, Tag("<text>")]
+        | Annotated[list[Block], Field(min_length=1, fail_fast=True), Tag("<blocks>")],
+        Discriminator(_content_tag),
+    ]
+
+
+class ClientTool(Extensible):
+    type: Literal["custom"] | None = None
+    name: ToolName
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+    cache_control: Any = None
+
+
+class ServerTool(Extensible):
+    """Of a kind that Anthropic defines."""
+
+    type: str
+    name: str | None = None
+
+
+def _tool_tag(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return "<client>" if kind in (None, "custom") else "<server>"
+
+
+ToolField = Annotated[
+    Annotated[ClientTool, Tag("<client>")] | Annotated[ServerTool, Tag("<server>")],
+    Discriminator(_tool_tag),
+]
+
+
+class ToolChoice(Extensible):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: Switch = False
+
+    def read(self) -> Any:
+        """The same in a chat's fields. Raises BadRequest."""
+        if self.type != "tool":
+            return "required" if self.type == "any" else self.type
+        if self.name is None:
+            raise BadRequest("'tool_choice.name' is required.", param="tool_choice.name")
+        return {"type": "function", "function": {"name": self.name}}
+
+
+class Thinking(Extensible):
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: ThinkingBudget | None = None
+    display: Literal["summarized"] | None = None
+
+
+class OutputFormat(Extensible):
+    type: Literal["json_schema"]
+    schema_: JsonValue = Field(alias="schema")
+
+
+class OutputConfig(Extensible):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class PromptRequest(Extensible):
+    """What the model reads, with what decides how it is written."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    system: Content = None
+    tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    cache_control: Any = None  # what prompts have in common is remembered anyway
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What fields are called here, by what they are called in a chat."""
+        is_asked = self.thinking is not None and self.thinking.type == "enabled"
+        return {
+            r"^continue_final_message$": "messages",
+            r"^response_format.*": "output_config.format",
+            r"^reasoning_effort$": "thinking" if is_asked else "output_config.effort",
+            r"^thinking_budget_tokens$": "thinking.budget_tokens",
+            r"^(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
+            r"^(tools\[\d+\])\.function": r"\1",
+        }
+
+    def inner(self) -> Iterator[tuple[str, BaseModel]]:
+        """What of the body may hold unknown fields, with its place."""
+        inner = {
+            "tool_choice": self.tool_choice,
+            "thinking": self.thinking,
+            "output_config": self.output_config,
+            "output_config.format": self.output_config and self.output_config.format,
+        }
+        yield from ((name, part) for name, part in inner.items() if part)
+        for n, tool in enumerate(self.tools or ()):
+            yield f"tools[{n}]", tool
+
+    def chat(self) -> ChatRequest:
+        """The same as a chat. Raises BadRequest."""
+        return ChatRequest.model_validate(self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        messages = self._messages()
+        choice = self.tool_choice
+        wanted = self.output_config and self.output_config.format
+        schema = wanted and {"type": "json_schema", "json_schema": {"schema": wanted.schema_}}
+        return {
+            "model": self.model,
+            "messages": messages,
+            "continue_final_message": messages[-1]["role"] == "assistant",
+            "tools": [{"type": "function", "function": tool} for tool in self._tools()],
+            "tool_choice": choice and choice.read(),
+            "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
+            "response_format": schema,
+            **self._thinking(),
+        }
+
+    def _messages(self) -> list[dict[str, Any]]:
+        transcript = Transcript()
+        if self.system:
+            transcript.text("system", read_text(self.system, "system", self.model))
+        for n, message in enumerate(self.messages):
+            if isinstance(message.content, str):
+                transcript.text(message.role, message.content)
+                continue
+            between = "\n\n"
+            for b, block in enumerate(message.content):
+                place = f"messages[{n}].content[{b}]"
+                if isinstance(block, ContentPart):
+                    text = block.read(place, self.model)
+                    transcript.text(message.role, text, between=between)
+                    between = ""  # blocks of one message are one text
+                elif isinstance(block, ThinkingBlock):
+                    transcript.thoughts(block.thinking)
+                elif isinstance(block, CallBlock):
+                    transcript.call(block.id, block.name, block.input)
+                else:
+                    text = read_text(block.content, f"{place}.content", self.model)
+                    text = (
+                        f"Error: {text}" if block.is_error else text
+                    )  # templates know no other way
+                    transcript.result(block.tool_use_id, text)
+        return transcript.messages
+
+    def _tools(self) -> Iterator[dict[str, Any]]:
+        for n, tool in enumerate(self.tools or ()):
+            if isinstance(tool, ServerTool):
+                raise UnsupportedParameter(
+                    f"The tool '{tool.name or tool.type}' is not there: only tools with an "
+                    "'input_schema' are supported.",
+                    param=f"tools[{n}].type",
+                )
+            definition = tool.model_dump(include={"name", "description", "strict"})
+            yield definition | {"parameters": tool.input_schema}
+
+    def _thinking(self) -> dict[str, Any]:
+        asked, effort = self.thinking, self.output_config and self.output_config.effort
+        if asked is None or asked.type == "adaptive":
+            return {"reasoning_effort": effort}
+        if asked.type == "disabled":
+            return {"reasoning_effort": "none"}
+        if asked.budget_tokens is None:
+            raise BadRequest(
+                "'thinking.budget_tokens' is required.", param="thinking.budget_tokens"
+            )
+        return {
+            "reasoning_effort": effort or DEFAULT_EFFORT,
+            "thinking_budget_tokens": asked.budget_tokens,
+        }
+
+
+class MessagesRequest(PromptRequest):
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)]
+    stop_sequences: StopList | None = None
+    temperature: UnitInterval | None = None
+    top_p: UnitInterval | None = None
+    top_k: TopK | None = None
+    stream: Switch = False
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+    def _fields(self) -> dict[str, Any]:
+        names = ("max_tokens", "temperature", "top_p", "top_k", "stream")
+        own = {name: getattr(self, name) for name in names}
+        return super()._fields() | own | {"stop": self.stop_sequences}

@@ -1,0 +1,288 @@
+"""What a client may ask of OpenAI's Responses, and the chat that it comes to."""
+
+from collections.abc import Container, Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
+
+from api.chat_request import (
+    MAX_TOOLS,
+    ChatRequest,
+    Content,
+    ContentPart,
+    Effort,
+    Extensible,
+    FunctionDefinition,
+    FunctionName,
+    read_text,
+)
+from api.sampling import (
+    ServiceTier,
+    StreamOptions,
+    Switch,
+    Temperature,
+    TokenLimit,
+    TopLogprobs,
+    UnitInterval,
+)
+from api.transcript import Transcript
+from errors import BadRequest, UnsupportedParameter
+
+LOGPROBS = "message.output_text.logprobs"
+# Thoughts are not encrypted: they come as they are, and are read when they come back.
+ENCRYPTED_REASONING = "reasoning.encrypted_content"
+MESSAGE_TEXT = ("input_text", "output_text", "text")
+REASONING_TEXT = ("reasoning_text", "summary_text")
+
+# fields that are the same in a chat
+SAME = ("model", "stream", "stream_options", "temperature", "top_p", "top_logprobs",
+        "parallel_tool_calls", "service_tier")  # fmt: skip
+# what the others are called here, by what they are called in a chat
+NAMES = {
+    r"^messages": "input",
+    r"^reasoning_effort$": "reasoning.effort",
+    r"^response_format(\.json_schema)?": "text.format",
+    r"^(tools\[\d+\])\.function": r"\1",
+}
+
+
+class MessageItem(Extensible):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+
+
+class ReasoningItem(Extensible):
+    summary: Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    content: Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+
+
+class CallItem(Extensible):
+    call_id: str
+    name: str
+    arguments: str
+
+
+class ResultItem(Extensible):
+    call_id: str
+    output: Content
+
+
+class Other(Extensible):
+    """An item, a tool or a choice of a kind that is not supported."""
+
+    type: str | None = None
+
+
+class FunctionTool(FunctionDefinition):
+    type: Literal["function"]
+
+
+class ChosenFunction(FunctionName):
+    type: Literal["function"]
+
+
+class AllowedFunctions(BaseModel):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ChosenFunction], Field(min_length=1, fail_fast=True)]
+
+
+def _tag(value: Any, kinds: Container[str]) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return f"<{kind}>" if kind in kinds else "<other>"
+
+
+def _item_tag(value: Any) -> str:
+    if isinstance(value, dict) and "role" in value and value.get("type") is None:
+        return "<message>"
+    return _tag(value, ("message", "reasoning", "function_call", "function_call_output"))
+
+
+def _tool_tag(value: Any) -> str:
+    return _tag(value, ("function",))
+
+
+def _choice_tag(value: Any) -> str:
+    return "<mode>" if isinstance(value, str) else _tag(value, ("function", "allowed_tools"))
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("<message>")]
+    | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[CallItem, Tag("<function_call>")]
+    | Annotated[ResultItem, Tag("<function_call_output>")]
+    | Annotated[Other, Tag("<other>")],
+    Discriminator(_item_tag),
+]
+ToolField = Annotated[
+    Annotated[FunctionTool, Tag("<function>")] | Annotated[Other, Tag("<other>")],
+    Discriminator(_tool_tag),
+]
+ChoiceField = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
+    | Annotated[ChosenFunction, Tag("<function>")]
+    | Annotated[AllowedFunctions, Tag("<allowed_tools>")]
+    | Annotated[Other, Tag("<other>")],
+    Discriminator(_choice_tag),
+]
+
+
+def _input_tag(value: Any) -> str:
+    return "<items>" if isinstance(value, list) else "<text>"
+
+
+Input = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[Item], Field(min_length=1, fail_fast=True), Tag("<items>")],
+    Discriminator(_input_tag),
+]
+
+
+class TextFormat(Extensible):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str = ""
+    description: str | None = None
+    schema_: JsonValue = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextConfig(Extensible):
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ReasoningConfig(Extensible):
+    effort: Effort | None = None
+
+
+class ResponsesRequest(Extensible):
+    model: str
+    input: Input
+    instructions: str | None = None
+    tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ChoiceField | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    max_output_tokens: TokenLimit | None = None
+    max_tool_calls: int | None = None  # of the service's own tools, which it does not have
+    temperature: Temperature | None = None
+    top_p: UnitInterval | None = None
+    top_logprobs: TopLogprobs | None = None
+    include: Annotated[list[str], Field(max_length=64)] | None = None
+    stream: Switch = False
+    stream_options: StreamOptions | None = None
+    service_tier: ServiceTier | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    user: Any = None
+
+    @property
+    def format(self) -> TextFormat | None:
+        return self.text.format if self.text else None
+
+    @property
+    def ignored(self) -> list[str]:
+        """What it asks for and does not get."""
+        asked = enumerate(self.include or ())
+        return [f"include[{n}]" for n, what in asked if what != LOGPROBS]
+
+    def inner(self) -> Iterator[tuple[str, BaseModel]]:
+        """What of the body may hold unknown fields, with its place."""
+        inner = {"text": self.text, "text.format": self.format, "reasoning": self.reasoning}
+        yield from ((name, part) for name, part in inner.items() if part)
+        for n, tool in enumerate(self.tools or ()):
+            yield f"tools[{n}]", tool
+
+    def chat(self) -> ChatRequest:
+        """The same as a chat. Raises BadRequest."""
+        self._check()
+        return ChatRequest.model_validate(
+            {name: getattr(self, name) for name in SAME}
+            | {
+                "messages": self._messages(),
+                "max_completion_tokens": self.max_output_tokens,
+                "logprobs": LOGPROBS in (self.include or ()),
+                "tools": [{"type": "function", "function": tool} for tool in self._tools()],
+                "tool_choice": self._tool_choice(),
+                "response_format": self._response_format(),
+                "reasoning_effort": self.reasoning and self.reasoning.effort,
+            }
+        )
+
+    def _check(self) -> None:
+        for n, what in enumerate(self.include or ()):
+            if what not in (LOGPROBS, ENCRYPTED_REASONING):
+                raise UnsupportedParameter(
+                    f"There is no '{what}' in a response here.", param=f"include[{n}]"
+                )
+        if self.text and self.text.verbosity not in (None, "medium"):
+            raise UnsupportedParameter(
+                "How much a model writes cannot be set; ask it in words.", param="text.verbosity"
+            )
+        if self.top_logprobs and LOGPROBS not in (self.include or ()):
+            raise BadRequest(f"It is only for `include: ['{LOGPROBS}']`.", param="top_logprobs")
+
+    def _messages(self) -> list[dict[str, Any]]:
+        transcript = Transcript()
+        if self.instructions:
+            transcript.text("system", self.instructions)
+        if isinstance(self.input, str):
+            transcript.text("user", self.input)
+        else:
+            for n, item in enumerate(self.input):
+                self._add(transcript, item, f"input[{n}]")
+        return transcript.messages
+
+    def _add(self, transcript: Transcript, item: Item, place: str) -> None:
+        def text(content: Content, name: str, kinds: Container[str] = MESSAGE_TEXT) -> str:
+            return read_text(content, f"{place}.{name}", self.model, kinds)
+
+        if isinstance(item, MessageItem):
+            role = "system" if item.role == "developer" else item.role
+            transcript.text(role, text(item.content, "content"))
+        elif isinstance(item, CallItem):
+            transcript.call(item.call_id, item.name, item.arguments)
+        elif isinstance(item, ResultItem):
+            transcript.result(item.call_id, text(item.output, "output"))
+        elif isinstance(item, ReasoningItem):
+            name = "content" if item.content else "summary"
+            transcript.thoughts(text(getattr(item, name), name, REASONING_TEXT))
+        else:
+            raise UnsupportedParameter(
+                f"Items of type '{item.type or 'item_reference'}' are not supported.",
+                param=f"{place}.type",
+            )
+
+    def _tools(self) -> Iterator[dict[str, Any]]:
+        for n, tool in enumerate(self.tools or ()):
+            if not isinstance(tool, FunctionTool):
+                raise UnsupportedParameter(
+                    f"Tools of type '{tool.type}' are not supported: only functions.",
+                    param=f"tools[{n}].type",
+                )
+            yield tool.model_dump(include=set(FunctionDefinition.model_fields))
+
+    def _tool_choice(self) -> Any:
+        choice = self.tool_choice
+        if isinstance(choice, Other):
+            raise UnsupportedParameter(
+                f"Tools of type '{choice.type}' are not supported: only functions.",
+                param="tool_choice.type",
+            )
+        if isinstance(choice, ChosenFunction):
+            return _named(choice)
+        if isinstance(choice, AllowedFunctions):
+            allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
+            return {"type": "allowed_tools", "allowed_tools": allowed}
+        return choice
+
+    def _response_format(self) -> Any:
+        wanted = self.format
+        if wanted is None or wanted.type != "json_schema":
+            return wanted and {"type": wanted.type}
+        schema = {"name": wanted.name, "schema": wanted.schema_, "strict": wanted.strict}
+        return {"type": "json_schema", "json_schema": schema}
+
+
+def _named(choice: ChosenFunction) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": choice.name}}

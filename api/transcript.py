@@ -1,0 +1,39 @@
+"""The messages of a chat, put together from the pieces that other formats cut them into."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Transcript:
+    """Neighbours of one role are one message, since many templates want turns to alternate.
+
+    An assistant's message has thoughts, text and calls, in this order: what comes out of order
+    begins another one.
+    """
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def text(self, role: str, text: str, *, between: str = "\n\n") -> None:
+        message = self._message(role, "tool_calls")
+        before = message.get("content")
+        message["content"] = text if before is None else before + between + text
+
+    def thoughts(self, text: str) -> None:
+        message = self._message("assistant", "reasoning_content", "content", "tool_calls")
+        message["reasoning_content"] = text
+
+    def call(self, call_id: str, name: str, arguments: str | dict[str, Any]) -> None:
+        call = {"id": call_id, "function": {"name": name, "arguments": arguments}}
+        self._message("assistant").setdefault("tool_calls", []).append(call)
+
+    def result(self, call_id: str, text: str) -> None:
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+
+    def _message(self, role: str, *unless: str) -> dict[str, Any]:
+        """The last message if it is of this role and has none of these, or else a new one."""
+        last = self.messages[-1] if self.messages else {}
+        if last.get("role") != role or any(name in last for name in unless):
+            last = {"role": role}
+            self.messages.append(last)
+        return last

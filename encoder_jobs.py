@@ -1,0 +1,405 @@
+"""The requests in a worker that embeds or scores: tokenised, put into batches, answered.
+
+Texts are tokenised between batches, a few of each request in turn, and a request is computed when
+all of it is tokenised: a fault in it is found before any work, and nobody waits for a long one.
+"""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from embedders import Embedded, Embedder, Framed
+from engine import wire
+from engine.backends.base import Ids, Interrupted, Tokenizer
+from engine.batcher import Batcher
+from engine.types import Method, Output, Truncate
+from errors import BadRequest, ContextLengthExceeded, InternalError, ServiceError
+from rerankers import BGEReranker, EmbeddingReranker, Reranker
+
+logger = logging.getLogger("worker.encoder_jobs")
+
+TOKENS_AT_ONCE = 8192  # tokenised between two batches: some 25 ms
+MAX_FAILURES = 8  # calls in a row; then the encoder is taken to be broken
+
+Model = Embedder | BGEReranker
+Item = wire.Vector | wire.Scored
+Result = Embedded | float
+
+
+@dataclass(slots=True)
+class Text:
+    """A sequence to compute."""
+
+    ids: Ids
+    n_cut: int
+
+
+class Job(ABC):
+    """One request. Its texts are numbered in the order in which they should be computed."""
+
+    windows: list[int]  # how many texts come before any of the next window
+    outputs: frozenset[Output] = frozenset()
+
+    def __init__(self, request: wire.Embed | wire.Score, n_texts: int, tier: str) -> None:
+        self.id = request.job
+        self.texts: list[Text] = []
+        self.n_texts = n_texts
+        self._tier = tier
+
+    @abstractmethod
+    def tokenize(self, index: int) -> Text:
+        """Raises a ServiceError that is the answer to the whole request."""
+
+    @abstractmethod
+    def take(self, index: int, result: Result | ServiceError) -> list[Item]:
+        """What can be said now that a text is computed."""
+
+    @abstractmethod
+    def message(self, items: list[Any]) -> wire.Message: ...
+
+    def _fit(self, framed: Framed, n_ctx: int, truncate: Truncate, what: str, at: int) -> Text:
+        """The text as long as it may be; `what` is the field of the request that has it `at`."""
+        fitting = framed.fit(n_ctx, truncate)
+        if fitting is None:
+            raise ContextLengthExceeded(
+                f"{_named(what, at)} has {len(framed):,} tokens; tier '{self._tier}' takes "
+                f'{n_ctx:,} ({self._tier.upper()}_N_CTX). Shorten it, or send truncate: "end".',
+                param=what,
+                n_prompt_tokens=len(framed),
+                n_ctx=n_ctx,
+                index=at,
+            )
+        return Text(*fitting)
+
+
+class EmbedJob(Job):
+    def __init__(self, request: wire.Embed, embedder: Embedder, tier: str) -> None:
+        super().__init__(request, len(request.inputs), tier)
+        self.windows = [self.n_texts]
+        self._request = request
+        self._embedder = embedder
+        for output in request.outputs:
+            if output not in embedder.outputs:
+                raise BadRequest(embedder.missing(output), param="embedding_type")
+        self.outputs = frozenset(request.outputs)
+
+    def tokenize(self, index: int) -> Text:
+        text = self._request.inputs[index]
+        _check_input(text, self._embedder.encoder.tokenizer, "input", index)
+        framed = self._embedder.frame(text, self._request.role)
+        n_ctx = self._embedder.encoder.n_ctx
+        return self._fit(framed, n_ctx, self._request.truncate, "input", index)
+
+    def take(self, index: int, result: Result | ServiceError) -> list[Item]:
+        text = self.texts[index]
+        n_tokens = len(text.ids)
+        if isinstance(result, ServiceError):
+            return [wire.Vector(index, n_tokens, text.n_cut, fault=_fault(result))]
+        assert isinstance(result, Embedded)
+        tokens = text.ids.tolist() if self._request.return_tokens else None
+        literal = self._embedder.encoder.tokenizer.literal
+        return [
+            wire.Vector(
+                index,
+                n_tokens,
+                text.n_cut,
+                None if result.dense is None else _bytes(result.dense, "<f4"),
+                None if result.sparse is None else _bytes(result.sparse[0], "<i4"),
+                None if result.sparse is None else _bytes(result.sparse[1], "<f4"),
+                None if result.colbert is None else _bytes(result.colbert, "<f4"),
+                tokens,
+                None if tokens is None else [literal(token) for token in tokens],
+            )
+        ]
+
+    def message(self, items: list[Any]) -> wire.Message:
+        return wire.Vectors(self.id, items)
+
+
+class ScoreJob(Job):
+    """What the two ways of scoring have in common."""
+
+    def __init__(self, request: wire.Score, reranker: Reranker, n_texts: int, tier: str) -> None:
+        super().__init__(request, n_texts, tier)
+        method = request.method or reranker.methods[0]
+        if method not in reranker.methods:
+            raise BadRequest(
+                f"The model of tier '{tier}' scores by {', '.join(reranker.methods)}, and not by "
+                f"{method}.", param="method",
+            )  # fmt: skip
+        if sum(request.weights) <= 0 or min(request.weights) < 0:
+            raise BadRequest("Weights are not negative, and not all zero.", param="weights")
+        self._request = request
+        self._reranker = reranker
+        self._method: Method = method
+
+    def message(self, items: list[Any]) -> wire.Message:
+        return wire.Scores(self.id, items, self._method, self._reranker.scale(self._method))
+
+
+class PairJob(ScoreJob):
+    """A cross-encoder reads each pair."""
+
+    def __init__(self, request: wire.Score, reranker: BGEReranker, tier: str) -> None:
+        super().__init__(request, reranker, len(request.pairs), tier)
+        self.windows = [self.n_texts]
+        self._cross_encoder = reranker
+
+    def tokenize(self, index: int) -> Text:
+        request = self._request
+        query, document = request.pairs[index]
+        framed, n_cut = self._cross_encoder.frame(
+            request.queries[query],
+            request.documents[document],
+            max_tokens=request.max_tokens,
+            may_cut=request.truncate != "none",
+        )
+        n_ctx = self._cross_encoder.encoder.n_ctx
+        text = self._fit(framed, n_ctx, request.truncate, "documents", document)
+        text.n_cut += n_cut
+        return text
+
+    def take(self, index: int, result: Result | ServiceError) -> list[Item]:
+        text = self.texts[index]
+        n_tokens = len(text.ids)
+        if isinstance(result, ServiceError):
+            return [wire.Scored(index, n_tokens, text.n_cut, fault=_fault(result))]
+        assert isinstance(result, float)
+        return [wire.Scored(index, n_tokens, text.n_cut, result)]
+
+
+class SimilarityJob(ScoreJob):
+    """The vectors of queries and documents are compared: first come the queries', which are kept,
+    so that those of documents need not be."""
+
+    def __init__(self, request: wire.Score, reranker: EmbeddingReranker, tier: str) -> None:
+        self._query_at = sorted({query for query, _ in request.pairs})
+        self._document_at = sorted({document for _, document in request.pairs})
+        self.windows = [len(self._query_at), len(self._document_at)]
+        super().__init__(request, reranker, sum(self.windows), tier)
+        self.outputs = reranker.outputs(self._method)
+        self._embedder = reranker.embedder
+        self._queries: dict[int, tuple[Text, Embedded | ServiceError]] = {}
+        self._pairs: dict[int, list[tuple[int, int]]] = {}  # by document: query, index
+        for index, (query, document) in enumerate(request.pairs):
+            self._pairs.setdefault(document, []).append((query, index))
+
+    def tokenize(self, index: int) -> Text:
+        request, embedder = self._request, self._embedder
+        n_ctx = embedder.encoder.n_ctx
+        if index < len(self._query_at):
+            at = self._query_at[index]
+            framed = embedder.frame(request.queries[at], "query")
+            return self._fit(framed, n_ctx, request.truncate, "query", at)
+        at = self._document_at[index - len(self._query_at)]
+        framed = embedder.frame(request.documents[at], "passage")
+        n_cut = 0
+        if request.max_tokens is not None and len(framed.body) > request.max_tokens:
+            n_cut = len(framed.body) - request.max_tokens
+            del framed.body[request.max_tokens :]
+        text = self._fit(framed, n_ctx, request.truncate, "documents", at)
+        text.n_cut += n_cut
+        return text
+
+    def take(self, index: int, result: Result | ServiceError) -> list[Item]:
+        assert not isinstance(result, float)
+        text = self.texts[index]
+        if index < len(self._query_at):
+            self._queries[self._query_at[index]] = text, result
+            return []
+        items: list[Item] = []
+        for query, pair in self._pairs[self._document_at[index - len(self._query_at)]]:
+            of_query, ours = self._queries[query]
+            n_tokens = len(of_query.ids) + len(text.ids)
+            n_cut = of_query.n_cut + text.n_cut
+            fault = next((r for r in (ours, result) if isinstance(r, ServiceError)), None)
+            score = 0.0
+            if isinstance(ours, Embedded) and isinstance(result, Embedded):
+                score = EmbeddingReranker.score(ours, result, self._method, self._request.weights)
+            items.append(
+                wire.Scored(pair, n_tokens, n_cut, score, _fault(fault) if fault else None)
+            )
+        return items
+
+
+class EncoderJobs:
+    """The requests in the worker. `advance` does the next piece of work."""
+
+    def __init__(self, model: Model, *, tier: str, batch_tokens: int) -> None:
+        self._model = model
+        self._tier = tier
+        encoder = model.encoder
+        self._batcher = Batcher(
+            n_tokens=min(batch_tokens, encoder.n_tokens), n_sequences=encoder.n_sequences
+        )
+        self._jobs: dict[int, Job] = {}
+        self._new: dict[int, Job] = {}  # those that are not all tokenised
+        self._computing: list[tuple[int, int]] = []
+        self._n_failures = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self._new and self._batcher.idle
+
+    @property
+    def is_wanted(self) -> bool:
+        """Somebody waits for what is being computed."""
+        return any(job in self._jobs for job, _ in self._computing)
+
+    def admit(self, request: wire.Embed | wire.Score) -> list[wire.Message]:
+        """Take a request; what there is to say about it at once."""
+        try:
+            job = self._new_job(request)
+            if not job.n_texts:
+                raise BadRequest("There is nothing to compute.", param="input")
+        except Exception as error:
+            return [failure(request.job, error)]
+        self._jobs[job.id] = self._new[job.id] = job
+        return []
+
+    def _new_job(self, request: wire.Embed | wire.Score) -> Job:
+        if isinstance(self._model, Embedder):
+            if isinstance(request, wire.Embed):
+                return EmbedJob(request, self._model, self._tier)
+            return SimilarityJob(request, EmbeddingReranker(self._model), self._tier)
+        if isinstance(request, wire.Embed):
+            raise BadRequest(f"Tier '{self._tier}' scores and does not embed.", param="model")
+        return PairJob(request, self._model, self._tier)
+
+    def cancel(self, job_id: int) -> None:
+        """Forget a job. Unknown ones are fine: it may just have ended."""
+        self._jobs.pop(job_id, None)
+        self._new.pop(job_id, None)
+        self._batcher.cancel(job_id)
+
+    def tokenize(self) -> list[wire.Message]:
+        """A few texts of those that have come; faults of requests."""
+        messages: list[wire.Message] = []
+        n_tokens = 0
+        while self._new and n_tokens < TOKENS_AT_ONCE:
+            for job in list(self._new.values()):
+                try:
+                    if len(job.texts) < job.n_texts:
+                        job.texts.append(job.tokenize(len(job.texts)))
+                        n_tokens += len(job.texts[-1].ids)
+                except Exception as error:
+                    self.cancel(job.id)
+                    messages.append(failure(job.id, error))
+                    continue
+                if len(job.texts) == job.n_texts:
+                    del self._new[job.id]
+                    self._plan(job)
+        return messages
+
+    def _plan(self, job: Job) -> None:
+        start = 0
+        for size in job.windows:
+            texts = [(i, len(job.texts[i].ids)) for i in range(start, start + size)]
+            self._batcher.add(job.id, texts)
+            start += size
+
+    def compute(self, go_on: Callable[[], bool]) -> list[wire.Message]:
+        """One batch, and what can be said after it. Raises when the encoder is broken."""
+        self._computing = self._batcher.plan()
+        try:
+            results = self._results(self._computing, go_on)
+        except Interrupted:
+            return []
+        items: dict[int, list[Item]] = {}
+        for (job_id, index), result in zip(self._computing, results, strict=True):
+            job = self._jobs.get(job_id)
+            if job is not None:  # nobody has left
+                items.setdefault(job_id, []).extend(job.take(index, result))
+        self._computing = []
+        return [self._jobs[job_id].message(found) for job_id, found in items.items() if found]
+
+    def _results(
+        self, batch: list[tuple[int, int]], go_on: Callable[[], bool]
+    ) -> Sequence[Result | ServiceError]:
+        if not batch:
+            return []
+        ids = [self._jobs[job].texts[index].ids for job, index in batch]
+        try:
+            results = self._call(ids, [self._jobs[job].outputs for job, _ in batch], go_on)
+        except Interrupted:
+            raise
+        except Exception:
+            self._n_failures += 1
+            if self._n_failures >= MAX_FAILURES:
+                raise
+            logger.exception("A batch of %d texts failed", len(batch))
+            if len(batch) == 1:
+                return [InternalError("The model failed at this text. The log has the reason.")]
+            return self._alone(batch, go_on)
+        self._n_failures = 0
+        unsound = [n for n, result in enumerate(results) if not _is_sound(result)]
+        if unsound and len(batch) > 1:
+            again = self._alone([batch[n] for n in unsound], go_on)
+        else:
+            again = [_unsound() for _ in unsound]
+        for n, result in zip(unsound, again, strict=True):
+            results[n] = result
+        return results
+
+    def _alone(
+        self, batch: list[tuple[int, int]], go_on: Callable[[], bool]
+    ) -> list[Result | ServiceError]:
+        """Each by itself: a text must not spoil another's answer."""
+        results: list[Result | ServiceError] = []
+        for text in batch:
+            if text[0] in self._jobs:
+                results += self._results([text], go_on)
+            else:  # nobody will look at it
+                results.append(_unsound())
+        return results
+
+    def _call(
+        self, ids: list[Ids], outputs: list[frozenset[Output]], go_on: Callable[[], bool]
+    ) -> list[Result | ServiceError]:
+        if isinstance(self._model, Embedder):
+            return [*self._model.embed(ids, outputs, go_on)]
+        return [*self._model.score(ids, go_on)]
+
+
+def failure(job: int, error: Exception) -> wire.Failed:
+    """What the server is told when a job ends without an answer."""
+    if not isinstance(error, ServiceError):
+        logger.error("Job %d failed", job, exc_info=error)
+        error = InternalError("The model failed at this request. The log has the reason.")
+    return wire.Failed(job, error.code, error.message, error.param, error.numbers)
+
+
+def _check_input(text: str | list[int], tokenizer: Tokenizer, what: str, at: int) -> None:
+    if not text:
+        raise BadRequest(f"{_named(what, at)} is empty.", param=what, index=at)
+    if not isinstance(text, str) and any(not 0 <= i < tokenizer.n_vocab for i in text):
+        raise BadRequest(
+            f"{_named(what, at)} has token ids that the model does not know; they go from 0 to "
+            f"{tokenizer.n_vocab - 1}.", param=what, index=at,
+        )  # fmt: skip
+
+
+def _named(what: str, at: int) -> str:
+    return what if what == "query" and at == 0 else f"{what}[{at}]"
+
+
+def _is_sound(result: Result | ServiceError) -> bool:
+    if isinstance(result, Embedded):
+        return result.is_sound
+    return isinstance(result, ServiceError) or math.isfinite(result)
+
+
+def _unsound() -> ServiceError:
+    return InternalError("The model made no numbers of this text, also when it was alone.")
+
+
+def _fault(error: ServiceError) -> wire.Fault:
+    return wire.Fault(error.code, error.message)
+
+
+def _bytes(array: Any, dtype: str) -> bytes:
+    data: bytes = array.astype(dtype, copy=False).tobytes()
+    return data

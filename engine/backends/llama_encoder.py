@@ -1,0 +1,292 @@
+"""Encoders and cross-encoders through llama.cpp's low-level binding: a call for many sequences.
+
+llama.cpp ends the process where a batch has more tokens than a physical one, or a sequence more
+than the model has positions; so everything is checked here before it is called.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as lib
+import numpy as np
+
+from engine.backends.base import (
+    Encoder,
+    Floats,
+    Ids,
+    Interrupted,
+    ReportProgress,
+    Specials,
+    Tokenizer,
+)
+from engine.backends.llamacpp import (
+    Error,
+    LlamaLog,
+    LlamaTokenizer,
+    load_model,
+    name_of,
+    pointer,
+    reason_of,
+)
+from engine.heads import Heads, missing_heads, read_heads
+from engine.model_file import ENCODERS, open_header
+from engine.types import Pooling, Scale
+from engine.wire import EncoderSpec, WorkerSpec
+from errors import ModelLoadFailed
+
+logger = logging.getLogger("llama.cpp")
+
+MAX_SEQUENCES = 64  # of a batch; llama.cpp takes 256
+# Tokens of a decoder in one call: it computes logits of every token whose row is wanted, which for
+# 8,192 tokens of a large vocabulary are gigabytes. What is before them stays in its memory.
+DECODER_STEP = 512
+_POOLINGS: dict[int, Pooling] = {
+    lib.LLAMA_POOLING_TYPE_CLS: "cls",
+    lib.LLAMA_POOLING_TYPE_MEAN: "mean",
+    lib.LLAMA_POOLING_TYPE_LAST: "last",
+}
+ENCODER_TOKENIZERS = ("bert", "t5")
+_KEEPS_SPACES = "tokenizer.ggml.remove_extra_whitespaces"
+_PROBABILITIES = ("qwen3", "qwen3vl")  # llama.cpp makes a softmax of their yes and no
+
+
+def load(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
+    return LlamaEncoder(spec, progress)
+
+
+class LlamaEncoder:
+    """Implements `engine.backends.base.Encoder`: a model, its context and one reused batch."""
+
+    def __init__(self, spec: WorkerSpec, progress: ReportProgress) -> None:
+        assert spec.encoder is not None
+        self._log = LlamaLog()
+        path = Path(spec.model_path)
+        facts = _Facts(path)
+        if spec.encoder.kind == "reranker" and not facts.has_head:
+            raise ModelLoadFailed(
+                f"{path.name} has no head that scores pairs (no cls.output in it); take another "
+                "conversion of the model."
+            )
+        self.heads, self.missing_heads = _heads(path, facts.n_embd, spec.encoder)
+        self._model = load_model(spec, progress, self._log, facts.overrides)
+        self._context: Any = None
+        try:
+            self._open(spec, spec.encoder, facts)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, spec: WorkerSpec, encoder: EncoderSpec, facts: "_Facts") -> None:
+        ranks = encoder.kind == "reranker"
+        self.n_ctx = min(spec.n_ctx, int(lib.llama_model_n_ctx_train(self._model)))
+        self.n_tokens = max(self.n_ctx, encoder.batch_tokens)
+        may_split = not (facts.is_encoder or ranks) and facts.is_causal
+        self._step = min(self.n_tokens, DECODER_STEP) if may_split else self.n_tokens
+        # a context that has more sequences than a batch has tokens ends the process, too
+        self.n_sequences = min(MAX_SEQUENCES, self._step)
+        self._context = self._new_context(spec, encoder)
+        self._memory = lib.llama_get_memory(self._context)
+        tokenizer = LlamaTokenizer(self._model)
+        self.tokenizer: Tokenizer = tokenizer
+        vocab = lib.llama_model_get_vocab(self._model)
+        self.specials = _specials(vocab, facts)
+        self.n_embd: int = lib.llama_model_n_embd_out(self._model)
+        self.pooling: Pooling | None = facts.pooling
+        self.scale: Scale | None = None
+        self.template: str | None = None
+        if ranks:
+            self.scale = "probability" if facts.architecture in _PROBABILITIES else "logit"
+            template = lib.llama_model_chat_template(self._model, b"rerank")
+            if template and b"{query}" in template and b"{document}" in template:
+                self.template = template.decode(errors="replace")
+        n = self.n_tokens
+        self._token, self._pos, self._sequence = (np.zeros(n, np.int32) for _ in range(3))
+        self._wanted, self._n_seq_id = np.ones(n, np.int8), np.ones(n, np.int32)
+        # llama_batch.seq_id holds, for each token, the address of its list of sequences: one here
+        addresses = self._sequence.ctypes.data + 4 * np.arange(n, dtype=np.uintp)
+        self._seq_id = addresses.astype(np.uintp)
+        self._go_on: Callable[[], bool] = lambda: True
+        self._heard: BaseException | None = None
+        self._is_interrupted = False
+        # of the type that the binding declares; it must live as long as it is set
+        self._abort_callback = lib.ggml_abort_callback(self._is_to_abort)
+        lib.llama_set_abort_callback(self._context, self._abort_callback, None)
+
+    def _new_context(self, spec: WorkerSpec, encoder: EncoderSpec) -> Any:
+        params = lib.llama_context_default_params()
+        params.embeddings = True
+        # rows of all tokens: whatever the file says, they are pooled outside
+        params.pooling_type = (
+            lib.LLAMA_POOLING_TYPE_RANK
+            if encoder.kind == "reranker"
+            else lib.LLAMA_POOLING_TYPE_NONE
+        )
+        if not encoder.flash_attention:
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.n_ctx = self.n_tokens
+        params.n_batch = params.n_ubatch = self._step
+        params.n_seq_max = self.n_sequences
+        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = spec.n_threads
+        context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise ModelLoadFailed(
+                f"llama.cpp cannot make a context of {self.n_tokens} tokens for {name_of(spec)}: "
+                f"{reason_of(spec, self._log)}."
+            )
+        return context
+
+    def encode(self, batch: Sequence[Ids], go_on: Callable[[], bool] = lambda: True) -> Floats:
+        n_tokens = self._fill(batch)
+        self._go_on = go_on
+        if self._memory:
+            lib.llama_memory_clear(self._memory, True)
+        if self._step >= n_tokens:
+            self._call(0, n_tokens)
+            if self.scale is not None:
+                return np.array([self._score(i) for i in range(len(batch))], np.float32)
+            return self._rows(n_tokens)
+        rows = np.empty((n_tokens, self.n_embd), np.float32)
+        for start in range(0, n_tokens, self._step):
+            end = min(start + self._step, n_tokens)
+            self._call(start, end)
+            rows[start:end] = self._rows(end - start)
+        return rows
+
+    def _call(self, start: int, end: int) -> None:
+        batch = lib.llama_batch(
+            n_tokens=end - start,
+            token=pointer(self._token[start:], "token"),
+            pos=pointer(self._pos[start:], "pos"),
+            n_seq_id=pointer(self._n_seq_id, "n_seq_id"),
+            seq_id=pointer(self._seq_id[start:], "seq_id"),
+            logits=pointer(self._wanted, "logits"),
+        )
+        self._heard, self._is_interrupted = None, False
+        call = lib.llama_decode if self._memory else lib.llama_encode
+        status = call(self._context, batch)
+        self._log.is_muted = False
+        if self._heard is not None:
+            raise self._heard
+        if self._is_interrupted:
+            raise Interrupted
+        if status != 0:
+            raise Error(f"llama.cpp returned {status} for a batch of {end - start} tokens")
+
+    def _rows(self, n_tokens: int) -> Floats:
+        rows = lib.llama_get_embeddings(self._context)
+        if not rows:
+            raise Error("llama.cpp has no rows after a batch")
+        return np.ctypeslib.as_array(rows, shape=(n_tokens, self.n_embd))
+
+    def _fill(self, batch: Sequence[Ids]) -> int:
+        """Raises ValueError for what would end the process, or what makes no sense."""
+        if not 0 < len(batch) <= self.n_sequences:
+            raise ValueError(f"a batch of {len(batch)} sequences, not of 1 to {self.n_sequences}")
+        n_tokens = sum(map(len, batch))
+        if n_tokens > self.n_tokens:
+            raise ValueError(f"a batch of {n_tokens} tokens, more than {self.n_tokens}")
+        at = 0
+        for number, ids in enumerate(batch):
+            if not 0 < len(ids) <= self.n_ctx:
+                raise ValueError(f"a sequence of {len(ids)} tokens, not of 1 to {self.n_ctx}")
+            end = at + len(ids)
+            self._token[at:end] = ids
+            self._pos[at:end] = np.arange(len(ids))
+            self._sequence[at:end] = number
+            at = end
+        filled = self._token[:n_tokens]
+        if filled.min() < 0 or filled.max() >= self.tokenizer.n_vocab:
+            raise ValueError(f"token ids that are not from 0 to {self.tokenizer.n_vocab - 1}")
+        return n_tokens
+
+    def _score(self, sequence: int) -> float:
+        scores = lib.llama_get_embeddings_seq(self._context, sequence)
+        if not scores:
+            raise Error("llama.cpp has no score of a sequence")
+        return float(scores[0])  # there may be nothing behind the first
+
+    def _is_to_abort(self, _: Any) -> bool:
+        """Between two nodes of the graph, on the CPU. Nothing may be raised into C."""
+        try:
+            self._is_interrupted = not self._go_on()
+        except BaseException as error:
+            self._heard = error
+        self._log.is_muted = self._is_interrupted or self._heard is not None
+        return self._log.is_muted
+
+    def close(self) -> None:
+        if self._context:
+            lib.llama_free(self._context)
+        lib.llama_model_free(self._model)
+
+
+class _Facts:
+    """What the header says about an encoder."""
+
+    def __init__(self, path: Path) -> None:
+        with open_header(path) as header:
+            self.architecture = header.text("general.architecture")
+            self.is_causal = header.value(f"{self.architecture}.attention.causal", True)
+            self.n_embd = header.number(f"{self.architecture}.embedding_length", 0)
+            pooling = header.number(f"{self.architecture}.pooling_type", 0)
+            self.pooling = _POOLINGS.get(pooling)
+            self.has_head = not header.tensors.keys().isdisjoint(
+                ("cls.output.weight", "cls.weight")
+            )
+            self.tokenizer_model = header.text("tokenizer.ggml.model")
+            self.is_encoder = (
+                self.architecture in ENCODERS or self.tokenizer_model in ENCODER_TOKENIZERS
+            )
+            self.unknown = header.metadata.get("tokenizer.ggml.unknown_token_id")
+            keeps_spaces = not header.value(_KEEPS_SPACES, False)
+        # transformers 5 makes converters write that XLM-R keeps runs of spaces, which it does not
+        self.overrides: dict[str, bool] = {}
+        if self.is_encoder and self.tokenizer_model == "t5" and keeps_spaces:
+            self.overrides[_KEEPS_SPACES] = True
+            logger.info("%s: runs of spaces count as one, as in XLM-R", path.name)
+
+
+def _heads(path: Path, n_embd: int, encoder: EncoderSpec) -> tuple[Heads | None, tuple[str, ...]]:
+    if encoder.kind != "embedding":
+        return None, ()
+    sparse = Path(encoder.sparse_head_path) if encoder.sparse_head_path else None
+    colbert = Path(encoder.colbert_head_path) if encoder.colbert_head_path else None
+    heads = read_heads(path, n_embd, sparse, colbert)
+    return heads, missing_heads(path, sparse, colbert) if heads is None else ()
+
+
+def _specials(vocab: Any, facts: _Facts) -> Specials:
+    """The tokens around texts. An encoder has them also where its file does not say so."""
+
+    def known(token: int) -> int | None:
+        return token if token >= 0 else None
+
+    bos, eos, sep, pad = (
+        known(token(vocab))
+        for token in (
+            lib.llama_vocab_bos, lib.llama_vocab_eos, lib.llama_vocab_sep, lib.llama_vocab_pad,
+        )
+    )  # fmt: skip
+    unknown = facts.unknown if isinstance(facts.unknown, int) else None
+    if facts.is_encoder:
+        # BERT ends a text with what else stands between two, XLM-R and RoBERTa have both
+        begin = bos
+        end = sep if facts.tokenizer_model == "bert" or eos is None else eos
+        is_bert = facts.tokenizer_model == "bert" or _literal(vocab, bos) != b"<s>"
+    else:
+        begin = bos if lib.llama_vocab_get_add_bos(vocab) else None
+        end = eos if lib.llama_vocab_get_add_eos(vocab) else None
+        is_bert = False
+    between = [] if end is None else [end] if is_bert else [end, end]
+    unused = {begin, end, bos, eos, pad, unknown} - {None}
+    return Specials(begin, end, tuple(between), frozenset(t for t in unused if t is not None))
+
+
+def _literal(vocab: Any, token: int | None) -> bytes:
+    if token is None:
+        return b""
+    text: bytes = lib.llama_vocab_get_text(vocab, token)
+    return text

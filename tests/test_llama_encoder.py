@@ -1,0 +1,496 @@
+"""Encoders on llama.cpp, on tiny models: what they compute, and what must not end them."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from embedders import BGEM3Embedder, Embedded, SimpleEmbedder, new_embedder
+from encoder_jobs import EncoderJobs
+from engine import wire
+from engine.backends import llama_encoder
+from engine.backends.base import Encoder, Interrupted, load_encoder
+from engine.backends.llama_encoder import LlamaEncoder
+from errors import ModelLoadFailed
+from model_manager import ModelManager
+from rerankers import BGEReranker, EmbeddingReranker, max_sim
+from settings import TierSettings
+from tests import encoder_fixtures as tiny
+from tests.encoder_fixtures import PAIRS, TEXTS, FileType
+from tests.test_model_manager import run
+from worker import load_model
+
+pytestmark = pytest.mark.real
+
+ALL: frozenset[Any] = frozenset({"dense", "sparse", "colbert"})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with each tiny model; the embedder's has its heads beside it."""
+    folder = tmp_path_factory.mktemp("encoders")
+    for file_type in ("F32", "F16", "Q8_0"):
+        tiny.write_embedder(folder / f"embedder-{file_type}.gguf", file_type)
+        tiny.write_reranker(folder / f"reranker-{file_type}.gguf", file_type)
+    tiny.write_heads(folder)
+    (folder / "plain").mkdir()
+    tiny.write_bert(folder / "plain" / "bert.gguf")
+    tiny.write_decoder(folder / "plain" / "decoder.gguf")
+    return folder
+
+
+def spec(path: Path, n_ctx: int = 512, **values: Any) -> wire.WorkerSpec:
+    kind = "reranker" if "reranker" in path.name else "embedding"
+    encoder = wire.EncoderSpec(**{"kind": kind, "flash_attention": False} | values)
+    return wire.WorkerSpec(
+        name="embedding", backend="llamacpp", model_path=str(path), n_ctx=n_ctx, n_parallel=8,
+        kv_tokens=512, n_batch=512, n_threads=1, n_gpu_layers=0, encoder=encoder,
+    )  # fmt: skip
+
+
+Load = Callable[..., Encoder]
+
+
+@pytest.fixture
+def load() -> Iterator[Load]:
+    """Loads encoders; closes them after the test."""
+    loaded: list[Encoder] = []
+
+    def start(path: Path, **values: Any) -> Encoder:
+        loaded.append(load_encoder(spec(path, **values), lambda _: None))
+        return loaded[-1]
+
+    yield start
+    for encoder in loaded:
+        encoder.close()
+
+
+Embed = Callable[[Sequence[str]], list[Embedded]]
+
+
+def embedder_of(encoder: Encoder, **values: Any) -> SimpleEmbedder:
+    embedder = new_embedder(encoder, wire.EncoderSpec(kind="embedding", **values))
+    assert isinstance(embedder, SimpleEmbedder)
+    return embedder
+
+
+def sequences(embedder: SimpleEmbedder, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    fitting = [embedder.frame(text, "none").fit(embedder.encoder.n_ctx, "end") for text in texts]
+    return [fit[0] for fit in fitting if fit is not None]
+
+
+def embed(embedder: SimpleEmbedder, texts: Sequence[str], size: int = 4) -> list[Embedded]:
+    """All kinds of vectors, `size` texts at a time."""
+    ids = sequences(embedder, texts)
+    found = []
+    for at in range(0, len(ids), size):
+        batch = ids[at : at + size]
+        found += embedder.embed(batch, [ALL & embedder.outputs] * len(batch), lambda: True)
+    return found
+
+
+def pairs_of(reranker: BGEReranker, pairs: Sequence[tuple[str, str]]) -> list[NDArray[np.int32]]:
+    framed = [reranker.frame(query, document)[0] for query, document in pairs]
+    fitting = [pair.fit(reranker.encoder.n_ctx, "end") for pair in framed]
+    return [fit[0] for fit in fitting if fit is not None]
+
+
+def scores_of(
+    reranker: BGEReranker, pairs: Sequence[tuple[str, str]], size: int = 4
+) -> list[float]:
+    ids = pairs_of(reranker, pairs)
+    return [s for at in range(0, len(ids), size) for s in reranker.score(ids[at : at + size])]
+
+
+# what they compute
+
+
+@pytest.mark.parametrize(
+    ("file_type", "flash", "cosine", "sparse", "similarity"),
+    [
+        ("F32", False, 0.999999, 2e-4, 2e-4),
+        ("F32", True, 0.99999, 5e-3, 1e-3),
+        ("F16", True, 0.99999, 1e-2, 2e-3),
+        ("Q8_0", True, 0.997, 0.2, 2e-2),
+    ],
+)
+def test_the_three_kinds_of_vectors_are_the_references(
+    file_type: FileType, flash: bool, cosine: float, sparse: float, similarity: float,
+    models: Path, load: Load,
+) -> None:  # fmt: skip
+    embedder = embedder_of(load(models / f"embedder-{file_type}.gguf", flash_attention=flash))
+    assert isinstance(embedder, BGEM3Embedder)
+    model = tiny.tiny_embedder()
+    all_ids = sequences(embedder, TEXTS)
+    hidden = [model.hidden(ids) for ids in all_ids]
+    rows = [model.colbert(of_text) for of_text in hidden]
+    found = embed(embedder, TEXTS)
+    for text, ids, of_text, wanted in zip(found, all_ids, hidden, rows, strict=True):
+        assert text.is_sound
+        assert text.dense is not None
+        assert text.sparse is not None
+        assert text.colbert is not None
+        assert text.dense @ model.dense(of_text) >= cosine
+        weights = dict(zip(text.sparse[0].tolist(), text.sparse[1].tolist(), strict=True))
+        expected = model.sparse(of_text, ids.tolist())
+        for token in weights.keys() | expected.keys():
+            assert abs(weights.get(token, 0) - expected.get(token, 0)) <= sparse
+        assert text.colbert.shape == wanted.shape
+        assert np.linalg.norm(text.colbert, axis=1) == pytest.approx(1, abs=1e-5)
+    for query in range(0, len(TEXTS), 5):
+        for document in range(len(TEXTS)):
+            score = max_sim(found[query].colbert, found[document].colbert)
+            assert abs(score - tiny.max_sim(rows[query], rows[document])) <= similarity
+
+
+@pytest.mark.parametrize(("file_type", "tolerance"), [("F32", 3e-3), ("F16", 3e-2)])
+def test_logits_of_pairs_are_the_references(
+    file_type: FileType, tolerance: float, models: Path, load: Load
+) -> None:
+    reranker = BGEReranker(load(models / f"reranker-{file_type}.gguf"))
+    model = tiny.tiny_reranker()
+    found = scores_of(reranker, PAIRS)
+    wanted = [model.logit(ids.tolist()) for ids in pairs_of(reranker, PAIRS)]
+    assert np.abs(np.array(found) - wanted).max() <= tolerance
+
+
+def test_a_plain_bert_is_pooled_as_its_file_says(models: Path, load: Load) -> None:
+    encoder = load(models / "plain" / "bert.gguf")
+    embedder = embedder_of(encoder)
+    assert (encoder.pooling, embedder.outputs) == ("mean", {"dense"})
+    assert encoder.missing_heads == ("sparse_linear.pt", "colbert_linear.pt")
+    assert "no sparse_linear.pt and colbert_linear.pt beside" in embedder.missing("sparse")
+    texts = ("hello world", "the capital of france", "fox")
+    for text, ids in zip(embed(embedder, texts), sequences(embedder, texts), strict=True):
+        hidden = tiny.tiny_bert().hidden(ids)
+        assert text.dense is not None
+        assert text.dense @ tiny.unit(hidden.mean(axis=0)) >= 0.999999
+    for pooling, row in (("cls", 0), ("last", -1)):
+        (text,) = embed(embedder_of(encoder, pooling=pooling), texts[:1])
+        hidden = tiny.tiny_bert().hidden(sequences(embedder, texts[:1])[0])
+        assert text.dense is not None
+        assert text.dense @ tiny.unit(hidden[row]) >= 0.999999
+
+
+def test_a_decoder_embeds_with_its_last_token_and_remembers_nothing(
+    models: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (512, 16):  # at once, and in pieces that end in the middle of texts
+        monkeypatch.setattr(llama_encoder, "DECODER_STEP", step)
+        encoder = load(models / "plain" / "decoder.gguf")
+        assert encoder.pooling == "last"
+        embedder = embedder_of(encoder)
+        texts = ["hello world", "the weather in Paris", "a", "hello world " * 10]
+        for _ in range(3):
+            ids = sequences(embedder, texts)
+            assert all(of_text[-1] == encoder.specials.end for of_text in ids)
+            for text, of_text in zip(embed(embedder, texts), ids, strict=True):
+                wanted = tiny.unit(tiny.tiny_decoder().hidden(of_text.tolist())[-1])
+                assert text.dense is not None
+                assert text.dense @ wanted >= 0.99999
+
+
+@pytest.mark.parametrize(("file_type", "cosine"), [("F32", 0.9999), ("Q8_0", 0.999)])
+def test_vectors_do_not_depend_on_who_is_in_the_batch(
+    file_type: FileType, cosine: float, models: Path, load: Load
+) -> None:
+    embedder = embedder_of(load(models / f"embedder-{file_type}.gguf", flash_attention=True))
+    alone = embed(embedder, TEXTS, size=1)
+    order = list(range(len(TEXTS)))
+    for seed in range(3):
+        random.Random(seed).shuffle(order)
+        for size in (3, 8):
+            for at, text in zip(
+                order, embed(embedder, [TEXTS[i] for i in order], size), strict=True
+            ):
+                other = alone[at]
+                assert text.dense is not None
+                assert other.dense is not None
+                assert text.dense @ other.dense >= cosine
+                assert text.colbert is not None
+                assert other.colbert is not None
+                assert (text.colbert * other.colbert).sum(axis=1).min() >= cosine - 1e-3
+
+
+def test_scores_do_not_depend_on_who_is_in_the_batch(models: Path, load: Load) -> None:
+    reranker = BGEReranker(load(models / "reranker-F32.gguf"))
+    alone = scores_of(reranker, PAIRS[:20], size=1)
+    assert scores_of(reranker, PAIRS[:20], size=7) == pytest.approx(alone, abs=3e-3)
+    assert scores_of(reranker, PAIRS[19::-1], size=5)[::-1] == pytest.approx(alone, abs=3e-3)
+
+
+# tokens
+
+
+def test_pairs_are_built_of_ids_whatever_the_texts_look_like(models: Path, load: Load) -> None:
+    reranker = BGEReranker(load(models / "reranker-F32.gguf"))
+    q, d = reranker.tokenize("capital of France"), reranker.tokenize("Paris")
+    (ids,) = pairs_of(reranker, [("capital of France", "Paris")])
+    assert ids.tolist() == [0, *q, 2, 2, *d, 2]
+    (ids,) = pairs_of(reranker, [("q</s><s>", "</s>")])
+    assert [token for token in ids.tolist() if token < 3] == [0, 2, 2, 2]
+    (ids,) = pairs_of(reranker, [("", "")])
+    assert ids.tolist() == [0, 2, 2, 2]
+
+
+def test_a_query_takes_three_quarters_and_then_only_the_document_is_cut(
+    models: Path, load: Load
+) -> None:
+    reranker = BGEReranker(load(models / "reranker-F32.gguf", n_ctx=64))
+    query, document = "what " * 100, "Paris " * 100
+    framed, n_cut = reranker.frame(query, document)
+    fitting = framed.fit(64, "end")
+    assert fitting is not None
+    ids = fitting[0].tolist()
+    (what,), (paris,) = reranker.tokenize("what"), reranker.tokenize("Paris")
+    assert ids == [0, *[what] * 48, 2, 2, *[paris] * 12, 2]
+    assert n_cut + fitting[1] == 52 + 88
+
+
+def test_a_bert_pair_has_one_separator(models: Path, load: Load) -> None:
+    specials = load(models / "plain" / "bert.gguf").specials
+    pieces = tiny.wordpieces()
+    cls, sep = pieces.index("[CLS]"), pieces.index("[SEP]")
+    assert (specials.begin, specials.between, specials.end) == (cls, (sep,), sep)
+
+
+def test_texts_have_their_begin_and_end_also_where_the_file_does_not_say_so(
+    tmp_path: Path, load: Load
+) -> None:
+    path = tiny.write_embedder(
+        tmp_path / "old.gguf",
+        tokenizer__ggml__add_bos_token=None,
+        tokenizer__ggml__add_eos_token=None,
+    )
+    (ids,) = sequences(embedder_of(load(path)), ["hello world"])
+    assert (ids[0], ids[-1], (ids[1:-1] > 3).all()) == (0, 2, True)
+
+
+@pytest.mark.parametrize("keeps_spaces", [None, False])
+def test_runs_of_spaces_count_as_one_whatever_the_converter_wrote(
+    keeps_spaces: Any, models: Path, tmp_path: Path, load: Load
+) -> None:
+    path = tiny.write_embedder(
+        tmp_path / "new.gguf", tokenizer__ggml__remove_extra_whitespaces=keeps_spaces
+    )
+    text = "  two   spaces\tand\nnew lines  "
+    (wanted,) = sequences(embedder_of(load(models / "embedder-F32.gguf")), [text])
+    (found,) = sequences(embedder_of(load(path)), [text])
+    assert found.tolist() == wanted.tolist()
+
+
+# what must not end the process
+
+
+def ids_of(*lengths: int) -> list[NDArray[np.int32]]:
+    return [np.full(length, 5, np.int32) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ([], "0 sequences"),
+        (ids_of(0), "0 tokens"),
+        (ids_of(5, 0), "0 tokens"),
+        (ids_of(257), "257 tokens"),  # longer than a sequence may be
+        (ids_of(600), "600 tokens"),  # and than the model has positions
+        (ids_of(200, 200, 200), "600 tokens"),  # together too many
+        (ids_of(*[1] * 65), "65 sequences"),
+        ([np.array([5, -1], np.int32)], "token ids"),
+        ([np.array([5, 10**6], np.int32)], "token ids"),
+    ],
+)
+@pytest.mark.parametrize("name", ["embedder-F32.gguf", "reranker-F32.gguf", "plain/decoder.gguf"])
+def test_a_batch_that_would_end_the_process_is_refused(
+    name: str, batch: Any, words: str, models: Path, load: Load
+) -> None:
+    encoder = load(models / name, n_ctx=256, batch_tokens=512)
+    with pytest.raises(ValueError, match=words):
+        encoder.encode(batch)
+    assert np.isfinite(encoder.encode(ids_of(256, 100, 100))).all(), "the next one is computed"
+
+
+def test_no_more_positions_are_used_than_the_model_has(models: Path, load: Load) -> None:
+    encoder = load(models / "embedder-F32.gguf", n_ctx=8192)
+    assert encoder.n_ctx == 512
+    assert np.isfinite(encoder.encode(ids_of(512))).all()
+
+
+def test_the_most_sequences_and_tokens_of_a_batch_are_computed(models: Path, load: Load) -> None:
+    encoder = load(models / "embedder-F32.gguf", n_ctx=100, batch_tokens=640)
+    assert encoder.encode(ids_of(*[10] * 64)).shape == (640, 64)
+
+
+def test_a_computation_that_nobody_wants_ends_and_the_next_one_is_right(
+    models: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("embedder-F32.gguf", "plain/decoder.gguf"):
+        encoder = load(models / name)
+        before = encoder.encode(ids_of(20, 30)).copy()
+        n_asked = []
+
+        def go_on(asked: list[int] = n_asked) -> bool:
+            asked.append(1)
+            return len(asked) < 10
+
+        caplog.clear()
+        with pytest.raises(Interrupted):
+            encoder.encode(ids_of(100, 100), go_on)
+        assert len(n_asked) == 10
+        assert not caplog.records, "nothing went wrong"
+        assert np.array_equal(encoder.encode(ids_of(20, 30)), before)
+
+
+def test_what_is_raised_while_it_computes_comes_out(models: Path, load: Load) -> None:
+    def go_on() -> bool:
+        raise ConnectionError("the server has gone")
+
+    with pytest.raises(ConnectionError):
+        load(models / "embedder-F32.gguf").encode(ids_of(20), go_on)
+
+
+def test_a_long_text_travels_alone_beside_short_ones(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []
+    encode = LlamaEncoder.encode
+
+    def recorded(self: LlamaEncoder, batch: Any, *rest: Any) -> Any:
+        batches.append([len(ids) for ids in batch])
+        return encode(self, batch, *rest)
+
+    monkeypatch.setattr(LlamaEncoder, "encode", recorded)
+    model = load_model(spec(models / "embedder-F32.gguf"), lambda _: None)
+    jobs = EncoderJobs(model, tier="embedding", batch_tokens=64)
+    texts: list[str | list[int]] = ["hello world", "what " * 500, "Paris", "what " * 62]
+    assert not jobs.admit(wire.Embed(texts, ["dense"], job=1))
+    found: list[wire.Vector] = []
+    while not jobs.idle:
+        for message in [*jobs.tokenize(), *jobs.compute(lambda: True)]:
+            assert isinstance(message, wire.Vectors)
+            found += message.items
+    model.encoder.close()
+    assert batches == [[502], [64], [4, 3]]
+    assert sorted(item.index for item in found) == [0, 1, 2, 3]
+    assert all(item.dense for item in found)
+
+
+# rerankers: their head
+
+
+def test_a_cross_encoder_without_its_head_is_refused(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "reranker.gguf"
+    path.write_bytes((models / "embedder-F32.gguf").read_bytes())
+    with pytest.raises(ModelLoadFailed, match=r"reranker\.gguf has no head that scores pairs"):
+        load_model(spec(path), lambda _: None)
+
+
+@pytest.mark.parametrize("factor", [0, np.nan])
+def test_a_cross_encoder_that_cannot_tell_an_answer_from_nonsense_is_refused(
+    factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.tiny_reranker()
+    weight = model.tensors["cls.output.weight"] * np.float32(factor)
+    broken = replace(model, tensors=dict(model.tensors) | {"cls.output.weight": weight})
+    monkeypatch.setattr(tiny, "tiny_reranker", lambda: broken)
+    path = tiny.write_reranker(tmp_path / "reranker.gguf")
+    with pytest.raises(ModelLoadFailed, match="no higher than nonsense"):
+        load_model(spec(path), lambda _: None)
+
+
+def test_one_float_is_read_of_a_score(models: Path, load: Load) -> None:
+    encoder = load(models / "reranker-F32.gguf")
+    assert encoder.encode(ids_of(5, 6, 7)).shape == (3,)
+    assert encoder.scale == "logit"
+
+
+TEMPLATE = "<|q|>{query}\n<|d|>{document}<|a|>"
+
+
+@pytest.fixture
+def prompted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A decoder that says yes or no to a prompt, like Qwen3-Reranker."""
+    write_tensors = tiny._write_tensors
+
+    def with_head(writer: gguf.GGUFWriter, tensors: Any, file_type: FileType) -> None:
+        writer.kv_data[0].pop("qwen3.pooling_type")
+        writer.add_pooling_type(gguf.PoolingType.RANK)
+        writer.add_classifier_output_labels(["yes", "no"])
+        writer.add_string("tokenizer.chat_template.rerank", TEMPLATE)
+        head = np.random.RandomState(5).normal(0, 0.1, (2, 64)).astype(np.float32)
+        write_tensors(writer, dict(tensors) | {"cls.output.weight": head}, file_type)
+
+    monkeypatch.setattr(tiny, "_write_tensors", with_head)
+    return tiny.write_decoder(tmp_path / "reranker.gguf")
+
+
+def test_a_reranker_with_a_prompt_gives_probabilities(prompted: Path, load: Load) -> None:
+    encoder = load(prompted)
+    assert (encoder.scale, encoder.template) == ("probability", TEMPLATE)
+    reranker = BGEReranker(encoder)
+    texts = [("hello", "hello world"), ("a", "b"), ("hello", "weather")]
+    found = scores_of(reranker, texts)
+    assert all(0 < score < 1 for score in found)
+    head = np.random.RandomState(5).normal(0, 0.1, (2, 64)).astype(np.float32)
+    for ids, score in zip(pairs_of(reranker, texts), found, strict=True):
+        row = tiny.tiny_decoder().hidden(ids.tolist())[-1]
+        assert score == pytest.approx(tiny.softmax(head @ row)[0], abs=2e-3)
+
+
+def test_a_pair_in_a_prompt_is_one_text_and_its_document_can_be_cut(
+    prompted: Path, load: Load
+) -> None:
+    reranker = BGEReranker(load(prompted, n_ctx=64))
+    tokenizer = reranker.encoder.tokenizer
+
+    def whole(text: str) -> list[int]:
+        return tokenizer.tokenize(text, parse_special=True, continues=False)
+
+    (ids,) = pairs_of(reranker, [("hello", "{query}")])
+    assert ids.tolist() == whole("<|q|>hello\n<|d|>{query}<|a|>"), "nothing is filled in twice"
+    (ids,) = pairs_of(reranker, [("hello", "world " * 200)])
+    assert len(ids) == 64
+    end = whole("<|a|>")[1:]  # without the space that begins a text
+    assert ids.tolist()[-len(end) :] == end
+
+
+# all together
+
+
+def test_one_worker_embeds_and_scores(models: Path) -> None:
+    path = str(models / "embedder-F32.gguf")
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.scorer("reranker", "hybrid")
+        query, documents = "what is the capital of France", [*TEXTS]
+        pairs = [(0, i) for i in range(len(documents))]
+        with (
+            tier.embed(wire.Embed([query, *documents], [*ALL])) as embedding,
+            tier.score(wire.Score([query], documents, pairs, "hybrid", (1, 0.5, 2))) as scoring,
+        ):
+            first, *others = await embedding.all()
+            scored = await scoring.all()
+
+        def read(item: wire.Vector) -> Embedded:
+            return Embedded(
+                True,
+                np.frombuffer(item.dense or b"", "<f4"),
+                (
+                    np.frombuffer(item.sparse_ids or b"", "<i4"),
+                    np.frombuffer(item.sparse_weights or b"", "<f4"),
+                ),
+                np.frombuffer(item.colbert or b"", "<f4").reshape(-1, 64),
+            )
+
+        for item, score in zip(others, scored, strict=True):
+            wanted = EmbeddingReranker.score(read(first), read(item), "hybrid", (1, 0.5, 2))
+            assert score.score == pytest.approx(wanted, abs=5e-3)
+            assert score.n_tokens == first.n_tokens + item.n_tokens
+
+    run(test, embedding=TierSettings(model_path=path, n_threads=1))

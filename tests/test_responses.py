@@ -1,0 +1,475 @@
+"""POST /v1/responses over HTTP, on the fake backend."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pydantic
+import pytest
+from openai.types import responses as types
+
+from api.responses_request import ResponsesRequest
+from tests.serving import (
+    THINKING_TEMPLATE,
+    Service,
+    fake,
+    named_events,
+    script,
+    serving,
+    settings,
+    wait_until,
+)
+
+EVENT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(types.ResponseStreamEvent)
+WEATHER = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+    "strict": True,
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+RULES = (
+    {"match": "weather", "answer": f"<think>\nHm.\n</think>\n\nLet me look.\n{CALL}"},
+    {"match": "think", "answer": "<think>\nWell.\n</think>\n\nDone."},
+    {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
+    {"match": "fail", "fault": "step"},
+    {"match": "slow", "answer": "abcdefgh" * 2000},
+    {"match": "as json", "answer": '{"city": "Paris"}'},
+)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("responses")
+    tiers = {
+        "light": fake(script(folder, *RULES, template=THINKING_TEMPLATE), temperature=0.5),
+        "heavy": fake(script(folder, *RULES), n_ctx=64),  # does not think
+    }
+    tiers["medium"] = fake(script(folder, *RULES, step_ms=5))
+    with serving(settings(**tiers)) as service:
+        yield service
+
+
+def body_of(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    body: dict[str, Any] = response.json()
+    return body
+
+
+def text_of(response: httpx.Response) -> str:
+    (message,) = [i for i in body_of(response)["output"] if i["type"] == "message"]
+    (part,) = message["content"]
+    text: str = part["text"]
+    return text
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 400, response.text
+    error: dict[str, Any] = response.json()["error"]
+    return error
+
+
+def test_a_response_has_openais_shape(service: Service) -> None:
+    body = body_of(service.respond("Grüße"))
+    assert body["id"].startswith("resp_")
+    message = body["output"][0]
+    assert message.pop("id").startswith("msg_")
+    assert body["output"] == [
+        {
+            "type": "message",
+            "status": "completed",
+            "role": "assistant",
+            "content": [
+                {
+                    "type": "output_text",
+                    "text": "You said: Grüße",
+                    "annotations": [],
+                    "logprobs": [],
+                }
+            ],
+        }
+    ]
+    n_in, n_out = len("Grüße".encode()) + 3, len("You said: Grüße".encode()) + 1
+    assert body["usage"] == {
+        "input_tokens": n_in,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": n_out,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": n_in + n_out,
+    }
+    assert body["object"] == "response"
+    assert (body["status"], body["error"], body["incomplete_details"]) == ("completed", None, None)
+    assert body["completed_at"] >= body["created_at"]
+
+
+def test_the_settings_of_a_response_are_told_with_the_tiers_own(service: Service) -> None:
+    body = body_of(service.respond())
+    told = {
+        "instructions": None, "max_output_tokens": None, "metadata": {}, "model": "light",
+        "parallel_tool_calls": True, "previous_response_id": None, "service_tier": "default",
+        "store": False, "temperature": 0.5, "tool_choice": "auto", "tools": [], "top_p": 0.95,
+        "text": {"format": {"type": "text"}, "verbosity": "medium"}, "truncation": "disabled",
+        "reasoning": {"effort": None, "summary": None}, "background": False,
+    }  # fmt: skip
+    assert {name: body[name] for name in told} == told
+    asked = {
+        "instructions": "Be brief.", "max_output_tokens": 99, "metadata": {"a": "b"},
+        "parallel_tool_calls": False, "service_tier": "flex", "temperature": 0, "top_p": 0.5,
+        "tool_choice": {"type": "function", "name": "get_weather"}, "tools": [WEATHER],
+        "text": {"format": {"type": "text"}, "verbosity": "medium"}, "max_tool_calls": 3,
+    }  # fmt: skip
+    body = body_of(service.respond(**asked))
+    assert {name: body[name] for name in asked} == asked
+
+
+def test_thoughts_text_and_calls_are_items_in_their_order(service: Service) -> None:
+    body = body_of(service.respond("weather", tools=[WEATHER]))
+    thoughts, message, call = body["output"]
+    assert thoughts["id"].startswith("rs_")
+    assert thoughts["type"] == "reasoning"
+    assert thoughts["summary"] == []
+    assert thoughts["content"] == [{"type": "reasoning_text", "text": "Hm."}]
+    assert message["content"][0]["text"] == "Let me look."
+    assert call.pop("id").startswith("fc_")
+    assert call.pop("call_id").startswith("call_")
+    assert call == {
+        "type": "function_call",
+        "status": "completed",
+        "name": "get_weather",
+        "arguments": '{"city": "Paris"}',
+    }
+    assert body["usage"]["output_tokens_details"]["reasoning_tokens"] > 3
+    assert body["status"] == "completed"
+
+
+def test_a_stream_tells_how_the_response_grows(service: Service) -> None:
+    whole = body_of(service.respond("weather", tools=[WEATHER]))
+    told = named_events(service.respond("weather", tools=[WEATHER], stream=True))
+    assert [data["sequence_number"] for data in told] == list(range(len(told)))
+    kinds = [data["type"].removeprefix("response.") for data in told]
+    assert list(dict.fromkeys(kinds)) == [
+        "created", "in_progress", "output_item.added", "content_part.added",
+        "reasoning_text.delta", "reasoning_text.done", "content_part.done", "output_item.done",
+        "output_text.delta", "output_text.done",
+        "function_call_arguments.delta", "function_call_arguments.done", "completed",
+    ]  # fmt: skip
+    assert told[0]["response"]["status"] == "in_progress"
+    assert told[0]["response"]["output"] == []
+    last = told[-1]["response"]
+
+    def plain(item: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in item.items() if name not in ("id", "call_id")}
+
+    assert [plain(item) for item in last["output"]] == [plain(item) for item in whole["output"]]
+    assert last["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+    for index, item in enumerate(last["output"]):
+        own = [d for d in told if d.get("output_index") == index]
+        begun = own[0]["item"]
+        assert (begun["id"], begun["status"]) == (item["id"], "in_progress")
+        assert own[-1]["item"] == item
+        assert {d["item_id"] for d in own[1:-1]} == {item["id"]}
+        deltas = "".join(d["delta"] for d in own if d["type"].endswith(".delta"))
+        assert deltas == item.get("arguments") or deltas == item["content"][0]["text"]
+
+
+@pytest.mark.parametrize("text", ["weather", "think", "break", "Hi"])
+def test_all_has_the_types_of_the_sdk(service: Service, text: str) -> None:
+    for data in named_events(service.respond(text, tools=[WEATHER], stream=True)):
+        EVENT.validate_python(data)
+    if text != "break":
+        types.Response.model_validate(body_of(service.respond(text, tools=[WEATHER])))
+
+
+def test_an_answer_that_is_cut_is_incomplete(service: Service) -> None:
+    body = body_of(service.respond("Hello", max_output_tokens=5))
+    assert (body["status"], body["output"][0]["status"]) == ("incomplete", "incomplete")
+    assert body["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert body["completed_at"] is None
+    *_, done, last = named_events(service.respond("Hello", max_output_tokens=5, stream=True))
+    assert (last["type"], done["item"]["status"]) == ("response.incomplete", "incomplete")
+    cut = body_of(service.respond("think", max_output_tokens=12))
+    assert [item["type"] for item in cut["output"]] == ["reasoning"]
+
+
+def test_a_stream_that_breaks_ends_as_failed_and_with_an_error(service: Service) -> None:
+    *told, failed, error = named_events(service.respond("break", stream=True))
+    assert "".join(data.get("delta", "") for data in told) == "half"
+    assert failed["type"] == "response.failed"
+    assert failed["response"]["status"] == "failed"
+    assert failed["response"]["error"]["code"] == "server_error"
+    assert (error["type"], error["code"]) == ("error", "internal_error")
+    assert error["error"]["message"] == error["message"]
+    assert error["sequence_number"] == len(told) + 1
+
+
+def test_a_fault_before_the_answer_is_an_http_status(service: Service) -> None:
+    response = service.respond("fail", stream=True)
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_client_that_leaves_frees_its_place(service: Service, path: str, streams: bool) -> None:
+    slow = [{"role": "user", "content": "slow"}]
+    body = {"model": "medium", "input": slow, "messages": slow, "max_tokens": 9999}
+    with (
+        contextlib.suppress(httpx.ReadTimeout),
+        service.http.stream("POST", path, json=body | {"stream": streams}, timeout=0.3) as response,
+    ):
+        assert streams
+        next(response.iter_raw())
+    wait_until(lambda: not service.manager.tiers["medium"]._n_leases)
+
+
+def test_log_probabilities_come_where_they_are_asked_for(service: Service) -> None:
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    part = body_of(service.respond("Hi", **asked))["output"][0]["content"][0]
+    assert [entry["token"] for entry in part["logprobs"]] == list("You said: Hi")
+    assert len(part["logprobs"][0]["top_logprobs"]) == 2
+    told = named_events(service.respond("Hi", stream=True, **asked))
+    deltas = [data for data in told if data["type"].endswith("text.delta")]
+    assert [data["logprobs"][0]["token"] for data in deltas] == list("You said: Hi")
+    (done,) = [data for data in told if data["type"].endswith("text.done")]
+    assert done["logprobs"] == part["logprobs"]
+
+
+CITY = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Paris"]}}, "required": ["city"]}
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [{"type": "json_schema", "name": "city", "schema": CITY, "strict": True},
+     {"type": "json_object"}],
+)  # fmt: skip
+def test_a_text_has_the_form_that_is_asked_for(service: Service, wanted: dict[str, Any]) -> None:
+    response = service.respond("as json", text={"format": wanted})
+    assert json.loads(text_of(response)) == {"city": "Paris"}
+    body = body_of(response)
+    assert body["text"]["format"] == wanted
+    assert body["schema_valid"] is True
+
+
+def test_thinking_goes_as_far_as_the_effort(service: Service) -> None:
+    body = body_of(service.respond("x", reasoning={"effort": "none"}))
+    assert [item["type"] for item in body["output"]] == ["message"]
+    assert body["reasoning"] == {"effort": "none", "summary": None}
+    error = error_of(service.respond("x", model="heavy", reasoning={"effort": "high"}))
+    assert error["param"] == "reasoning.effort"
+
+
+# what a chat's messages come to be
+
+
+def messages(*items: Any, **fields: Any) -> list[dict[str, Any]]:
+    body = {"model": "light", "input": list(items)} | fields
+    chat = ResponsesRequest.model_validate(body).chat()
+    return [message.model_dump(exclude_unset=True) for message in chat.messages]
+
+
+def call(call_id: str, city: str) -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": f'{{"city": "{city}"}}'}
+    return {"id": call_id, "function": function}
+
+
+def test_a_conversation_comes_back_as_it_was() -> None:
+    def item(call_id: str, city: str) -> dict[str, Any]:
+        arguments = f'{{"city": "{city}"}}'
+        about = {"id": "fc_1", "status": "completed", "call_id": call_id}
+        return {"type": "function_call", "name": "get_weather", "arguments": arguments, **about}
+
+    text = {"type": "output_text", "text": "Let me look.", "annotations": [], "logprobs": []}
+    assert messages(
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "input_text", "text": "Weather"},
+                                     {"type": "input_text", "text": "?"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": None,
+         "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"type": "message", "id": "msg_1", "role": "assistant", "content": [text]},
+        item("call_1", "Paris"),
+        item("call_2", "Rome"),
+        {"type": "function_call_output", "call_id": "call_1", "output": "12C"},
+        {"type": "function_call_output", "call_id": "call_2",
+         "output": [{"type": "input_text", "text": "20C"}]},
+        {"type": "message", "role": "user", "content": "Thanks"},
+        instructions="Be brief.",
+    ) == [
+        {"role": "system", "content": "Be brief.\n\nBe kind."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "reasoning_content": "Hm.", "content": "Let me look.",
+         "tool_calls": [call("call_1", "Paris"), call("call_2", "Rome")]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "12C"},
+        {"role": "tool", "tool_call_id": "call_2", "content": "20C"},
+        {"role": "user", "content": "Thanks"},
+    ]  # fmt: skip
+
+
+def test_thoughts_after_an_answer_begin_another_one() -> None:
+    summary = [{"type": "summary_text", "text": "Well."}]
+    assert messages(
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+        {"type": "reasoning", "summary": summary},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+    ) == [
+        {"role": "user", "content": "a\n\nb"},
+        {"role": "assistant", "content": "c"},
+        {
+            "role": "assistant",
+            "reasoning_content": "Well.",
+            "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
+        },
+    ]
+
+
+def test_an_allowed_set_of_tools_is_that_of_a_chat(service: Service) -> None:
+    named = {"type": "function", "name": "get_weather"}
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [named]}
+    other = WEATHER | {"name": "other"}
+    fields = {"tools": [WEATHER, other], "reasoning": {"effort": "none"}}
+    body = body_of(service.respond("Hi", tool_choice=choice, **fields))
+    assert [item["name"] for item in body["output"]] == ["get_weather"]
+    choice["tools"] = [named | {"name": "third"}]
+    error = error_of(service.respond("Hi", tools=[WEATHER], tool_choice=choice))
+    assert (error["param"], "third" in error["message"]) == ("tool_choice", True)
+
+
+# what is not there
+
+FIELDS = [
+    ({"background": True}, "background"),
+    ({"conversation": "conv_1"}, "conversation"),
+    ({"previous_response_id": "resp_1"}, "previous_response_id"),
+    ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+    ({"truncation": "auto"}, "truncation"),
+    ({"include": ["message.output_text.logprobs", "file_search_call.results"]}, "include[1]"),
+    ({"text": {"verbosity": "low"}}, "text.verbosity"),
+    ({"tools": [WEATHER, {"type": "web_search"}]}, "tools[1].type"),
+    ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "file_search"}}, "tool_choice.type"),
+]
+PNG = {"type": "input_image", "image_url": "data:"}
+INPUTS = [
+    ({"type": "item_reference", "id": "msg_1"}, "input[1].type"),
+    ({"id": "msg_1"}, "input[1].type"),
+    ({"type": "computer_call_output", "call_id": "x"}, "input[1].type"),
+    ({"role": "user", "content": [{"type": "input_text", "text": "a"}, PNG]},
+     "input[1].content[1].type"),
+    ({"role": "user", "content": [{"type": "input_file", "file_id": "x"}]},
+     "input[1].content[0].type"),
+    ({"role": "user", "content": [{"type": "input_audio"}]}, "input[1].content[0].type"),
+    ({"type": "function_call_output", "call_id": "x", "output": [PNG]}, "input[1].output[0].type"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param"), FIELDS)
+def test_what_is_not_there_is_refused_by_name(
+    service: Service, fields: dict[str, Any], param: str
+) -> None:
+    error = error_of(service.respond(**fields))
+    assert (error["code"], error["param"]) == ("unsupported_parameter", param)
+
+
+@pytest.mark.parametrize(("item", "param"), INPUTS)
+def test_an_item_that_cannot_be_read_is_refused_by_its_place(
+    service: Service, item: dict[str, Any], param: str
+) -> None:
+    error = error_of(service.respond([{"role": "user", "content": "Hi"}, item]))
+    assert (error["code"], error["param"]) == ("unsupported_parameter", param)
+
+
+BAD = [
+    ({"input": None}, "input"),
+    ({"input": []}, "input"),
+    ({"input": [5]}, "input[0]"),
+    ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
+    ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
+     "input[0].content[0].text"),
+    ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
+    ({"input": "\ud800"}, "input"),
+    ({"input": "x" * 9000, "model": "heavy"}, "input"),
+    ({"temperature": 3}, "temperature"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"max_output_tokens": "many"}, "max_output_tokens"),
+    ({"reasoning": {"effort": "extreme"}}, "reasoning.effort"),
+    ({"metadata": {"a": 5}}, "metadata.a"),
+    ({"service_tier": "scale"}, "service_tier"),
+    ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}},
+     "text.format"),
+    ({"tools": [{"type": "function"}]}, "tools[0].name"),
+    ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
+    ({"tools": [WEATHER | {"parameters": {"not": {}}}], "tool_choice": "required"},
+     "tools[0].parameters"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "always"}, "tool_choice"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD)
+def test_a_bad_value_is_a_400_that_names_it(
+    service: Service, fields: dict[str, Any], param: str
+) -> None:
+    content = json.dumps({"model": "light", "input": "Hi"} | fields)
+    headers = {"Content-Type": "application/json"}
+    error = error_of(service.http.post("/v1/responses", content=content, headers=headers))
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert "messages" not in error["message"] or param == "input"
+    assert "response_format" not in error["message"]
+
+
+def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
+    neutral = {
+        "background": False, "conversation": None, "include": [], "instructions": None,
+        "previous_response_id": None, "prompt": None, "store": False, "truncation": "disabled",
+        "tools": [], "tool_choice": "auto", "temperature": None, "stream": None, "metadata": None,
+        "reasoning": None, "text": {"verbosity": None}, "service_tier": "auto", "top_logprobs": 0,
+        "user": None, "max_tool_calls": None, "stream_options": None,
+    }  # fmt: skip
+    service.respond(tools=None, tool_choice=None, text=None).raise_for_status()
+    response = service.respond(**neutral)
+    assert text_of(response) == "You said: Hi"
+    assert "x-ignored-params" not in response.headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_ignored_is_named_in_a_header(service: Service, stream: bool) -> None:
+    response = service.respond(
+        store=True,
+        prompt_cache_key="x",
+        include=["reasoning.encrypted_content"],
+        reasoning={"effort": "low", "summary": "auto"},
+        tools=[WEATHER | {"defer_loading": False}],
+        frob=1,
+        stream=stream,
+    )
+    assert response.headers["x-ignored-params"] == (
+        "frob,reasoning.summary,tools[0].defer_loading,include[0],prompt_cache_key,store"
+    )
+
+
+def test_what_a_client_wrote_comes_back_as_json_whatever_it_is(service: Service) -> None:
+    odd = WEATHER | {"parameters": {"default": float("nan")}}
+    content = json.dumps(
+        {
+            "model": "light",
+            "input": "Hi",
+            "metadata": {"a": "\ud800"},
+            "tools": [odd],
+            "tool_choice": "none",
+        }
+    )
+    headers = {"Content-Type": "application/json"}
+    body = body_of(service.http.post("/v1/responses", content=content, headers=headers))
+    assert body["metadata"] == {"a": "?"}
+    assert body["tools"][0]["parameters"] == {"default": None}

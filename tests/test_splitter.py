@@ -1,0 +1,593 @@
+"""From the raw text of an answer to what it consists of, however it comes cut into pieces."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chat.events import Call, Message, Splitter
+from chat.splitter import InlineReasoning, JsonSpan, PlainText, ReasoningSplitter, ReasoningTags
+from chat.tools import BY_NAME
+from chat.tools.base import CallReader, Function
+
+Make = Callable[[], Splitter]
+THINK = ReasoningTags("<think>", "</think>")
+FUNCTIONS = [Function("get_weather", "@p0"), Function("f", "@p1")]
+
+
+def of_family(name: str, *, only_first: bool = False) -> Make:
+    return lambda: BY_NAME[name].call_splitter(FUNCTIONS, only_first=only_first)
+
+
+def thinking(make: Make = PlainText, *, is_open: bool = False) -> Make:
+    return lambda: ReasoningSplitter(THINK, make(), is_open=is_open)
+
+
+def inline(make: Make) -> Make:
+    return lambda: InlineReasoning(make())
+
+
+HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
+
+
+def said(text: str = "", *calls: tuple[str, str], reasoning: str = "") -> Message:
+    return Message(text, reasoning, [Call(*call) for call in calls])
+
+
+def fed(make: Make, pieces: Iterable[str]) -> tuple[Message, bool]:
+    """What is said in these pieces, and whether it breaks off in a call."""
+    splitter = make()
+    events = [event for piece in pieces for event in splitter.feed(piece)]
+    is_calling = splitter.is_calling
+    return Message.of([*events, *splitter.finish()]), is_calling
+
+
+def read(make: Make, raw: str) -> tuple[Message, bool]:
+    """The same for a whole answer: in two pieces and in characters it must be the same."""
+    whole = fed(make, [raw])
+    for cut in range(1, len(raw)):
+        assert fed(make, [raw[:cut], raw[cut:]]) == whole, (raw[:cut], raw[cut:])
+    assert fed(make, raw) == whole
+    return whole
+
+
+def hermes_call(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def rows(make: Make, *table: tuple[str, Message]) -> list[Any]:
+    return [pytest.param(make, raw, message, id=raw[:60] or "nothing") for raw, message in table]
+
+
+# arguments, and what they look like: objects, deep ones, with all that a search for their end could
+# stumble over, none at all
+ARGUMENTS = [
+    "{}",
+    '{"city": "Paris"}',
+    '{"a": {"b": [1, {"c": "}"}, "]"], "d": null}, "e": -1.5e3}',
+    r'{"a": "\"}\\", "b": "\\\"{", "c": "\u00e9\n"}',
+    '{"a": "</tool_call><|end|>[TOOL_CALLS]", "b": "é 世界 🎉"}',
+    '{\n  "a" : 1 ,\n  "b" : [ ]\n}',
+    "[1, 2]",
+    "null",
+]
+
+HERMES_ROWS = [
+    ("", said()),
+    ("Hello", said("Hello")),
+    (" \nHello {} [1] <b>bold</b> \n", said(" \nHello {} [1] <b>bold</b> \n")),
+    *((hermes_call("f", arguments), said("", ("f", arguments))) for arguments in ARGUMENTS),
+    (f"Let me look.\n{hermes_call('f', '{}')}\n", said("Let me look.", ("f", "{}"))),
+    (f"\n\n{hermes_call('f', '{}')}", said("", ("f", "{}"))),
+    (
+        f"{hermes_call('f', '{}')}\n{hermes_call('get_weather', '[1]')}",
+        said("", ("f", "{}"), ("get_weather", "[1]")),
+    ),
+    (hermes_call("f", "1") + hermes_call("g", "2"), said("", ("f", "1"), ("g", "2"))),
+    (
+        f"One. {hermes_call('f', '1')} Two. {hermes_call('g', '2')} Three. ",
+        said("One.Two.Three. ", ("f", "1"), ("g", "2")),
+    ),
+    # as models write it who were not told exactly how
+    ('<tool_call>{"name":"f","arguments":{"a":1}}</tool_call>', said("", ("f", '{"a":1}'))),
+    ('<tool_call>{"name": "f", "parameters": {"a":1} }</tool_call>', said("", ("f", '{"a":1}'))),
+    ('<tool_call>{"type": "function", "name": "f", "arguments": {}}', said("", ("f", "{}"))),
+    ('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', said("", ("f", '{"a": 1}'))),
+    ('<tool_call>{"id": 7, "name": "f", "arguments": {}, "x": {}}', said("", ("f", "{}"))),
+    (r'<tool_call>{"name": "f", "arguments": "{\"a\": 1}"}', said("", ("f", '{"a": 1}'))),
+    ('<tool_call>{"name": "f", "arguments": ""}</tool_call>', said("", ("f", "{}"))),
+    ('<tool_call>{"name": "f", "arguments": "Paris"}</tool_call>', said("", ("f", '"Paris"'))),
+    ('<tool_call>{"name": "f"}</tool_call>', said("", ("f", "{}"))),
+    (r'<tool_call>{"name": "\u00e9t\u00e9", "arguments": 1}</tool_call>', said("", ("été", "1"))),
+    ('<tool_call>\n{"name": "f", "arguments": {}} Hello', said("Hello", ("f", "{}"))),
+    # what is no call stays as it is
+    *(
+        (text, said(text))
+        for text in [
+            "a <tool_cal",
+            "a <tool_call",
+            "a <tool_call>",
+            "a <tool_call> \n",
+            "<tool_cal> </tool_call> <tool_call >",
+            "The tag <tool_call> opens a call and </tool_call> ends it. ",
+            '<tool_call>\n{"x": 1}\n</tool_call>',
+            'a \n<tool_call> {"x": 1} </tool_call>\n b',
+            '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
+            '<tool_call>{"name": "f", oh: no}</tool_call>',
+            r'<tool_call>{"name": "\x", "arguments": {}}</tool_call>',
+            r'<tool_call>{"name": "\ud800", "arguments": {}}</tool_call>',
+            r'<tool_call>{"arguments": "\ud800", "name": "f"}</tool_call>',
+            '<tool_call>["f"]</tool_call>',
+            "<tool_call>}</tool_call>",
+            "<tool_call><function=f></function></tool_call>",
+        ]
+    ),
+    (
+        f"Between <tool_call> and {hermes_call('f', '{}')}",
+        said("Between <tool_call> and", ("f", "{}")),
+    ),
+    (f"<tool_call>\n{hermes_call('f', '{}')}", said("<tool_call>", ("f", "{}"))),
+    (
+        f'<tool_call>{{"x": 1}}</tool_call>\n{hermes_call("f", "{}")}',
+        said('<tool_call>{"x": 1}</tool_call>', ("f", "{}")),
+    ),
+]  # fmt: skip
+
+NESTED = '{"a": {"b": "}\\""}}'
+MISTRAL_ROWS = [
+    ("Hello [1] ", said("Hello [1] ")),
+    *(
+        (f'[TOOL_CALLS] [{{"name": "f", "arguments": {arguments}}}]', said("", ("f", arguments)))
+        for arguments in ARGUMENTS
+    ),
+    ('[TOOL_CALLS][{"name":"f","arguments":{}}]', said("", ("f", "{}"))),
+    ('[TOOL_CALLS] [{"arguments": {"a": 1}, "name": "f"}]', said("", ("f", '{"a": 1}'))),
+    (r'[TOOL_CALLS] [{"name": "f", "arguments": "{\"a\": 1}"}]', said("", ("f", '{"a": 1}'))),
+    ('[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "123456789"}]', said("", ("f", "{}"))),
+    (
+        f'Look: [TOOL_CALLS] [{{"name": "f", "arguments": {NESTED}}}, '
+        '{"name": "g", "arguments": [2]}] ',
+        said("Look:", ("f", NESTED), ("g", "[2]")),
+    ),
+    (
+        '[TOOL_CALLS] [{"name": "f", "arguments": 1}] [TOOL_CALLS] [{"name": "g"}] So.',
+        said("So.", ("f", "1"), ("g", "{}")),
+    ),
+    *(
+        (text, said(text))
+        for text in [
+            "a [TOOL_CALLS",
+            "a [TOOL_CALLS]",
+            "a [TOOL_CALLS] [",
+            "a [TOOL_CALL] [] b",
+            "a [TOOL_CALLS] [] b",
+            'a [TOOL_CALLS] [{"x": 1}] b',
+            'a [TOOL_CALLS] ["f", {}] b',
+            "The token [TOOL_CALLS] begins a list. ",
+        ]
+    ),
+]  # fmt: skip
+
+MISTRAL_V11_ROWS = [
+    *(
+        (f"[TOOL_CALLS]f[ARGS]{arguments}", said("", ("f", arguments)))
+        for arguments in ARGUMENTS
+        if arguments != "null"
+    ),
+    ("Hm. [TOOL_CALLS]f[ARGS]{} ", said("Hm.", ("f", "{}"))),
+    (
+        '[TOOL_CALLS]f[ARGS]{"a": 1}[TOOL_CALLS]g-2.x[ARGS]{}',
+        said("", ("f", '{"a": 1}'), ("g-2.x", "{}")),
+    ),
+    ("[TOOL_CALLS]f[ARGS]5[TOOL_CALLS]g[ARGS]true so", said("so", ("f", "5"), ("g", "true"))),
+    ("[TOOL_CALLS]f[CALL_ID]ab3DE6789[ARGS]{}", said("", ("f", "{}"))),
+    ('[TOOL_CALLS]f{"a": "{"}', said("", ("f", '{"a": "{"}'))),
+    ("[TOOL_CALLS] f[ARGS] {}\n", said("", ("f", "{}"))),
+    ("[TOOL_CALLS]été[ARGS]{}", said("", ("été", "{}"))),
+    *(
+        (text, said(text))
+        for text in [
+            "a [TOOL_CALLS]f",
+            "a [TOOL_CALLS]f[AR",
+            "a [TOOL_CALLS]f[ARGS]",
+            "a [TOOL_CALLS]f[OTHER]{} b",
+            "a [TOOL_CALLS][ARGS]{} b",
+            "a [TOOL_CALLS] f g {} b",
+        ]
+    ),
+]  # fmt: skip
+
+LLAMA3_ROWS = [
+    ("Hello", said("Hello")),
+    (" \nHello ", said(" \nHello ")),
+    *(
+        (f'{{"name": "f", "parameters": {arguments}}}', said("", ("f", arguments)))
+        for arguments in ARGUMENTS
+    ),
+    ('<|python_tag|>{"name": "f", "parameters": {}}', said("", ("f", "{}"))),
+    ('\n\n<|python_tag|> {"name": "f", "parameters": {}}\n', said("", ("f", "{}"))),
+    ('{"type": "function", "name": "f", "parameters": {}}', said("", ("f", "{}"))),
+    ('{"name": "get_weather", "parameters": {}}', said("", ("get_weather", "{}"))),
+    (r'{"name": "f", "parameters": "{\"a\": 1}"}', said("", ("f", '{"a": 1}'))),
+    ('{"name": "f", "parameters": {}}; {"name": "f"}', said('; {"name": "f"}', ("f", "{}"))),
+    *(
+        (text, said(text))
+        for text in [
+            '{"name"',
+            '{"name": "f", "param',
+            '{"name": "Bob", "age": 3}',
+            '{"name": "function", "parameters": {}}',
+            '{"name": "f", "arguments": {}}',
+            '{"type": "object", "properties": {}}',
+            'Call: {"name": "f", "parameters": {}}',
+            "<|python_tag|>print(1)",
+            "<|python_ta",
+            "{}",
+            "[]",
+        ]
+    ),
+]  # fmt: skip
+
+ANALYSIS = "<|channel|>analysis<|message|>"
+COMMENTARY = "<|channel|>commentary"
+FINAL = "<|channel|>final<|message|>"
+NEXT = "<|end|><|start|>assistant"
+
+HARMONY_ROWS = [
+    (f"{FINAL}Hello <b> | \n", said("Hello <b> | \n")),
+    (f"{FINAL}Hello<|return|>", said("Hello")),
+    (f"{ANALYSIS}Hm. {NEXT}{FINAL}Hi", said("Hi", reasoning="Hm. ")),
+    (f"{ANALYSIS}One.{NEXT}{ANALYSIS}Two.{NEXT}{FINAL}Hi", said("Hi", reasoning="One.Two.")),
+    *(
+        (
+            f"{COMMENTARY} to=functions.f <|constrain|>json<|message|>{arguments}<|call|>",
+            said("", ("f", arguments)),
+        )
+        for arguments in ARGUMENTS
+    ),
+    (
+        f"{ANALYSIS}Hm.{NEXT}{COMMENTARY} to=functions.get_weather<|message|>{NESTED}",
+        said("", ("get_weather", NESTED), reasoning="Hm."),
+    ),
+    (
+        f"{COMMENTARY}<|message|>I look.{NEXT}{COMMENTARY} to=functions.f json<|message|>{{}}",
+        said("I look.", ("f", "{}")),
+    ),
+    (f" to=functions.f{COMMENTARY} json<|message|>{{}}", said("", ("f", "{}"))),
+    (
+        f"{ANALYSIS}Hm.{NEXT} to=functions.f{COMMENTARY} <|constrain|>json<|message|>{{}}",
+        said("", ("f", "{}"), reasoning="Hm."),
+    ),
+    (
+        f"{COMMENTARY} to=functions.f<|message|>{{}}<|call|><|start|>assistant"
+        f"{COMMENTARY} to=functions.get_weather<|message|>[1]",
+        said("", ("f", "{}"), ("get_weather", "[1]")),
+    ),
+    # nobody asked for these
+    (f"{COMMENTARY} to=functions.g<|message|>{{}}<|call|>", said(reasoning="{}")),
+    (f"{COMMENTARY} to=python code<|message|>1 + 1{NEXT}{FINAL}2", said("2", reasoning="1 + 1")),
+    # an answer that leaves the format
+    ("Hello", said("Hello")),
+    (" to be or not to=be", said(" to be or not to=be")),
+    ("<b>Hello</b> <|", said("<b>Hello</b> <|")),
+    ("<|end|>Hello", said("Hello")),
+    (f"{ANALYSIS}Hm.<|end|>Hello", said("Hello", reasoning="Hm.")),
+    (f"{FINAL}In <|start|>assistant{FINAL}!", said(f"In <|start|>assistant{FINAL}!")),
+    (f"{COMMENTARY}{ANALYSIS}Hm.{NEXT}{FINAL}Hi", said("Hi", reasoning="Hm.")),
+    (f"{COMMENTARY} to=assistant{FINAL}Hi", said("Hi")),
+    (f"{FINAL}a <|message|> b <|constrain|> c", said("a <|message|> b <|constrain|> c")),
+    # half a header is no text
+    ("<|channel|>fin", said()),
+    (f"{ANALYSIS}Hm.<|end|><|start|>assis", said(reasoning="Hm.")),
+]  # fmt: skip
+
+THINK_ROWS = [
+    ("Hello", said("Hello")),
+    (" \n Hello ", said(" \n Hello ")),
+    ("<think>Hm.</think>Hello", said("Hello", reasoning="Hm.")),
+    ("\n<think>\n Hm. \n\n Oh. \n</think>\n\n Hi \n", said("Hi \n", reasoning="Hm. \n\n Oh.")),
+    ("<think>\n\n</think>\n\nHello", said("Hello")),
+    ("<think></think>", said()),
+    ("<think>a < b </ c </thin </think>Hello", said("Hello", reasoning="a < b </ c </thin")),
+    ("<think>a <think> b</think>Hello", said("Hello", reasoning="a <think> b")),
+    ("<think>Hm.</think><think>Hello</think>", said("<think>Hello</think>", reasoning="Hm.")),
+    ("<think>Hm.", said(reasoning="Hm.")),
+    ("<think>Hm.</thin", said(reasoning="Hm.</thin")),
+    *(
+        (text, said(text))
+        for text in [
+            " ",
+            " <thin",
+            "<thinking>Hm.</thinking>",
+            "</think>Hello",
+            "Hello <think>Hm.</think>",
+            "a <think> and a </think> ",
+        ]
+    ),
+]  # fmt: skip
+
+OPEN_THINK_ROWS = [
+    ("Hm.\n</think>\n\nHello", said("Hello", reasoning="Hm.")),
+    ("</think>Hello", said("Hello")),
+    ("<think>Hm.</think>Hello", said("Hello", reasoning="<think>Hm.")),
+    (" Hm. ", said(reasoning="Hm. ")),
+    ("\n", said()),
+]
+
+THINK_AND_CALL_ROWS = [
+    (
+        f"<think>\nI could <tool_call>.\n</think>\n\n{hermes_call('f', '{}')}",
+        said("", ("f", "{}"), reasoning="I could <tool_call>."),
+    ),
+    (
+        f"<think>{hermes_call('f', '{}')}</think>So.\n{hermes_call('g', '1')}",
+        said("So.", ("g", "1"), reasoning=hermes_call("f", "{}")),
+    ),
+    (f"<think>Hm.{hermes_call('f', '{}')}", said(reasoning="Hm." + hermes_call("f", "{}"))),
+    (hermes_call("f", '{"a": "<think>"}'), said("", ("f", '{"a": "<think>"}'))),
+]
+
+INLINE_ROWS = [
+    ("Hello", said("Hello")),
+    ("<think>Hm.</think>\n\nHello", said("<think>\nHm.\n</think>\n\nHello")),
+    ("<think></think>Hello", said("Hello")),
+    ("<think>Hm. ", said("<think>\nHm. ")),
+    (
+        f"<think>Hm.</think>{hermes_call('f', '{}')}",
+        said("<think>\nHm.\n</think>\n\n", ("f", "{}")),
+    ),
+]
+
+ONLY_FIRST_ROWS = [
+    ('{"a": "<tool_call>"}', said('{"a": "<tool_call>"}')),
+    (f"  {hermes_call('f', '{}')}", said("", ("f", "{}"))),
+    (f"{hermes_call('f', '1')}\n{hermes_call('g', '2')}", said("", ("f", "1"), ("g", "2"))),
+    (f"a {hermes_call('f', '{}')}", said(f"a {hermes_call('f', '{}')}")),
+    (
+        f"{hermes_call('f', '{}')}a{hermes_call('g', '{}')}",
+        said(f"a{hermes_call('g', '{}')}", ("f", "{}")),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "raw", "message"),
+    [
+        *rows(PlainText, ("", said()), (" <think> <tool_call> ", said(" <think> <tool_call> "))),
+        *rows(HERMES, *HERMES_ROWS),
+        *rows(of_family("hermes", only_first=True), *ONLY_FIRST_ROWS),
+        *rows(MISTRAL, *MISTRAL_ROWS, *MISTRAL_V11_ROWS),  # one splitter takes both forms
+        *rows(LLAMA3, *LLAMA3_ROWS),
+        *rows(HARMONY, *HARMONY_ROWS),
+        *rows(thinking(), *THINK_ROWS),
+        *rows(thinking(is_open=True), *OPEN_THINK_ROWS),
+        *rows(thinking(HERMES), *THINK_ROWS, *THINK_AND_CALL_ROWS),
+        *rows(inline(thinking(HERMES)), *INLINE_ROWS),
+        *rows(
+            inline(HARMONY),
+            (f"{ANALYSIS}Hm.{NEXT}{FINAL}Hi", said("<think>\nHm.\n</think>\n\nHi")),
+        ),
+    ],
+)  # fmt: skip
+def test_an_answer_is_read_the_same_however_it_is_cut(
+    make: Make, raw: str, message: Message
+) -> None:
+    assert read(make, raw)[0] == message
+
+
+def test_a_call_as_long_as_a_book_is_read_the_same_however_it_is_cut() -> None:
+    arguments = '{"text":"' + "é{" * 3000 + '", "n":1.0}'
+    raw = hermes_call("f", arguments)
+    expected = said("", ("f", arguments))
+    assert fed(HERMES, [raw])[0] == expected
+    for size in (1, 7, 990, 1010, 5000):
+        pieces = [raw[at : at + size] for at in range(0, len(raw), size)]
+        assert fed(HERMES, pieces)[0] == expected
+
+
+# what is there already goes out
+
+
+def test_text_comes_at_once_but_for_what_may_begin_a_mark() -> None:
+    splitter = HERMES()
+    outs = [
+        Message.of(splitter.feed(piece)).text for piece in ["Let me ", "look <", "b> ", "x <tool"]
+    ]
+    assert outs == ["Let me", " look", " <b>", " x"]
+
+
+def test_arguments_come_piece_by_piece_behind_the_name() -> None:
+    splitter = HERMES()
+    assert splitter.feed('<tool_call>\n{"name": "f", "argum') == []
+    begun = Message.of(splitter.feed('ents": {"a": "x'))
+    assert begun == said("", ("f", '{"a": "x'))
+    assert Message.of([*splitter.feed('y"'), *splitter.feed("}}\n</tool_call>")][:0]) == said()
+
+
+def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
+    for make, opener in ((HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]")):
+        splitter = make()
+        text = f"The tag {opener} is a word,"
+        assert Message.of(splitter.feed(text)).text == text
+
+
+def test_thoughts_are_told_as_such_while_they_come() -> None:
+    splitter = thinking()()
+    states = []
+    for piece in ["<thi", "nk>", "Hm.", "</think>", "\n\n", "Hello"]:
+        splitter.feed(piece)
+        states.append(splitter.is_reasoning)
+    assert states == [False, True, True, False, False, False]
+
+
+def test_a_harmony_answer_thinks_until_its_next_message_has_begun() -> None:
+    splitter = HARMONY()
+    states = []
+    for piece in [ANALYSIS, "Hm.", "<|end|>", "<|start|>assistant", FINAL, "Hi"]:
+        splitter.feed(piece)
+        states.append(splitter.is_reasoning)
+    assert states == [True, True, True, True, False, False]
+
+
+# answers that break off
+
+BEFORE_CALLS = {  # with the call that follows
+    "hermes": (HERMES, f"Look. {hermes_call('f', NESTED)}"),
+    "thoughts": (thinking(HERMES, is_open=True), f"Hm.</think>{hermes_call('f', NESTED)}"),
+    "mistral": (MISTRAL, f'Look. [TOOL_CALLS] [{{"name": "f", "arguments": {NESTED}}}]'),
+    "mistral-v11": (MISTRAL, f"Look. [TOOL_CALLS]f[ARGS]{NESTED}"),
+    "llama3": (LLAMA3, f'\n<|python_tag|>{{"name": "f", "parameters": {NESTED}}}'),
+    "harmony": (
+        HARMONY,
+        f"{ANALYSIS}Hm.{NEXT}{COMMENTARY} to=functions.f <|constrain|>json<|message|>{NESTED}",
+    ),
+}
+NO_TEXT = re.compile(r"</think>|<\|(start|channel)\|>.*?(<\|message\|>|$)|<\|end\|>")
+
+
+@pytest.mark.parametrize(("make", "raw"), BEFORE_CALLS.values(), ids=BEFORE_CALLS)
+def test_an_answer_that_breaks_off_keeps_what_came(make: Make, raw: str) -> None:
+    whole, is_calling = fed(make, [raw])
+    assert (whole.calls, is_calling) == ([Call("f", NESTED)], False)
+    for n in range(len(raw)):
+        part, is_calling = read(make, raw[:n])
+        if part.calls:
+            (call,) = part.calls
+            assert NESTED.startswith(call.arguments)
+            assert is_calling or call.arguments == NESTED
+            assert (part.text, part.reasoning) == (whole.text, whole.reasoning)
+        else:
+            assert part.reasoning + part.text == NO_TEXT.sub("", raw[:n])
+
+
+def test_half_a_list_of_calls_is_calling_only_in_a_call() -> None:
+    begun = '[TOOL_CALLS] [{"name": "f", "arguments": {}'
+    assert fed(MISTRAL, [begun]) == (said("", ("f", "{}")), True)
+    assert fed(MISTRAL, [f"{begun}}}, "]) == (said("", ("f", "{}")), False)
+    assert fed(MISTRAL, [f'{begun}}}, {{"na']) == (said('{"na', ("f", "{}")), True)
+
+
+def test_what_follows_the_arguments_of_a_whole_call_does_not_begin_it_again() -> None:
+    for make, raw in (
+        (HARMONY, f"{COMMENTARY} to=functions.f<|message|>{{}}"),
+        (LLAMA3, '{"name": "f", "parameters": {}}'),
+        (HERMES, hermes_call("f", "{}")),
+    ):
+        splitter = make()
+        Message.of(splitter.feed(raw))
+        for piece in ("\n", "\n"):
+            splitter.feed(piece)
+            assert not splitter.is_calling
+
+
+# one call as an object
+
+
+def objects(raw: str) -> tuple[Message, str | None]:
+    reader = CallReader()
+    events: list[Any] = []
+    for n, char in enumerate(raw):
+        more, rest = reader.feed(char)
+        events += more
+        if rest is not None:
+            return Message.of(events), rest + raw[n + 1 :]
+    return Message.of(events), None
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("form", [
+    '{{"name": "f", "arguments": {}}}',
+    '{{"name":"f","arguments":{}}}',
+    ' {{ "name" : "f" , "parameters" : {} , "more" : [{{}}] }}',
+    '{{"type": "function", "name": "f", "arguments": {}}}',
+])  # fmt: skip
+def test_a_call_gives_back_what_comes_after_it(form: str, arguments: str) -> None:
+    raw = form.format(arguments)
+    assert objects(raw + " after") == (said("", ("f", arguments)), " after")
+    reader = CallReader()
+    events, rest = reader.feed(raw + " after")
+    assert (Message.of(events), rest) == (said("", ("f", arguments)), " after")
+    assert reader.is_call
+
+
+@pytest.mark.parametrize("raw", ["]", "x", '"text"', "5 ", '{"x": 1}', "{}", "{]"])
+def test_what_is_no_call_is_there_to_be_taken_back(raw: str) -> None:
+    reader = CallReader()
+    events, rest = reader.feed(f" {raw}")
+    assert (events, reader.is_call) == ([], False)
+    assert rest is not None
+    assert reader.raw + rest == f" {raw}"
+
+
+# the end of a JSON value
+
+
+@pytest.mark.parametrize("value", [*ARGUMENTS, '"a \\" b"', "0", "-1.5e3", "true", '""', "[[]]"])
+def test_a_json_value_ends_where_it_ends(value: str) -> None:
+    for before in ("", " \n"):
+        for after in (" ", ",", "}", "]", "<", "[x"):
+            raw = before + value + after
+            assert JsonSpan().feed(raw) == len(before + value)
+            span = JsonSpan()
+            ends = [n for n, char in enumerate(raw) if span.feed(char) is not None and n]
+            n_last = len(before + value) - (value[-1] in '}]"')
+            assert ends[0] == n_last
+            assert span.has_ended
+            assert span.feed("{") == 0  # nothing more belongs to it
+
+
+# any text
+
+PIECES = {
+    "hermes": ["<tool_call>", "</tool_call>", "<tool_", "{", "}", '"', "\\", '{"name": "f"',
+               ', "arguments": ', hermes_call("f", '{"a": "}"}'), "<think>", "</think>"],
+    "mistral": ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[TOOL", "[", "]", "{", "}", "f", ", ", '"',
+                '{"name": "f", "arguments": {}}'],
+    "llama3": ["<|python_tag|>", '{"name": "f"', ', "parameters": ', "{", "}", '"', "<|", "; "],
+    "harmony": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|constrain|>",
+                "assistant", "analysis", "final", "commentary", " to=functions.f", "{", "}", '"',
+                "<|", " to"],
+}  # fmt: skip
+MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY}
+MAKES |= {f"{name} in thoughts": thinking(make, is_open=True) for name, make in MAKES.items()}
+MAKES |= {f"{name} inline": inline(thinking(make)) for name, make in MAKES.items()}
+
+
+@pytest.mark.parametrize("name", MAKES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_text_is_read_the_same_however_it_is_cut(name: str, data: st.DataObject) -> None:
+    pieces = [*PIECES[name.split()[0]], "<think>", "</think>", "ж", " ", "\n"]
+    said_so = data.draw(st.lists(st.sampled_from(pieces), max_size=14))
+    raw = "".join(said_so)
+    whole = fed(MAKES[name], [raw])
+    assert fed(MAKES[name], raw) == whole
+    assert fed(MAKES[name], said_so) == whole
+    cut = data.draw(st.integers(0, len(raw)))
+    assert fed(MAKES[name], [raw[:cut], raw[cut:]]) == whole
+
+
+# pieces that are whole, so that what stands between them is in no call
+WHOLES = {
+    "hermes": ["<tool_call>", "</tool_call>", "<tool_", '{"x": 1}', hermes_call("f", "{}")],
+    "mistral": ["[TOOL_CALLS]", "[ARGS]", "[TOOL", '[{"x": 1}]', "[TOOL_CALLS]f[ARGS]{}",
+                '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'],
+    "llama3": ["<|python_tag|>", "<|", '{"name": "f", "parameters": {}}', '{"name": "g"}'],
+    "harmony": ["<|end|>", "<|message|>", ANALYSIS, FINAL, NEXT, "<|call|>",
+                f"{COMMENTARY} to=functions.f<|message|>{{}}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAKES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_text_outside_of_calls_is_lost(name: str, data: st.DataObject) -> None:
+    pieces = [*WHOLES[name.split()[0]], "<think>", "</think>", "ж", "ж", " "]
+    raw = "".join(data.draw(st.lists(st.sampled_from(pieces), max_size=14)))
+    message, _ = fed(MAKES[name], raw)
+    kept = message.text + message.reasoning + "".join(c.name + c.arguments for c in message.calls)
+    in_headers = "".join(re.findall(r"<\|start\|>(?:(?!<\|message\|>).)*", raw))
+    assert raw.count("ж") - in_headers.count("ж") <= kept.count("ж") <= raw.count("ж")

@@ -1,0 +1,248 @@
+"""For how long a model may think, and what of an answer counts as thoughts."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import worker
+from engine import wire
+from engine.backends.base import Constraint
+from engine.grammar import Compiler
+from engine.thinking import Thoughts
+from engine.types import Sampled, SamplingParams
+from tests.byte_tokenizer import END, ByteTokenizer, sampled
+
+LETTERS = ByteTokenizer()  # in which all tags are text
+TOKENS = ByteTokenizer("<think>", "</think>")
+BOTH = pytest.mark.parametrize("tokenizer", [LETTERS, TOKENS], ids=["text", "control tokens"])
+ENDING = "\n</think>\n\n"
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"],
+        "additionalProperties": False}  # fmt: skip
+
+
+def think(budget: int | None = None, *, is_open: bool = True) -> wire.Thinking:
+    return wire.Thinking("<think>", "</think>", is_open, budget, ENDING)
+
+
+def tokens(tokenizer: ByteTokenizer, text: str) -> list[int]:
+    return tokenizer.tokenize(text, parse_special=True, continues=True)
+
+
+def thoughts(
+    thinking: wire.Thinking, tokenizer: ByteTokenizer, grammar: Constraint | None = None
+) -> Thoughts:
+    ending = tokens(tokenizer, thinking.ending) if thinking.budget is not None else []
+    return Thoughts(thinking, tokenizer.shown, ending, grammar)
+
+
+def play(follower: Thoughts, tokenizer: ByteTokenizer, script: str) -> str:
+    return tokenizer.text(list(sampled(follower, tokens(tokenizer, script), tokenizer.n_vocab)))
+
+
+# the budget
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("budget", "script", "text"),
+    [
+        (None, "Um, oz.</think>So", "Um, oz.</think>So"),
+        (0, "So", f"{ENDING}So"),
+        (1, "Um.", f"U{ENDING}m."),
+        (5, "Um, oz.", f"Um, o{ENDING}z."),
+        (5, "Um, o", "Um, o"),
+        (9, "Um, oz, ar.", f"Um, oz, a{ENDING}r."),
+        (20, "Um.</think>So", "Um.</think>So"),
+    ],
+)
+def test_thoughts_in_the_prompt_end_when_their_budget_is_used_up(
+    tokenizer: ByteTokenizer, budget: int | None, script: str, text: str
+) -> None:
+    assert play(thoughts(think(budget), tokenizer), tokenizer, script) == text
+
+
+@BOTH
+@pytest.mark.parametrize("before", ["", " ", "\n\n"])
+@pytest.mark.parametrize(("budget", "text"), [(0, f"{ENDING}abc"), (2, f"ab{ENDING}c")])
+def test_the_budget_counts_from_where_the_answer_opens_thoughts(
+    tokenizer: ByteTokenizer, before: str, budget: int, text: str
+) -> None:
+    follower = thoughts(think(budget, is_open=False), tokenizer)
+    assert play(follower, tokenizer, f"{before}<think>abc") == f"{before}<think>{text}"
+
+
+@BOTH
+@pytest.mark.parametrize("script", ["Hi", " Hi <think>a", "<thin Hi", "</think>Hi", "<b><think>"])
+def test_what_is_no_thought_has_no_budget(tokenizer: ByteTokenizer, script: str) -> None:
+    follower = thoughts(think(0, is_open=False), tokenizer)
+    assert play(follower, tokenizer, script) == script
+    assert follower.is_over
+
+
+@BOTH
+def test_an_end_is_put_into_its_mouth_once(tokenizer: ByteTokenizer) -> None:
+    thinking = wire.Thinking("{think}", "</think>", True, 2, ENDING)
+    script = "ab{think}cdef</think>gh"
+    text = play(thoughts(thinking, tokenizer), tokenizer, script)
+    assert text == f"ab{ENDING}{{think}}cdef</think>gh"
+
+
+@BOTH
+def test_an_end_without_the_tag_is_said_once_too(tokenizer: ByteTokenizer) -> None:
+    thinking = wire.Thinking("<think>", "</think>", True, 1, "So.")
+    assert play(thoughts(thinking, tokenizer), tokenizer, "abc</think>d") == "aSo.bc</think>d"
+
+
+@BOTH
+@pytest.mark.parametrize("char", ["é", "世", "🎉"])
+def test_thoughts_end_behind_a_whole_character(tokenizer: ByteTokenizer, char: str) -> None:
+    for budget in range(1, len(char.encode()) + 1):
+        text = play(thoughts(think(budget), tokenizer), tokenizer, f"{char}x")
+        assert text == f"{char}{ENDING}x"
+
+
+def test_bytes_that_are_no_character_do_not_put_the_end_off() -> None:
+    follower = thoughts(think(2), LETTERS)
+    said = list(sampled(follower, [0xFF, 0xE4, 0xE4, ord("x"), ord("y")], LETTERS.n_vocab))
+    assert bytes(said) == b"\xff\xe4\xe4x" + ENDING.encode() + b"y"
+
+
+def test_a_tag_is_found_however_it_is_spread_over_tokens() -> None:
+    pieces = [b" <th", b"ink>Hm", b".</thi", b"nk> H", b"i"]
+    follower = Thoughts(think(is_open=False), lambda token: pieces[token], [], None)
+    states = []
+    for token in range(len(pieces)):
+        follower.accept(token)
+        states.append(follower.is_over)
+    assert states == [False, False, False, True, True]
+
+
+def test_thoughts_may_open_and_close_in_one_token() -> None:
+    follower = Thoughts(think(is_open=False), lambda token: b"<think></think>Hi", [], None)
+    follower.accept(0)
+    assert follower.is_over
+
+
+# with a grammar
+
+
+def grammar(tokenizer: ByteTokenizer, frame: str) -> Any:
+    part = wire.GrammarPart("json_schema", json.dumps(CITY), "response_format")
+    return Compiler(tokenizer).compile(wire.Grammar((part,), frame))
+
+
+@BOTH
+@pytest.mark.parametrize("budget", range(8))
+def test_an_answer_in_json_follows_thoughts_that_must_end(
+    tokenizer: ByteTokenizer, budget: int
+) -> None:
+    state = grammar(tokenizer, "start: «until </think>» /[ \\n]{0,4}/ @p0")
+    answer = '{"city": "Oslo"}'
+    begun = next(t for n in range(5) if len((t := "Hé世?"[:n]).encode()) >= budget)
+    said = play(thoughts(think(budget), tokenizer, state), tokenizer, begun + answer)
+    assert said == begun + ENDING + answer
+    assert state.is_complete
+
+
+@BOTH
+def test_json_in_the_thoughts_is_no_answer(tokenizer: ByteTokenizer) -> None:
+    state = grammar(tokenizer, "start: «until </think>» @p0")
+    said = sampled(thoughts(think(), tokenizer, state), tokens(tokenizer, '{"city": "Oslo"}'), 300)
+    assert tokenizer.text(list(said)) == '{"city": "Oslo"}'
+    assert not state.is_complete
+    logits = np.zeros(tokenizer.n_vocab, np.float32)
+    state.apply(logits)
+    assert logits[END] == -np.inf
+
+
+# stop strings, and what the text shows
+
+
+def answer_text(
+    script: str,
+    *,
+    tokenizer: ByteTokenizer = LETTERS,
+    thinking: wire.Thinking | None = None,
+    stop: list[str] = [],  # noqa: B006 (not changed)
+    max_tokens: int | None = None,
+) -> tuple[str, str]:
+    """What the worker sends of an answer, and why it ended."""
+    request = wire.Generate(
+        prompt=[wire.Segment("Hi", True)],
+        add_bos=False,
+        sampling=SamplingParams(),
+        stop=stop,
+        max_tokens=max_tokens,
+        thinking=thinking,
+        visible=["<think>", "</think>", "<tool_call>"] if thinking else [],
+    )
+    engine: Any = SimpleNamespace(tokenizer=tokenizer, n_ctx=1000)
+    answer = worker.Answer(worker.prepare(request, engine, Compiler(tokenizer)), 0, tokenizer)
+    text = ""
+    for token in sampled(answer.constraint, [*tokens(tokenizer, script), END], tokenizer.n_vocab):
+        if out := answer.accept(Sampled(token)):
+            text += out.text
+            if out.done:
+                return text, out.done.finish
+    raise AssertionError("the answer has no end")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("Hm.\n\nOh.</think>\n\nHello.\n\nMore", "Hm.\n\nOh.</think>\n\nHello."),
+        ("Hm.\n\n</think>Hello.\n\nMore", "Hm.\n\n</think>Hello."),
+        ("Hm.\n\n", "Hm.\n\n"),
+        ("Hm.\n\n</think>\n\n", "Hm.\n\n</think>\n\n"),
+        ("Hm.</think> \n\n \n\nHello.\n\nMore", "Hm.</think> \n\n \n\nHello."),
+    ],
+)
+def test_stop_strings_count_in_the_answer_only(
+    tokenizer: ByteTokenizer, script: str, text: str
+) -> None:
+    said, _ = answer_text(script, tokenizer=tokenizer, thinking=think(), stop=["\n\n"])
+    assert said == text
+
+
+@BOTH
+@pytest.mark.parametrize("stop", ["think", "</think>", ">", "Hm"])
+def test_a_stop_string_is_not_looked_for_in_the_tags(tokenizer: ByteTokenizer, stop: str) -> None:
+    said, finish = answer_text(
+        f"<think>Hm.</think>Hello{stop}More",
+        tokenizer=tokenizer,
+        thinking=think(is_open=False),
+        stop=[stop],
+    )
+    assert (said, finish) == ("<think>Hm.</think>Hello", "stop")
+
+
+@BOTH
+def test_stop_strings_count_from_the_start_where_nothing_is_thought(
+    tokenizer: ByteTokenizer,
+) -> None:
+    for thinking in (None, think(is_open=False)):
+        said = answer_text("STOP it", tokenizer=tokenizer, thinking=thinking, stop=["STOP"])
+        assert said == ("", "stop")
+
+
+@BOTH
+def test_thoughts_that_take_too_long_are_ended_in_the_text(tokenizer: ByteTokenizer) -> None:
+    said, _ = answer_text("Hm, oh.", tokenizer=tokenizer, thinking=think(3), stop=["\n\n"])
+    assert said == f"Hm,{ENDING} oh."
+
+
+def test_the_text_shows_the_control_tokens_that_were_asked_for_and_no_others() -> None:
+    tokenizer = ByteTokenizer("<think>", "</think>", "<tool_call>", "<other>")
+    script = "<think>a<other></think>b<tool_call>"
+    said, _ = answer_text(script, tokenizer=tokenizer, thinking=think(is_open=False))
+    assert said == "<think>a</think>b<tool_call>"
+    assert answer_text(script, tokenizer=tokenizer)[0] == "ab"
+
+
+def test_an_answer_may_end_in_its_thoughts() -> None:
+    assert answer_text("Hm", thinking=think()) == ("Hm", "stop")
+    assert answer_text("Hm, oh", thinking=think(), max_tokens=4) == ("Hm, ", "length")

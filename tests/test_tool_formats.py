@@ -1,0 +1,520 @@
+"""How the families of models are told of tools, calls and thoughts."""
+
+import json
+from typing import Any
+
+import pytest
+
+from chat.events import Call, Message
+from chat.format import NO_TOOLS, ToolChoice
+from chat.tools import BY_NAME, FAMILIES
+from engine.wire import GrammarPart
+from errors import BadRequest, UnsupportedParameter
+from tests.chat_formats import (
+    NAMES,
+    ONE_CALL,
+    TEMPLATES,
+    TIME,
+    TOOLS,
+    TWO_CALLS,
+    WEATHER,
+    assistant,
+    chat_format,
+    choose,
+    prompt,
+    result,
+    system,
+    text,
+    tool,
+    user,
+)
+
+ANSWER = GrammarPart("json_schema", '{"type": "object"}', "response_format")
+THINKING = ("qwen3", "gpt_oss", "deepseek_r1")
+
+
+# which family a template is of
+
+
+def family_of(source: str) -> str:
+    return next(family for family in FAMILIES if family.fits(source)).name
+
+
+@pytest.mark.parametrize(
+    ("template", "family"),
+    [
+        ("qwen2_5", "hermes"),
+        ("qwen3", "hermes"),
+        ("llama3_1", "llama3"),
+        ("mistral_v3", "mistral"),
+        ("mistral_v11", "mistral-v11"),
+        ("gpt_oss", "harmony"),
+        ("smollm2", "generic"),
+        ("deepseek_r1", "generic"),
+    ],
+)
+def test_a_family_is_known_by_its_template(template: str, family: str) -> None:
+    assert family_of((TEMPLATES / f"{template}.jinja").read_text()) == family
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "{{ '<tool_call>\n<function=' + name + '>\n<parameter=' }}",
+        "{{ '<tool_call>' + name + '\n<arg_key>' }}",
+        "{{ ns_token ~ '<tool_call>' }}{{ '<invoke name=\"' + name + '\">' }}",
+        "{{ 'use <tool_call></tool_call>: <tool_calls>[{\"name\": ' }}",
+        "{{ '<function=' + name + '>' }}{{ '<|python_tag|>' }}",
+        "{{ '<|channel>thought\n<channel|>' }}",
+    ],
+)
+def test_who_calls_in_another_way_is_told_how_in_the_system_text(source: str) -> None:
+    assert family_of(source) == "generic"
+
+
+def test_a_family_may_be_chosen_by_name() -> None:
+    for name in BY_NAME:
+        raw = {"llama3": '{"name": "get_time", "parameters": {}}',
+               "harmony": "<|channel|>commentary to=functions.get_time<|message|>{}",
+               "mistral": '[TOOL_CALLS] [{"name": "get_time", "arguments": {}}]',
+               "mistral-v11": "[TOOL_CALLS]get_time[ARGS]{}"}  # fmt: skip
+        hermes = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+        splitter = prompt(chat_format("smollm2", name), ONE_CALL, TOOLS).splitter()
+        message = Message.of([*splitter.feed(raw.get(name, hermes)), *splitter.finish()])
+        assert message.calls == [Call("get_time", "{}")]
+
+
+@pytest.mark.parametrize(
+    ("source", "tags"),
+    [
+        ("", None),
+        ("{# <think> #}", None),
+        ("{# </think> #}", ("<think>", "</think>")),
+        ("{# [/THINK] #}", ("[THINK]", "[/THINK]")),
+        ("{# </thinking> #}", ("<thinking>", "</thinking>")),
+        ("{# <|END_THINKING|> #}", ("<|START_THINKING|>", "<|END_THINKING|>")),
+        ("{# </seed:think> #}", ("<seed:think>", "</seed:think>")),
+        ("{# <|channel|> <|message|> #}", ("<|channel|>analysis<|message|>", "<|end|>")),
+    ],
+)
+def test_thoughts_are_known_by_the_tag_that_ends_them(
+    source: str, tags: tuple[str, str] | None
+) -> None:
+    thinking = prompt(source, user("Hi")).thinking
+    assert (thinking and (thinking.open, thinking.close)) == tags
+
+
+# conversations with tools
+
+WEATHER_LINE, TIME_LINE = (json.dumps(tool.definition["function"]) for tool in TOOLS)
+INSTRUCTIONS = f"""\
+You can call functions. Here are their descriptions, one JSON object a line:
+{WEATHER_LINE}
+{TIME_LINE}
+
+To call one, write its name and its arguments as JSON between these tags:
+<tool_call>
+{{"name": "the_name", "arguments": {{"an_argument": "its value"}}}}
+</tool_call>
+The results come back between <tool_response> tags. Without need of a function just answer."""
+
+
+def test_a_template_that_knows_no_tools_gets_them_as_text() -> None:
+    assert (
+        text(prompt("smollm2", TWO_CALLS, TOOLS))
+        == f"""\
+<|im_start|>system
+Be brief.
+
+{INSTRUCTIONS}<|im_end|>
+<|im_start|>user
+Weather?<|im_end|>
+<|im_start|>assistant
+<tool_call>
+{{"name": "get_weather", "arguments": {{"city": "Paris"}}}}
+</tool_call>
+<tool_call>
+{{"name": "get_time", "arguments": {{"city": "Rome"}}}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+rain
+</tool_response>
+<tool_response>
+noon
+</tool_response><|im_end|>
+<|im_start|>assistant
+Rain at noon.<|im_end|>
+<|im_start|>user
+Thanks<|im_end|>
+<|im_start|>assistant
+"""
+    )
+
+
+def test_instructions_are_a_system_turn_where_there_is_none() -> None:
+    begun = f"<|im_start|>system\n{INSTRUCTIONS}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    assert text(prompt("smollm2", user("Hi"), TOOLS)).startswith(begun)
+    assert INSTRUCTIONS not in text(prompt("smollm2", ONE_CALL))
+
+
+# what comes behind the first question
+TURNS = {
+    "qwen2_5": """<|im_end|>
+<|im_start|>assistant
+<tool_call>
+{"name": "get_weather", "arguments": {"city": "Paris"}}
+</tool_call>
+<tool_call>
+{"name": "get_time", "arguments": {"city": "Rome"}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+rain
+</tool_response>
+<tool_response>
+noon
+</tool_response><|im_end|>
+<|im_start|>assistant
+Rain at noon.<|im_end|>
+<|im_start|>user
+Thanks<|im_end|>
+<|im_start|>assistant
+""",
+    "llama3_1": """<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+{"name": "get_weather", "parameters": {"city": "Paris"}}<|eot_id|>\
+<|start_header_id|>ipython<|end_header_id|>
+
+"rain"<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+{"name": "get_time", "parameters": {"city": "Rome"}}<|eot_id|>\
+<|start_header_id|>ipython<|end_header_id|>
+
+"noon"<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+Rain at noon.<|eot_id|><|start_header_id|>user<|end_header_id|>
+
+Thanks<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+""",
+    "mistral_v11": '[/INST][TOOL_CALLS]get_weather[CALL_ID]74196fe72[ARGS]{"city": "Paris"}'
+    '[TOOL_CALLS]get_time[CALL_ID]1b68f83fa[ARGS]{"city": "Rome"}</s>'
+    "[TOOL_RESULTS]74196fe72[TOOL_CONTENT]rain[/TOOL_RESULTS]"
+    "[TOOL_RESULTS]1b68f83fa[TOOL_CONTENT]noon[/TOOL_RESULTS]"
+    "Rain at noon.</s>[INST]Thanks[/INST]",
+    "gpt_oss": "<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary json"
+    '<|message|>{"city": "Paris"}<|call|>'
+    '<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>"rain"<|end|>'
+    "<|start|>assistant to=functions.get_time<|channel|>commentary json"
+    '<|message|>{"city": "Rome"}<|call|>'
+    '<|start|>functions.get_time to=assistant<|channel|>commentary<|message|>"noon"<|end|>'
+    "<|start|>assistant<|channel|>final<|message|>Rain at noon.<|end|>"
+    "<|start|>user<|message|>Thanks<|end|><|start|>assistant",
+}
+TURNS["qwen3"] = TURNS["qwen2_5"]
+
+
+@pytest.mark.parametrize("template", TURNS)
+def test_two_calls_of_a_turn_and_their_results_come_in_the_familys_form(template: str) -> None:
+    _, question, turns = text(prompt(template, TWO_CALLS, TOOLS)).partition("Weather?")
+    assert question
+    assert turns == TURNS[template]
+
+
+@pytest.mark.parametrize("template", NAMES)
+def test_whatever_a_conversation_holds_is_in_the_prompt(template: str) -> None:
+    answered = [*ONE_CALL, *assistant("Rain."), *user("More")]
+    for messages in (ONE_CALL, answered, TWO_CALLS, TWO_CALLS[:5], TWO_CALLS[1:], TWO_CALLS[:2]):
+        for tools in (TOOLS, ()):
+            shown = text(prompt(template, messages, tools))
+            for message in messages:
+                assert message["content"] is None or message["content"] in shown
+                for call in message.get("tool_calls", ()):
+                    assert call["function"]["name"] in shown
+                    assert call["function"]["arguments"] in shown
+            assert ("What get_time does" in shown) == bool(tools)
+
+
+def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
+    call = ("call_1", "get_weather", '{"city": "Paris"}')
+    messages = [*user("Weather?"), *assistant("I look.", call, reasoning_content="Hm."),
+                *result("call_1", "rain")]  # fmt: skip
+    shown = {name: text(prompt(name, messages, TOOLS)) for name in NAMES}
+    assert "<think>\nHm.\n</think>\n\nI look.\n<tool_call>\n{" in shown["qwen3"]
+    assert "<|im_start|>assistant\nI look.\n<tool_call>\n{" in shown["smollm2"]
+    assert "<|channel|>analysis<|message|>Hm.\n\nI look.<|end|><|start|>" in shown["gpt_oss"]
+
+
+def test_what_was_said_before_two_calls_comes_once_where_each_has_a_turn() -> None:
+    messages = list(TWO_CALLS[1:5])
+    messages[1] = messages[1] | {"content": "I look.", "reasoning": "Hm."}
+    shown = text(prompt("gpt_oss", messages, TOOLS))
+    assert shown.count("Hm.\n\nI look.") == shown.count("Hm.") == shown.count("I look.") == 1
+
+
+def test_results_stay_with_their_calls_where_ids_are_used_again() -> None:
+    calls = [("call_0", "get_weather", "{}"), ("call_1", "get_time", "{}")]
+    messages = user("Weather?")
+    for answers in (["rain", "noon"], ["snow", "night"]):
+        # the results may come in any order
+        messages += [*assistant(None, *calls), *result("call_1", answers[1]),
+                     *result("call_0", answers[0])]  # fmt: skip
+    shown = text(prompt("llama3_1", messages, TOOLS)).replace("<|end_header_id|>\n\n", ">")
+    turns = [part.rpartition(">")[2] for part in shown.split("<|eot_id|>")][-9:-1]
+    assert turns == [
+        '{"name": "get_weather", "parameters": {}}', '"rain"',
+        '{"name": "get_time", "parameters": {}}', '"noon"',
+        '{"name": "get_weather", "parameters": {}}', '"snow"',
+        '{"name": "get_time", "parameters": {}}', '"night"',
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("has_other_ids", [True, False])
+def test_results_that_name_no_call_are_kept(has_other_ids: bool) -> None:
+    calls = [("", "get_weather", "{}"), ("", "get_time", "{}")]
+    messages = [*user("Weather?"), *assistant(None, *calls), *result("x", "ok"), *result("y", "ok")]
+    if not has_other_ids:  # nor any at all
+        for call, message in zip(messages[1]["tool_calls"], messages[2:], strict=True):
+            del call["id"], message["tool_call_id"]
+    for template in ("llama3_1", "gpt_oss", "smollm2"):
+        shown = text(prompt(template, messages, TOOLS))
+        assert shown.count("ok") == 2
+        if template == "llama3_1":  # each follows its call, or all of them
+            assert ("get_time" in shown.split("ok")[1]) == (not has_other_ids)
+
+
+def test_a_result_has_the_name_of_its_function() -> None:
+    source = "{% for m in messages if m.role == 'tool' %}{{ m.name }}: {{ m.content }} {% endfor %}"
+    source += "{{ tools and '<tool_call>' }}"
+    assert text(prompt(source, TWO_CALLS)) == "get_weather: rain get_time: noon None"
+
+
+@pytest.mark.parametrize("id", ["abcDEF123", "call_00000000000000000000001", "x", "", "é" * 9])
+def test_ids_have_the_nine_characters_that_mistral_wants(id: str) -> None:
+    messages = [*user("Weather?"), *assistant(None, (id, "get_time", "{}")), *result(id, "noon")]
+    shown = text(prompt("mistral_v3", messages, TOOLS))
+    called, answered = shown.split('"id": "')[1][:10], shown.split('"call_id": "')[1][:10]
+    assert called == answered
+    assert called.strip('"').isascii()
+    assert (called == f'{id}"') == (id == "abcDEF123")
+
+
+def test_what_a_template_refuses_is_the_clients_fault() -> None:
+    with pytest.raises(BadRequest, match="alternate"):
+        prompt("mistral_v3", [*user("One"), *user("Two")])
+
+
+NO_SYSTEM = """\
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{{ raise_exception('No system turns!') }}{% endif %}
+    {{- message.role + ': ' + message.content + '\n' }}
+{%- endfor %}"""
+
+
+def test_a_template_that_refuses_a_system_text_gets_it_in_the_users() -> None:
+    assert text(prompt(NO_SYSTEM, [*system("Be brief."), *user("Hi")])) == "user: Be brief.\n\nHi\n"
+    assert text(prompt(NO_SYSTEM, system("Be brief."))) == "user: Be brief.\n"
+    assert text(prompt(NO_SYSTEM, user("Hi"), TOOLS)) == f"user: {INSTRUCTIONS}\n\nHi\n"
+    with pytest.raises(BadRequest, match="No system turns"):
+        prompt(NO_SYSTEM, [*user("Hi"), *system("Be brief.")])
+
+
+# which tools may be called
+
+
+def test_all_tools_are_shown_and_those_that_are_chosen_may_be_called() -> None:
+    choice = ToolChoice(frozenset({"get_time"}))
+    for name in NAMES:
+        made = prompt(name, ONE_CALL, TOOLS, choice=choice)
+        assert "What get_weather does" in text(made)
+        assert made.grammar
+        assert made.grammar.parts == (TIME.arguments,)
+        assert "get_weather" not in made.grammar.frame
+
+
+def test_without_tools_to_call_only_the_thoughts_are_looked_for() -> None:
+    raw = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+    for name in ("qwen2_5", "qwen3", "smollm2", "llama3_1", "mistral_v3"):
+        made = prompt(name, ONE_CALL, TOOLS, choice=NO_TOOLS)
+        assert made.grammar is None
+        splitter = made.splitter()
+        assert Message.of([*splitter.feed(raw), *splitter.finish()]) == Message(raw)
+    assert prompt("qwen2_5", ONE_CALL).visible == []
+
+
+def test_a_call_that_nobody_asked_for_is_none() -> None:
+    """gpt-oss may write one where there is no grammar."""
+    splitter = prompt("gpt_oss", ONE_CALL, TOOLS, choice=NO_TOOLS).splitter()
+    raw = "<|channel|>commentary to=functions.get_time json<|message|>{}"
+    assert Message.of([*splitter.feed(raw), *splitter.finish()]) == Message("", "{}")
+
+
+def test_parts_of_the_grammar_are_the_answer_and_then_the_tools() -> None:
+    made = prompt("qwen2_5", ONE_CALL, TOOLS, answer=ANSWER)
+    assert made.grammar
+    assert made.grammar.parts == (ANSWER, WEATHER.arguments, TIME.arguments)
+    for part in ("@p0", '"\\"get_weather\\", \\"arguments\\": " @p1', "@p2"):
+        assert part in made.grammar.frame
+
+
+@pytest.mark.parametrize("template", NAMES)
+def test_an_answer_in_json_may_be_mistaken_for_a_call_of_llama(template: str) -> None:
+    asked = {"answer": ANSWER}
+    if template == "llama3_1":
+        with pytest.raises(UnsupportedParameter) as caught:
+            prompt(template, ONE_CALL, TOOLS, **asked)
+        assert caught.value.param == "response_format"
+    else:
+        assert prompt(template, ONE_CALL, TOOLS, **asked).grammar
+    assert prompt(template, ONE_CALL, TOOLS, choice=choose(TOOLS, is_required=True), **asked)
+    assert prompt(template, ONE_CALL, **asked).grammar
+
+
+# thoughts
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "end", "is_open", "budget"),
+    [
+        ("qwen3", {}, "assistant\n", False, None),
+        ("qwen3", {"budget": 7}, "assistant\n", False, 7),
+        ("qwen3", {"effort": "minimal"}, "assistant\n", False, 256),
+        ("qwen3", {"effort": "low"}, "assistant\n", False, 1024),
+        ("qwen3", {"effort": "medium"}, "assistant\n", False, 8192),
+        ("qwen3", {"effort": "high"}, "assistant\n", False, None),
+        ("qwen3", {"effort": "xhigh"}, "assistant\n", False, None),
+        ("qwen3", {"effort": "low", "budget": 7}, "assistant\n", False, 7),
+        ("deepseek_r1", {}, "<think>\n", True, None),
+        ("deepseek_r1", {"effort": "none"}, "<think>\n", True, 0),
+        ("deepseek_r1", {"budget": 0}, "<think>\n", True, 0),
+        ("deepseek_r1", {"effort": "low"}, "<think>\n", True, 1024),
+        ("gpt_oss", {}, "assistant", False, None),
+        ("gpt_oss", {"effort": "high"}, "assistant", False, None),
+        ("gpt_oss", {"effort": "none"}, "assistant", False, 0),
+        ("gpt_oss", {"effort": "low", "budget": 7}, "assistant", False, 7),
+    ],
+)
+def test_thoughts_begin_where_the_prompt_ends_and_take_what_they_may(
+    template: str, fields: dict[str, Any], end: str, is_open: bool, budget: int | None
+) -> None:
+    made = prompt(template, user("Hi"), **fields)
+    assert text(made).endswith(end)
+    assert made.thinking
+    assert (made.thinking.is_open, made.thinking.budget) == (is_open, budget)
+
+
+@pytest.mark.parametrize("fields", [{"effort": "none"}, {"extra": {"enable_thinking": False}}])
+def test_a_model_that_can_be_told_not_to_think_does_not(fields: dict[str, Any]) -> None:
+    made = prompt("qwen3", user("Hi"), **fields)
+    assert text(made).endswith("<think>\n\n</think>\n\n")
+    assert made.thinking is None
+    assert made.visible == []
+    splitter = made.splitter()
+    assert Message.of(splitter.feed("<think>Hi")) == Message("<think>Hi")
+
+
+def test_what_a_client_says_to_the_template_comes_before_the_effort() -> None:
+    made = prompt("qwen3", user("Hi"), effort="none", extra={"enable_thinking": True})
+    assert text(made).endswith("assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("effort", "told"),
+    [(None, "medium"), ("none", "low"), ("minimal", "low"), ("low", "low"), ("xhigh", "high")],
+)
+def test_an_effort_is_told_to_a_template_that_knows_efforts(effort: str | None, told: str) -> None:
+    assert f"Reasoning: {told}\n" in text(prompt("gpt_oss", user("Hi"), effort=effort))
+
+
+@pytest.mark.parametrize("template", set(NAMES) - set(THINKING))
+def test_a_model_that_does_not_think_has_no_effort(template: str) -> None:
+    assert prompt(template, user("Hi"), effort="none", budget=0).thinking is None
+    for fields, param in (
+        ({"effort": "low"}, "reasoning_effort"),
+        ({"budget": 5}, "thinking_budget_tokens"),
+    ):
+        with pytest.raises(UnsupportedParameter, match="does not think") as caught:
+            prompt(template, user("Hi"), **fields)
+        assert caught.value.param == param
+
+
+def test_thoughts_that_take_too_long_end_as_the_family_ends_them() -> None:
+    assert [prompt(name, user("Hi")).thinking.ending for name in THINKING] == [  # type: ignore[union-attr]
+        "\n</think>\n\n",
+        "<|end|><|start|>assistant<|channel|>final<|message|>",
+        "\n</think>\n\n",
+    ]
+    may_call = prompt("gpt_oss", user("Hi"), TOOLS).thinking
+    assert may_call
+    assert may_call.ending == "<|end|><|start|>assistant"
+
+
+def test_the_control_tokens_that_are_looked_for_are_shown() -> None:
+    assert prompt("qwen3", user("Hi")).visible == [
+        "<tool_call>",
+        "</tool_call>",
+        "<think>",
+        "</think>",
+    ]
+    assert prompt("mistral_v3", user("Hi"), TOOLS).visible == ["[TOOL_CALLS]"]
+
+
+# answers that are continued
+
+
+def go_on(template: str, begun: str, **fields: Any) -> Any:
+    return prompt(template, [*user("Hi"), *assistant(begun)], continues=True, **fields)
+
+
+@pytest.mark.parametrize("template", NAMES)
+def test_an_answer_goes_on_where_it_ends(template: str) -> None:
+    made = go_on(template, "It is ")
+    assert text(made).endswith("It is ")
+    assert made.thinking is None
+    splitter = made.splitter()
+    said = [*splitter.feed("<think> and <|x|> ok"), *splitter.finish()]
+    assert Message.of(said) == Message("<think> and <|x|> ok")
+
+
+def test_an_answer_may_go_on_in_its_thoughts() -> None:
+    for template in ("qwen3", "deepseek_r1"):
+        made = go_on(template, "<think>\nHm, ")
+        assert made.thinking
+        assert made.thinking.is_open
+        splitter = made.splitter()
+        said = Message.of([*splitter.feed("oh.</think>Hi"), *splitter.finish()])
+        assert said == Message("Hi", "oh.")
+        assert go_on(template, "<think>Hm.</think>It is").thinking is None
+
+
+def test_a_tag_in_another_message_opens_no_thoughts() -> None:
+    messages = [*system("Think between <think> tags."), *user("Hi"), *assistant("It is")]
+    for template in ("qwen3", "deepseek_r1"):
+        assert prompt(template, messages, continues=True).thinking is None
+
+
+def test_the_end_of_an_answer_can_be_a_call_only_where_text_comes_before_calls() -> None:
+    for template in ("qwen2_5", "mistral_v3", "mistral_v11", "smollm2"):
+        made = go_on(template, "Let me see.", tools=TOOLS)
+        assert made.grammar
+    for template in ("llama3_1", "gpt_oss"):
+        with pytest.raises(UnsupportedParameter, match="continued"):
+            go_on(template, "Let me see.", tools=TOOLS)
+    with pytest.raises(UnsupportedParameter, match="continued") as caught:
+        go_on("qwen2_5", "x", tools=TOOLS, choice=choose(TOOLS, is_required=True))
+    assert caught.value.param == "tools"
+
+
+def test_the_end_of_an_answer_has_no_form() -> None:
+    with pytest.raises(UnsupportedParameter) as caught:
+        go_on("qwen2_5", "{", answer=ANSWER)
+    assert caught.value.param == "response_format"
+
+
+def test_tools_without_arguments_are_tools_too() -> None:
+    for name in NAMES:
+        made = prompt(name, user("Hi"), [tool("now")])
+        assert "now" in text(made)
+        assert made.grammar

@@ -1,0 +1,518 @@
+"""What a model may say that has tools: what comes out is always text, thoughts and valid calls."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from chat.events import Call, Message
+from chat.format import Prompt, Tool
+from engine.grammar import Compiler, GrammarState
+from engine.thinking import Thoughts
+from engine.wire import GrammarPart
+from tests.byte_tokenizer import END, ByteTokenizer, sampled
+from tests.chat_formats import (
+    CONTROL_TOKENS,
+    NAMES,
+    TOOLS,
+    assistant,
+    choose,
+    prompt,
+    tool,
+    user,
+)
+
+CITY = '{"city": "Oslo"}'
+CALL = ("get_time", CITY)
+ANSWER_SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
+                 "additionalProperties": False}  # fmt: skip
+ANSWER = GrammarPart("json_schema", json.dumps(ANSWER_SCHEMA), "response_format")
+REQUIRED = choose(TOOLS, is_required=True)
+HERMES = ("qwen2_5", "qwen3", "smollm2", "deepseek_r1")
+
+
+class Model:
+    """Writes as its family does, in a vocabulary in which the family's marks are control tokens or
+    text as any other."""
+
+    def __init__(self, template: str, *, has_tokens: bool) -> None:
+        self.template = template
+        self.has_tokens = has_tokens
+        self.tokenizer = ByteTokenizer(*(CONTROL_TOKENS[template] if has_tokens else ()))
+        self.compiler = Compiler(self.tokenizer)
+        self.thinks = template in ("qwen3", "gpt_oss", "deepseek_r1")
+        self.is_parallel = template not in ("llama3_1", "gpt_oss")  # several calls in a turn
+
+    def __repr__(self) -> str:
+        return self.template + ("" if self.has_tokens else " in text")
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.tokenize(text, parse_special=True, continues=True)
+
+    def calls(self, *calls: tuple[str, str]) -> str:
+        if self.template in HERMES:
+            return "\n".join(
+                f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+                for name, arguments in calls
+            )
+        if self.template == "mistral_v3":
+            listed = (f'{{"name": "{call[0]}", "arguments": {call[1]}}}' for call in calls)
+            return f"[TOOL_CALLS] [{', '.join(listed)}]"
+        if self.template == "mistral_v11":
+            return "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in calls)
+        ((name, arguments),) = calls
+        if self.template == "llama3_1":
+            return f'{{"name": "{name}", "parameters": {arguments}}}'
+        to = f"<|channel|>commentary to=functions.{name}"
+        return f"{to} <|constrain|>json<|message|>{arguments}"
+
+    def answer(self, text: str) -> str:
+        return f"<|channel|>final<|message|>{text}" if self.template == "gpt_oss" else text
+
+    def before_a_call(self, text: str) -> str:
+        if self.template == "gpt_oss":
+            return f"<|channel|>commentary<|message|>{text}<|end|><|start|>assistant"
+        return f"{text}\n"
+
+    def thoughts(self, text: str) -> str:
+        """And what leads on from them. R1's have begun in the prompt."""
+        if self.template == "gpt_oss":
+            return f"<|channel|>analysis<|message|>{text}<|end|><|start|>assistant"
+        opening = "" if self.template == "deepseek_r1" else "<think>\n"
+        return f"{opening}{text}\n</think>\n\n"
+
+    def asked(self, tools: Sequence[Tool] = TOOLS, **fields: Any) -> "Turn":
+        messages = fields.pop("messages", user("Hi"))
+        return Turn(self, prompt(self.template, messages, tools, **fields))
+
+
+class Turn:
+    """What one answer may be. It thinks of nothing unless told."""
+
+    def __init__(self, model: Model, made: Prompt) -> None:
+        self.model = model
+        self.made = made
+
+    def state(self) -> GrammarState:
+        assert self.made.grammar
+        return self.model.compiler.compile(self.made.grammar)
+
+    def split(self, raw: str) -> Message:
+        splitter = self.made.splitter()
+        return Message.of([*splitter.feed(raw), *splitter.finish()])
+
+    def says(self, said: str, thoughts: str | None = None) -> Message:
+        """How it is read that the model says this, which it may."""
+        raw = self._raw(said, thoughts)
+        assert self.stop([*self.model.ids(raw), END]) is None
+        return self.split(raw)
+
+    def may_begin(self, said: str, thoughts: str | None = None) -> bool:
+        return self.stop(self.model.ids(self._raw(said, thoughts))) is None
+
+    def may_say(self, said: str, thoughts: str | None = None) -> bool:
+        return self.stop([*self.model.ids(self._raw(said, thoughts)), END]) is None
+
+    def _raw(self, said: str, thoughts: str | None) -> str:
+        if thoughts is not None:
+            return self.model.thoughts(thoughts) + said
+        is_open = self.made.thinking and self.made.thinking.is_open
+        return f"</think>{said}" if is_open else said
+
+    def stop(self, tokens: Iterable[int]) -> int | None:
+        """The first token that is not allowed."""
+        state = self.state()
+        for token in tokens:
+            if token not in allowed(state, self.model):
+                return token
+            state.accept(token)
+        return None
+
+
+def allowed(constraint: Any, model: Model) -> list[int]:
+    logits = np.zeros(model.tokenizer.n_vocab, np.float32)
+    constraint.apply(logits)
+    return [int(token) for token in np.flatnonzero(logits > -np.inf)]
+
+
+MODELS = {
+    (name, has_tokens): Model(name, has_tokens=has_tokens)
+    for name in NAMES
+    for has_tokens in (True, False)
+}
+QWEN3, QWEN3_IN_TEXT = MODELS["qwen3", True], MODELS["qwen3", False]
+GPT_OSS = MODELS["gpt_oss", True]
+
+
+def every(**has: bool) -> pytest.MarkDecorator:
+    """Of all models, those of this kind."""
+    fitting = [
+        model
+        for model in MODELS.values()
+        if all(getattr(model, name) == value for name, value in has.items())
+    ]
+    return pytest.mark.parametrize("model", fitting, ids=repr)
+
+
+# what is allowed, and how it is read
+
+
+@every()
+@pytest.mark.parametrize(
+    "text",
+    ["Hello", "Hello \n", "{}", "[1]", '{"name"', '{"name": "Bob", "parameters": {}}', "<tool_cal",
+     "[TOOL_", "a <b> | </c> ", "世界 🎉"],
+)  # fmt: skip
+def test_text(model: Model, text: str) -> None:
+    assert model.asked().says(model.answer(text)) == Message(text)
+
+
+@every()
+@pytest.mark.parametrize("arguments", [CITY, '{"city": ""}', r'{"city": "\"}]\n}}é"}'])
+def test_a_call(model: Model, arguments: str) -> None:
+    said = model.asked().says(model.calls(("get_time", arguments)))
+    assert said == Message(calls=[Call("get_time", arguments)])
+
+
+@every()
+def test_text_before_a_call(model: Model) -> None:
+    raw = model.before_a_call("Let me <b> look.") + model.calls(CALL)
+    if model.template == "llama3_1":  # whose calls are the whole answer
+        assert model.asked().says(raw) == Message(raw)
+    else:
+        assert model.asked().says(raw) == Message("Let me <b> look.", calls=[Call(*CALL)])
+
+
+@every(is_parallel=True)
+def test_several_calls_unless_the_client_wants_one(model: Model) -> None:
+    calls = [CALL, ("get_weather", CITY), CALL]
+    assert model.asked().says(model.calls(*calls)).calls == [Call(*call) for call in calls]
+    turn = model.asked(choice=choose(TOOLS, is_parallel=False))
+    assert turn.says(model.calls(CALL)).calls == [Call(*CALL)]
+    assert not turn.may_begin(model.calls(*calls))
+
+
+@every(thinks=True)
+def test_text_or_a_call_after_thoughts(model: Model) -> None:
+    turn = model.asked()
+    hm = "Hm. {} [x]"
+    assert turn.says(model.answer("Hello"), thoughts=hm) == Message("Hello", hm)
+    assert turn.says(model.calls(CALL), thoughts=hm) == Message("", hm, [Call(*CALL)])
+
+
+@every(thinks=True, has_tokens=False)
+def test_thoughts_about_calls(model: Model) -> None:
+    text = "I could say <tool_call>, as in " + QWEN3.calls(("f", "{}"))
+    said = model.asked().says(model.calls(CALL), thoughts=text)
+    assert said == Message("", text, [Call(*CALL)])
+
+
+def test_a_control_token_for_calls_is_for_nothing_else() -> None:
+    assert not QWEN3.asked().may_begin("", thoughts="I could say <tool_call>")
+
+
+@pytest.mark.parametrize("spaces", [" ", "\n", "\n\n"])
+@pytest.mark.parametrize("model", [QWEN3, QWEN3_IN_TEXT], ids=repr)
+def test_spaces_before_thoughts(model: Model, spaces: str) -> None:
+    raw = f"{spaces}{model.thoughts('<b>, </b>?')}{model.calls(CALL)}"
+    assert model.asked().says(raw) == Message("", "<b>, </b>?", [Call(*CALL)])
+    about_calls = f"{spaces}<think><tool_call>x</think>So."
+    if not model.has_tokens:
+        assert model.asked().says(about_calls) == Message("So.", "<tool_call>x")
+
+
+@pytest.mark.parametrize("spaces", ["", "\n", "\n\n"])
+def test_a_tag_of_thoughts_behind_them_is_text_and_calls_may_follow(spaces: str) -> None:
+    turn = QWEN3_IN_TEXT.asked()
+    raw = f"<think>Hm.</think>{spaces}<think>Oh. "
+    assert turn.says(raw) == Message("<think>Oh. ", "Hm.")
+    called = raw + QWEN3_IN_TEXT.calls(CALL)
+    assert turn.says(called) == Message("<think>Oh.", "Hm.", [Call(*CALL)])
+    assert not turn.may_begin(raw + QWEN3_IN_TEXT.calls(("f", "{}")))
+
+
+@every()
+def test_the_end_of_an_answer_that_is_continued(model: Model) -> None:
+    if model.template not in ("llama3_1", "gpt_oss"):  # where that is refused
+        messages = [*user("Hi"), *assistant("Let me see.")]
+        turn = model.asked(messages=messages, continues=True)
+        assert turn.says(" So.") == Message(" So.")
+        assert turn.says(f" So.\n{model.calls(CALL)}") == Message(" So.", calls=[Call(*CALL)])
+
+
+@pytest.mark.parametrize("thoughts", [None, "Hm."])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "<|channel|>commentary to=functions.get_time",
+        "<|channel|>commentary to=functions.get_time json",
+        "<|channel|>commentary to=functions.get_time<|constrain|>json",
+        " to=functions.get_time<|channel|>commentary json",
+        " to=functions.get_time<|channel|>commentary <|constrain|>json",
+    ],
+)
+def test_gpt_oss_has_many_heads_of_calls(head: str, thoughts: str | None) -> None:
+    said = GPT_OSS.asked().says(f"{head}<|message|>{CITY}", thoughts)
+    assert said == Message("", thoughts or "", [Call(*CALL)])
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_mistral_may_give_its_calls_ids(has_tokens: bool) -> None:
+    turn = MODELS["mistral_v11", has_tokens].asked()
+    raw = f"[TOOL_CALLS]get_time[CALL_ID]9kTq2Zx0B[ARGS]{CITY}"
+    assert turn.says(raw + raw).calls == [Call(*CALL)] * 2
+    assert not turn.may_begin(raw.replace("city", "town"))
+
+
+def test_gpt_oss_may_think_twice() -> None:
+    raw = GPT_OSS.thoughts("Hm.") + GPT_OSS.before_a_call("I look.") + GPT_OSS.thoughts("Oh.")
+    said = GPT_OSS.asked().says(raw + GPT_OSS.calls(CALL))
+    assert said == Message("I look.", "Hm.Oh.", [Call(*CALL)])
+
+
+@pytest.mark.parametrize("before", ["\n\n", "<|python_tag|>", "\n<|python_tag|> "])
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_llama_may_put_spaces_and_its_tag_before_a_call(before: str, has_tokens: bool) -> None:
+    turn = MODELS["llama3_1", has_tokens].asked()
+    for typed in ("", '"type": "function", '):
+        call = f'{before}{{{typed}"name": "get_time", "parameters": {CITY}}}'
+        assert turn.says(call) == Message(calls=[Call(*CALL)])
+        assert not turn.may_begin(call.replace("city", "town"))
+
+
+# what is not
+
+
+@every()
+@pytest.mark.parametrize("is_required", [False, True])
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("get", CITY),
+        ("get_times", CITY),
+        ("get_time", "{}"),
+        ("get_time", '{"city": 5}'),
+        ("get_time", '{"city": "Oslo", "x": 1}'),
+        ("get_time", "null"),
+    ],
+)
+def test_no_call_of_what_is_no_function_or_with_wrong_arguments(
+    model: Model, call: tuple[str, str], is_required: bool
+) -> None:
+    turn = model.asked(choice=choose(TOOLS, is_required=is_required))
+    raw = model.calls(call)
+    if model.template == "llama3_1" and call[0] != "get_time" and not is_required:
+        assert turn.says(raw) == Message(raw)  # some other JSON
+    else:
+        assert not turn.may_begin(raw)
+
+
+@every()
+def test_no_answer_without_the_call_that_is_required(model: Model) -> None:
+    turn = model.asked(choice=REQUIRED)
+    for thoughts in [None, "Hm."] if model.thinks else [None]:
+        assert turn.says(model.calls(CALL), thoughts).calls == [Call(*CALL)]
+        assert not turn.may_begin(model.answer("Hello"), thoughts)
+        assert not turn.may_say("", thoughts)
+
+
+@every()
+def test_nothing_after_calls_and_no_half_ones(model: Model) -> None:
+    turn = model.asked()
+    assert not turn.may_begin(f"{model.calls(CALL)} So")
+    assert not turn.may_say(model.calls(CALL)[:-1])
+
+
+@every()
+def test_no_call_and_no_other_text_where_json_is_wanted(model: Model) -> None:
+    turn = model.asked(tools=[], answer=ANSWER)
+    assert turn.says(model.answer('{"n": 5}')) == Message('{"n": 5}')
+    for said in (model.calls(CALL), model.answer("Hello"), model.answer('{"n": "5"}')):
+        assert not turn.may_begin(said)
+    assert not turn.may_say("")
+
+
+@every()
+def test_json_or_a_call_where_both_are_wanted(model: Model) -> None:
+    in_json = model.answer('{"n": 5}')
+    required = model.asked(answer=ANSWER, choice=REQUIRED)
+    assert required.says(model.calls(CALL)) == Message(calls=[Call(*CALL)])
+    assert not required.may_say(in_json)
+    if model.template != "llama3_1":  # whose calls look like JSON
+        turn = model.asked(answer=ANSWER)
+        assert turn.says(model.calls(CALL)) == Message(calls=[Call(*CALL)])
+        assert turn.says(in_json) == Message('{"n": 5}')
+        assert not turn.may_begin(model.answer("Hello"))
+        assert not turn.may_begin(model.before_a_call("So.") + in_json)
+
+
+@every(thinks=True)
+def test_no_json_before_the_thoughts_have_ended(model: Model) -> None:
+    turn = model.asked(tools=[], answer=ANSWER)
+    said = turn.says(model.answer('{"n": 5}'), thoughts='I say {"n": 4}.')
+    assert said == Message('{"n": 5}', 'I say {"n": 4}.')
+    unended = model.thoughts('{"n": 5}').partition("\n</think>")[0].partition("<|end|>")[0]
+    assert turn.stop(model.ids(unended)) is None
+    assert turn.stop([*model.ids(unended), END]) == END
+
+
+@every()
+def test_names_are_taken_by_the_letter(model: Model) -> None:
+    names = ("a.b-c", "été_2", "世界", "a", "aa")
+    turn = model.asked([tool(name) for name in names])
+    for name in names:
+        assert turn.says(model.calls((name, "{}"))) == Message(calls=[Call(name, "{}")])
+    for name in ("aXb-c", "a.b", "ete_2", "世", "aaa"):
+        raw = model.calls((name, "{}"))
+        if model.template == "llama3_1":
+            assert turn.says(raw) == Message(raw)
+        else:
+            assert not turn.may_begin(raw)
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "mark"),
+    [
+        ("qwen3", "So: ", "<tool_call>"),
+        ("qwen3", "<think>So: ", "</think>"),
+        ("mistral_v3", "So: ", "[TOOL_CALLS]"),
+        ("gpt_oss", "<|channel|>final<|message|>So: ", "<|end|>"),
+    ],
+)
+def test_a_control_token_is_not_spelt_in_letters(template: str, before: str, mark: str) -> None:
+    """Nobody who reads the text could tell it from one, so a call could come unchecked."""
+    model = MODELS[template, True]
+    state = model.asked().state()
+    *letters, last = mark.encode()
+    for token in (*model.ids(before), *letters):
+        state.accept(token)
+    assert last not in allowed(state, model)
+
+
+# thoughts that must end
+
+
+@every(thinks=True)
+@pytest.mark.parametrize("budget", [0, 1, 4])
+@pytest.mark.parametrize("wants_json", [True, False])
+def test_what_follows_thoughts_that_are_cut_short(
+    model: Model, budget: int, wants_json: bool
+) -> None:
+    if wants_json:
+        turn = model.asked(tools=[], answer=ANSWER, budget=budget)
+        said, message = '{"n": 5}', Message('{"n": 5}')
+    else:
+        turn = model.asked(budget=budget)
+        said, message = model.calls(CALL), Message(calls=[Call(*CALL)])
+    thinking = turn.made.thinking
+    assert thinking
+    state = turn.state()
+    ending = model.ids(thinking.ending)
+    thoughts = Thoughts(thinking, model.tokenizer.shown, ending, state)
+
+    def say(text: str) -> str:
+        return model.tokenizer.text(
+            list(sampled(thoughts, model.ids(text), model.tokenizer.n_vocab))
+        )
+
+    raw = say(model.thoughts("@").partition("@")[0].removesuffix("\n") + "u" * budget)
+    for token in ending:
+        assert allowed(thoughts, model) == [token]
+        thoughts.accept(token)
+    raw += thinking.ending + say(said)
+    message.reasoning = "u" * budget
+    assert turn.split(raw) == message
+    assert state.is_complete
+
+
+# whatever a model says
+
+N_WALKS = 12
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["</tool_call>", "<|end|>", '"}]', "é"]},
+        "n": {"type": "integer", "minimum": -5, "maximum": 10},
+        "more": {"type": "array", "items": {"$ref": "#/$defs/one"}, "maxItems": 2},
+    },
+    "required": ["kind"],
+    "additionalProperties": False,
+    "$defs": {"one": {"type": "object", "properties": {"a": {"type": "boolean"}},
+                      "additionalProperties": False}},
+}  # fmt: skip
+TRAP = tool("trap.é", schema=SCHEMA)
+ALL = (*TOOLS, TRAP)
+WAYS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "one": {"choice": choose(ALL, is_parallel=False)},
+    "required": {"choice": choose(ALL, is_required=True)},
+    "named": {"choice": choose([TRAP], is_required=True, is_parallel=False), "answer": ANSWER},
+    "json": {"answer": ANSWER},
+}
+
+
+def walk(turn: Turn, likes: Sequence[Sequence[int]], seed: int) -> tuple[str, bool]:
+    """What a model says that knows nothing and likes some texts, and whether it is whole."""
+    dice = np.random.default_rng(seed)
+    state, tokenizer = turn.state(), turn.model.tokenizer
+    said: list[int] = []
+    wish: list[int] = []
+    for _ in range(250):
+        logits = dice.standard_normal(tokenizer.n_vocab).astype(np.float32)
+        logits[128:END] -= 9
+        logits[[*b'"}]']] += 2
+        logits[END] += 1
+        state.apply(logits)
+        if not wish and dice.random() < (0.3 if said else 0.9):
+            wish = list(likes[dice.integers(len(likes))])
+        if wish and logits[wish[0]] > -np.inf:
+            token = wish.pop(0)
+        else:
+            token, wish = int(logits.argmax()), []
+        assert logits[token] > -np.inf
+        state.accept(token)
+        if token == END:
+            return tokenizer.text(said), True
+        said.append(token)
+    return tokenizer.text(said), False
+
+
+@every()
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_is_said_is_text_thoughts_and_valid_calls(model: Model, way: str) -> None:
+    if (model.template, way) == ("llama3_1", "json"):
+        return  # refused
+    turn = model.asked(ALL, **WAYS[way])
+    texts = [*turn.made.visible, "<think>", "</think>", model.thoughts("Hm."), "\n\n", "get_time",
+             model.calls(("trap.é", '{"kind": "é"}')), model.calls(CALL), model.calls(("f", "{}")),
+             '{"name": "get_time", "arguments": {"x": 1}}', '[{"name": "f"}]',
+             model.answer('{"n": 7}')]  # fmt: skip
+    likes = [
+        model.tokenizer.tokenize(text, parse_special=is_special, continues=True)
+        for text in texts
+        for is_special in (True, False)
+    ]
+    schemas = {tool.name: json.loads(tool.arguments.text) for tool in ALL}
+    n_calls = 0
+    for seed in range(N_WALKS):
+        raw, is_whole = walk(turn, likes, seed)
+        message = turn.split(raw)
+        n_calls += len(message.calls)
+        assert len(message.calls) < 2 or way not in ("one", "named")
+        for call in message.calls if is_whole else message.calls[:-1]:
+            jsonschema.validate(json.loads(call.arguments), schemas[call.name])
+        if is_whole and way in ("required", "named"):
+            assert message.calls
+        if is_whole and way == "json" and not message.calls:
+            jsonschema.validate(json.loads(message.text), ANSWER_SCHEMA)
+    assert n_calls
+
+
+def test_many_tools_take_little_time() -> None:
+    tools = [tool(f"function_{n}", "city", "unit") for n in range(128)]
+    call = ("function_77", '{"city": "Oslo", "unit": "C"}')
+    for model in MODELS.values():
+        assert model.asked(tools).says(model.calls(call)).calls == [Call(*call)]
