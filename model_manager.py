@@ -614,8 +614,8 @@ class ModelManager:
         for tier in self.tiers.values():
             if tier.name == model:
                 return tier
-        if model == "reranker" and "embedding" in self.tiers:
-            return self.tiers["embedding"]
+        if model == "reranker" and self.stand_in is not None:
+            return self.stand_in
         for tier in self.tiers.values():
             if model in tier.aliases:
                 return tier
@@ -625,6 +625,11 @@ class ModelManager:
         raise ModelNotFound(
             f"The model '{model}' does not exist here. Known: {known}.", param="model"
         )
+
+    @property
+    def stand_in(self) -> Tier | None:
+        """The tier that scores for `reranker`, which has no model of its own."""
+        return None if "reranker" in self.tiers else self.tiers.get("embedding")
 
     def scorer(self, model: str, method: Method | None) -> Tier:
         """The tier that scores for a request: the one that it names, unless only the embedding

@@ -9,20 +9,31 @@ from starlette.responses import JSONResponse, Response
 from api.deps import ServicesDep
 from errors import ModelLoadFailed
 from model_manager import Tier
-from settings import CHAT_TIERS
+from settings import CHAT_TIERS, TierName
 
 router = APIRouter()
+
+CAPABILITIES: dict[TierName, list[str]] = {
+    **{name: ["chat", "completion"] for name in CHAT_TIERS},
+    "embedding": ["embedding"],
+    "reranker": ["rerank"],
+}
 
 
 @router.get("/v1/models")
 def list_models(services: ServicesDep) -> Response:
-    tiers = services.manager.tiers.values()
-    return JSONResponse({"object": "list", "data": [_describe(tier) for tier in tiers]})
+    manager = services.manager
+    models = [_describe(tier) for tier in manager.tiers.values()]
+    if (stand_in := manager.stand_in) is not None:
+        models.append(_stand_in(stand_in))
+    return JSONResponse({"object": "list", "data": models})
 
 
 @router.get("/v1/models/{model:path}")
 def retrieve_model(model: str, services: ServicesDep) -> Response:
-    return JSONResponse(_describe(services.manager.resolve(model)))
+    tier = services.manager.resolve(model)
+    is_stand_in = model == "reranker" and tier.name != model
+    return JSONResponse(_stand_in(tier) if is_stand_in else _describe(tier))
 
 
 @router.get("/health")
@@ -46,12 +57,26 @@ def _describe(tier: Tier) -> dict[str, Any]:
         "path": tier.settings.path.name if tier.settings.model_path else None,
         "backend": tier.settings.backend,
         "context_length": None,
-        "capabilities": ["chat", "completion"] if tier.name in CHAT_TIERS else [],
+        "capabilities": CAPABILITIES[tier.name],
         "aliases": tier.aliases,
     }
     with suppress(ModelLoadFailed):  # the state says so
         about |= {"context_length": tier.n_ctx, "created": tier.created}
+    if (encoder := tier.encoder) is not None:  # known once it has been loaded
+        about |= {"vectors": encoder.outputs, "methods": encoder.methods}
+        about |= {"dimensions": encoder.n_embd} if encoder.outputs else {}
     return about | _state(tier)
+
+
+def _stand_in(tier: Tier) -> dict[str, Any]:
+    """`reranker` where it has no model of its own."""
+    names: dict[str, Any] = {
+        "id": "reranker",
+        "tier": "reranker",
+        "served_by": tier.name,
+        "aliases": [],
+    }
+    return _describe(tier) | names | {"capabilities": CAPABILITIES["reranker"]}
 
 
 def _state(tier: Tier) -> dict[str, Any]:

@@ -111,7 +111,7 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
     reply = {
         "id": f"rerank-{uuid.uuid4().hex}",
         "object": "list",
-        "model": tier.name,
+        "model": DEFAULT_MODEL if body.model == DEFAULT_MODEL else tier.name,
         "results": results,
         "meta": meta,
         **scores.about(),
@@ -171,7 +171,7 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
         "id": f"score-{uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
-        "model": tier.name,
+        "model": DEFAULT_MODEL if body.model == DEFAULT_MODEL else tier.name,
         "data": data,
         **scores.about(),
     }

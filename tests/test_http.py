@@ -116,12 +116,6 @@ def test_a_slash_too_many_is_a_404_in_the_envelope(service: Service) -> None:
     assert error_of(service.http.post(f"{CHAT}/", json={}), 404)["code"] == "route_not_found"
 
 
-@pytest.mark.parametrize("route", ["/v1/embeddings", "/v1/rerank"])
-def test_routes_that_are_not_there_yet_say_so(service: Service, route: str) -> None:
-    error = error_of(service.http.post(route, json={"input": "x"}), 400)
-    assert error["code"] == "unsupported_parameter"
-
-
 # CORS
 
 
