@@ -1,0 +1,272 @@
+"""Embeddings through the service, over HTTP, beside a bare loop of llama_encode on the same file.
+
+    python -m bench.encoders
+    python -m bench.encoders models/multilingual-e5-small-F32.gguf --texts 64 --rounds 5
+
+1. Many texts of mixed lengths in one request: tokens/s beside the bare loop, which packs the same
+   texts to the same budget and makes nothing of the rows.
+2. Single requests, all at once: the same.
+3. Dense, sparse and ColBERT vectors in one request, beside dense ones alone. The heads are made up,
+   which costs what real ones cost.
+
+It starts a service of its own on a free port. All take turns in each round, forwards and backwards,
+with texts that no round had before; what counts is the median of the rounds' ratios.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+
+from engine.backends.base import Encoder, load_encoder
+from engine.batcher import Batcher
+from engine.heads import COLBERT, SPARSE
+from engine.model_file import read_model_file
+from engine.wire import EncoderSpec, WorkerSpec
+from settings import DEFAULT_EMBEDDING_MODEL, ROOT
+from worker_spec import default_n_threads
+
+BATCH_TOKENS = 512
+PATIENCE_S = 120.0  # until the service has loaded its model
+WORDS = (
+    "river stone lamp bird cloud letter garden winter bridge coffee paper train window music "
+    "forest silver market island candle mirror story engine summer shadow painter doctor ocean "
+    "Fluss Stein Lampe Vogel Wolke Brief Garten Winter Brücke Kaffee maison jardin fenêtre "
+    "книга город вода зима окно поезд музыка"
+).split()
+
+Turn = Callable[[Sequence[str]], Awaitable[float]]  # tokens/s
+
+
+def mixed_texts(seed: str, count: int) -> list[str]:
+    """Many short ones and a few long ones: half have fewer than some thirty tokens, the longest
+    some four hundred. Each seed has words of its own, and all have texts of the same lengths."""
+    of_lengths, of_words = random.Random(0), random.Random(seed)
+    lengths = (min(max(int(of_lengths.lognormvariate(3.0, 1.2)), 3), 220) for _ in range(count))
+    return [" ".join(of_words.choices(WORDS, k=length)) for length in lengths]
+
+
+class Bare:
+    """llama_encode on texts that are tokenised already, in batches as full as the service's."""
+
+    def __init__(self, model: Path, n_ctx: int, n_threads: int) -> None:
+        self._encoder = load_encoder(_spec(model, n_ctx, n_threads), lambda _: None)
+        _ask_nobody(self._encoder)
+
+    def tokenize(self, texts: Sequence[str]) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
+        specials, n_ctx = self._encoder.specials, self._encoder.n_ctx
+        begin = [] if specials.begin is None else [specials.begin]
+        end = [] if specials.end is None else [specials.end]
+        found = []
+        for text in texts:
+            ids = self._encoder.tokenizer.tokenize(text, parse_special=False, continues=False)
+            body = ids[: n_ctx - len(begin) - len(end)]
+            found.append(np.array(begin + body + end, np.int32))
+        return found
+
+    async def run(self, texts: Sequence[str]) -> float:
+        ids = self.tokenize(texts)
+        packer = Batcher(n_tokens=BATCH_TOKENS, n_sequences=self._encoder.n_sequences)
+        packer.add(0, [(index, len(of_text)) for index, of_text in enumerate(ids)])
+        started_at = time.perf_counter()
+        while not packer.idle:
+            self._encoder.encode([ids[index] for _, index in packer.plan()])
+        return sum(map(len, ids)) / (time.perf_counter() - started_at)
+
+    def close(self) -> None:
+        self._encoder.close()
+
+
+def _spec(model: Path, n_ctx: int, n_threads: int) -> WorkerSpec:
+    return WorkerSpec(
+        name="bench", backend="llamacpp", model_path=str(model), n_ctx=n_ctx, n_parallel=1,
+        kv_tokens=n_ctx, n_batch=BATCH_TOKENS, n_threads=n_threads, n_gpu_layers=-1,
+        encoder=EncoderSpec(kind="embedding", batch_tokens=BATCH_TOKENS),
+    )  # fmt: skip
+
+
+def _ask_nobody(encoder: Encoder) -> None:
+    """Without the call between two nodes of the graph, by which the service hears of new things."""
+    import llama_cpp
+
+    nothing = llama_cpp.ggml_abort_callback()
+    llama_cpp.llama_set_abort_callback(getattr(encoder, "_context", None), nothing, None)
+
+
+class Service:
+    """What a client of the embedding tier measures."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+
+    async def bulk(self, texts: Sequence[str]) -> float:
+        return await self._timed([list(texts)])
+
+    async def singles(self, texts: Sequence[str]) -> float:
+        return await self._timed([[text] for text in texts])
+
+    async def triple(self, texts: Sequence[str]) -> float:
+        return await self._timed([list(texts)], embedding_type=["dense", "sparse", "colbert"])
+
+    async def _timed(self, inputs: Sequence[list[str]], **fields: Any) -> float:
+        """Until the last byte has come; what is in them is read afterwards."""
+        started_at = time.perf_counter()
+        replies = await asyncio.gather(*(self._ask(texts, fields) for texts in inputs))
+        seconds = time.perf_counter() - started_at
+        n_tokens: int = sum(msgspec.json.decode(r)["usage"]["prompt_tokens"] for r in replies)
+        return n_tokens / seconds
+
+    async def _ask(self, texts: list[str], fields: dict[str, Any]) -> bytes:
+        body = {"model": "embedding", "input": texts, "encoding_format": "base64"}
+        body |= {"truncate": "end"} | fields
+        reply = await self._http.post("/v1/embeddings", json=body)
+        if reply.status_code != 200:
+            raise SystemExit(f"no measurement: HTTP {reply.status_code}: {reply.text[:300]}")
+        return reply.content
+
+
+@contextmanager
+def serving(model: Path, n_ctx: int, n_threads: int) -> Iterator[str]:
+    """The URL of a service with this model and made heads."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        heads = write_heads(Path(folder), read_model_file(model).n_embd)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        settings = {
+            "HOST": "127.0.0.1", "PORT": str(port), "API_KEYS": "", "LOG_LEVEL": "WARNING",
+            "EMBEDDING_MODEL_PATH": str(model.resolve()), "EMBEDDING_BACKEND": "llamacpp",
+            "EMBEDDING_PRELOAD": "true", "EMBEDDING_N_CTX": str(n_ctx),
+            "EMBEDDING_N_THREADS": str(n_threads), "EMBEDDING_BATCH_TOKENS": str(BATCH_TOKENS),
+            "EMBEDDING_SPARSE_HEAD_PATH": str(heads), "EMBEDDING_COLBERT_HEAD_PATH": str(heads),
+        }  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "server.py"], cwd=ROOT, env=os.environ | settings,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_until_it_answers(url, process)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def write_heads(folder: Path, n_embd: int) -> Path:
+    dice = np.random.RandomState(0)
+    shapes = {
+        f"{SPARSE}.weight": (1, n_embd), f"{SPARSE}.bias": (1,),
+        f"{COLBERT}.weight": (n_embd, n_embd), f"{COLBERT}.bias": (n_embd,),
+    }  # fmt: skip
+    made = {name: dice.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    path = folder / "heads.npz"
+    np.savez(path, **made)  # type: ignore[arg-type]
+    return path
+
+
+def _wait_until_it_answers(url: str, process: "subprocess.Popen[bytes]") -> None:
+    ends_at = time.monotonic() + PATIENCE_S
+    body = {"model": "embedding", "input": "hello"}
+    while process.poll() is None and time.monotonic() < ends_at:
+        try:
+            reply = httpx.post(f"{url}/v1/embeddings", json=body, timeout=PATIENCE_S)
+        except httpx.HTTPError:
+            time.sleep(0.1)
+            continue
+        if reply.status_code == 200:
+            return
+        raise SystemExit(f"no measurement: HTTP {reply.status_code}: {reply.text[:300]}")
+    raise SystemExit("no measurement: the service did not start")
+
+
+async def measure(
+    url: str, bare: Bare, *, n_texts: int, n_singles: int, rounds: int
+) -> dict[str, list[float]]:
+    """Tokens/s by turn, a number a round."""
+    limits = httpx.Limits(max_connections=n_singles)
+    async with httpx.AsyncClient(
+        base_url=url, timeout=None, limits=limits, trust_env=False
+    ) as http:
+        service = Service(http)
+        turns: dict[str, tuple[Turn, int]] = {
+            "bulk": (service.bulk, n_texts),
+            "bulk, bare": (bare.run, n_texts),
+            "triple": (service.triple, n_texts),
+            "singles": (service.singles, n_singles),
+            "singles, bare": (bare.run, n_singles),
+        }
+        for turn, _ in turns.values():
+            await turn(mixed_texts("warm-up", 4))
+        speeds: dict[str, list[float]] = {name: [] for name in turns}
+        for number in range(rounds):
+            for name in list(turns)[:: -1 if number % 2 else 1]:
+                turn, count = turns[name]
+                # who is compared has the same texts; dense and triple must not share them, as what
+                # the service has computed it may remember
+                kind = "triple" if name == "triple" else name.partition(",")[0]
+                speeds[name].append(await turn(mixed_texts(f"{kind}/{number}", count)))
+        return speeds
+
+
+COMPARED = (
+    ("one request / bare loop", "bulk", "bulk, bare"),
+    ("single requests / bare loop", "singles", "singles, bare"),
+    ("dense + sparse + colbert / dense", "triple", "bulk"),
+)
+
+
+def report(speeds: dict[str, list[float]]) -> Iterator[str]:
+    for what, ours, others in COMPARED:
+        pairs = list(zip(speeds[ours], speeds[others], strict=True))
+        ratios = sorted(a / b for a, b in pairs)
+        yield (
+            f"{what:34} {median(ratios):.3f}  (rounds {ratios[0]:.3f} to {ratios[-1]:.3f}; "
+            f"{median(a for a, _ in pairs):.0f} and {median(b for _, b in pairs):.0f} tokens/s)"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("model", nargs="?", type=Path, default=ROOT / DEFAULT_EMBEDDING_MODEL)
+    add("--texts", type=int, default=256, metavar="N", help="of one request")
+    add("--singles", type=int, default=64, metavar="N", help="requests at once")
+    add("--rounds", type=int, default=3, metavar="N")
+    add("--n-ctx", type=int, default=512, metavar="N")
+    add("--threads", type=int, default=default_n_threads(), metavar="N")
+    options = parser.parse_args(argv)
+    # idle threads of one side that spin would take the cores from the other; as workers have it
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    n_ctx = min(options.n_ctx, read_model_file(options.model).n_ctx_train)
+    with serving(options.model, n_ctx, options.threads) as url:
+        bare = Bare(options.model, n_ctx, options.threads)
+        try:
+            speeds = asyncio.run(
+                measure(
+                    url, bare, n_texts=options.texts, n_singles=options.singles,
+                    rounds=options.rounds,
+                )
+            )  # fmt: skip
+        finally:
+            bare.close()
+    print(*report(speeds), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
