@@ -20,12 +20,13 @@ import hashlib
 import itertools
 import logging
 import math
+import stat
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ from encoding import Encoding
 from engine import wire
 from engine.client import EndReason, Launcher, Worker, error_from, launch_process
 from engine.model_file import Kind, ModelFile, read_model_file
+from engine.model_folder import read_model_folder
 from engine.types import Method
 from errors import (
     BadRequest,
@@ -210,7 +212,8 @@ class Tier:
     @property
     def aliases(self) -> list[str]:
         """Further names that requests may use."""
-        stem = Path(self.settings.model_path).stem
+        path = Path(self.settings.model_path)
+        stem = path.name if self.settings.backend == "flag" else path.stem  # a directory's dots
         return [*self.settings.aliases, *([stem] if stem else [])]
 
     def model(self) -> ModelFile:
@@ -676,7 +679,8 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
         from engine.backends import fake
 
         return fake.model_file(settings.model_path and settings.path, wanted)
-    model = read_model_file(settings.path)
+    is_folder = settings.backend == "flag"
+    model = read_model_folder(settings.path) if is_folder else read_model_file(settings.path)
     is_told = settings.embedding_mode or settings.pooling != "auto"
     if wanted == "embedding" and model.kind == "chat" and is_told:
         return replace(model, kind="embedding")  # its file does not say so
@@ -692,8 +696,11 @@ _PURPOSES: dict[Kind, str] = {"chat": "chat", "embedding": "embeddings", "rerank
 
 
 def _fingerprint(settings: TierSettings, model: ModelFile, signature: object) -> str:
-    library = version("llama-cpp-python") if settings.backend == "llamacpp" else ""
-    parts = [model.path.name, signature, model.chat_template, settings.backend, library]
+    library = {"llamacpp": "llama-cpp-python", "flag": "torch"}.get(settings.backend, "")
+    release = ""
+    with suppress(PackageNotFoundError):
+        release = version(library) if library else ""
+    parts = [model.path.name, signature, model.chat_template, settings.backend, release]
     if model.kind != "chat":
         parts += (effective_n_ctx(settings, model), settings.pooling)
         parts += (settings.query_prefix, settings.passage_prefix)
@@ -701,15 +708,21 @@ def _fingerprint(settings: TierSettings, model: ModelFile, signature: object) ->
         paths.add(settings.head_path(settings.colbert_head_path))
         heads = [Path(path) for path in paths if path]
         for pattern in ("sparse_linear.*", "colbert_linear.*", "*.heads.safetensors"):
-            heads += model.path.parent.glob(pattern)
+            folder = model.path if model.path.is_dir() else model.path.parent
+            heads += folder.glob(pattern)
         parts += ((str(path), _signature(path)) for path in sorted(heads))
     return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def _signature(path: Path) -> tuple[int, int]:
-    """When a file was written, in ns, and its size: another signature is another file."""
+    """When a file was written, in ns, and its size: another signature is another file. Of a
+    directory those of the files in it together."""
     try:
         status = path.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            return status.st_mtime_ns, status.st_size
+        files = [file.stat() for file in path.iterdir() if file.is_file()]
     except OSError:
         return 0, 0
-    return status.st_mtime_ns, status.st_size
+    written_at = max((file.st_mtime_ns for file in files), default=status.st_mtime_ns)
+    return written_at, sum(file.st_size for file in files)

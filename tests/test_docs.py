@@ -262,6 +262,7 @@ MAY_IMPORT = {
         "engine.wire",
         "engine.types",
         "engine.model_file",
+        "engine.model_folder",
         "engine.backends.fake",
         "waiting",
         "worker_spec",
@@ -304,6 +305,7 @@ MAY_IMPORT = {
     "models": {"models", "engine.heads", "engine.tensors", "engine.torch_file", "errors"},
     "test_api": set(),
     "bench": set(),
+    "bench.encoders": {"engine", "settings", "worker_spec"},
     "bench.engine": {"chat", "engine"},
 }
 # Libraries that only some modules may import.
@@ -311,7 +313,11 @@ ONLY_IN = {
     "fastapi": {"api", "server"},
     "starlette": {"api", "server"},
     "uvicorn": {"server"},
-    "llama_cpp": {"engine.backends.llamacpp", "engine.backends.llama_encoder"},
+    "llama_cpp": {
+        "engine.backends.llamacpp",
+        "engine.backends.llama_encoder",
+        "bench.encoders",
+    },
     "gguf": {"models"},
 }
 

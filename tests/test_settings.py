@@ -208,7 +208,7 @@ def test_all_faults_are_reported_at_once_with_their_keys(load: Load) -> None:
         "RERANKER_BACKEND",
     ]
     assert "'eighty'" in lines[0]
-    assert "'llamacpp' or 'fake'" in lines[3]
+    assert "'llamacpp', 'flag' or 'fake'" in lines[3]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ UPSTREAM = "https://abetlen.github.io/llama-cpp-python/whl"
 FAKE_PYTHON = r"""#!/bin/sh
 here=${0%/*}
 case "$*" in
-  *https://*) shift 2; echo "ask $*" >>"$FAKE_LOG"; exit 1 ;;
+  "-c "*https://*) shift 2; echo "ask $*" >>"$FAKE_LOG"; exit 1 ;;
   *ensurepip*) if [ -n "$FAKE_NO_VENV" ]; then exit 1; fi ;;
   "-m venv "*)
     mkdir -p "$3/bin" "$3/site/pip" "$3/site/pip-1.dist-info"
@@ -88,7 +88,7 @@ class Machine:
         self.root, self.bin, self.log = directory / "a copy", directory / "bin", directory / "log"
         self.bin.mkdir()
         self.log.touch()
-        for name in [*SCRIPTS, "requirements.txt", "requirements-dev.txt"]:
+        for name in [*SCRIPTS, "requirements.txt", "requirements-dev.txt", "requirements-flag.txt"]:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         for tool in TOOLS:
@@ -223,6 +223,21 @@ def test_dev_adds_the_second_list_and_covers_both(machine: Machine) -> None:
         requirements.write("# changed\n")
     assert machine.run("setup.sh", "--current", "--dev")[0] == 1
     assert machine.run("setup.sh", "--current")[0] == 0, "the service needs nothing new"
+
+
+def test_flag_adds_its_list_on_demand_only(machine: Machine) -> None:
+    assert machine.run()[0] == 0
+    assert machine.calls("requirements-flag.txt") == []
+    assert machine.run("setup.sh", "--current", "--flag")[0] == 1, "that was without --flag"
+    assert machine.run("setup.sh", "--flag")[0] == 0
+    (call,) = machine.calls("-r requirements.txt -r requirements-flag.txt")
+    assert call.endswith("/whl/cpu"), "there is no GPU, so the builds without CUDA do"
+    assert machine.run("setup.sh", "--current", "--flag") == (0, "")
+    machine.program("nvidia-smi", "echo 'CUDA Version: 12.5'")
+    (machine.root / "requirements-flag.txt").open("a").write("# changed\n")
+    assert machine.run("setup.sh", "--current")[0] == 0, "the service needs nothing new"
+    assert machine.run("setup.sh", "--flag")[0] == 0
+    assert "pytorch.org" not in machine.calls("requirements-flag.txt")[1]
 
 
 def test_no_python_says_how_to_get_one(machine: Machine) -> None:

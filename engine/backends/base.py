@@ -173,6 +173,10 @@ def load_encoder(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
         from engine.backends import llama_encoder
 
         return llama_encoder.load(spec, progress)
+    if spec.backend == "flag":
+        from engine.backends import flag_encoder
+
+        return flag_encoder.load(spec, progress)
     if spec.backend == "fake":
         from engine.backends import fake_encoder
 

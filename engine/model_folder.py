@@ -1,0 +1,108 @@
+"""What a Hugging Face directory says about an encoder, without loading it and without torch."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine.model_file import Kind, ModelFile
+from engine.types import Pooling
+from errors import ModelLoadFailed
+
+# The families that FlagEmbedding's encoders are of, with what llama.cpp calls their tokenizers and
+# how many rows of their tables of positions are never used: positions begin after the padding's id.
+_FAMILIES = {"xlm-roberta": ("t5", 2), "bert": ("bert", 0)}
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that are there count
+_TOKENIZERS = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt")
+_POOLINGS: dict[str, Pooling] = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+}
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_NUMBER = (1 << 31) - 1
+# XLM-R's longest piece has 48 bytes, and BERT's fewer; reading 250,000 of them would take long.
+_MAX_TOKEN_BYTES = 64
+
+
+def read_model_folder(path: Path) -> ModelFile:
+    """The facts of the encoder in a directory, or ModelLoadFailed with one sentence that names it.
+
+    The sentence holds the directory's name and never where it is: it goes to HTTP clients.
+    """
+    name = path.name.encode("utf-8", "replace").decode() or "the model path"
+
+    def fail(reason: str) -> NoReturn:
+        raise ModelLoadFailed(f"{name} {reason}.")
+
+    if path.is_file():
+        fail("is a file; the backend flag takes a Hugging Face directory, and llamacpp a GGUF file")
+    if not path.is_dir():
+        fail("is not there; give the path of a Hugging Face directory")
+    config = _config(path / "config.json")
+    if config is None:
+        fail("has no config.json that can be read; give a whole Hugging Face directory")
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        known = " and ".join(_FAMILIES)
+        fail(f"is of the family {family!r}, and the backend flag runs those of {known}")
+    weights = next((found for pattern in _WEIGHTS if (found := sorted(path.glob(pattern)))), [])
+    if not weights:
+        fail("has no model.safetensors and no pytorch_model.bin; download it again")
+    if not any((path / tokenizer).is_file() for tokenizer in _TOKENIZERS):
+        fail("has no tokenizer.json; download it again")
+    tokenizer_model, n_unused = _FAMILIES[family]
+
+    def size_of(key: str) -> int:
+        value = config.get(key)
+        if not isinstance(value, int) or not 0 < value <= _MAX_NUMBER:
+            fail(f"has no {key} in its config.json; download it again")
+        return value
+
+    return ModelFile(
+        path=path,
+        size_bytes=sum(file.stat().st_size for file in weights),
+        architecture=family,
+        name=name,
+        n_ctx_train=max(size_of("max_position_embeddings") - n_unused, 1),
+        n_layer=size_of("num_hidden_layers"),
+        n_embd=size_of("hidden_size"),
+        n_vocab=size_of("vocab_size"),
+        max_token_bytes=_MAX_TOKEN_BYTES,
+        kv_bytes_per_token=0,
+        tokenizer_model=tokenizer_model,
+        chat_template=None,
+        bos_token="",
+        eos_token="",
+        add_bos=False,
+        control_tokens=(),
+        kind=_kind(config, fail),
+    )
+
+
+def pooling_in(path: Path) -> Pooling | None:
+    """How the rows of its tokens become a vector, where sentence-transformers' file says it."""
+    config = _config(path / "1_Pooling" / "config.json") or {}
+    return next((pooling for key, pooling in _POOLINGS.items() if config.get(key) is True), None)
+
+
+def _kind(config: dict[str, Any], fail: Callable[[str], NoReturn]) -> Kind:
+    named = config.get("architectures")
+    architectures = [str(name) for name in named] if isinstance(named, list) else []
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        labels = config.get("id2label")
+        if not isinstance(labels, dict) or len(labels) != 1:
+            fail("tells several classes apart, where a reranker gives one score")
+        return "reranker"
+    if any("For" in name and not name.endswith("ForMaskedLM") for name in architectures):
+        fail(f"is made for something else ({', '.join(architectures)}) than embeddings and scores")
+    return "embedding"
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(_MAX_CONFIG_BYTES))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
