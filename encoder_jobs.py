@@ -86,7 +86,7 @@ class EmbedJob(Job):
         self._embedder = embedder
         for output in request.outputs:
             if output not in embedder.outputs:
-                raise BadRequest(embedder.missing(output), param="embedding_type")
+                raise BadRequest(embedder.missing(output), param=f"return_{output}")
         self.outputs = frozenset(request.outputs)
 
     def tokenize(self, index: int) -> Text:
