@@ -218,7 +218,7 @@ def test_links_lead_somewhere(document: str) -> None:
 
 # the tree
 
-PACKAGES = ("api", "bench", "chat", "engine", "models")
+PACKAGES = ("api", "bench", "chat", "engine", "examples", "models")
 
 
 def module_files() -> dict[str, Path]:
@@ -304,6 +304,7 @@ MAY_IMPORT = {
     "models": {"models", "engine.heads", "engine.tensors", "engine.torch_file", "errors"},
     "test_api": set(),
     "bench": set(),
+    "examples": set(),
     "bench.engine": {"chat", "engine"},
 }
 # Libraries that only some modules may import.
