@@ -16,7 +16,18 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from api import chat, completions, errors, messages, models, responses, tokens, unsupported
+from api import (
+    chat,
+    completions,
+    embeddings,
+    errors,
+    messages,
+    models,
+    rerank,
+    responses,
+    tei,
+    tokens,
+)
 from api.deps import Services
 from api.middleware import Faults, Gate, RequestLog, is_loopback
 from engine.client import Launcher, launch_process
@@ -63,7 +74,9 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
     )
     app.state.services = Services(settings, manager)
     errors.install(app)
-    for part in (chat, responses, messages, completions, tokens, models, unsupported):
+    for part in (
+        chat, responses, messages, completions, embeddings, rerank, tei, tokens, models,
+    ):  # fmt: skip
         app.include_router(part.router)
     return app
 

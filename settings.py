@@ -94,6 +94,8 @@ class TierSettings(BaseSettings):
     passage_prefix: str = ""
     sparse_head_path: str = ""  # empty: beside the model
     colbert_head_path: str = ""
+    token_ids: Literal["refuse", "own", "cl100k"] = "refuse"  # as input: whose they are
+    matryoshka: bool | None = None  # trained for shorter vectors; None: where that is known
     embedding_mode: bool | None = None
     embedding_dimension: int | None = Field(None, ge=1)
 
@@ -201,9 +203,16 @@ def _read(of: type[T], prefix: str, env_file: Path | None, faults: list[str]) ->
 
 
 def _configured(tiers: dict[TierName, TierSettings]) -> dict[TierName, TierSettings]:
-    """Only configured tiers exist; where none is, every chat tier has the default model."""
+    """Only configured tiers exist; where none is, every chat tier and `embedding` have the default
+    models, and that scores for `reranker`."""
     configured = {name: tier for name, tier in tiers.items() if tier.is_configured}
     if configured:
         return configured
-    default = {"model_path": DEFAULT_CHAT_MODEL}
-    return {name: tiers[name].model_copy(update=default) for name in CHAT_TIERS}
+    chat = {"model_path": DEFAULT_CHAT_MODEL}
+    defaults = {name: tiers[name].model_copy(update=chat) for name in CHAT_TIERS}
+    e5 = {
+        "model_path": DEFAULT_EMBEDDING_MODEL,
+        "query_prefix": tiers["embedding"].query_prefix or "query: ",
+        "passage_prefix": tiers["embedding"].passage_prefix or "passage: ",
+    }
+    return {**defaults, "embedding": tiers["embedding"].model_copy(update=e5)}

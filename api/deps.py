@@ -39,6 +39,13 @@ class Services:
             raise BadRequest(f"The model '{model}' does not generate text.", param="model")
         return tier
 
+    def embedding_tier(self, model: str) -> Tier:
+        """The tier that a request for vectors names. Raises ModelNotFound or BadRequest."""
+        tier = self.manager.resolve(model)
+        if tier.name != "embedding":
+            raise BadRequest(f"The model '{model}' makes no vectors.", param="model")
+        return tier
+
     def chat_format(self, tier: Tier) -> ChatFormat:
         """How the tier's model chats. Raises ModelLoadFailed."""
         model = tier.model()

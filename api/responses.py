@@ -24,9 +24,12 @@ router = APIRouter()
 
 # OpenAI's fields that this version does not have, with the values that ask for nothing
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "access_programs": (),
     "background": (False,),
+    "background_options": (),
     "context_management": ([],),
     "conversation": (),
+    "image": (),
     "moderation": (),
     "previous_response_id": (),
     "prompt": (),

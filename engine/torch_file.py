@@ -120,7 +120,7 @@ def _read_legacy(data: mmap.mmap) -> dict[str, Floats]:
         (count,) = struct.unpack_from("<q", data, pos)
         end = pos + 8 + count * np.dtype(_NUMPY_TYPES[kinds[key]]).itemsize
         if count < 0 or end > len(data):
-            raise UnreadableTensors("is cut short")
+            raise UnreadableTensors("is cut short; download it again")
         spans[key] = pos + 8, end
         pos = end
     # Slices of a map are copies: nothing refers to the file when it is closed.
@@ -221,7 +221,7 @@ def _run(program: bytes) -> tuple[Any, int]:
 
     def taken(n: int) -> list[Any]:
         if n > len(stack):
-            raise UnreadableTensors("is damaged")
+            raise UnreadableTensors("is damaged; download it again")
         values = stack[len(stack) - n :]
         del stack[len(stack) - n :]
         return values
@@ -252,7 +252,7 @@ def _run(program: bytes) -> tuple[Any, int]:
                 items = taken(2) if opcode.name == "SETITEM" else since_mark()
                 # Only text: the hash of nested tuples can take for ever.
                 if not all(type(key) is str for key in items[::2]):
-                    raise UnreadableTensors("is damaged")
+                    raise UnreadableTensors("is damaged; download it again")
                 _container(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
@@ -265,12 +265,12 @@ def _run(program: bytes) -> tuple[Any, int]:
                 stack.append(_CONSTANTS[name](argument))
             case name:
                 raise UnreadableTensors(f"holds more than tensors ({name})")
-    raise UnreadableTensors("is cut short")
+    raise UnreadableTensors("is cut short; download it again")
 
 
 def _container(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise UnreadableTensors("is damaged")
+        raise UnreadableTensors("is damaged; download it again")
     return value
 
 
@@ -279,7 +279,7 @@ def _called(name: object, arguments: object) -> object:
         path = name.path[:80].replace(" ", ".") if isinstance(name, _Name) else "something"
         raise UnreadableTensors(f"wants to run {path}, and only tensors are read")
     if not isinstance(arguments, tuple):
-        raise UnreadableTensors("is damaged")
+        raise UnreadableTensors("is damaged; download it again")
     return _CALLABLE[name.path](arguments)
 
 

@@ -3,7 +3,8 @@
 Three are BERTs of random weights, always the same: an embedder like BGE-M3 and a cross-encoder like
 bge-reranker-v2-m3 (both XLM-R, with a unigram vocabulary and its normalisation), and a BERT with
 WordPiece and mean pooling. The fourth is a decoder that embeds with its last token, like
-Qwen3-Embedding. The XLM-R ones are also written as Hugging Face directories.
+Qwen3-Embedding. Of the last two there are also rerankers, like ms-marco-MiniLM and Qwen3-Reranker.
+The XLM-R ones are also written as Hugging Face directories.
 """
 
 import base64
@@ -256,6 +257,10 @@ class Qwen3:
             x = x + (gate / (1 + np.exp(-gate)) * up) @ self._of(f"{layer}ffn_down").T
         return self._norm(x, "output_norm")
 
+    def yes(self, ids: Sequence[int]) -> float:
+        """The judge's probability of yes, against no."""
+        return float(softmax(self._of("cls.output") @ self.hidden(ids)[-1])[0])
+
     def _of(self, name: str) -> Doubles:
         return self.tensors[f"{name}.weight"].astype(np.float64)
 
@@ -329,10 +334,7 @@ def made_heads(n_embd: int) -> dict[str, Head]:
 def tiny_reranker() -> Bert:
     """Like bge-reranker-v2-m3."""
     random = _Random(12)
-    tensors = random.bert(len(unigram().pieces))
-    for name, n_out in (("cls", _N_EMBD), ("cls.output", 1)):
-        tensors[f"{name}.weight"] = random.matrix(n_out, _N_EMBD, 3)
-        tensors[f"{name}.bias"] = random.bias(n_out)
+    tensors = random.bert(len(unigram().pieces)) | random.classifier()
     return Bert(tensors, _N_HEAD, _N_CTX)
 
 
@@ -340,6 +342,14 @@ def tiny_reranker() -> Bert:
 def tiny_bert() -> Bert:
     """Like all-MiniLM: WordPiece, mean pooling."""
     tensors = _Random(13).bert(len(wordpieces()))
+    return Bert(tensors, _N_HEAD, _N_CTX, eps=1e-12)
+
+
+@cache
+def tiny_bert_reranker() -> Bert:
+    """Like ms-marco-MiniLM: the same with a classifier."""
+    random = _Random(16)
+    tensors = random.bert(len(wordpieces())) | random.classifier()
     return Bert(tensors, _N_HEAD, _N_CTX, eps=1e-12)
 
 
@@ -368,6 +378,13 @@ def tiny_decoder() -> "Qwen3":
     return Qwen3(tensors)
 
 
+@cache
+def tiny_judge() -> "Qwen3":
+    """Like Qwen3-Reranker: the decoder with the rows of its vocabulary for yes and no."""
+    rows = _Random(17).matrix(2, _N_EMBD, 2)
+    return Qwen3({**tiny_decoder().tensors, "cls.output.weight": rows})
+
+
 class _Random:
     """Weights scaled so that attention is peaked and every layer changes its input."""
 
@@ -388,6 +405,13 @@ class _Random:
             "sparse_linear": Head(self.matrix(1, n_embd, 0.25), np.array([0.05], np.float32)),
             "colbert_linear": Head(self.matrix(n_embd, n_embd), self.bias(n_embd)),
         }
+
+    def classifier(self) -> dict[str, Floats]:
+        tensors = {}
+        for name, n_out in (("cls", _N_EMBD), ("cls.output", 1)):
+            tensors[f"{name}.weight"] = self.matrix(n_out, _N_EMBD, 3)
+            tensors[f"{name}.bias"] = self.bias(n_out)
+        return tensors
 
     def bert(self, n_vocab: int) -> dict[str, Floats]:
         tensors = {
@@ -442,8 +466,20 @@ def write_heads(folder: Path, model: Bert | None = None) -> None:
 
 
 def write_bert(path: Path, file_type: FileType = "F32") -> Path:
-    model, tokens = tiny_bert(), wordpieces()
-    writer = _bert_writer(path, model, file_type, gguf.PoolingType.MEAN)
+    return _write_wordpiece(path, tiny_bert(), file_type, gguf.PoolingType.MEAN)
+
+
+def write_bert_reranker(path: Path, file_type: FileType = "F32") -> Path:
+    return _write_wordpiece(path, tiny_bert_reranker(), file_type, gguf.PoolingType.RANK)
+
+
+def _write_wordpiece(
+    path: Path, model: Bert, file_type: FileType, pooling: gguf.PoolingType
+) -> Path:
+    tokens = wordpieces()
+    writer = _bert_writer(path, model, file_type, pooling)
+    if pooling == gguf.PoolingType.RANK:
+        writer.add_classifier_output_labels(["LABEL_0"])
     writer.add_tokenizer_model("bert")
     # llama.cpp marks beginnings of words, where WordPiece marks what is none.
     writer.add_token_list(
@@ -457,7 +493,33 @@ def write_bert(path: Path, file_type: FileType = "F32") -> Path:
     return path
 
 
+# As Qwen3-Reranker has it; llama.cpp puts the texts in.
+JUDGE_TEMPLATE = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
+    'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+    "<|im_start|>user\n<Instruct>: Given a web search query, retrieve relevant passages that "
+    "answer the query\n<Query>: {query}\n<Document>: {document}<|im_end|>\n"
+    "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
+
+
 def write_decoder(path: Path) -> Path:
+    writer = _qwen3_writer(path, adds_eos=True)
+    writer.add_pooling_type(gguf.PoolingType.LAST)
+    _write_tensors(writer, tiny_decoder().tensors, "F32")
+    return path
+
+
+def write_judge(path: Path) -> Path:
+    writer = _qwen3_writer(path, adds_eos=False)
+    writer.add_pooling_type(gguf.PoolingType.RANK)
+    writer.add_classifier_output_labels(["yes", "no"])
+    writer.add_chat_template([{"name": "rerank", "template": JUDGE_TEMPLATE}])
+    _write_tensors(writer, tiny_judge().tensors, "F32")
+    return path
+
+
+def _qwen3_writer(path: Path, *, adds_eos: bool) -> gguf.GGUFWriter:
     tokens, scores, types = spm_vocabulary()
     writer = gguf.GGUFWriter(path, "qwen3")
     writer.add_name("Tiny decoder of random weights")
@@ -469,7 +531,7 @@ def write_decoder(path: Path) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
-    writer.add_add_eos_token(True)
+    writer.add_add_eos_token(adds_eos)
     writer.add_context_length(_N_CTX)
     writer.add_block_count(_N_LAYER)
     writer.add_embedding_length(_N_EMBD)
@@ -480,10 +542,8 @@ def write_decoder(path: Path) -> Path:
     writer.add_value_length(_N_EMBD // _N_HEAD)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
-    writer.add_pooling_type(gguf.PoolingType.LAST)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    _write_tensors(writer, tiny_decoder().tensors, "F32")
-    return path
+    return writer
 
 
 _TOKEN_KEYS = {"pad": "padding", "unk": "unknown", "cls": "bos", "sep": "seperator", "mask": "mask"}

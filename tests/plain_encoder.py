@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 FLASH_OFF = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
 FLASH_ON = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+_MAX_TOKENS = 8192
 
 
 class Encoder:
@@ -39,8 +40,8 @@ class Encoder:
 
     def ids(self, text: str, *, special: bool = True) -> list[int]:
         raw = text.encode()
-        out = (llama_cpp.llama_token * 512)()
-        n = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), out, 512, special, False)
+        out = (llama_cpp.llama_token * _MAX_TOKENS)()
+        n = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), out, _MAX_TOKENS, special, False)
         assert n >= 0
         return out[:n]
 

@@ -3,14 +3,16 @@
     pip install torch==2.13.0 FlagEmbedding==1.4.2 "transformers<5" gguf
     python -m tests.record_flag
 
-It writes tests/recorded/flag_embedding.json, so that everybody can compare with it without it. With
-transformers 5 its pairs are tokenised otherwise than the models were trained; hence the bound.
+It writes tests/recorded/flag_embedding.json, with which everybody can compare; of token ids in the
+real vocabulary it holds fingerprints. With transformers 5 FlagEmbedding tokenises pairs otherwise
+than the models were trained; hence the bound.
 """
 
 import base64
 import json
 import os
 import tempfile
+import zlib
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +27,7 @@ from tests.encoder_fixtures import PAIRS, TEXTS
 
 RECORD = ROOT / "tests" / "recorded" / "flag_embedding.json"
 PAIR_LENGTHS = (512, 24)
+REAL_PAIR_LENGTHS = (512, 64)
 
 REAL_TEXTS = (
     "query: how much protein should a female eat",
@@ -84,15 +87,35 @@ _ODD = (
 )  # fmt: skip
 
 
+_BETWEEN = (
+    " ", "  ", "\n", "\t", "\u00a0", "\u3000", ", ", "; ", ". ", "! ", "? ", "…", " — ", "-", "_",
+    "/", "|", "+", "：", ") (", "” “", " 🙂 ",
+)  # fmt: skip
+
+
 def strings() -> list[str]:
-    """Two hundred: each sentence whole, in capitals, by half, beside another; and odd ones."""
+    """About a thousand: each sentence whole, in other letters, by half, beside others; odd ones."""
     found = [*_SENTENCES, *_ODD]
     for i, sentence in enumerate(_SENTENCES):
         words = sentence.split()
-        found.append(sentence.upper())
-        found.append(" ".join(words[: len(words) // 2]))
-        found.append(f"{i}. {sentence}\n\t{_SENTENCES[-i]}")
+        first, second = (
+            " ".join(half) for half in (words[: len(words) // 2], words[len(words) // 2 :])
+        )
+        found += [sentence.upper(), sentence.lower(), first, second, f"{i}. {sentence} ({i * 37})"]
+        for k, between in enumerate(_BETWEEN, 1):
+            found.append(second + between + _SENTENCES[(i + k) % len(_SENTENCES)])
     return list(dict.fromkeys(found))
+
+
+def pairs() -> list[tuple[str, str]]:
+    """150, of short and long texts, and of none."""
+    texts = strings()
+    found = [(texts[i * 5 % 97], texts[-1 - i * 6] * (i % 3 * 8 + 1)) for i in range(148)]
+    return [*found, ("no document", ""), ("long " * 500, "query")]
+
+
+def fingerprint(ids: list[int]) -> int:
+    return zlib.crc32(np.array(ids, "<i4").tobytes())
 
 
 @cache
@@ -184,7 +207,11 @@ def main() -> None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder / "real")
-        record["strings"] = {text: tokenizer(text)["input_ids"] for text in strings()}
+        record["strings"] = [fingerprint(tokenizer(text)["input_ids"]) for text in strings()]
+        record["pairs"] = {
+            str(length): [fingerprint(_pair_ids(tokenizer, *pair, length)) for pair in pairs()]
+            for length in REAL_PAIR_LENGTHS
+        }
     RECORD.parent.mkdir(exist_ok=True)
     lines = (f"{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in record.items())
     RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

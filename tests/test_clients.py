@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import instructor
 import openai
 import pydantic
 import pytest
@@ -140,19 +139,6 @@ def test_langchain_forced_tool(langchain: ChatOpenAI) -> None:
 def test_langchain_structured_output(langchain: ChatOpenAI, method: str) -> None:
     model = langchain.with_structured_output(City, method=method)
     assert isinstance(model.invoke("a city"), City)
-
-
-@pytest.mark.parametrize(
-    "mode", [instructor.Mode.TOOLS, instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA]
-)
-def test_instructor(client: openai.OpenAI, mode: instructor.Mode) -> None:
-    city = instructor.from_openai(client, mode=mode).chat.completions.create(
-        model="light",
-        messages=[{"role": "user", "content": "a city"}],
-        response_model=City,
-        max_retries=0,
-    )
-    assert isinstance(city, City)
 
 
 def run(service: Service, question: str, **agent: Any) -> Any:

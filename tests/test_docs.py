@@ -12,14 +12,16 @@ from typing import Any, get_type_hints
 import pytest
 from anthropic.types import MessageCountTokensParams, message_create_params
 from fastapi.routing import iter_route_contexts
-from openai.types import completion_create_params
+from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params
 
 from api import chat, messages, responses
 from api.chat_request import ChatRequest
 from api.completions import CompletionRequest
+from api.embeddings import EmbeddingRequest
 from api.messages_request import MessagesRequest, PromptRequest
+from api.rerank import RerankRequest
 from api.responses_request import ResponsesRequest
 from server import create_app
 from settings import (
@@ -161,16 +163,6 @@ def test_the_endpoint_table_is_the_routes(document: str) -> None:
     rows = [row for row in table_rows(read(document)) if row[0] in ("GET", "POST")]
     assert len(rows) == len(routes)
     assert {(row[0], row[1].strip("`")) for row in rows} == routes
-
-
-def test_the_readme_says_which_routes_are_refused() -> None:
-    refused = {
-        context.path
-        for context in iter_route_contexts(create_app(Settings.load(None)).routes)
-        if getattr(context.endpoint, "__module__", "") == "api.unsupported"
-    }
-    rows = [row for row in table_rows(read("README.md")) if row[0] in ("GET", "POST")]
-    assert {row[1].strip("`") for row in rows if row[2].startswith("400")} == refused
 
 
 # commands, snippets, links
@@ -397,6 +389,8 @@ def fates(path: str) -> Fates:
 
 
 ROUTES = [
+    ("/v1/embeddings", EmbeddingRequest, {}, (embedding_create_params.EmbeddingCreateParams,)),
+    ("/v1/rerank", RerankRequest, {}, ()),
     ("/v1/chat/completions", ChatRequest, chat.UNSUPPORTED, CHAT_PARAMS),
     ("/v1/completions", CompletionRequest, {}, COMPLETION_PARAMS),
     ("/v1/responses", ResponsesRequest, responses.UNSUPPORTED, RESPONSE_PARAMS),

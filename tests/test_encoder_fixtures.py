@@ -7,7 +7,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from engine.model_file import read_model_file
+from engine.model_file import open_header, read_model_file
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS, FileType
 from tests.plain_encoder import FLASH_OFF, FLASH_ON, Encoder, cosine
@@ -91,6 +91,35 @@ def test_last_pooling_is_the_last_row_of_the_reference(
         assert cosine(encoder.run(ids), tiny.tiny_decoder().hidden(ids)[-1]) > 1 - 1e-5
 
 
+def test_a_bert_with_a_classifier_is_its_reference(
+    load_encoder: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    encoder = load_encoder(tiny.write_bert_reranker(tmp_path / "rr.gguf"))
+    model, logits = tiny.tiny_bert_reranker(), []
+    for text in TEXTS[:8]:
+        query, document = encoder.ids("what is the capital"), encoder.ids(text)
+        ids = [*query, *document[1:]]  # [CLS] query [SEP] document [SEP]
+        logits.append(model.logit(ids))
+        assert encoder.run(ids)[0] == pytest.approx(logits[-1], abs=2e-4)
+    assert np.ptp(logits) > 1
+
+
+def test_a_judge_says_the_probability_of_yes(
+    load_encoder: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    path = tiny.write_judge(tmp_path / "judge.gguf")
+    encoder, chances = load_encoder(path), []
+    assert encoder.pooling == llama_cpp.LLAMA_POOLING_TYPE_RANK
+    assert llama_cpp.llama_model_n_cls_out(encoder.model) == 2
+    with open_header(path) as header:
+        assert header.text("tokenizer.chat_template.rerank") == tiny.JUDGE_TEMPLATE
+    for text in TEXTS[:8]:
+        ids = encoder.ids(text)
+        chances.append(tiny.tiny_judge().yes(ids))
+        assert encoder.run(ids)[0] == pytest.approx(chances[-1], abs=2e-3)
+    assert np.ptp(chances) > 0.2
+
+
 @pytest.mark.parametrize(
     ("text", "pieces"),
     [
@@ -119,6 +148,8 @@ def test_the_files_say_what_they_are(tmp_path: Path) -> None:
     assert read_model_file(tiny.write_reranker(tmp_path / "rr.gguf")).kind == "reranker"
     assert read_model_file(tiny.write_bert(tmp_path / "bert.gguf")).kind == "embedding"
     assert read_model_file(tiny.write_decoder(tmp_path / "decoder.gguf")).kind == "embedding"
+    assert read_model_file(tiny.write_bert_reranker(tmp_path / "rr2.gguf")).kind == "reranker"
+    assert read_model_file(tiny.write_judge(tmp_path / "judge.gguf")).kind == "reranker"
 
 
 def test_they_are_the_same_bytes_every_time(tmp_path: Path) -> None:

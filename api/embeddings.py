@@ -1,0 +1,187 @@
+"""POST /v1/embeddings: dense, sparse and ColBERT vectors of texts, from one pass."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from starlette.responses import Response
+
+from api.deps import ServicesDep, while_connected
+from api.sampling import Switch, Token, WholeText, ignored_params
+from api.vectors import Form, item
+from engine import wire
+from engine.types import Output, Role, Truncate
+from errors import BadRequest, UnsupportedParameter
+from model_manager import Tier
+
+router = APIRouter()
+
+MAX_INPUTS = 2048  # OpenAI's limit
+OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
+InputType = Literal["query", "search_query", "passage", "document", "search_document"]
+# whose first numbers are a vector too, by what their files are called
+MATRYOSHKA = (
+    "nomic-embed-text-v1.5", "nomic-embed-text-v2", "mxbai-embed-large", "qwen3-embedding",
+    "embeddinggemma", "embedding-gemma", "arctic-embed-m-v1.5", "arctic-embed-l-v2",
+    "arctic-embed-m-v2", "jina-embeddings-v3",
+)  # fmt: skip
+
+
+def _input_kind(value: Any) -> str:
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, list):
+        return "<lists of tokens>"
+    if isinstance(first, int):
+        return "<tokens>"
+    return "<texts>" if isinstance(value, list) else "<text>"
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+InputText = Annotated[WholeText, Field(min_length=1)]
+InputTexts = Annotated[list[InputText], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+OneOrMore = Annotated[InputTexts, BeforeValidator(_as_list)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+TokenLists = Annotated[list[Tokens], Field(max_length=MAX_INPUTS, fail_fast=True)]
+Input = Annotated[
+    Annotated[InputText, Tag("<text>")]
+    | Annotated[InputTexts, Tag("<texts>")]
+    | Annotated[Tokens, Tag("<tokens>")]
+    | Annotated[TokenLists, Tag("<lists of tokens>")],
+    Discriminator(_input_kind),
+]
+OutputList = Annotated[
+    list[Output], Field(min_length=1, max_length=len(OUTPUTS)), BeforeValidator(_as_list)
+]
+
+
+class EmbeddingRequest(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    input: Input
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    user: Any = None  # whose request it is: nobody here wants to know
+    embedding_type: OutputList | None = None
+    return_dense: bool | None = None
+    return_sparse: bool | None = None
+    return_colbert: bool | None = None
+    return_tokens: Switch = False
+    colbert_dtype: Literal["float32", "float16"] = "float32"
+    truncate: Truncate | None = None
+    input_type: InputType | None = None
+
+    def outputs(self) -> list[Output]:
+        """The kinds of vectors that are wanted. Raises BadRequest."""
+        wanted = set[Output](self.embedding_type or ["dense"])
+        for kind in OUTPUTS:
+            if (flag := getattr(self, f"return_{kind}")) is not None:
+                (wanted.add if flag else wanted.discard)(kind)
+        if not wanted:
+            raise BadRequest("No kind of vector is asked for.", param="return_dense")
+        return [kind for kind in OUTPUTS if kind in wanted]
+
+    def inputs(self) -> list[Any]:
+        """A text or token ids for each vector."""
+        if isinstance(self.input, str) or isinstance(self.input[0], int):
+            return [self.input]
+        return list(self.input)
+
+    def role(self) -> Role:
+        if self.input_type is None:
+            return "none"
+        return "query" if self.input_type.endswith("query") else "passage"
+
+
+@router.post("/v1/embeddings")
+async def create_embeddings(
+    body: EmbeddingRequest, request: Request, services: ServicesDep
+) -> Response:
+    tier = services.embedding_tier(body.model)
+    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    outputs = body.outputs()
+    check_dimensions(tier, body.dimensions, outputs)
+    asked = wire.Embed(
+        inputs=inputs_for(body.inputs(), tier.settings.token_ids),
+        outputs=outputs,
+        truncate=body.truncate or "none",
+        role=body.role(),
+        return_tokens=body.return_tokens,
+    )
+    with tier.lease(), tier.embed(asked) as encoding:
+        vectors = await while_connected(request.receive, encoding.all())
+    n_tokens = sum(vector.n_tokens for vector in vectors)
+    reply: dict[str, Any] = {
+        "object": "list",
+        "model": tier.name,
+        "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
+    }
+    if cut := [{"index": v.index, "n_tokens_cut": v.n_cut} for v in vectors if v.n_cut]:
+        reply["truncated"] = cut
+    form = Form(body.encoding_format == "base64", body.dimensions, body.colbert_dtype)
+    n_colbert = tier.encoder.n_colbert if tier.encoder else 0
+    content = await asyncio.to_thread(_content, reply, vectors, n_colbert, form)
+    return Response(content, media_type="application/json", headers=headers)
+
+
+def _content(
+    reply: dict[str, Any], vectors: Sequence[wire.Vector], n_colbert: int, form: Form
+) -> bytes:
+    data = [item(vector, n_colbert, form) for vector in vectors]
+    return msgspec.json.encode({"object": "list", "data": data} | reply)
+
+
+def check_dimensions(tier: Tier, dimensions: int | None, outputs: Sequence[Output]) -> None:
+    """Raise for numbers that would not be a vector of the model's."""
+    if dimensions is None:
+        return
+    if "dense" not in outputs:
+        raise BadRequest("It is for dense vectors.", param="dimensions")
+    model = tier.model()
+    if dimensions == model.n_embd:
+        return
+    if dimensions > model.n_embd:
+        raise BadRequest(
+            f"The vectors of {model.path.name} have {model.n_embd} dimensions.", param="dimensions"
+        )
+    is_known = any(name in model.path.name.lower() for name in MATRYOSHKA)
+    may_cut = is_known if tier.settings.matryoshka is None else tier.settings.matryoshka
+    if not may_cut:
+        raise UnsupportedParameter(
+            f"{model.path.name} is not known to be trained for shorter vectors than its "
+            f"{model.n_embd}; set {tier.name.upper()}_MATRYOSHKA=true if it is.",
+            param="dimensions",
+        )
+
+
+def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:
+    """Texts, or this model's token ids. Raises BadRequest for ids that may be another model's."""
+    if isinstance(inputs[0], str) or setting == "own":
+        return list(inputs)
+    if setting == "refuse":
+        raise BadRequest(
+            "Token ids are those of one tokenizer, and clients often send another's; send texts "
+            "(LangChain: check_embedding_ctx_length=False), or set EMBEDDING_TOKEN_IDS.",
+            param="input",
+        )
+    try:
+        import tiktoken
+
+        encoding = tiktoken.get_encoding("cl100k_base")
+    except Exception as error:  # not installed, or its table could not be fetched
+        raise UnsupportedParameter(
+            f"EMBEDDING_TOKEN_IDS=cl100k needs `pip install tiktoken` and its table ({error}).",
+            param="input",
+        ) from error
+    try:
+        return [encoding.decode(ids, errors="strict") for ids in inputs]
+    except (KeyError, ValueError) as error:
+        raise BadRequest(
+            f"These are no token ids of cl100k_base: {error}.", param="input"
+        ) from None

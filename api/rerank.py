@@ -1,0 +1,238 @@
+"""POST /v1/rerank in the words of Jina, Cohere and text-embeddings-inference, and /v1/score."""
+
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from api.deps import ServicesDep, while_connected
+from api.errors import client_names
+from api.sampling import Switch, WholeText, ignored_params
+from engine import wire
+from engine.types import Method, Scale, Truncate
+from errors import BadRequest
+from model_manager import Tier
+
+router = APIRouter()
+
+MAX_DOCUMENTS = 2048
+MAX_PAIRS = 4096
+DEFAULT_MODEL = "reranker"
+
+
+def _text_of(value: Any) -> Any:
+    """Clients send documents as texts, or as objects with a text."""
+    return value["text"] if isinstance(value, dict) and "text" in value else value
+
+
+Document = Annotated[WholeText, Field(min_length=1), BeforeValidator(_text_of)]
+Documents = Annotated[list[Document], Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)]
+Texts = Annotated[Documents, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+Query = Annotated[WholeText, Field(min_length=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _cut(value: Any) -> Any:
+    """TEI says yes or no to cutting."""
+    return {True: "end", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+
+class ScoringFields(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    model: str = DEFAULT_MODEL  # some clients know only one
+    raw_scores: Switch = False
+    method: Method | None = None
+    weights: tuple[Weight, Weight, Weight] | None = None
+    max_tokens_per_doc: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    truncate: Annotated[Truncate | None, BeforeValidator(_cut)] = None
+
+
+class RerankRequest(ScoringFields):
+    query: Query
+    documents: Documents | None = None
+    texts: Documents | None = None  # TEI's documents
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: Switch = False
+    return_text: Switch = False  # TEI's
+
+    def read_documents(self) -> list[str]:
+        """Raises BadRequest."""
+        if self.documents is not None and self.texts is not None:
+            raise BadRequest("Send `documents` or `texts`, not both.", param="texts")
+        documents = self.texts if self.documents is None else self.documents
+        if documents is None:
+            raise BadRequest("'documents' is required.", param="documents")
+        return documents
+
+
+@router.post("/rerank")
+@router.post("/v1/rerank")
+@router.post("/v2/rerank")
+async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -> Response:
+    documents = body.read_documents()
+    tier = services.manager.scorer(body.model, body.method)
+    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    pairs = [(0, n) for n in range(len(documents))]
+    names = {} if body.texts is None else {r"^documents": "texts"}
+    with client_names(names):
+        scores = await while_connected(
+            request.receive, _score(tier, body, [body.query], documents, pairs)
+        )
+    # by the score before it is rounded; the first come first where they are equal
+    best = sorted(scores.items, key=lambda item: (-item.score, item.index))[: body.top_n]
+    if body.texts is not None:
+        reply: Any = [
+            {"index": item.index, "score": scores.shown(item)}
+            | ({"text": documents[item.index]} if body.return_text else {})
+            for item in best
+        ]
+        return JSONResponse(reply, headers=headers)
+    results = [
+        {"index": item.index, "relevance_score": scores.shown(item)}
+        | ({"document": {"text": documents[item.index]}} if body.return_documents else {})
+        for item in best
+    ]
+    meta: dict[str, Any] = {
+        "api_version": {"version": "2"},
+        "billed_units": {"search_units": 1},
+        "warnings": [
+            f"documents[{item.index}] was cut by {item.n_cut} tokens."
+            for item in scores.items
+            if item.n_cut
+        ],
+    }
+    reply = {
+        "id": f"rerank-{uuid.uuid4().hex}",
+        "object": "list",
+        "model": tier.name,
+        "results": results,
+        "meta": meta,
+        **scores.about(),
+    }
+    return JSONResponse(reply, headers=headers)
+
+
+class ScoreRequest(ScoringFields):
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    queries: Texts | None = None
+    documents: Texts | None = None
+
+    def read_pairs(self) -> tuple[list[str], list[str], list[tuple[int, int]]]:
+        """Texts on both sides, and which of them are scored. Raises BadRequest."""
+        for first, second in (("text_1", "text_2"), ("queries", "documents")):
+            left, right = getattr(self, first), getattr(self, second)
+            if left is None and right is None:
+                continue
+            if left is None or right is None:
+                missing = first if left is None else second
+                raise BadRequest(f"'{missing}' is required.", param=missing)
+            n, m = len(left), len(right)
+            if first == "text_1" and n == m:
+                pairs = [(i, i) for i in range(n)]
+            elif first == "text_1" and n > 1:
+                raise BadRequest(
+                    f"'text_1' has {n} texts and 'text_2' {m}: send as many, or one text_1. Every "
+                    "one with every other: `queries` and `documents`.",
+                    param="text_2",
+                )
+            else:
+                pairs = [(i, j) for i in range(n) for j in range(m)]
+            if len(pairs) > MAX_PAIRS:
+                raise BadRequest(f"There may be {MAX_PAIRS:,} pairs.", param=second)
+            return left, right, pairs
+        raise BadRequest(
+            "Send `text_1` and `text_2`, or `queries` and `documents`.", param="text_1"
+        )
+
+
+@router.post("/v1/score")
+async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> Response:
+    left, right, pairs = body.read_pairs()
+    tier = services.manager.scorer(body.model, body.method)
+    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    names = {r"^query$": "queries"}
+    if body.text_1 is not None:
+        names = {r"^query$": "text_1", r"^documents": "text_2"}
+    with client_names(names):
+        scores = await while_connected(request.receive, _score(tier, body, left, right, pairs))
+    data = [
+        {"index": item.index, "object": "score", "score": scores.shown(item)}
+        for item in scores.items
+    ]
+    reply = {
+        "id": f"score-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": tier.name,
+        "data": data,
+        **scores.about(),
+    }
+    return JSONResponse(reply, headers=headers)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """All pairs in their order, and on which scale."""
+
+    items: list[wire.Scored]
+    method: Method
+    scale: Scale
+    is_raw: bool
+    weights: Sequence[float] | None
+
+    def shown(self, item: wire.Scored) -> float:
+        """Between 0 and 1 for cross-encoders, unless raw scores are wanted."""
+        if self.is_raw or self.scale != "logit":
+            return item.score
+        return 1 / (1 + math.exp(-max(min(item.score, 700.0), -700.0)))
+
+    def about(self) -> dict[str, Any]:
+        n_tokens = sum(item.n_tokens for item in self.items)
+        is_sigmoid = self.scale == "logit" and not self.is_raw
+        about: dict[str, Any] = {
+            "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
+            "score_type": "sigmoid" if is_sigmoid else self.scale,
+            "method": self.method,
+        }
+        if self.weights is not None:
+            about["weights"] = self.weights
+        return about
+
+
+async def _score(
+    tier: Tier,
+    fields: ScoringFields,
+    queries: list[str],
+    documents: list[str],
+    pairs: list[tuple[int, int]],
+) -> Scores:
+    weights = fields.weights or (1.0, 1.0, 1.0)
+    asked = wire.Score(
+        queries=queries,
+        documents=documents,
+        pairs=pairs,
+        method=fields.method,
+        weights=weights,
+        max_tokens=fields.max_tokens_per_doc,
+        truncate=fields.truncate or "end",
+    )
+    with tier.lease(), tier.score(asked) as encoding:
+        items = await encoding.all()
+        assert encoding.method is not None
+        assert encoding.scale is not None
+        is_hybrid = encoding.method == "hybrid"
+        return Scores(
+            items,
+            encoding.method,
+            encoding.scale,
+            fields.raw_scores,
+            weights if is_hybrid else None,
+        )

@@ -1,0 +1,71 @@
+"""How vectors look in a reply: lists of numbers, or base64 of little-endian floats."""
+
+import base64
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engine import wire
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a client wants to read."""
+
+    is_base64: bool = False
+    dimensions: int | None = None  # of a dense vector: the first ones, of length 1 again
+    colbert_dtype: Literal["float32", "float16"] = "float32"
+
+
+def item(vector: wire.Vector, n_colbert: int, form: Form) -> dict[str, Any]:
+    """One item of OpenAI's list. What is not dense stands in further fields, so that every client
+    can read it; without a dense vector `embedding` is empty."""
+    embedding: Any = []
+    if vector.dense is not None:
+        dense = shortened(np.frombuffer(vector.dense, "<f4"), form.dimensions)
+        embedding = _base64(dense) if form.is_base64 else dense.tolist()
+    fields: dict[str, Any] = {"object": "embedding", "index": vector.index, "embedding": embedding}
+    if vector.sparse_ids is not None:
+        ids, weights = sparse(vector)
+        fields["sparse_embedding"] = {"indices": ids, "values": weights}
+        fields["lexical_weights"] = dict(zip(map(str, ids), weights, strict=True))
+    if vector.colbert is not None:
+        rows: npt.NDArray[Any] = np.frombuffer(vector.colbert, "<f4").reshape(-1, n_colbert)
+        rows = rows.astype("<f2" if form.colbert_dtype == "float16" else "<f4")
+        if form.is_base64:
+            fields["colbert_embedding"] = {
+                "data": _base64(rows),
+                "shape": list(rows.shape),
+                "dtype": form.colbert_dtype,
+            }
+        else:
+            fields["colbert_vecs"] = rows.tolist()
+    if vector.tokens is not None:
+        fields["token_ids"] = vector.tokens
+        pieces = vector.pieces or []
+        fields["tokens"] = [piece.decode(errors="replace") for piece in pieces]
+    return fields
+
+
+def sparse(vector: wire.Vector) -> tuple[list[int], list[float]]:
+    """Token ids, ascending, and their weights."""
+    assert vector.sparse_ids is not None
+    assert vector.sparse_weights is not None
+    ids = np.frombuffer(vector.sparse_ids, "<i4").tolist()
+    return ids, np.frombuffer(vector.sparse_weights, "<f4").tolist()
+
+
+def shortened(dense: Floats, n: int | None) -> Floats:
+    """The first `n` numbers, of length 1 again."""
+    if n is None or n >= len(dense):
+        return dense
+    head = dense[:n]
+    return (head / max(float(np.linalg.norm(head)), 1e-12)).astype("<f4")
+
+
+def _base64(array: npt.NDArray[Any]) -> str:
+    return base64.b64encode(array.tobytes()).decode()
