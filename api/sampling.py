@@ -146,6 +146,9 @@ class GenerationFields(BaseModel):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     response_format: ResponseFormat | None = None
     grammar: str | None = None  # Lark or GBNF
+    # reuse what was computed of the same beginning; None: unless there is a `seed`, since reused
+    # numbers differ in their last digits and the answer is to be the same
+    cache_prompt: bool | None = None
     timings: Switch = False  # how long it took, in the body or the last chunk
     user: Any = None  # whose request it is: nobody here wants to know
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
@@ -194,6 +197,7 @@ def generate_request(
         visible=[*visible],
         logit_bias=fields.logit_bias or {},
         max_tokens=_max_tokens(tier, limits),
+        reuse=fields.seed is None if fields.cache_prompt is None else fields.cache_prompt,
         n=n,
     )
 

@@ -132,6 +132,10 @@ class Scheduler:
             if is_full or n_passed_over == len(self._slots):
                 break
             wanted = view(sequence.tokens)[:-1]  # the last is decoded for its logits
+            if not (sequence.reuses or sequence.has_started):
+                wanted = wanted[:0]
+                if not self._running:
+                    self._empty()  # also where cells lie in the memory changes last digits
             if self._is_coming(wanted):
                 n_passed_over += 1
                 continue
@@ -227,6 +231,11 @@ class Scheduler:
         for slot in self._idle():
             if self._cells.n_free >= len(sequence.tokens):
                 break
+            self._cells.move_out(slot.index)
+
+    def _empty(self) -> None:
+        """Move everything out of the cells."""
+        for slot in self._idle():
             self._cells.move_out(slot.index)
 
     def _idle(self) -> list[Slot]:

@@ -69,9 +69,12 @@ class Engine(Protocol):
         prompt: list[int],
         sampling: SamplingParams,
         constraint: Constraint | None = None,
+        *,
+        reuses: bool = True,
         turn: int = 0,
     ) -> None:
-        """Take a sequence of 1…n_ctx - 1 valid tokens. It starts in this or a later step; of those
+        """Take a sequence of 1…n_ctx - 1 valid tokens. Unless it `reuses` what others have computed,
+        it computes the same as at any other time without company. It starts in this or a later step; of those
         that wait the ones with the lowest turn go first, and of these the lowest ids."""
 
     def cancel(self, id: int) -> None:
