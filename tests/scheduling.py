@@ -117,8 +117,11 @@ class Bench:
         self.answers: dict[int, list[int]] = {}  # of those that got all they wanted
         self.started: list[int] = []
 
-    def add(self, id: int, prompt: list[int], n_wanted: int = 1000, turn: int = 0) -> Sequence:
-        sequence = self.sequences[id] = Sequence(id, array("i", prompt), turn=turn)
+    def add(
+        self, id: int, prompt: list[int], n_wanted: int = 1000, turn: int = 0, reuses: bool = True
+    ) -> Sequence:
+        sequence = Sequence(id, array("i", prompt), turn=turn, reuses=reuses)
+        self.sequences[id] = sequence
         self.wanted[id] = n_wanted
         self.scheduler.add(sequence)
         return sequence
