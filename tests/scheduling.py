@@ -71,7 +71,7 @@ class FixedPace(Pace):
         return self.n_tokens
 
     def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
-        assert n_prefill <= self.n_tokens
+        assert n_decodes == 0 or n_prefill <= self.n_tokens
 
 
 def next_token(cells: list[int]) -> int:

@@ -78,10 +78,7 @@ def test_without_any_configuration_the_tiers_run_the_default_models(load: Load) 
     assert tuple(tiers) == (*CHAT_TIERS, "embedding")
     assert {tiers[name].path for name in CHAT_TIERS} == {ROOT / DEFAULT_CHAT_MODEL}
     assert tiers["embedding"].path == ROOT / DEFAULT_EMBEDDING_MODEL
-<<<<<<< HEAD
     assert tiers["embedding"].query_prefix == "query: "
-=======
->>>>>>> part5
     assert {tier.backend for tier in tiers.values()} == {"llamacpp"}
 
 
@@ -268,11 +265,7 @@ def test_an_unknown_key_is_warned_of_with_the_nearest_one(
     assert nearest.startswith("The setting LIGHT_MODLE_PATH is not known")
     assert nearest.endswith("did you mean LIGHT_MODEL_PATH?")
     assert unlike == "The setting FRUIT is not known and does nothing"
-<<<<<<< HEAD
     assert tuple(settings.tiers) == (*CHAT_TIERS, "embedding")
-=======
-    assert settings.tiers == load("").tiers
->>>>>>> part5
 
 
 def test_of_the_environment_only_a_tiers_prefix_is_ours(
