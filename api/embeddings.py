@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from starlette.responses import Response
 
 from api.deps import ServicesDep, while_connected
+from api.errors import client_names
 from api.sampling import Switch, Token, WholeText, ignored_params
 from api.vectors import Form, item
 from engine import wire
@@ -114,7 +115,8 @@ async def create_embeddings(
         role=body.role(),
         return_tokens=body.return_tokens,
     )
-    with tier.lease(), tier.embed(asked) as encoding:
+    names = {f"^return_{kind}$": "embedding_type" for kind in body.embedding_type or ()}
+    with client_names(names), tier.lease(), tier.embed(asked) as encoding:
         vectors = await while_connected(request.receive, encoding.all())
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {

@@ -23,19 +23,22 @@ router = APIRouter()
 TIER = "embedding"
 
 
-class EmbedRequest(BaseModel):
+class SparseRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     inputs: OneOrMore
     truncate: Switch = False
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
-    normalize: bool | None = None
-    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
     def read_truncate(self) -> Truncate:
         if not self.truncate:
             return "none"
         return "start" if self.truncation_direction.lower() == "left" else "end"
+
+
+class EmbedRequest(SparseRequest):
+    normalize: bool | None = None
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 
 @router.post("/embed")
@@ -52,7 +55,7 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
 
 
 @router.post("/embed_sparse")
-async def embed_sparse(body: EmbedRequest, request: Request, services: ServicesDep) -> Response:
+async def embed_sparse(body: SparseRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.embedding_tier(TIER)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     vectors = await _vectors(tier, body, "sparse", request)
@@ -77,11 +80,11 @@ def info(services: ServicesDep) -> Response:
 
 
 async def _vectors(
-    tier: Tier, body: EmbedRequest, output: Output, request: Request
+    tier: Tier, body: SparseRequest, output: Output, request: Request
 ) -> list[wire.Vector]:
     asked = wire.Embed(
         inputs=[*body.inputs], outputs=[output], truncate=body.read_truncate(), role="none"
     )
-    names = {r"^input$": "inputs", r"^embedding_type$": "inputs"}
+    names = {r"^input$": "inputs", r"^return_sparse$": "inputs"}
     with client_names(names), tier.lease(), tier.embed(asked) as encoding:
         return await while_connected(request.receive, encoding.all())

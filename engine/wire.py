@@ -157,7 +157,7 @@ class Score(Message, frozen=True):
     documents: list[str]
     pairs: list[tuple[int, int]]  # a query and a document, by their indices
     method: Method | None = None  # None: the model's own
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # hybrid: of dense, sparse, colbert
+    weights: tuple[float, float, float] | None = None  # hybrid: dense, sparse, colbert; None: alike
     max_tokens: int | None = None  # of a document; what goes beyond is always cut
     truncate: Truncate = "end"  # a document, where it does not fit; none: the request fails
     job: int = 0  # given by the tier
