@@ -82,6 +82,16 @@ OneChoice = Annotated[ChoiceCount, BeforeValidator(lambda value: 1 if value is N
 Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 
 
+def kind_of_texts(value: Any) -> str:
+    """The tag of what may be a text, token ids, or a list of either."""
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, list):
+        return "<lists of tokens>"
+    if isinstance(first, int):
+        return "<tokens>"
+    return "<texts>" if isinstance(value, list) else "<text>"
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
 
