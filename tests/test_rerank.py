@@ -230,6 +230,7 @@ def test_the_list_of_models_says_who_scores(stand_in: Service, service: Service)
     assert (reranker["served_by"], reranker["capabilities"]) == ("embedding", ["rerank"])
     assert (reranker["methods"], reranker["state"]) == (["dense"], "ready")
     assert stand_in.http.get("/v1/models/reranker").json() == reranker
+    assert "reranker" in fault(stand_in.embed(model="ada"), 404)["message"]
     assert "served_by" not in service.http.get("/v1/models/reranker").json()
     answer(service.rerank("a", ["b"], model="embedding"))
     about = service.http.get("/v1/models/embedding").json()
