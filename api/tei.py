@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from api.deps import ServicesDep, while_connected
-from api.embeddings import MAX_INPUTS, OneOrMore, check_dimensions
+from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of
 from api.errors import client_names
 from api.sampling import Switch, ignored_params
 from api.vectors import shortened, sparse
@@ -47,10 +47,10 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     if body.normalize is False:
         raise UnsupportedParameter("Vectors always have length 1.", param="normalize")
-    check_dimensions(tier, body.dimensions, ["dense"])
+    dimensions = dimensions_of(tier, body.dimensions, ["dense"])
     vectors = await _vectors(tier, body, "dense", request)
     dense = [np.frombuffer(vector.dense or b"", "<f4") for vector in vectors]
-    rows = [shortened(row, body.dimensions).tolist() for row in dense]
+    rows = [shortened(row, dimensions).tolist() for row in dense]
     return JSONResponse(rows, headers=headers)
 
 

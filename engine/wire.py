@@ -119,6 +119,7 @@ class Generate(Message, frozen=True):
     thinking: Thinking | None = None
     visible: list[str] = []  # control tokens that the answer's text shows; the others are no text
     logit_bias: dict[str, float] = {}  # by token id in decimal, or by text: for each of its tokens
+    reuse: bool = True  # of what other requests have computed
     n: int = 1  # answers to the one prompt; the i-th is sampled with seed + i
     job: int = 0  # given by the tier
 

@@ -209,6 +209,16 @@ def test_models_that_are_known_to_allow_it_need_no_setting(tmp_path: Path) -> No
         assert fault(service.embed("a", dimensions=4))["param"] == "dimensions"
 
 
+def test_the_dimensions_of_who_asks_for_none_are_a_setting() -> None:
+    with serving(settings(embedding=fake(embedding_dimension=4, matryoshka=True))) as service:
+        assert len(items(service.embed("a"))[0]["embedding"]) == 4
+        assert len(items(service.embed("a", dimensions=5))[0]["embedding"]) == 5
+        assert len(service.http.post("/embed", json={"inputs": "a"}).json()[0]) == 4
+        assert items(service.embed("a", embedding_type="sparse"))[0]["embedding"] == []
+    with serving(settings(embedding=fake(embedding_dimension=N_EMBD + 1))) as service:
+        assert fault(service.embed("a"))["param"] == "dimensions"
+
+
 @pytest.mark.parametrize("dimensions", [0, -1, N_EMBD + 1, 2**40, "few"])
 def test_dimensions_that_no_vector_has(small: Service, dimensions: object) -> None:
     assert fault(small.embed("a", dimensions=dimensions))["param"] == "dimensions"
