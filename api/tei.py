@@ -1,8 +1,10 @@
 """Embeddings in the form of text-embeddings-inference: POST /embed, POST /embed_sparse, GET /info.
 It knows one model: here the embedding tier."""
 
+import asyncio
 from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,9 +51,13 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
         raise UnsupportedParameter("Vectors always have length 1.", param="normalize")
     dimensions = dimensions_of(tier, body.dimensions, ["dense"])
     vectors = await _vectors(tier, body, "dense", request)
-    dense = [np.frombuffer(vector.dense or b"", "<f4") for vector in vectors]
-    rows = [shortened(row, dimensions).tolist() for row in dense]
-    return JSONResponse(rows, headers=headers)
+
+    def content() -> bytes:
+        dense = [np.frombuffer(vector.dense or b"", "<f4") for vector in vectors]
+        return msgspec.json.encode([shortened(row, dimensions).tolist() for row in dense])
+
+    packed = await asyncio.to_thread(content)
+    return Response(packed, media_type="application/json", headers=headers)
 
 
 @router.post("/embed_sparse")
@@ -59,11 +65,13 @@ async def embed_sparse(body: SparseRequest, request: Request, services: Services
     tier = services.embedding_tier(TIER)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     vectors = await _vectors(tier, body, "sparse", request)
-    rows = [
-        [{"index": index, "value": value} for index, value in zip(*sparse(vector), strict=True)]
-        for vector in vectors
-    ]
-    return JSONResponse(rows, headers=headers)
+
+    def content() -> bytes:
+        pairs = (zip(*sparse(vector), strict=True) for vector in vectors)
+        return msgspec.json.encode([[{"index": i, "value": w} for i, w in of] for of in pairs])
+
+    packed = await asyncio.to_thread(content)
+    return Response(packed, media_type="application/json", headers=headers)
 
 
 @router.get("/info")
