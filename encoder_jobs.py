@@ -17,7 +17,7 @@ from engine.backends.base import Ids, Interrupted, Tokenizer
 from engine.batcher import Batcher
 from engine.types import Method, Output, Truncate
 from errors import BadRequest, ContextLengthExceeded, InternalError, ServiceError
-from rerankers import BGEReranker, EmbeddingReranker, Reranker
+from rerankers import EQUAL_WEIGHTS, BGEReranker, EmbeddingReranker, Reranker
 
 logger = logging.getLogger("worker.encoder_jobs")
 
@@ -86,7 +86,7 @@ class EmbedJob(Job):
         self._embedder = embedder
         for output in request.outputs:
             if output not in embedder.outputs:
-                raise BadRequest(embedder.missing(output), param="embedding_type")
+                raise BadRequest(embedder.missing(output), param=f"return_{output}")
         self.outputs = frozenset(request.outputs)
 
     def tokenize(self, index: int) -> Text:
@@ -133,8 +133,14 @@ class ScoreJob(Job):
                 f"The model of tier '{tier}' scores by {', '.join(reranker.methods)}, and not by "
                 f"{method}.", param="method",
             )  # fmt: skip
-        if sum(request.weights) <= 0 or min(request.weights) < 0:
+        weights = request.weights
+        if weights is not None and (sum(weights) <= 0 or min(weights) < 0):
             raise BadRequest("Weights are not negative, and not all zero.", param="weights")
+        if weights is not None and method != "hybrid":
+            raise BadRequest(
+                f"Weights are for the method 'hybrid', and this one is '{method}'.", param="weights"
+            )
+        self._weights = weights or EQUAL_WEIGHTS
         self._request = request
         self._reranker = reranker
         self._method: Method = method
@@ -161,7 +167,10 @@ class PairJob(ScoreJob):
             may_cut=request.truncate != "none",
         )
         n_ctx = self._cross_encoder.encoder.n_ctx
-        text = self._fit(framed, n_ctx, request.truncate, "documents", document)
+        what, at = "documents", document
+        if len(framed) - len(framed.body) > n_ctx:  # without any of it
+            what, at = "query", query
+        text = self._fit(framed, n_ctx, request.truncate, what, at)
         text.n_cut += n_cut
         return text
 
@@ -221,7 +230,7 @@ class SimilarityJob(ScoreJob):
             fault = next((r for r in (ours, result) if isinstance(r, ServiceError)), None)
             score = 0.0
             if isinstance(ours, Embedded) and isinstance(result, Embedded):
-                score = EmbeddingReranker.score(ours, result, self._method, self._request.weights)
+                score = EmbeddingReranker.score(ours, result, self._method, self._weights)
             items.append(
                 wire.Scored(pair, n_tokens, n_cut, score, _fault(fault) if fault else None)
             )

@@ -622,9 +622,9 @@ class ModelManager:
         for tier in self.tiers.values():
             if model in tier.aliases:
                 return tier
-        known = ", ".join(
-            dict.fromkeys(n for t in self.tiers.values() for n in (t.name, *t.aliases))
-        )
+        names = [n for t in self.tiers.values() for n in (t.name, *t.aliases)]
+        names += ["reranker"] if self.stand_in is not None else []
+        known = ", ".join(dict.fromkeys(names))
         raise ModelNotFound(
             f"The model '{model}' does not exist here. Known: {known}.", param="model"
         )

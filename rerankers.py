@@ -18,6 +18,7 @@ from engine.types import Method, Output, Scale
 from errors import ModelLoadFailed
 
 QUERY_SHARE = 3, 4  # of all tokens, which a query does not pass: FlagEmbedding's
+EQUAL_WEIGHTS = 1.0, 1.0, 1.0  # of dense, sparse and ColBERT
 # Query, answer, nonsense. A trained head tells them apart in some language; one that got lost on
 # the way in none, or it scores all alike.
 PROOF = (
@@ -151,7 +152,7 @@ class EmbeddingReranker(Reranker):
         query: Embedded,
         document: Embedded,
         method: Method,
-        weights: tuple[float, float, float] = (1, 1, 1),
+        weights: tuple[float, float, float] = EQUAL_WEIGHTS,
     ) -> float:
         if method == "dense":
             return _dot(query.dense, document.dense)

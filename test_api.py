@@ -5,6 +5,7 @@ is 0 only if all that is configured works. Needs httpx and the standard library.
 """
 
 import argparse
+import base64
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import random
 import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -218,6 +220,35 @@ def check_embeddings(client: httpx.Client, model: str) -> object:
     return f"{len(one)} dimensions"
 
 
+def check_packed(client: httpx.Client, model: str) -> object:
+    """Every kind of vector that the model makes, as SDKs ask for them."""
+    kinds = answer(client.get(f"/v1/models/{model}"))["vectors"]
+    request = {"model": model, "input": "A cat.", "embedding_type": kinds}
+    whole = answer(client.post("/v1/embeddings", json=request | {"encoding_format": "float"}))
+    packed = answer(client.post("/v1/embeddings", json=request | {"encoding_format": "base64"}))
+    (item,), (other,) = whole["data"], packed["data"]
+    if "dense" in kinds:
+        dense = unpacked(other["embedding"])
+        expect(abs(math.hypot(*dense) - 1) < 1e-3, "a dense vector's length is not 1")
+        expect(math.dist(dense, item["embedding"]) < 1e-2, "base64 has other numbers")
+    if "sparse" in kinds:
+        sparse = item["sparse_embedding"]
+        expect(min(sparse["values"], default=1) > 0, f"weights {sparse['values']}")
+        known = {str(i): w for i, w in zip(sparse["indices"], sparse["values"], strict=True)}
+        expect(item["lexical_weights"] == known, "lexical_weights are others")
+    if "colbert" in kinds:
+        n_rows, n_numbers = other["colbert_embedding"]["shape"]
+        numbers = unpacked(other["colbert_embedding"]["data"])
+        expect(len(numbers) == n_rows * n_numbers, "ColBERT's shape is not that of its data")
+        expect(len(item["colbert_vecs"]) == n_rows, "base64 has other rows")
+    return ", ".join(kinds)
+
+
+def unpacked(data: str) -> tuple[float, ...]:
+    raw = base64.b64decode(data)
+    return struct.unpack(f"<{len(raw) // 4}f", raw)
+
+
 def check_rerank(client: httpx.Client, model: str) -> object:
     documents = ["Bread is baked.", "Paris is the capital of France.", "Cats sleep."]
     request = {"model": model, "query": "What is the capital of France?", "documents": documents}
@@ -227,6 +258,15 @@ def check_rerank(client: httpx.Client, model: str) -> object:
     expect(all(map(math.isfinite, scores)), "a score is not finite")
     expect(scores == sorted(scores, reverse=True), "results are not sorted by score")
     return f"best: {documents[results[0]['index']]} ({scores[0]:.3f})"
+
+
+def check_score(client: httpx.Client, model: str) -> object:
+    texts = ["A cat sleeps.", "Stocks fell."]
+    request = {"model": model, "text_1": "Cats sleep a lot.", "text_2": texts}
+    body = answer(client.post("/v1/score", json=request))
+    scores = [item["score"] for item in body["data"]]
+    expect(len(scores) == len(texts) and all(map(math.isfinite, scores)), f"scores {scores}")
+    return f"{body['method']}, {body['score_type']}"
 
 
 def check_refusal(
@@ -263,8 +303,10 @@ def plan(models: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, Check]]:
         yield "POST /apply-template", tier, partial(check_template, model=tier)
     for tier in able("embedding"):
         yield "POST /v1/embeddings", tier, partial(check_embeddings, model=tier)
+        yield "POST /v1/embeddings all kinds", tier, partial(check_packed, model=tier)
     for tier in able("rerank"):
         yield "POST /v1/rerank", tier, partial(check_rerank, model=tier)
+        yield "POST /v1/score", tier, partial(check_score, model=tier)
 
     absent = {(404, "model_not_found"), (400, "unsupported_parameter")}
     bad = {"model": (able("chat") or ["light"])[0], "messages": "not a list"}
@@ -327,7 +369,13 @@ def fake_server(key: str) -> Iterator[str]:
         log, script = Path(folder, "log"), Path(folder, "script.json")
         script.write_text("{}")
         own = {"HOST": "127.0.0.1", "PORT": str(port), "API_KEYS": key}
-        for tier in ("LIGHT", "MEDIUM", "HEAVY"):  # a .env may give each of them a real model
+        for tier in (
+            "LIGHT",
+            "MEDIUM",
+            "HEAVY",
+            "EMBEDDING",
+            "RERANKER",
+        ):  # a .env may give each of them a real model
             own |= {f"{tier}_BACKEND": "fake", f"{tier}_MODEL_PATH": str(script)}
         with log.open("wb") as out:
             command = [sys.executable, "server.py"]

@@ -432,7 +432,14 @@ class Jobs:
             own = msgspec.structs.replace(sampling, seed=seed, logit_bias=job.logit_bias)
             answer = Answer(job, index, self._engine.tokenizer)
             try:
-                self._engine.admit(number, job.prompt, own, answer.constraint, turn=index)
+                self._engine.admit(
+                    number,
+                    job.prompt,
+                    own,
+                    answer.constraint,
+                    reuses=job.request.reuse or index > 0,  # of the job's own first one
+                    turn=index,
+                )
             except Exception:
                 self.cancel(job.request.job)
                 raise

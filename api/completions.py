@@ -24,6 +24,7 @@ from api.sampling import (
     answer_part,
     generate_request,
     ignored_params,
+    kind_of_texts,
     validity,
 )
 from api.sse import EventStream, event
@@ -37,21 +38,12 @@ router = APIRouter()
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 
-def _prompt_kind(value: Any) -> str:
-    first = value[0] if isinstance(value, list) and value else None
-    if isinstance(first, list):
-        return "<lists of tokens>"
-    if isinstance(first, int):
-        return "<tokens>"
-    return "<texts>" if isinstance(value, list) else "<text>"
-
-
 Prompt = Annotated[
     Annotated[WholeText, Tag("<text>")]
     | Annotated[list[WholeText], Field(min_length=1, fail_fast=True), Tag("<texts>")]
     | Annotated[Tokens, Tag("<tokens>")]
     | Annotated[list[Tokens], Field(fail_fast=True), Tag("<lists of tokens>")],
-    Discriminator(_prompt_kind),
+    Discriminator(kind_of_texts),
 ]
 
 

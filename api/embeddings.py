@@ -10,7 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from starlette.responses import Response
 
 from api.deps import ServicesDep, while_connected
-from api.sampling import Switch, Token, WholeText, ignored_params
+from api.errors import client_names
+from api.sampling import Switch, Token, WholeText, ignored_params, kind_of_texts
 from api.vectors import Form, item
 from engine import wire
 from engine.types import Output, Role, Truncate
@@ -30,15 +31,6 @@ MATRYOSHKA = (
 )  # fmt: skip
 
 
-def _input_kind(value: Any) -> str:
-    first = value[0] if isinstance(value, list) and value else None
-    if isinstance(first, list):
-        return "<lists of tokens>"
-    if isinstance(first, int):
-        return "<tokens>"
-    return "<texts>" if isinstance(value, list) else "<text>"
-
-
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -53,7 +45,7 @@ Input = Annotated[
     | Annotated[InputTexts, Tag("<texts>")]
     | Annotated[Tokens, Tag("<tokens>")]
     | Annotated[TokenLists, Tag("<lists of tokens>")],
-    Discriminator(_input_kind),
+    Discriminator(kind_of_texts),
 ]
 OutputList = Annotated[
     list[Output], Field(min_length=1, max_length=len(OUTPUTS)), BeforeValidator(_as_list)
@@ -106,15 +98,17 @@ async def create_embeddings(
     tier = services.embedding_tier(body.model)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     outputs = body.outputs()
-    check_dimensions(tier, body.dimensions, outputs)
+    dimensions = dimensions_of(tier, body.dimensions, outputs)
+    inputs = await asyncio.to_thread(inputs_for, body.inputs(), tier.settings.token_ids)
     asked = wire.Embed(
-        inputs=inputs_for(body.inputs(), tier.settings.token_ids),
+        inputs=inputs,
         outputs=outputs,
         truncate=body.truncate or "none",
         role=body.role(),
         return_tokens=body.return_tokens,
     )
-    with tier.lease(), tier.embed(asked) as encoding:
+    names = {f"^return_{kind}$": "embedding_type" for kind in body.embedding_type or ()}
+    with client_names(names), tier.lease(), tier.embed(asked) as encoding:
         vectors = await while_connected(request.receive, encoding.all())
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {
@@ -124,7 +118,7 @@ async def create_embeddings(
     }
     if cut := [{"index": v.index, "n_tokens_cut": v.n_cut} for v in vectors if v.n_cut]:
         reply["truncated"] = cut
-    form = Form(body.encoding_format == "base64", body.dimensions, body.colbert_dtype)
+    form = Form(body.encoding_format == "base64", dimensions, body.colbert_dtype)
     n_colbert = tier.encoder.n_colbert if tier.encoder else 0
     content = await asyncio.to_thread(_content, reply, vectors, n_colbert, form)
     return Response(content, media_type="application/json", headers=headers)
@@ -137,15 +131,17 @@ def _content(
     return msgspec.json.encode({"object": "list", "data": data} | reply)
 
 
-def check_dimensions(tier: Tier, dimensions: int | None, outputs: Sequence[Output]) -> None:
-    """Raise for numbers that would not be a vector of the model's."""
-    if dimensions is None:
-        return
+def dimensions_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> int | None:
+    """How many numbers of a dense vector are wanted: as asked, or else EMBEDDING_DIMENSION; None:
+    all. Raises BadRequest where they would be no vector of the model's."""
     if "dense" not in outputs:
-        raise BadRequest("It is for dense vectors.", param="dimensions")
+        if asked is not None:
+            raise BadRequest("It is for dense vectors.", param="dimensions")
+        return None
+    dimensions = tier.settings.embedding_dimension if asked is None else asked
     model = tier.model()
-    if dimensions == model.n_embd:
-        return
+    if dimensions in (None, model.n_embd):
+        return None
     if dimensions > model.n_embd:
         raise BadRequest(
             f"The vectors of {model.path.name} have {model.n_embd} dimensions.", param="dimensions"
@@ -158,6 +154,7 @@ def check_dimensions(tier: Tier, dimensions: int | None, outputs: Sequence[Outpu
             f"{model.n_embd}; set {tier.name.upper()}_MATRYOSHKA=true if it is.",
             param="dimensions",
         )
+    return dimensions
 
 
 def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:

@@ -78,12 +78,14 @@ def client_names(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except BadRequest as error:
-        given = error.param or ""
-        param = given
-        for pattern, name in names.items():
-            param = re.sub(pattern, name, param)
-        error.message = error.message.replace(f"'{given}'", f"'{param}'")
-        error.param = param or None
+        if given := error.param:
+            param = given
+            for pattern, name in names.items():
+                param = re.sub(pattern, name, param)
+            # quoted, or as the sentence's subject
+            place = rf"(?<='){re.escape(given)}(?=')|^{re.escape(given)}(?=[\[ ])"
+            error.message = re.sub(place, lambda _: param, error.message)
+            error.param = param
         raise
 
 

@@ -5,7 +5,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -24,6 +24,7 @@ router = APIRouter()
 MAX_DOCUMENTS = 2048
 MAX_PAIRS = 4096
 DEFAULT_MODEL = "reranker"
+EQUAL_WEIGHTS = 1.0, 1.0, 1.0  # of a hybrid score
 
 
 def _text_of(value: Any) -> Any:
@@ -35,12 +36,12 @@ Document = Annotated[WholeText, Field(min_length=1), BeforeValidator(_text_of)]
 Documents = Annotated[list[Document], Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)]
 Texts = Annotated[Documents, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 Query = Annotated[WholeText, Field(min_length=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 def _cut(value: Any) -> Any:
     """TEI says yes or no to cutting."""
-    return {True: "end", False: "none"}.get(value, value) if isinstance(value, bool) else value
+    return ("end" if value else "none") if isinstance(value, bool) else value
 
 
 class ScoringFields(BaseModel):
@@ -52,6 +53,12 @@ class ScoringFields(BaseModel):
     weights: tuple[Weight, Weight, Weight] | None = None
     max_tokens_per_doc: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     truncate: Annotated[Truncate | None, BeforeValidator(_cut)] = None
+    truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"  # TEI's
+
+    def read_truncate(self) -> Truncate:
+        """Documents are cut unless that is not wanted."""
+        is_left = self.truncation_direction.lower() == "left"
+        return "start" if is_left and self.truncate != "none" else self.truncate or "end"
 
 
 class RerankRequest(ScoringFields):
@@ -87,23 +94,24 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
         )
     # by the score before it is rounded; the first come first where they are equal
     best = sorted(scores.items, key=lambda item: (-item.score, item.index))[: body.top_n]
+    wants_text = body.return_documents or body.return_text
     if body.texts is not None:
         reply: Any = [
             {"index": item.index, "score": scores.shown(item)}
-            | ({"text": documents[item.index]} if body.return_text else {})
+            | ({"text": documents[item.index]} if wants_text else {})
             for item in best
         ]
         return JSONResponse(reply, headers=headers)
     results = [
         {"index": item.index, "relevance_score": scores.shown(item)}
-        | ({"document": {"text": documents[item.index]}} if body.return_documents else {})
+        | ({"document": {"text": documents[item.index]}} if wants_text else {})
         for item in best
     ]
     meta: dict[str, Any] = {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": 1},
         "warnings": [
-            f"documents[{item.index}] was cut by {item.n_cut} tokens."
+            f"documents[{item.index}]: {item.n_cut} tokens were cut, of it or of the query."
             for item in scores.items
             if item.n_cut
         ],
@@ -127,6 +135,8 @@ class ScoreRequest(ScoringFields):
 
     def read_pairs(self) -> tuple[list[str], list[str], list[tuple[int, int]]]:
         """Texts on both sides, and which of them are scored. Raises BadRequest."""
+        if self.text_1 is not None and self.queries is not None:
+            raise BadRequest("Send `text_1` or `queries`, not both.", param="queries")
         for first, second in (("text_1", "text_2"), ("queries", "documents")):
             left, right = getattr(self, first), getattr(self, second)
             if left is None and right is None:
@@ -175,6 +185,8 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
         "data": data,
         **scores.about(),
     }
+    if cut := [{"index": i.index, "n_tokens_cut": i.n_cut} for i in scores.items if i.n_cut]:
+        reply["truncated"] = cut
     return JSONResponse(reply, headers=headers)
 
 
@@ -214,15 +226,14 @@ async def _score(
     documents: list[str],
     pairs: list[tuple[int, int]],
 ) -> Scores:
-    weights = fields.weights or (1.0, 1.0, 1.0)
     asked = wire.Score(
         queries=queries,
         documents=documents,
         pairs=pairs,
         method=fields.method,
-        weights=weights,
+        weights=fields.weights,
         max_tokens=fields.max_tokens_per_doc,
-        truncate=fields.truncate or "end",
+        truncate=fields.read_truncate(),
     )
     with tier.lease(), tier.score(asked) as encoding:
         items = await encoding.all()
@@ -234,5 +245,5 @@ async def _score(
             encoding.method,
             encoding.scale,
             fields.raw_scores,
-            weights if is_hybrid else None,
+            (fields.weights or EQUAL_WEIGHTS) if is_hybrid else None,
         )

@@ -82,6 +82,16 @@ OneChoice = Annotated[ChoiceCount, BeforeValidator(lambda value: 1 if value is N
 Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 
 
+def kind_of_texts(value: Any) -> str:
+    """The tag of what may be a text, token ids, or a list of either."""
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, list):
+        return "<lists of tokens>"
+    if isinstance(first, int):
+        return "<tokens>"
+    return "<texts>" if isinstance(value, list) else "<text>"
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -146,6 +156,9 @@ class GenerationFields(BaseModel):
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     response_format: ResponseFormat | None = None
     grammar: str | None = None  # Lark or GBNF
+    # reuse what was computed of the same beginning; None: unless there is a `seed`, since reused
+    # numbers differ in their last digits and the answer is to be the same
+    cache_prompt: bool | None = None
     timings: Switch = False  # how long it took, in the body or the last chunk
     user: Any = None  # whose request it is: nobody here wants to know
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
@@ -194,6 +207,7 @@ def generate_request(
         visible=[*visible],
         logit_bias=fields.logit_bias or {},
         max_tokens=_max_tokens(tier, limits),
+        reuse=fields.seed is None if fields.cache_prompt is None else fields.cache_prompt,
         n=n,
     )
 

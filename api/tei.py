@@ -1,15 +1,17 @@
 """Embeddings in the form of text-embeddings-inference: POST /embed, POST /embed_sparse, GET /info.
 It knows one model: here the embedding tier."""
 
+import asyncio
 from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from api.deps import ServicesDep, while_connected
-from api.embeddings import MAX_INPUTS, OneOrMore, check_dimensions
+from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of
 from api.errors import client_names
 from api.sampling import Switch, ignored_params
 from api.vectors import shortened, sparse
@@ -23,19 +25,22 @@ router = APIRouter()
 TIER = "embedding"
 
 
-class EmbedRequest(BaseModel):
+class SparseRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     inputs: OneOrMore
     truncate: Switch = False
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
-    normalize: bool | None = None
-    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
     def read_truncate(self) -> Truncate:
         if not self.truncate:
             return "none"
         return "start" if self.truncation_direction.lower() == "left" else "end"
+
+
+class EmbedRequest(SparseRequest):
+    normalize: bool | None = None
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 
 @router.post("/embed")
@@ -44,23 +49,29 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     if body.normalize is False:
         raise UnsupportedParameter("Vectors always have length 1.", param="normalize")
-    check_dimensions(tier, body.dimensions, ["dense"])
+    dimensions = dimensions_of(tier, body.dimensions, ["dense"])
     vectors = await _vectors(tier, body, "dense", request)
-    dense = [np.frombuffer(vector.dense or b"", "<f4") for vector in vectors]
-    rows = [shortened(row, body.dimensions).tolist() for row in dense]
-    return JSONResponse(rows, headers=headers)
+
+    def content() -> bytes:
+        dense = [np.frombuffer(vector.dense or b"", "<f4") for vector in vectors]
+        return msgspec.json.encode([shortened(row, dimensions).tolist() for row in dense])
+
+    packed = await asyncio.to_thread(content)
+    return Response(packed, media_type="application/json", headers=headers)
 
 
 @router.post("/embed_sparse")
-async def embed_sparse(body: EmbedRequest, request: Request, services: ServicesDep) -> Response:
+async def embed_sparse(body: SparseRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.embedding_tier(TIER)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     vectors = await _vectors(tier, body, "sparse", request)
-    rows = [
-        [{"index": index, "value": value} for index, value in zip(*sparse(vector), strict=True)]
-        for vector in vectors
-    ]
-    return JSONResponse(rows, headers=headers)
+
+    def content() -> bytes:
+        pairs = (zip(*sparse(vector), strict=True) for vector in vectors)
+        return msgspec.json.encode([[{"index": i, "value": w} for i, w in of] for of in pairs])
+
+    packed = await asyncio.to_thread(content)
+    return Response(packed, media_type="application/json", headers=headers)
 
 
 @router.get("/info")
@@ -77,11 +88,11 @@ def info(services: ServicesDep) -> Response:
 
 
 async def _vectors(
-    tier: Tier, body: EmbedRequest, output: Output, request: Request
+    tier: Tier, body: SparseRequest, output: Output, request: Request
 ) -> list[wire.Vector]:
     asked = wire.Embed(
         inputs=[*body.inputs], outputs=[output], truncate=body.read_truncate(), role="none"
     )
-    names = {r"^input$": "inputs", r"^embedding_type$": "inputs"}
+    names = {r"^input$": "inputs", r"^return_sparse$": "inputs"}
     with client_names(names), tier.lease(), tier.embed(asked) as encoding:
         return await while_connected(request.receive, encoding.all())

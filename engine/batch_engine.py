@@ -46,10 +46,13 @@ class BatchEngine:
         prompt: list[int],
         sampling: SamplingParams,
         constraint: Constraint | None = None,
+        *,
+        reuses: bool = True,
         turn: int = 0,
     ) -> None:
         sampler = self._decoder.sampler(sampling, prompt)
-        self._scheduler.add(Sequence(id, array("i", prompt), sampler, constraint, turn=turn))
+        sequence = Sequence(id, array("i", prompt), sampler, constraint, reuses=reuses, turn=turn)
+        self._scheduler.add(sequence)
 
     def cancel(self, id: int) -> None:
         self._scheduler.cancel(id)

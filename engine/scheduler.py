@@ -132,6 +132,10 @@ class Scheduler:
             if is_full or n_passed_over == len(self._slots):
                 break
             wanted = view(sequence.tokens)[:-1]  # the last is decoded for its logits
+            if not (sequence.reuses or sequence.has_started):
+                wanted = wanted[:0]
+                if not self._running:
+                    self._empty()  # also where cells lie in the memory changes last digits
             if self._is_coming(wanted):
                 n_passed_over += 1
                 continue
@@ -229,6 +233,11 @@ class Scheduler:
                 break
             self._cells.move_out(slot.index)
 
+    def _empty(self) -> None:
+        """Move everything out of the cells."""
+        for slot in self._idle():
+            self._cells.move_out(slot.index)
+
     def _idle(self) -> list[Slot]:
         """Slots with the cells of an ended sequence, least recently used first."""
         idle = [s for s in self._slots if s.sequence is None and self._cells.tokens[s.index]]
@@ -280,7 +289,9 @@ class Scheduler:
         if not prefilling:
             return
         n_decodes = batch.n_decodes
-        n_left = min(self._n_batch - batch.n_tokens, self._pace.n_prefill(n_decodes))
+        n_left = self._n_batch - batch.n_tokens
+        if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time
+            n_left = min(n_left, self._pace.n_prefill(n_decodes))
         while self._cells.n_free - batch.n_tokens < n_left and self._idle():
             self._make_room()
         n_left = min(n_left, self._cells.n_free - batch.n_tokens)

@@ -119,6 +119,7 @@ class Generate(Message, frozen=True):
     thinking: Thinking | None = None
     visible: list[str] = []  # control tokens that the answer's text shows; the others are no text
     logit_bias: dict[str, float] = {}  # by token id in decimal, or by text: for each of its tokens
+    reuse: bool = True  # of what other requests have computed
     n: int = 1  # answers to the one prompt; the i-th is sampled with seed + i
     job: int = 0  # given by the tier
 
@@ -156,7 +157,7 @@ class Score(Message, frozen=True):
     documents: list[str]
     pairs: list[tuple[int, int]]  # a query and a document, by their indices
     method: Method | None = None  # None: the model's own
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)  # hybrid: of dense, sparse, colbert
+    weights: tuple[float, float, float] | None = None  # hybrid: dense, sparse, colbert; None: alike
     max_tokens: int | None = None  # of a document; what goes beyond is always cut
     truncate: Truncate = "end"  # a document, where it does not fit; none: the request fails
     job: int = 0  # given by the tier

@@ -71,7 +71,7 @@ class FixedPace(Pace):
         return self.n_tokens
 
     def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
-        assert n_prefill <= self.n_tokens
+        assert n_decodes == 0 or n_prefill <= self.n_tokens
 
 
 def next_token(cells: list[int]) -> int:
@@ -117,8 +117,11 @@ class Bench:
         self.answers: dict[int, list[int]] = {}  # of those that got all they wanted
         self.started: list[int] = []
 
-    def add(self, id: int, prompt: list[int], n_wanted: int = 1000, turn: int = 0) -> Sequence:
-        sequence = self.sequences[id] = Sequence(id, array("i", prompt), turn=turn)
+    def add(
+        self, id: int, prompt: list[int], n_wanted: int = 1000, turn: int = 0, reuses: bool = True
+    ) -> Sequence:
+        sequence = Sequence(id, array("i", prompt), turn=turn, reuses=reuses)
+        self.sequences[id] = sequence
         self.wanted[id] = n_wanted
         self.scheduler.add(sequence)
         return sequence

@@ -90,6 +90,16 @@ class Service:
         body = {"model": "light", "prompt": prompt} | fields
         return self.http.post("/v1/completions", json=body)
 
+    def embed(self, asked: Any = "Hi", **fields: Any) -> httpx.Response:
+        body = {"model": "embedding", "input": asked} | fields
+        return self.http.post("/v1/embeddings", json=body)
+
+    def rerank(
+        self, query: Any, documents: Any, path: str = "/v1/rerank", **fields: Any
+    ) -> httpx.Response:
+        body = {"model": "reranker", "query": query, "documents": documents} | fields
+        return self.http.post(path, json=body)
+
 
 def script(folder: Path, *rules: dict[str, Any], **values: Any) -> str:
     """A script for the fake backend; its path."""

@@ -794,6 +794,19 @@ def test_truncation_is_in_the_middle_or_not_at_all(short: Service) -> None:
     assert error_of(short.chat(truncate="end"), 400)["param"] == "truncate"
 
 
+def test_a_seed_computes_its_prompt_anew_unless_it_is_told_not_to(service: Service) -> None:
+    def n_cached(**fields: Any) -> int:
+        usage = service.chat("a prompt that was asked before", **fields).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    n_cached()
+    assert n_cached() > 0
+    assert n_cached(seed=1) == 0
+    assert n_cached(seed=1, cache_prompt=True) > 0
+    assert n_cached(cache_prompt=False) == 0
+    assert n_cached() > 0
+
+
 # what a reply says beside its text
 
 

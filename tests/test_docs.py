@@ -189,10 +189,15 @@ def test_snippets_parse(document: str) -> None:
 
 
 def test_the_readme_has_a_request_that_is_valid_for_curl_and_python() -> None:
-    bodies = re.findall(r"-d '(\{.*?\})'$", read("README.md"), re.M)
-    assert bodies
-    for body in bodies:
-        ChatRequest.model_validate_json(body)
+    models = {
+        "/v1/chat/completions": ChatRequest,
+        "/v1/embeddings": EmbeddingRequest,
+        "/v1/rerank": RerankRequest,
+    }
+    requests = re.findall(r"^curl \S+?(/v1/\S+).*?-d '(\{.*?\})'$", read("README.md"), re.M | re.S)
+    assert {path for path, _ in requests} == models.keys()
+    for path, body in requests:
+        models[path].model_validate_json(body)
     assert snippets("README.md", "python")
 
 
@@ -218,7 +223,7 @@ def test_links_lead_somewhere(document: str) -> None:
 
 # the tree
 
-PACKAGES = ("api", "bench", "chat", "engine", "models")
+PACKAGES = ("api", "bench", "chat", "engine", "examples", "models")
 
 
 def module_files() -> dict[str, Path]:
@@ -306,6 +311,7 @@ MAY_IMPORT = {
     "test_api": set(),
     "bench": set(),
     "bench.encoders": {"engine", "settings", "worker_spec"},
+    "examples": set(),
     "bench.engine": {"chat", "engine"},
 }
 # Libraries that only some modules may import.

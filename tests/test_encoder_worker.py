@@ -246,7 +246,7 @@ def test_vectors_that_the_model_does_not_make_are_refused(serve: Serve) -> None:
     served = serve(script={"heads": False})
     served.ready()
     failure = failed(served, embed("a", outputs=["dense", "sparse"]))
-    assert failure.param == "embedding_type"
+    assert failure.param == "return_sparse"
     assert "no sparse vectors: there is no sparse_linear.pt beside its file" in failure.message
 
 

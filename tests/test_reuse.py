@@ -229,3 +229,29 @@ def test_an_idle_twin_of_what_runs_costs_a_newcomer_nothing() -> None:
     bench.add(3, [*tokens(1000, 100), 8], n_wanted=1)
     bench.step()
     assert 3 in bench.answers
+
+
+# who must not reuse: the same numbers every time
+
+
+def test_without_reuse_and_company_a_prompt_is_computed_whole_in_empty_cells() -> None:
+    bench = Bench(n_batch=100, n_prefill=7)
+    prompt = tokens(1000, 150)
+    bench.talk(1, prompt, n_wanted=3)
+    bench.talk(2, tokens(5000, 20), n_wanted=3)
+    again = bench.add(3, prompt, n_wanted=3, reuses=False)
+    assert bench.step() == {3: 100}, "as much as a batch takes, whatever the pace"
+    assert bench.memory.n_used == 100, "and from the first cell on"
+    assert bench.step() == {3: 50}
+    assert again.n_cached == 0
+    bench.run()
+    assert bench.answers[3] == bench.answers[1]
+    assert bench.talk(4, prompt, n_wanted=3).n_cached == 149, "what it computed is for others"
+
+
+def test_without_reuse_a_prompt_has_the_pace_of_the_others_beside_them() -> None:
+    bench = Bench(n_batch=100, n_prefill=7)
+    bench.add(1, tokens(1000, 5))
+    bench.step()
+    bench.add(2, tokens(2000, 50), reuses=False)
+    assert bench.step() == {1: 1, 2: 7}

@@ -191,3 +191,12 @@ def test_killing_a_worker_ends_its_stream_and_nothing_else(tmp_path: Path) -> No
             assert queued.json()["choices"][0]["message"]["content"] == "You said: next"
             assert other.read().count(b"hello") == 0  # it comes in single characters
             assert b'"finish_reason":"stop"' in other.content
+
+
+def test_the_smoke_test_passes_on_its_own_server() -> None:
+    with command("test_api.py", "--fake") as process:
+        assert process.stdout
+        report = process.stdout.read()
+        assert process.wait() == 0, report
+    assert "POST /v1/embeddings all kinds" in report
+    assert "POST /v1/score" in report

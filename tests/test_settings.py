@@ -10,6 +10,7 @@ import pytest
 from settings import (
     CHAT_TIERS,
     DEFAULT_CHAT_MODEL,
+    DEFAULT_EMBEDDING_MODEL,
     ROOT,
     TIERS,
     ServerSettings,
@@ -72,10 +73,12 @@ def values_of(settings: ServerSettings | TierSettings, **expected: Any) -> Mappi
 # defaults
 
 
-def test_without_any_configuration_the_chat_tiers_run_the_default_model(load: Load) -> None:
+def test_without_any_configuration_the_tiers_run_the_default_models(load: Load) -> None:
     tiers = load("").tiers
-    assert tuple(tiers) == CHAT_TIERS
-    assert {tier.path for tier in tiers.values()} == {ROOT / DEFAULT_CHAT_MODEL}
+    assert tuple(tiers) == (*CHAT_TIERS, "embedding")
+    assert {tiers[name].path for name in CHAT_TIERS} == {ROOT / DEFAULT_CHAT_MODEL}
+    assert tiers["embedding"].path == ROOT / DEFAULT_EMBEDDING_MODEL
+    assert tiers["embedding"].query_prefix == "query: "
     assert {tier.backend for tier in tiers.values()} == {"llamacpp"}
 
 
@@ -262,7 +265,7 @@ def test_an_unknown_key_is_warned_of_with_the_nearest_one(
     assert nearest.startswith("The setting LIGHT_MODLE_PATH is not known")
     assert nearest.endswith("did you mean LIGHT_MODEL_PATH?")
     assert unlike == "The setting FRUIT is not known and does nothing"
-    assert tuple(settings.tiers) == CHAT_TIERS
+    assert tuple(settings.tiers) == (*CHAT_TIERS, "embedding")
 
 
 def test_of_the_environment_only_a_tiers_prefix_is_ours(

@@ -37,6 +37,7 @@ TO_WORKER: list[wire.ToWorker] = [
         wire.Thinking("<think>", "</think>", False, 5, "</think>"),
         ["[TOOL_CALLS]"],
         {"5": -100.0},
+        False,
         2,
         7,
     ),

@@ -437,10 +437,10 @@ class Gated(BatchEngine):
         prompt: list[int],
         sampling: SamplingParams,
         constraint: Any = None,
-        turn: int = 0,
+        **how: Any,
     ) -> None:
         self.calls.put(f"admit {id}")
-        super().admit(id, prompt, sampling, constraint, turn)
+        super().admit(id, prompt, sampling, constraint, **how)
 
     def cancel(self, id: int) -> None:
         self.calls.put(f"cancel {id}")

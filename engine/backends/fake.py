@@ -46,6 +46,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 N_CTX_TRAIN = 32768
+N_EMBD = 32  # of an encoder
 _END, _USER = 256, 258
 _CONTROL = re.compile(f"({'|'.join(map(re.escape, CONTROL_TOKENS))})")
 _CONTROL_IDS = {literal: [256 + number] for number, literal in enumerate(CONTROL_TOKENS)}
@@ -92,7 +93,7 @@ def model_file(script: Path | Literal[""], kind: Kind = "chat") -> ModelFile:
         name="fake",
         n_ctx_train=N_CTX_TRAIN,
         n_layer=0,
-        n_embd=0,
+        n_embd=0 if kind == "chat" else N_EMBD,
         n_vocab=FakeTokenizer.n_vocab,
         max_token_bytes=max(map(len, CONTROL_TOKENS)),
         kv_bytes_per_token=0,

@@ -30,12 +30,12 @@ from engine.backends.base import (
     Specials,
     Tokenizer,
 )
-from engine.backends.fake import Script, begin_load
+from engine.backends.fake import N_EMBD, Script, begin_load
 from engine.heads import Heads
 from engine.types import Pooling, Scale
 from engine.wire import WorkerSpec
 
-N_EMBD, N_CTX_TRAIN = 32, 8192
+N_CTX_TRAIN = 8192
 N_VOCAB = 1 << 24  # so many that no two words of a test share an id
 BEGIN, PAD, END, UNKNOWN = range(4)
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
