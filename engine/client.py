@@ -235,6 +235,7 @@ async def launch_process(theirs: socket.socket) -> Handle:
     """A worker in a process of its own, started afresh: GPU libraries do not survive a fork."""
     environment = {
         "GOMP_SPINCOUNT": "1000",  # idle OpenMP threads that spin starve whoever else wants a core
+        "OPENBLAS_THREAD_TIMEOUT": "4",  # and numpy's, after each product, the model's own
         "OPENBLAS_NUM_THREADS": "1",  # numpy's own threads would wait for cores where those spin
         **os.environ,
         "PYTHONPATH": str(ROOT),

@@ -234,7 +234,8 @@ def test_flag_adds_its_list_on_demand_only(machine: Machine) -> None:
     assert call.endswith("/whl/cpu"), "there is no GPU, so the builds without CUDA do"
     assert machine.run("setup.sh", "--current", "--flag") == (0, "")
     machine.program("nvidia-smi", "echo 'CUDA Version: 12.5'")
-    (machine.root / "requirements-flag.txt").open("a").write("# changed\n")
+    with (machine.root / "requirements-flag.txt").open("a") as requirements:
+        requirements.write("# changed\n")
     assert machine.run("setup.sh", "--current")[0] == 0, "the service needs nothing new"
     assert machine.run("setup.sh", "--flag")[0] == 0
     assert "pytorch.org" not in machine.calls("requirements-flag.txt")[1]
