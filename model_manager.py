@@ -70,8 +70,7 @@ class Generation:
 
     def __init__(self, tier: "Tier", request: wire.Generate) -> None:
         self.request = request
-        self.queued_at = time.monotonic()
-        self.handed_at = self.queued_at  # to the worker, for the last time
+        self.handed_at = time.monotonic()  # to the worker, for the last time
         self.has_answered = False
         self.n_crashes = 0
         self._tier = tier

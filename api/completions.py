@@ -22,6 +22,7 @@ from api.sampling import (
     Token,
     WholeText,
     answer_part,
+    each_text,
     generate_request,
     ignored_params,
     kind_of_texts,
@@ -68,7 +69,7 @@ async def create_completion(
             "The log probabilities of a prompt are not computed: no `logprobs` with `echo`.",
             param="logprobs",
         )
-    prompts = _prompts(body.prompt)
+    prompts = each_text(body.prompt)
     if len(prompts) > tier.settings.queue_size:
         raise BadRequest(
             f"One request may have {tier.settings.queue_size} prompts "
@@ -178,12 +179,6 @@ async def _events(
                 yield event(head | {"choices": [choice]} | more)
     if body.include_usage:
         yield event(head | {"choices": [], "usage": generation.usage(answer, n_completion)})
-
-
-def _prompts(prompt: Any) -> list[str | list[int]]:
-    """Each prompt, as text or token ids."""
-    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
-    return [prompt] if is_one else prompt
 
 
 def _marks(tier: Tier) -> Marks:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
-from api.sampling import Switch, Token, WholeText, ignored_params, kind_of_texts
+from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
 from api.vectors import Form, item
 from engine import wire
 from engine.types import Output, Role, Truncate
@@ -79,12 +79,6 @@ class EmbeddingRequest(BaseModel):
             raise BadRequest("No kind of vector is asked for.", param="return_dense")
         return [kind for kind in OUTPUTS if kind in wanted]
 
-    def inputs(self) -> list[Any]:
-        """A text or token ids for each vector."""
-        if isinstance(self.input, str) or isinstance(self.input[0], int):
-            return [self.input]
-        return list(self.input)
-
     def role(self) -> Role:
         if self.input_type is None:
             return "none"
@@ -99,7 +93,7 @@ async def create_embeddings(
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     outputs = body.outputs()
     dimensions = dimensions_of(tier, body.dimensions, outputs)
-    inputs = await asyncio.to_thread(inputs_for, body.inputs(), tier.settings.token_ids)
+    inputs = await asyncio.to_thread(inputs_for, each_text(body.input), tier.settings.token_ids)
     asked = wire.Embed(
         inputs=inputs,
         outputs=outputs,

@@ -2,7 +2,6 @@
 
 import math
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
+from api.generation import new_id
 from api.sampling import Switch, WholeText, ignored_params
 from engine import wire
 from engine.types import Method, Scale, Truncate
@@ -54,6 +54,10 @@ class ScoringFields(BaseModel):
     max_tokens_per_doc: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     truncate: Annotated[Truncate | None, BeforeValidator(_cut)] = None
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"  # TEI's
+
+    def called(self, tier: Tier) -> str:
+        """The name of the tier that scores; `reranker` is it also where another stands in."""
+        return DEFAULT_MODEL if self.model == DEFAULT_MODEL else tier.name
 
     def read_truncate(self) -> Truncate:
         """Documents are cut unless that is not wanted."""
@@ -117,9 +121,9 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
         ],
     }
     reply = {
-        "id": f"rerank-{uuid.uuid4().hex}",
+        "id": new_id("rerank-"),
         "object": "list",
-        "model": DEFAULT_MODEL if body.model == DEFAULT_MODEL else tier.name,
+        "model": body.called(tier),
         "results": results,
         "meta": meta,
         **scores.about(),
@@ -178,10 +182,10 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
         for item in scores.items
     ]
     reply = {
-        "id": f"score-{uuid.uuid4().hex}",
+        "id": new_id("score-"),
         "object": "list",
         "created": int(time.time()),
-        "model": DEFAULT_MODEL if body.model == DEFAULT_MODEL else tier.name,
+        "model": body.called(tier),
         "data": data,
         **scores.about(),
     }

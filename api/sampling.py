@@ -92,6 +92,12 @@ def kind_of_texts(value: Any) -> str:
     return "<texts>" if isinstance(value, list) else "<text>"
 
 
+def each_text(value: Any) -> list[str | list[int]]:
+    """Each of such texts, also where there is one only."""
+    is_one = isinstance(value, str) or isinstance(value[0], int)
+    return [value] if is_one else value
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
 

@@ -91,7 +91,7 @@ class Harmony(ToolFormat):
         tags: ReasoningTags | None,
         is_open: bool,
     ) -> Splitter:
-        return HarmonySplitter([function.name for function in functions])
+        return self.call_splitter(functions, only_first=only_first)
 
 
 class HarmonySplitter:
