@@ -285,7 +285,7 @@ MAY_IMPORT = {
     "generating": {"engine.client", "engine.wire", "errors"},
     "encoding": {"engine.client", "engine.wire", "engine.types", "errors"},
     "waiting": set(),
-    "worker_spec": {"engine.wire", "engine.model_file", "settings"},
+    "worker_spec": {"engine.machine", "engine.wire", "engine.model_file", "settings"},
     "settings": set(),
     "errors": set(),
     "api": {
@@ -313,6 +313,7 @@ MAY_IMPORT = {
     },
     "engine.cells": {"engine.backends.base", "engine.prefix"},
     "engine.batcher": set(),
+    "engine.machine": set(),
     "engine.prefix": set(),
     "engine.pace": set(),
     "engine.heads": {"engine.model_file", "engine.tensors", "engine.torch_file", "errors"},
