@@ -6,7 +6,7 @@ What has come stays, so after a crash only the rest is computed again.
 import asyncio
 import copy
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
@@ -36,6 +36,8 @@ class Encoding(Generic[Item]):
     """
 
     def __init__(self, owner: Owner, request: wire.Embed | wire.Score) -> None:
+        self.n_before = 0  # requests that were to be served before it when it came
+        self.on_end: Callable[[], None] = lambda: None
         self.request = request  # what is left of it when it is handed to a worker
         self.handed_at = time.monotonic()  # to the worker, for the last time
         self.has_answered = False  # nothing that a second try would contradict

@@ -11,6 +11,8 @@ ServiceError
 ├── MethodNotAllowed               the path exists, the method does not
 ├── BodyTooLarge                   more than MAX_BODY_BYTES
 ├── QueueFull                      the tier has as many waiting requests as it takes
+├── QueueTimeout                   the request has waited for as long as it may
+├── RequestTimeout                 the request has taken as long as it may
 ├── TierUnavailable                the tier cannot serve right now, a later try may succeed
 ├── InsufficientMemory             there is no memory for a model beside the others, or for a text
 ├── ModelLoadFailed                the model cannot be loaded; trying again at once will not help
@@ -104,6 +106,19 @@ class QueueFull(ServiceError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+
+
+class QueueTimeout(ServiceError):
+    status = 503
+    code = "queue_timeout"
+
+
+class RequestTimeout(ServiceError):
+    status = 504
+    code = "request_timeout"
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | {"x-should-retry": "false"}
 
 
 class TierUnavailable(ServiceError):

@@ -4,7 +4,7 @@ import asyncio
 import copy
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from engine import wire
@@ -27,8 +27,11 @@ class Generation:
     Leaving the `with` block ends it, wherever it is: waiting, in a prefill or finished.
     """
 
-    def __init__(self, owner: Owner, request: wire.Generate) -> None:
+    def __init__(self, owner: Owner, request: wire.Generate, priority: int = 0) -> None:
         self.request = request
+        self.priority = priority
+        self.n_before = 0  # requests that were to be served before it when it came
+        self.on_end: Callable[[], None] = lambda: None
         self.handed_at = time.monotonic()  # to the worker, for the last time
         self.has_answered = False
         self.n_crashes = 0

@@ -1,11 +1,13 @@
-"""The configured tiers, and which of them a request means."""
+"""The configured tiers, the memory that they share, and which of them a request means."""
 
 import asyncio
 from collections.abc import Mapping
 
 from engine.client import Launcher, launch_process
+from engine.machine import total_bytes
 from engine.types import Method
 from errors import BadRequest, ModelNotFound
+from room import Room
 from settings import ENCODER_TIERS, Settings, TierName
 from tier import Tier, stopping
 
@@ -14,16 +16,14 @@ class ModelManager:
     """The configured tiers, by name. Use it as `async with`: no worker outlives the block."""
 
     def __init__(self, settings: Settings, *, launch: Launcher = launch_process) -> None:
+        server = settings.server
+        self.room = Room(server.memory_limit_bytes(total_bytes()), patience_s=server.swap_wait_s)
         self.tiers: Mapping[TierName, Tier] = {
-            name: Tier(
-                name,
-                tier,
-                launch=launch,
-                worker_timeout_s=settings.server.worker_timeout_s,
-                log_level=settings.server.log_level,
-            )
+            name: Tier(name, tier, server, room=self.room, launch=launch)
             for name, tier in settings.tiers.items()
         }
+        for tier in self.tiers.values():
+            self.room.enter(tier)
 
     def resolve(self, model: str) -> Tier:
         """The tier that a request names: by tier, alias or file stem, in this order. Without a
@@ -67,6 +67,11 @@ class ModelManager:
                 param="method",
             )
         return tier
+
+    def refuse(self) -> None:
+        """Take no more requests; those that are here go on."""
+        for tier in self.tiers.values():
+            tier.refuse()
 
     def abandon(self) -> None:
         """End all requests with an error."""

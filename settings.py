@@ -6,6 +6,7 @@ Read once, at start. `.env.example` lists every key; a key that nobody knows is 
 import difflib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,17 @@ def _split(value: Any) -> Any:
 
 
 CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+
+
+def _memory_limit(value: Any) -> str:
+    text = str(value).strip()
+    if not _MEMORY.fullmatch(text):
+        raise ValueError("give a share such as 80%, or a size such as 12G or 900M")
+    return text
+
+
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)", re.IGNORECASE)
+MemoryLimit = Annotated[str, BeforeValidator(_memory_limit)]
 
 
 class SettingsError(Exception):
@@ -141,7 +153,20 @@ class ServerSettings(BaseSettings):
     max_body_bytes: int = Field(32 << 20, ge=1024)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     shutdown_grace_s: float = Field(10, ge=0)  # for streams to finish
-    worker_timeout_s: float = Field(120, gt=0)  # a step that takes longer hangs
+    watchdog_s: float = Field(120, gt=0)  # a step that takes longer hangs
+    memory_limit: MemoryLimit = "80%"  # of all workers together
+    swap_wait_s: float = Field(30, ge=0)  # until models that are in use make way for others
+    queue_timeout_s: float = Field(600, gt=0)  # that a request may wait
+    request_timeout_s: float = Field(3600, gt=0)  # that it may take in all
+
+    def memory_limit_bytes(self, total_bytes: int) -> int:
+        """MEMORY_LIMIT on a machine with so much."""
+        match = _MEMORY.fullmatch(self.memory_limit)
+        assert match is not None
+        number, unit = float(match[1]), match[2].upper()
+        if unit == "%":
+            return int(total_bytes * number / 100)
+        return int(number * 1024 ** " KMGT".index(unit[:1] if unit[:1] in "KMGT" else " "))
 
 
 @dataclass(frozen=True, slots=True)

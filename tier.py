@@ -1,18 +1,23 @@
 """One model and everybody who wants it: a queue, the life of its worker, and what happens when that
 dies.
 
-A tier's state goes stopped → starting → ready → stopping → stopped, or to failed from starting.
+A tier's state goes stopped → waiting (for memory) → starting → ready → stopping → stopped, or to
+failed from starting.
 One task makes every transition, so none of them can race:
 
 1. A waiting job starts the worker. A load that fails fails the jobs that wait for it; a worker
    that could not load is tried again after a back-off, when the next job comes.
-2. While the worker has free sequences it gets the next waiting job, by priority and age; one that
-   embeds or scores takes nearly all, and shares itself out among them. Conversions between text
-   and tokens need no sequence: they go to it at once, and fail with it.
-3. When nobody has a lease for IDLE_TTL_S the worker is stopped.
-4. When the worker dies, jobs that had sent text fail; the others are suspects: each is tried again
+2. There is memory for it, or it waits until others have made way (`room.py`). When the tier is
+   to make way itself it hands out nothing more, and stops once what is in the worker has ended.
+3. While the worker has free sequences it gets the next waiting job, by priority and age; also one
+   that should be served before those that run, whose place it takes. One that embeds or scores
+   takes nearly all, and shares itself out among them. Conversions between text and tokens need no
+   sequence: they go to it at once, and fail with it.
+4. When nobody has a lease for IDLE_TTL_S the worker is stopped.
+5. When the worker dies, jobs that had sent text fail; the others are suspects: each is tried again
    alone on a fresh worker, and a second death is its own fault. Vectors and scores that have come
-   are kept, and the rest is tried. Waiting jobs just wait on.
+   are kept, and the rest is tried. Waiting jobs just wait on, unless workers die again and again
+   without an answer to anybody: then it counts as a load that fails.
 """
 
 import asyncio
@@ -22,11 +27,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import psutil
 
 from encoding import Encoding
 from engine import wire
@@ -35,26 +41,32 @@ from engine.model_file import ModelFile
 from errors import (
     BadRequest,
     ContextLengthExceeded,
+    InsufficientMemory,
     InternalError,
     ModelLoadFailed,
     QueueFull,
+    QueueTimeout,
     ServiceError,
     TierUnavailable,
     WorkerCrashed,
 )
+from footprint import Footprint, estimate
 from generating import Conversion, Generation
 from model_source import ModelSource, Signature
-from settings import ENCODER_TIERS, TierName, TierSettings
+from room import Occupant, Room
+from settings import ENCODER_TIERS, ServerSettings, TierName, TierSettings
 from waiting import WaitingLine
 from worker_spec import effective_n_ctx, worker_spec
 
 logger = logging.getLogger(__name__)
 
-State = Literal["stopped", "starting", "ready", "stopping", "failed"]
+# waiting: for memory
+State = Literal["stopped", "waiting", "starting", "ready", "stopping", "failed"]
 
 MOST_TO_CUT = 16  # times the longest text that could fit: all of it is tokenised before the cut
 MAX_BACK_OFF_S = 60.0
 MAX_RETRY_AFTER_S = 60
+MAX_DEATHS = 5  # of workers in a row without an answer; two are one poisonous request
 
 
 Job = Generation | Encoding[wire.Vector] | Encoding[wire.Scored]
@@ -64,17 +76,22 @@ class Tier:
     """One model and everybody who wants it."""
 
     def __init__(
-        self, name: TierName, settings: TierSettings, *, launch: Launcher, worker_timeout_s: float,
-        log_level: str = "INFO",
-    ) -> None:  # fmt: skip
+        self,
+        name: TierName,
+        settings: TierSettings,
+        server: ServerSettings,
+        *,
+        room: Room,
+        launch: Launcher,
+    ) -> None:
         self.name = name
         self.settings = settings
         self.state: State = "stopped"
         self.progress = 0.0  # of a load, 0…1
         self.reason: str | None = None  # of the last failure, until a load succeeds
+        self._server = server
+        self._room = room
         self._launch = launch
-        self._worker_timeout_s = worker_timeout_s
-        self._log_level = log_level
         self._source = ModelSource(name, settings)
         self._worker: Worker | None = None
         self._encoder: wire.EncoderInfo | None = None
@@ -91,8 +108,17 @@ class Tier:
         self._job_s = 1.0  # what a job takes, averaged; for Retry-After
         self._text_s = 0.01  # what a text takes an encoder, averaged
         self._counted_at = 0.0
-        self._is_wanted = settings.preload
+        self._is_to_load = settings.preload
         self._is_closing = False
+        self._is_refusing = False  # new requests
+        self._n_making_way = 0  # for how many others
+        self._has_stopped = asyncio.Event()
+        self._held_bytes = 0  # of the memory, from before the start to after the end
+        self._footprint: Footprint | None = None  # of the worker that was started last
+        self._used_at = 0.0
+        self._stays_until = 0.0
+        self._keep_alive_s: float | None = None  # as the last request wants it
+        self._n_deaths = 0  # of workers in a row that had answered nobody
         self._wakeup = asyncio.Event()
         self._wakeup.set()
         self._task: asyncio.Task[None] | None = None
@@ -148,6 +174,71 @@ class Tier:
             yield
         finally:
             self._n_leases -= 1
+            self._used_at = time.monotonic()
+            self._wakeup.set()
+            self._room.changed()
+
+    def keep_alive(self, seconds: float | None) -> None:
+        """From now on the model stays so long without a request; for ever where that is negative.
+        None leaves it as it is."""
+        if seconds is not None:
+            self._keep_alive_s = seconds
+
+    @property
+    def is_wanted(self) -> bool:
+        """Somebody waits for the model, or is in it."""
+        return bool(self._n_leases or self._is_to_load or self._suspects or self._waiting)
+
+    def occupant(self) -> Occupant | None:
+        """What the tier has of the memory, as `room` sees it."""
+        if not self._held_bytes:
+            return None
+        return Occupant(
+            self.name, self._held_bytes, self.settings.pin, self.is_wanted, self._used_at,
+            self._stays_until,
+        )  # fmt: skip
+
+    def footprint(self) -> Footprint:
+        """What the worker takes of the memory, or would take. Raises ModelLoadFailed."""
+        if self._footprint is None or self._worker is None:
+            model = self.model()
+            spec = worker_spec(self.name, self.settings, model, self._server.log_level)
+            return estimate(spec, model)
+        return self._footprint
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What the worker has now, with what is mapped of its file; None where that is unknown."""
+        if self._worker is None or not self._worker.pid:
+            return None
+        with suppress(psutil.Error):
+            return int(psutil.Process(self._worker.pid).memory_info().rss)
+        return None
+
+    async def load(self) -> None:
+        """Load the model, if it is not. Raises ServiceError."""
+        await self.tokenize([], add_bos=False)
+
+    async def unload(self, *, force: bool = False) -> None:
+        """Stop the worker: when it has answered what is in it, or at once by `force`. Requests that
+        come or wait load it again."""
+        if force:
+            for job in [*self._running.values()]:
+                self.drop(job)
+                job.fail(TierUnavailable("The model was unloaded by force.", retry_after_s=1))
+        await self.make_way()
+
+    async def make_way(self) -> None:
+        """Returns when the worker has ended what was in it and is stopped. Meanwhile it gets
+        nothing new."""
+        self._n_making_way += 1
+        try:
+            while self._held_bytes and not self._is_closing:
+                self._has_stopped.clear()
+                self._wakeup.set()
+                await self._has_stopped.wait()
+        finally:
+            self._n_making_way -= 1
             self._wakeup.set()
 
     def submit(self, request: wire.Generate, *, priority: int = 0) -> Generation:
@@ -155,12 +246,50 @@ class Tier:
         ContextLengthExceeded where that is certain without tokenising, or TierUnavailable when the
         service is stopping."""
         self._check_length(request)
-        self._check_room(len(self._waiting))
-        request = msgspec.structs.replace(request, job=next(self._job_ids))
-        generation = Generation(self, request)
-        self._waiting.join(generation, priority, time.monotonic())
+        self._check_open()
+        now = time.monotonic()
+        place = self._waiting.place(priority, now)
+        if len(self._waiting) >= self.settings.queue_size:
+            self._make_room_in_line(priority)
+        request = msgspec.structs.replace(request, job=next(self._job_ids), rank=place)
+        generation = Generation(self, request, priority)
+        generation.n_before = self._waiting.join(generation, priority, now)
+        self._expire(generation)
         self._wakeup.set()
         return generation
+
+    def _make_room_in_line(self, priority: int) -> None:
+        """The last in line leaves it for one that is more urgent. Raises QueueFull."""
+        last = self._waiting.last
+        error = self._queue_full(len(self._waiting))
+        if not isinstance(last, Generation) or last.priority <= priority:
+            raise error
+        self.drop(last)
+        last.fail(error)
+
+    def _expire(self, job: Job) -> None:
+        """End the job if it still waits when QUEUE_TIMEOUT_S are over."""
+        timeout_s = self._server.queue_timeout_s
+        timer = asyncio.get_running_loop().call_later(timeout_s, self._time_out, job)
+        job.on_end = timer.cancel
+
+    def _time_out(self, job: Job) -> None:
+        if job.request.job in self._running:
+            return
+        self.drop(job)
+        wait_s = self._wait_s(len(self._waiting) + 1)
+        if self.state == "waiting":
+            footprint = self.footprint()
+            free = self._room.free_bytes
+            job.fail(self._room.insufficient(footprint.most, free, retry_after_s=wait_s))
+            return
+        job.fail(
+            QueueTimeout(
+                f"The request has waited for tier '{self.name}' for "
+                f"{self._server.queue_timeout_s:g} s (QUEUE_TIMEOUT_S).",
+                retry_after_s=wait_s,
+            )
+        )
 
     def embed(self, request: wire.Embed, *, priority: int = 0) -> Encoding[wire.Vector]:
         """Queue texts to be embedded; raises as `submit` does."""
@@ -191,13 +320,13 @@ class Tier:
     ) -> None:
         self._check_room_for_texts()
         self._encodings.add(encoding)
-        self._waiting.join(encoding, priority, time.monotonic())
+        encoding.n_before = self._waiting.join(encoding, priority, time.monotonic())
+        self._expire(encoding)
         self._wakeup.set()
 
     def _check_room_for_texts(self) -> None:
         """A request of any size finds room as long as there is any."""
-        if self._is_closing:
-            raise stopping()
+        self._check_open()
         n_texts = sum(job.n_open for job in self._encodings if isinstance(job, Encoding))
         if n_texts >= self.settings.queue_texts:
             raise QueueFull(
@@ -208,6 +337,7 @@ class Tier:
 
     def count(self, n_texts: int) -> None:
         """So many texts have just been computed."""
+        self._n_deaths = 0
         now = time.monotonic()
         text_s = (now - self._counted_at) / max(n_texts, 1)
         self._text_s += min(0.02 * n_texts, 1) * (text_s - self._text_s)
@@ -227,7 +357,9 @@ class Tier:
         return answer.text
 
     async def _convert(self, request: wire.Tokenize | wire.Detokenize) -> wire.OfJob:
-        self._check_room(len(self._unsent))
+        self._check_open()
+        if len(self._unsent) >= self.settings.queue_size:
+            raise self._queue_full(len(self._unsent))
         job = next(self._job_ids)
         conversion = Conversion(msgspec.structs.replace(request, job=job))
         self._conversions[job] = conversion
@@ -245,16 +377,21 @@ class Tier:
         conversions = self._conversions.values()
         return [c for c in conversions if c.worker is None and not c.answer.done()]
 
-    def _check_room(self, n_waiting: int) -> None:
-        if self._is_closing:
+    def _check_open(self) -> None:
+        if self._is_refusing:
             raise stopping()
-        if n_waiting >= self.settings.queue_size:
-            wait_s = self._job_s * n_waiting / self.settings.n_parallel
-            raise QueueFull(
-                f"{n_waiting} requests are waiting for tier '{self.name}', and it takes no more "
-                f"({self.name.upper()}_QUEUE_SIZE). Try again later.",
-                retry_after_s=min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S),
-            )
+
+    def _queue_full(self, n_waiting: int) -> QueueFull:
+        return QueueFull(
+            f"{n_waiting} requests are waiting for tier '{self.name}', and it takes no more "
+            f"({self.name.upper()}_QUEUE_SIZE). Try again later.",
+            retry_after_s=self._wait_s(n_waiting),
+        )
+
+    def _wait_s(self, n_waiting: int) -> int:
+        """How long so many requests will take, as the last ones did."""
+        wait_s = self._job_s * n_waiting / self.settings.n_parallel
+        return min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S)
 
     def least_tokens(self, prompt: Sequence[wire.Segment | int]) -> int:
         """So many tokens a prompt has at least. Raises ModelLoadFailed."""
@@ -306,17 +443,24 @@ class Tier:
 
     def drop(self, generation: Job) -> None:
         """Forget a request that ended or whose client left. Unknown ones are fine."""
+        generation.on_end()
         self._encodings.discard(generation)
         job = generation.request.job
         if job in self._running:
             handed_at = self._running.pop(job).handed_at
             self._job_s += 0.2 * (time.monotonic() - handed_at - self._job_s)
+            if generation.has_answered:
+                self._n_deaths = 0
             assert self._worker is not None
             self._worker.cancel(job)
         self._waiting.leave(generation)
         if generation in self._suspects:
             self._suspects.remove(generation)
         self._wakeup.set()
+
+    def refuse(self) -> None:
+        """Take no more requests; those that are here go on."""
+        self._is_refusing = True
 
     def start(self) -> None:
         """Begin to serve what is submitted."""
@@ -332,7 +476,7 @@ class Tier:
 
     def abandon(self, error: ServiceError) -> None:
         """Take no more requests, and end those that are here."""
-        self._is_closing = True
+        self._is_closing = self._is_refusing = True
         self._fail_waiting(error)
         for generation in list(self._running.values()):
             self.drop(generation)
@@ -352,6 +496,9 @@ class Tier:
             except Exception:
                 logger.exception("Tier %s: its requests fail by a fault of ours", self.name)
                 self._fail_waiting(InternalError("The tier failed. The log has the reason."))
+            if self._n_making_way and not self._is_busy:
+                await self._stop_worker()
+                self._has_stopped.set()
             try:
                 await asyncio.wait_for(self._wakeup.wait(), self._idle_timeout_s())
             except asyncio.TimeoutError:
@@ -362,12 +509,23 @@ class Tier:
     def _idle_timeout_s(self) -> float | None:
         if self._worker is None or self._n_leases or self.settings.pin:
             return None
-        return self.settings.idle_ttl_s
+        seconds = self.settings.idle_ttl_s if self._keep_alive_s is None else self._keep_alive_s
+        return seconds if seconds >= 0 else None
+
+    @property
+    def _is_busy(self) -> bool:
+        """Something is in the worker."""
+        conversions = self._conversions.values()
+        return bool(self._running) or any(c.worker is not None for c in conversions)
 
     async def _hand_out(self) -> None:
-        while self._is_wanted or self._suspects or self._waiting or self._unsent:
+        while self._is_to_load or self._suspects or self._waiting or self._unsent:
+            if self._n_making_way:
+                return
             worker = await self._ensure_ready()
-            self._is_wanted = False
+            if worker is None:
+                return
+            self._is_to_load = False
             for conversion in self._unsent:
                 conversion.send(worker)
             generation = self._next(worker.ready.n_parallel)
@@ -389,7 +547,7 @@ class Tier:
 
         1. Nobody while a suspect is in there, alone.
         2. A suspect, once the worker is empty.
-        3. The first in the waiting line, if a sequence is free.
+        3. The first in the waiting line, if a sequence is free, or has one that comes after it.
         """
         if any(generation.n_crashes for generation in self._running.values()):
             return None
@@ -397,9 +555,17 @@ class Tier:
             return None if self._running else self._suspects.popleft()
         if self._waiting and len(self._running) < n_seats:
             return self._waiting.pop()
+        if self._waiting and len(self._running) < 2 * n_seats and self._outranks_one():
+            return self._waiting.pop()
         return None
 
-    async def _ensure_ready(self) -> Worker:
+    def _outranks_one(self) -> bool:
+        """The first in line comes before one that runs, which the worker then puts off."""
+        ranks = [g.request.rank for g in self._running.values() if isinstance(g, Generation)]
+        return bool(ranks) and self._waiting.first_place < max(ranks)
+
+    async def _ensure_ready(self) -> Worker | None:
+        """The worker; None when nobody wants it any more. Raises ServiceError."""
         if self._worker is not None:
             return self._worker
         wait_s = self._retry_at - time.monotonic()
@@ -408,41 +574,65 @@ class Tier:
                 f"{self.reason} It is tried again in {wait_s:.0f} s.",
                 retry_after_s=math.ceil(wait_s),
             )
-        self.state, self.progress = "starting", 0.0
-        started_at = time.monotonic()
         try:
             model = await asyncio.to_thread(self.model)
-            spec = worker_spec(self.name, self.settings, model, self._log_level)
+            spec = worker_spec(self.name, self.settings, model, self._server.log_level)
+            self._footprint = estimate(spec, model)
+            self.state = "waiting"
+            if not await self._room.wait_for(self, self._footprint.most):
+                self.state = "stopped"
+                return None
+            self._held_bytes = self._footprint.most
+            self.state, self.progress = "starting", 0.0
+            started_at = time.monotonic()
             logger.info("Tier %s: loading %s", self.name, model.name)
             self._worker = await Worker.start(
                 spec,
                 launch=self._launch,
                 on_progress=self._on_progress,
                 on_lost=self._on_lost,
-                timeout_s=self._worker_timeout_s,
+                timeout_s=self._server.watchdog_s,
             )
+        except InsufficientMemory:
+            self.state, self._is_to_load = "stopped", False
+            raise
         except Exception as error:
+            self._free()
             self._load_failed(error)
             raise
         except BaseException:
+            self._free()
             self.state = "stopped"
             raise
-        self.state, self.reason, self._n_load_failures = "ready", None, 0
+        self.state, self.reason = "ready", None
+        self._n_load_failures *= bool(self._n_deaths)
         self._encoder = self._worker.ready.encoder
+        self._used_at = time.monotonic()
+        load_s = self._used_at - started_at
+        self._stays_until = self._used_at + load_s
         logger.info(
-            "Tier %s: ready after %.1f s, %d tokens of context, %d requests at once",
-            self.name, time.monotonic() - started_at, self._worker.ready.n_ctx,
-            self._worker.ready.n_parallel,
+            "Tier %s: ready after %.1f s, %d tokens of context, %d requests at once, about %d MB",
+            self.name, load_s, self._worker.ready.n_ctx, self._worker.ready.n_parallel,
+            self._footprint.loaded >> 20,
         )  # fmt: skip
         return self._worker
+
+    def _free(self) -> None:
+        self._held_bytes = 0
+        self._has_stopped.set()
+        self._room.changed()
 
     def _on_progress(self, fraction: float) -> None:
         self.progress = fraction
 
     def _load_failed(self, error: Exception) -> None:
-        self.state = "failed"
-        self._is_wanted = False
-        self.reason = error.message if isinstance(error, ServiceError) else "A fault of ours."
+        self._fail_for_a_while(
+            error.message if isinstance(error, ServiceError) else "A fault of ours."
+        )
+
+    def _fail_for_a_while(self, reason: str) -> None:
+        self.state, self.reason = "failed", reason
+        self._is_to_load = False
         logger.error("Tier %s cannot be loaded: %s", self.name, self.reason)
         self._failed_signature = self._source.signature()
         if self._source.is_known:  # the header was fine, so trying again costs a process
@@ -454,14 +644,18 @@ class Tier:
             self.state = "stopping"
             await self._worker.stop()
             self._worker = None  # not before: who cancels this must find it
+            self._keep_alive_s = None
             self.state = "stopped"
+            self._free()
 
     def _on_lost(self, worker: Worker, end: EndReason) -> None:
         logger.error("Tier %s: its worker died with %d requests in it: %s",
                      self.name, len(self._running), end)  # fmt: skip
         self._worker = None
+        self._free()
         self.state = "stopped"
         self.reason = f"The worker died ({end}); the next request starts another."
+        self._n_deaths += 1
         crashed = WorkerCrashed(f"The process with the model of tier '{self.name}' died ({end}).")
         for generation in self._running.values():
             generation.n_crashes += 1
@@ -474,6 +668,10 @@ class Tier:
         for conversion in self._conversions.values():
             if conversion.worker is worker:
                 conversion.fail(crashed)
+        if self._n_deaths >= MAX_DEATHS:
+            self._fail_for_a_while(
+                f"The worker died {self._n_deaths} times without an answer, at last with {end}."
+            )
         self._wakeup.set()
 
     def _fail_waiting(self, error: ServiceError) -> None:

@@ -23,9 +23,29 @@ class WaitingLine(Generic[T]):
     def __len__(self) -> int:
         return len(self._line)
 
-    def join(self, who: T, priority: int, now: float) -> None:
+    @staticmethod
+    def place(priority: int, now: float) -> float:
+        """Where one stands that joins now: the least is served first."""
+        return now + STEP_S * priority
+
+    def join(self, who: T, priority: int, now: float) -> int:
+        """So many are before it."""
         self._n_arrived += 1
-        insort(self._line, (now + STEP_S * priority, self._n_arrived, who), key=lambda at: at[:2])
+        at = self.place(priority, now), self._n_arrived, who
+        insort(self._line, at, key=lambda at: at[:2])
+        return self._line.index(at)
+
+    @property
+    def first_place(self) -> float:
+        return self._line[0][0]
+
+    @property
+    def last(self) -> T | None:
+        return self._line[-1][2] if self._line else None
+
+    def n_before(self, who: T) -> int | None:
+        """How many are before it; None when it does not wait."""
+        return next((n for n, at in enumerate(self._line) if at[2] is who), None)
 
     def pop(self) -> T:
         """The next one."""

@@ -38,6 +38,8 @@ logger = logging.getLogger("worker")
 
 T = TypeVar("T")
 
+# The further answers of a job wait for the first ones of jobs that come within so many seconds.
+SECOND_ANSWER_RANK = 10.0
 ENCODER_SEATS = 256  # jobs that an encoder takes: the batcher shares it out among them
 LOGGERS = ("worker", "engine", "llama.cpp")
 EXIT_OK, EXIT_ENGINE_FAILED = 0, 70  # 70: EX_SOFTWARE of sysexits.h
@@ -438,7 +440,7 @@ class Jobs:
                     own,
                     answer.constraint,
                     reuses=job.request.reuse or index > 0,  # of the job's own first one
-                    turn=index,
+                    rank=job.request.rank + SECOND_ANSWER_RANK * index,
                 )
             except Exception:
                 self.cancel(job.request.job)

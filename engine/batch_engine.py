@@ -48,10 +48,10 @@ class BatchEngine:
         constraint: Constraint | None = None,
         *,
         reuses: bool = True,
-        turn: int = 0,
+        rank: float = 0.0,
     ) -> None:
         sampler = self._decoder.sampler(sampling, prompt)
-        sequence = Sequence(id, array("i", prompt), sampler, constraint, reuses=reuses, turn=turn)
+        sequence = Sequence(id, array("i", prompt), sampler, constraint, reuses=reuses, rank=rank)
         self._scheduler.add(sequence)
 
     def cancel(self, id: int) -> None:

@@ -3,17 +3,18 @@
 No thread, clock or I/O: `add`, `plan`, `commit`, `cancel` and `fail` are plain calls, and only the
 memory that is passed in is touched. A plan is made so:
 
-1. Waiting sequences get slots, first come first served, as long as their prompts fit beside those
-   that run. A newcomer begins with the cells of the longest beginning that anybody has: one that
-   runs, one that ended, or one in the prefix tree. It waits while another's prefill is about to
-   make a longer one.
+1. Waiting sequences get slots by rank and age, as long as their prompts fit beside those that run.
+   For one of a lower rank than somebody who runs, that one is put off: it goes back to the queue
+   with its tokens and its sampler, and its cells go to the prefix tree. A newcomer begins with the
+   cells of the longest beginning that anybody has: one that runs, one that ended, or one in the
+   prefix tree. It waits while another's prefill is about to make a longer one.
 2. Cells of ended sequences move to the prefix tree, a block in each step: every cell in use slows
    the steps.
 3. Every sequence that is past its prompt gets one token. Where cells are missing, those of ended
-   sequences move out at once, least recently used first; then those of the youngest running one
-   do, and it goes back to the queue with its tokens and its sampler.
+   sequences move out at once, least recently used first; then the last of those that run is put
+   off, by rank and age.
 4. Prompts share what the pace allows beside the running streams: the shortest first, and a prompt
-   counts as shorter the longer it has been here.
+   counts as shorter the longer it has been here, and the lower its rank is.
 """
 
 from bisect import insort
@@ -27,6 +28,7 @@ from engine.types import Batch, Sequence
 
 WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
 NOT_WORTH_RECALLING = 8  # tokens in the prefix tree: they are as fast computed
+RANKING = 256  # tokens that a prompt counts as shorter for each rank (a second) that it is lower
 AGEING = 32  # tokens that a prompt counts as shorter for each step since it got its slot
 
 
@@ -63,8 +65,8 @@ class Scheduler:
         self._n_batch = n_batch
         self._pace = pace
         self._slots = [Slot(i) for i in range(n_slots)]
-        self._waiting: list[Sequence] = []  # by turn, then by age: ids grow with arrival
-        self._running: list[Sequence] = []  # by age
+        self._waiting: list[Sequence] = []  # both by rank, then by age: ids grow with arrival
+        self._running: list[Sequence] = []
         self._n_plans = 0
         self._is_full = False
 
@@ -74,7 +76,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its prompt must be shorter than the cells."""
-        insort(self._waiting, sequence, key=lambda s: (s.turn, s.id))
+        insort(self._waiting, sequence, key=_order)
 
     def cancel(self, id: int) -> None:
         """Forget a sequence, wherever it is. Its slot keeps the cells for who comes next."""
@@ -128,8 +130,9 @@ class Scheduler:
         started = []
         n_passed_over = 0
         for sequence in list(self._waiting):
-            is_full = len(self._running) == len(self._slots) or (self._is_full and self._running)
-            if is_full or n_passed_over == len(self._slots):
+            if (self._is_full and self._running) or n_passed_over == len(self._slots):
+                break
+            if len(self._running) == len(self._slots) and not self._outranks(sequence):
                 break
             wanted = view(sequence.tokens)[:-1]  # the last is decoded for its logits
             if not (sequence.reuses or sequence.has_started):
@@ -139,7 +142,12 @@ class Scheduler:
             if self._is_coming(wanted):
                 n_passed_over += 1
                 continue
+            if len(self._running) == len(self._slots):
+                self._put_off_last()
             source = self._source(wanted)
+            while not self._fits(sequence, source) and self._outranks(sequence):
+                self._put_off_last()
+                source = self._source(wanted)
             if not self._fits(sequence, source):
                 break
             self._waiting.remove(sequence)
@@ -149,6 +157,16 @@ class Scheduler:
                 sequence.n_cached = sequence.n_past
                 started.append(sequence)
         return started
+
+    def _outranks(self, sequence: Sequence) -> bool:
+        """Somebody who runs comes after it, and can be put off without loss."""
+        last = self._running[-1] if self._running else None
+        return last is not None and sequence.rank < last.rank and self._cells.can_share
+
+    def _put_off_last(self) -> None:
+        last = self._running[-1]
+        self._cells.move_out(self._release(last).index)
+        self.add(last)
 
     def _source(self, wanted: Tokens) -> Source:
         """The longest beginning that is there; of equal ones a slot's, and an idle slot's first."""
@@ -224,7 +242,7 @@ class Scheduler:
         sequence.slot = slot.index
         sequence.n_past = len(self._cells.tokens[slot.index])
         sequence.admitted_at = self._n_plans
-        insort(self._running, sequence, key=lambda s: s.id)
+        insort(self._running, sequence, key=_order)
 
     def _make_room_for(self, sequence: Sequence) -> None:
         """Move idle slots out until a whole prompt has room."""
@@ -277,9 +295,7 @@ class Scheduler:
             return True
         if len(self._running) < 2:
             return False
-        youngest = self._running[-1]
-        self._cells.move_out(self._release(youngest).index)
-        self.add(youngest)
+        self._put_off_last()
         return True
 
     # 4. prompts
@@ -295,12 +311,18 @@ class Scheduler:
         while self._cells.n_free - batch.n_tokens < n_left and self._idle():
             self._make_room()
         n_left = min(n_left, self._cells.n_free - batch.n_tokens)
-        for sequence in sorted(prefilling, key=self._rank):
+        for sequence in sorted(prefilling, key=self._length):
             n_tokens = min(sequence.n_pending, n_left)
             if n_tokens <= 0:
                 break
             batch.add(sequence, n_tokens)
             n_left -= n_tokens
 
-    def _rank(self, sequence: Sequence) -> int:
-        return sequence.n_pending - AGEING * (self._n_plans - sequence.admitted_at)
+    def _length(self, sequence: Sequence) -> float:
+        """Of what is pending, as it counts."""
+        n_plans = self._n_plans - sequence.admitted_at
+        return sequence.n_pending - AGEING * n_plans + RANKING * sequence.rank
+
+
+def _order(sequence: Sequence) -> tuple[float, int]:
+    return sequence.rank, sequence.id

@@ -69,7 +69,7 @@ class Sequence:
     n_cached: int = 0  # prompt tokens that needed no decoding
     has_started: bool = False  # was given a slot before
     reuses: bool = True  # begins with what others have computed, and so with their rounding
-    turn: int = 0  # who waits with a lower one goes first: 0 for the first answer of each job
+    rank: float = 0.0  # the least goes first, and puts off others where there is no place
     admitted_at: int = 0  # the plan in which it got its slot
     n_prompt: int = field(init=False)
 

@@ -121,6 +121,7 @@ class Generate(Message, frozen=True):
     logit_bias: dict[str, float] = {}  # by token id in decimal, or by text: for each of its tokens
     reuse: bool = True  # of what other requests have computed
     n: int = 1  # answers to the one prompt; the i-th is sampled with seed + i
+    rank: float = 0.0  # the least is served first, and puts off others where there is no place
     job: int = 0  # given by the tier
 
 

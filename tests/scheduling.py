@@ -118,9 +118,14 @@ class Bench:
         self.started: list[int] = []
 
     def add(
-        self, id: int, prompt: list[int], n_wanted: int = 1000, turn: int = 0, reuses: bool = True
+        self,
+        id: int,
+        prompt: list[int],
+        n_wanted: int = 1000,
+        rank: float = 0.0,
+        reuses: bool = True,
     ) -> Sequence:
-        sequence = Sequence(id, array("i", prompt), turn=turn, reuses=reuses)
+        sequence = Sequence(id, array("i", prompt), rank=rank, reuses=reuses)
         self.sequences[id] = sequence
         self.wanted[id] = n_wanted
         self.scheduler.add(sequence)

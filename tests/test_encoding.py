@@ -363,7 +363,7 @@ def test_a_worker_that_hangs_in_a_batch_is_ended(tmp_path: Path) -> None:
     run(
         test,
         Launches(launch_process),
-        server={"worker_timeout_s": 0.5},
+        server={"watchdog_s": 0.5},
         embedding=fake(script(tmp_path, hang)),
     )
 
@@ -382,7 +382,7 @@ def test_a_long_batch_is_no_hang(tmp_path: Path) -> None:
     run(
         test,
         launches,
-        server={"worker_timeout_s": 0.2},
+        server={"watchdog_s": 0.2},
         embedding=fake(script(tmp_path, stall)),
     )
     assert len(launches.handles) == 1

@@ -25,7 +25,8 @@ from engine.client import launch_process
 from engine.model_folder import pooling_in, read_model_folder
 from errors import ModelLoadFailed
 from rerankers import BGEReranker, max_sim
-from settings import TierName, TierSettings
+from room import Room
+from settings import ServerSettings, TierName, TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS
 from tests.record_flag import PAIR_LENGTHS, REAL_TEXTS, real_model, recorded
@@ -127,7 +128,8 @@ def test_the_pooling_is_sentence_transformers(kind: str, tmp_path: Path) -> None
 
 def tier_of(name: TierName, path: Path) -> Tier:
     settings = TierSettings(model_path=str(path), backend="flag")
-    return Tier(name, settings, launch=launch_process, worker_timeout_s=9)
+    server = ServerSettings()
+    return Tier(name, settings, server, room=Room(1 << 40, patience_s=1), launch=launch_process)
 
 
 def test_a_tier_knows_its_directory_before_it_is_loaded(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_a_load_that_gets_no_further_is_ended(tmp_path: Path) -> None:
         with pytest.raises(ModelLoadFailed, match="got no further"):
             await ask(manager.tiers["light"])
 
-    run(test, launches, {"worker_timeout_s": 0.2}, light=fake(script(tmp_path, load_s=1000)))
+    run(test, launches, {"watchdog_s": 0.2}, light=fake(script(tmp_path, load_s=1000)))
     assert not any(psutil.pid_exists(pid) for pid in launches.pids)
 
 
@@ -460,7 +460,7 @@ def test_a_worker_that_hangs_is_ended_also_when_only_tokens_are_waited_for() -> 
         with pytest.raises(WorkerCrashed):
             await tier.detokenize([72])
 
-    run(test, launches, {"worker_timeout_s": 0.4})
+    run(test, launches, {"watchdog_s": 0.4})
 
 
 # when a worker dies
@@ -526,7 +526,7 @@ def test_a_worker_that_hangs_is_ended_and_its_requests_tried_again(tmp_path: Pat
         assert isinstance(stuck, WorkerCrashed)
         assert fine == "You said: Hi"
 
-    run(test, launches, {"worker_timeout_s": 0.4}, light=fake(path))
+    run(test, launches, {"watchdog_s": 0.4}, light=fake(path))
 
 
 def test_a_worker_that_dies_while_it_loads_is_a_load_failure(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_only_the_blocks_that_are_wanted_come_back() -> None:
 def test_the_first_answers_of_all_jobs_come_before_the_second_ones() -> None:
     bench = Bench(n_slots=2)
     for id in range(1, 9):
-        bench.add(id, tokens(1000, 10), n_wanted=2, turn=id - 1)
+        bench.add(id, tokens(1000, 10), n_wanted=2, rank=id - 1)
     bench.step()
     bench.step()
     bench.add(9, tokens(9000, 3), n_wanted=1)

@@ -220,7 +220,7 @@ def test_all_faults_are_reported_at_once_with_their_keys(load: Load) -> None:
         "PORT=65536",
         "LOG_LEVEL=LOUD",
         "MAX_BODY_BYTES=0",
-        "WORKER_TIMEOUT_S=0",
+        "WATCHDOG_S=0",
         "ALLOW_INSECURE=perhaps",
         "LIGHT_N_CTX=0",
         "LIGHT_N_PARALLEL=0",

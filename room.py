@@ -1,0 +1,174 @@
+"""Who may have memory: makes room for a model by stopping others."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from errors import InsufficientMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Occupant:
+    """A model in memory, or on its way there."""
+
+    name: str
+    n_bytes: int
+    is_pinned: bool
+    is_wanted: bool  # somebody waits for it, or is in it
+    used_at: float  # for the last time
+    stays_until: float  # whoever has just been loaded stays for a while
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """There is room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """There is, once these have been stopped."""
+
+    names: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """There may be, when something has changed or at this time."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Never:
+    """There is none, whoever goes: so much is left beside those that stay."""
+
+    n_bytes: int
+
+
+def decide(
+    needed: int, limit: int, occupants: Sequence[Occupant], *, now: float, impatient_at: float
+) -> Go | Stop | Wait | Never:
+    """Whether a model of `needed` bytes may be loaded.
+
+    1. It fits beside all others: go.
+    2. It would not, if all went that are not pinned: never.
+    3. Models that nobody wants are stopped, least recently used first. One that was just loaded
+       stays for as long as the load took, so that at most half of the time goes into loads.
+    4. From `impatient_at` on those that are wanted go as well: they finish what is in them, and
+       their next requests wait for their turn. So what waits for a loaded model is served first,
+       but not for ever.
+    5. Else it waits.
+    """
+    excess = sum(occupant.n_bytes for occupant in occupants) + needed - limit
+    if excess <= 0:
+        return Go()
+    movable = [occupant for occupant in occupants if not occupant.is_pinned]
+    if excess > sum(occupant.n_bytes for occupant in movable):
+        return Never(limit - sum(o.n_bytes for o in occupants if o.is_pinned))
+    movable.sort(key=lambda occupant: (occupant.is_wanted, occupant.used_at))
+    may_go = [
+        occupant
+        for occupant in movable
+        if (now >= occupant.stays_until and not occupant.is_wanted) or now >= impatient_at
+    ]
+    chosen = []
+    for occupant in may_go:
+        if excess <= 0:
+            break
+        chosen.append(occupant.name)
+        excess -= occupant.n_bytes
+    if excess <= 0:
+        return Stop(chosen)
+    times = [o.stays_until for o in movable if not o.is_wanted and o.stays_until > now]
+    return Wait(min([*times, impatient_at]))
+
+
+class Tenant(Protocol):
+    """A tier, as far as room is concerned."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_wanted(self) -> bool:
+        """Somebody waits for the model, or is in it."""
+
+    def occupant(self) -> Occupant | None:
+        """What it has of the memory; None: nothing."""
+
+    async def make_way(self) -> None:
+        """Returns when its model has finished what was in it, and its memory is free."""
+
+
+class Room:
+    """The memory that all models share."""
+
+    def __init__(self, limit_bytes: int, *, patience_s: float) -> None:
+        self.limit_bytes = limit_bytes
+        self._patience_s = patience_s
+        self._tenants: dict[str, Tenant] = {}
+        self._turn = asyncio.Lock()  # of those for whom others must go
+        self._changed = asyncio.Event()
+
+    def enter(self, tenant: Tenant) -> None:
+        self._tenants[tenant.name] = tenant
+
+    def changed(self) -> None:
+        """Somebody has left, or is wanted no more."""
+        self._changed.set()
+
+    async def wait_for(self, tenant: Tenant, needed: int) -> bool:
+        """True as soon as there is room for the tenant's model: what it has from now on must be
+        in its `occupant`. False when nobody wants it any more. Raises InsufficientMemory when
+        waiting would not help."""
+        if isinstance(self._decide(tenant, needed, 0.0), Go):
+            return True
+        impatient_at = time.monotonic() + self._patience_s
+        async with self._turn:
+            while tenant.is_wanted:
+                self._changed.clear()
+                decision = self._decide(tenant, needed, impatient_at)
+                if isinstance(decision, Go):
+                    return True
+                if isinstance(decision, Never):
+                    raise self.insufficient(needed, decision.n_bytes)
+                if isinstance(decision, Stop):
+                    leaving = [self._tenants[name].make_way() for name in decision.names]
+                    await asyncio.gather(*leaving)
+                    continue
+                try:
+                    timeout_s = max(decision.until - time.monotonic(), 0.001)
+                    await asyncio.wait_for(self._changed.wait(), timeout_s)
+                except asyncio.TimeoutError:
+                    pass  # it may be time for somebody to go
+        return False
+
+    def insufficient(
+        self, needed: int, available: int, *, retry_after_s: int | None = None
+    ) -> InsufficientMemory:
+        hint = "Lower N_CTX, KV_TOKENS or PREFIX_CACHE_MB, take a smaller model, or unpin another"
+        if retry_after_s is not None:
+            hint = "Others are using it. Try again later"
+        return InsufficientMemory(
+            f"The model needs about {needed:,} bytes of memory, and {available:,} of "
+            f"{self.limit_bytes:,} (MEMORY_LIMIT) can be had. {hint}.",
+            retry_after_s=retry_after_s,
+            needed_bytes=needed,
+            available_bytes=available,
+            limit_bytes=self.limit_bytes,
+        )
+
+    @property
+    def free_bytes(self) -> int:
+        return self.limit_bytes - sum(o.n_bytes for o in self._occupants(None))
+
+    def _decide(self, tenant: Tenant, needed: int, impatient_at: float) -> Go | Stop | Wait | Never:
+        others = self._occupants(tenant)
+        now = time.monotonic()
+        return decide(needed, self.limit_bytes, others, now=now, impatient_at=impatient_at)
+
+    def _occupants(self, but: Tenant | None) -> list[Occupant]:
+        tenants = (tenant for tenant in self._tenants.values() if tenant is not but)
+        return [occupant for tenant in tenants if (occupant := tenant.occupant()) is not None]
