@@ -14,9 +14,9 @@ import pytest
 from starlette.responses import StreamingResponse
 
 from logs import Formatter
-from model_manager import Tier
 from tests.serving import fake, script, serving, settings, wait_until
 from tests.test_server import command, url_in
+from tier import Tier
 
 SECRET = "xyzzy-plugh"
 KEY = f"{SECRET}-key"
