@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+import logs
 from api import (
     chat,
     completions,
@@ -107,10 +108,10 @@ def __getattr__(name: str) -> Any:
 
 
 def configure_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
-    )
+    logs.configure(level, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    # its lines hold queries; quintet.access says the rest, and the request's id
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
 
 
 class Server(uvicorn.Server):
@@ -143,7 +144,7 @@ def banner(services: Services, host: str, port: int) -> str:
     chat = [tier.name for tier in tiers if tier.name in CHAT_TIERS]
     if not chat:
         return "\n".join([*lines, ""])
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if services.settings.server.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if services.settings.server.keys else ""
     lines += [
         "",
         f"  curl {base}/v1/chat/completions{key} -H 'Content-Type: application/json' \\",
@@ -176,7 +177,7 @@ def main() -> None:
     server = settings.server
     configure_logging(server.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the banner says it better
-    if not (server.api_keys or server.allow_insecure or is_loopback(server.host)):
+    if not (server.keys or server.allow_insecure or is_loopback(server.host)):
         print(
             f"HOST={server.host} serves other machines too: set API_KEYS, "
             "or ALLOW_INSECURE=true if everybody there may use the models.",

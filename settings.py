@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from dotenv import dotenv_values
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 logger = logging.getLogger(__name__)
@@ -33,6 +40,7 @@ TIERS: tuple[TierName, ...] = (*CHAT_TIERS, *ENCODER_TIERS)
 GENERATING = {
     "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "max_tokens", "tool_format",
 }  # fmt: skip
+SECRETS = {"api_keys", "api_keys_file", "admin_api_keys"}  # faults in them quote nothing
 # one pattern for localhost on any port, as browsers write origins
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
@@ -45,7 +53,39 @@ def _split(value: Any) -> Any:
     return [item for part in value.split(",") if (item := part.strip())]
 
 
+def _read_keys(value: Any) -> Any:
+    """The keys in a file, a line each; lines that begin with # are comments."""
+    if not isinstance(value, str):
+        return value
+    path = ROOT / Path(value).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            logger.warning("API_KEYS_FILE: others may open the file; `chmod 600` keeps them out")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(f"the file cannot be read: {reason}") from error
+    keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
+    if not keys:
+        raise ValueError("there is no key in the file")
+    return keys
+
+
+def _fit_for_headers(keys: list[SecretStr]) -> list[SecretStr]:
+    """Other characters have several forms in a header, or none: such a key would never fit."""
+    for n, key in enumerate(keys, 1):
+        if not re.fullmatch(r"[!-~]+", key.get_secret_value()):
+            raise ValueError(f"key {n} must be of printable ASCII characters without spaces")
+    return keys
+
+
 CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+Keys = Annotated[
+    list[SecretStr], NoDecode, BeforeValidator(_split), AfterValidator(_fit_for_headers)
+]
+KeysInFile = Annotated[
+    list[SecretStr], NoDecode, BeforeValidator(_read_keys), AfterValidator(_fit_for_headers)
+]
 
 
 def _memory_limit(value: Any) -> str:
@@ -140,11 +180,15 @@ class TierSettings(BaseSettings):
 class ServerSettings(BaseSettings):
     """What is common to all tiers."""
 
-    model_config = SettingsConfigDict(extra="ignore", env_ignore_empty=True, frozen=True)
+    model_config = SettingsConfigDict(
+        extra="ignore", env_ignore_empty=True, hide_input_in_errors=True, frozen=True
+    )
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    api_keys: CommaSeparated = []  # empty: nobody needs one
+    api_keys: Keys = []
+    api_keys_file: KeysInFile = []  # what is in it, added to the others
+    admin_api_keys: Keys = []  # empty: whoever may ask may also change the service
     allow_insecure: bool = False  # serve other machines without keys
     allowed_hosts: CommaSeparated = []  # beside localhost, HOST and addresses
     cors_origins: CommaSeparated = []  # empty: localhost on any port; *: all
@@ -168,6 +212,11 @@ class ServerSettings(BaseSettings):
             return int(total_bytes * number / 100)
         return int(number * 1024 ** " KMGT".index(unit[:1] if unit[:1] in "KMGT" else " "))
 
+    @property
+    def keys(self) -> list[SecretStr]:
+        """All keys that open the service; with none nobody needs one."""
+        return [*self.api_keys, *self.api_keys_file, *self.admin_api_keys]
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -184,6 +233,8 @@ class Settings:
         tiers = {name: _read(TierSettings, f"{name.upper()}_", env_file, faults) for name in TIERS}
         if faults:
             raise SettingsError("\n".join(faults))
+        if None in _in_file(env_file).values():  # it may be a key that slipped to the next line
+            logger.warning("A line of %s without `=` does nothing", env_file)
         for key, nearest in unknown_keys(env_file):
             hint = f"; did you mean {nearest}?" if nearest else ""
             logger.warning("The setting %s is not known and does nothing%s", key, hint)
@@ -208,12 +259,15 @@ def unknown_keys(env_file: Path | None) -> list[tuple[str, str | None]]:
     known = known_keys()
     prefixes = tuple(f"{tier.upper()}_" for tier in TIERS)
     keys = [key for key in os.environ if key.upper().startswith(prefixes)]
-    if env_file is not None and env_file.is_file():
-        keys += dotenv_values(env_file)
+    keys += [key for key, value in _in_file(env_file).items() if value is not None]
     unknown = dict.fromkeys(key for key in keys if key.upper() not in known)
     return [
         (key, next(iter(difflib.get_close_matches(key.upper(), known, 1)), None)) for key in unknown
     ]
+
+
+def _in_file(env_file: Path | None) -> Mapping[str, str | None]:
+    return {} if env_file is None or not env_file.is_file() else dotenv_values(env_file)
 
 
 def _read(of: type[T], prefix: str, env_file: Path | None, faults: list[str]) -> T:
@@ -222,7 +276,8 @@ def _read(of: type[T], prefix: str, env_file: Path | None, faults: list[str]) ->
     except ValidationError as error:
         for fault in error.errors():
             key = f"{prefix}{fault['loc'][0]}".upper() if fault["loc"] else prefix.rstrip("_")
-            given = f" (it is {fault['input']!r})" if fault["loc"] else ""
+            is_secret = fault["loc"] and str(fault["loc"][0]) in SECRETS
+            given = f" (it is {fault['input']!r})" if fault["loc"] and not is_secret else ""
             faults.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}{given}")
         return of.model_construct()  # stands in until the caller has all faults
 

@@ -75,11 +75,12 @@ is_current() { # "", -dev or -flag
 }
 
 fingerprint() { # "", -dev or -flag
-  if [ -n "$1" ]; then
-    cat setup.sh requirements.txt "requirements$1.txt"
-  else
-    cat setup.sh requirements.txt
-  fi | cksum
+  set -- "$1" setup.sh requirements.txt requirements.lock
+  case $1 in
+    -dev) set -- "$@" requirements-dev.txt requirements-dev.lock ;;
+    -flag) set -- "$@" requirements-flag.txt ;;
+  esac
+  cat "${@:2}" | cksum
 }
 
 # files() is empty when there is no RECORD, which installers write last: half an installation.
@@ -249,7 +250,7 @@ compile_llama() {
 }
 
 install_llama_dependencies() {
-  pip install -q "llama-cpp-python==$LLAMA_VERSION"
+  pip install -q -c requirements.lock "llama-cpp-python==$LLAMA_VERSION"
 }
 
 has_compiler() {
@@ -263,13 +264,15 @@ has_compiler() {
 
 # --- everything else -------------------------------------------------------------------------
 
+# With the releases that were tested, which scripts/lock has written down.
 install_requirements() { # "" or -dev
   step "Installing the packages in requirements$1.txt (1-2 minutes)"
-  set -- "$1" -r requirements.txt
+  set -- "$1" -c "requirements$1.lock" -r requirements.txt
   if [ -n "$1" ]; then set -- "$@" -r requirements-dev.txt; fi
   pip install -q "${@:2}" || stop "pip could not install the packages; the reason is above"
 }
 
+# Without the lock: what has been installed by it stays, unless these want another release of it.
 # torch's builds for CUDA are what the usual index has for Linux; 20 times the size of the others.
 install_flag() {
   step "Installing the packages in requirements-flag.txt (2-5 minutes)"

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 import msgspec
 
+import logs
 from embedders import Embedder, new_embedder
 from encoder_jobs import EncoderJobs, Model, failure
 from engine import wire
@@ -490,13 +491,18 @@ class Jobs:
 
 
 def main() -> None:
-    logging.basicConfig(level="NOTSET", format="%(levelname)s %(name)s[%(process)d]: %(message)s")
+    logs.configure("WARNING", "%(levelname)s %(name)s[%(process)d]: %(message)s")
     # a terminal or a supervisor signals the whole group; the server decides when its workers end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
     # without its server a worker has nobody to serve, whatever it is doing
-    sys.exit(serve(sock, on_disconnect=lambda: os._exit(EXIT_OK)))
+    try:
+        code = serve(sock, on_disconnect=lambda: os._exit(EXIT_OK))
+    except Exception:
+        logger.critical("The worker ends by a fault of ours", exc_info=True)
+        code = EXIT_ENGINE_FAILED
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from starlette.types import Receive
 
 from chat.format import ChatFormat
 from engine.model_file import ModelFile
-from errors import BadRequest
+from errors import BadRequest, Forbidden
 from model_manager import ModelManager
 from settings import CHAT_TIERS, Settings, TierName
 from tier import Tier
@@ -63,6 +63,14 @@ def _services(request: Request) -> Services:
 
 
 ServicesDep = Annotated[Services, Depends(_services)]
+
+
+def _admin(request: Request) -> None:
+    if not request.scope["is_admin"]:
+        raise Forbidden("This changes the service, and wants one of ADMIN_API_KEYS.")
+
+
+ADMIN_ONLY = Depends(_admin)  # of routes that change the service: `dependencies=[ADMIN_ONLY]`
 
 
 class ClientLeft(Exception):

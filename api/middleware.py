@@ -1,5 +1,6 @@
 """What stands before every route, as plain ASGI: request ids, access log, keys and limits."""
 
+import hashlib
 import hmac
 import ipaddress
 import logging
@@ -7,19 +8,37 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import as_service_error, response
-from errors import BodyTooLarge, Forbidden, InvalidApiKey, ServiceError
-from settings import ServerSettings
+from errors import BadRequest, BodyTooLarge, Forbidden, InvalidApiKey, ServiceError
+from settings import LOCAL_ORIGINS, ServerSettings
 
 logger = logging.getLogger("quintet.access")
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_HOST = re.compile(r"(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<name>[\w.-]+))(:\d*)?", re.ASCII | re.I)
 PUBLIC_PATHS = ("/health",)  # without a key, so that a supervisor can ask
+READING = ("GET", "HEAD", "OPTIONS")  # methods that neither run a model nor change anything
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One that opens the service. `id` stands for it in logs and caches: it is always the same,
+    and does not say what the key is."""
+
+    secret: bytes = field(repr=False)
+    id: str
+    is_admin: bool
+
+
+def key_of(secret: str, *, is_admin: bool) -> Key:
+    digest = hashlib.sha256(b"quintet:" + secret.encode()).hexdigest()
+    return Key(secret.encode(), digest[:12], is_admin)
 
 
 class HttpMiddleware:
@@ -62,7 +81,7 @@ class RequestLog(HttpMiddleware):
             left = " (client left)" if scope.get("client_left") else ""
             logger.info(
                 "%s %s %s %d%s %.0f ms %s",
-                scope["client"][0] if scope.get("client") else "-",
+                _client(scope),
                 scope["method"],
                 ascii(scope["path"])[1:-1],  # it may hold line ends
                 status,
@@ -70,6 +89,10 @@ class RequestLog(HttpMiddleware):
                 (time.perf_counter() - started_at) * 1e3,
                 request_id,
             )
+
+
+class ReplyCutShort(Exception):
+    """A fault of ours in the midst of a reply. The log has said what it was."""
 
 
 class Faults(HttpMiddleware):
@@ -87,42 +110,72 @@ class Faults(HttpMiddleware):
             await self._app(scope, receive, watch)
         except Exception as error:
             reply = response(as_service_error(error, scope["request_id"]), scope)
-            if has_started:
-                raise  # the server closes the connection: half a reply must not look whole
+            if has_started:  # the server closes the connection: half a reply must not look whole
+                raise ReplyCutShort from None  # it has been logged, and the server would quote it
             await reply(scope, receive, send)
 
 
 class Gate(HttpMiddleware):
-    """Refuses before any work is done: strangers, rebound hosts, bodies that are too large."""
+    """Refuses before any work is done: strangers, rebound hosts, web pages from elsewhere, bodies
+    that are too large. Says in the scope whose request it is: `key_id`, which is None without a
+    key, and `is_admin`."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         super().__init__(app)
         self._settings = settings
-        self._keys = [key.encode() for key in settings.api_keys]
+        admins = {key.get_secret_value() for key in settings.admin_api_keys}
+        # where there are none, whoever may ask may also change the service
+        self._keys = [
+            key_of(secret, is_admin=secret in admins or not admins)
+            for secret in dict.fromkeys(key.get_secret_value() for key in settings.keys)
+        ]
         self._hosts = {"localhost", settings.host.lower()}
         self._hosts |= {host.lower() for host in settings.allowed_hosts}
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         try:
-            self._check_host(headers.get("host", ""))
+            self._check_host(headers.getlist("host"))
             self._check_network(scope.get("server"))
-            if scope["path"] not in PUBLIC_PATHS:
-                self._check_key(headers)
+            key = self._key(headers)
+            if key is None:  # which no browser adds of itself
+                self._check_origin(scope["method"], headers)
+            if self._keys and key is None and scope["path"] not in PUBLIC_PATHS:
+                raise InvalidApiKey(
+                    "The API key is wrong." if _given_key(headers) else
+                    "An API key is needed: send `Authorization: Bearer KEY`."
+                )  # fmt: skip
             self._check_length(headers.get("content-length", ""))
         except ServiceError as error:
             await response(error, scope)(scope, receive, send)
             return
+        scope["key_id"] = key.id if key else None
+        scope["is_admin"] = key.is_admin if key else not self._keys
         await self._app(scope, self._limited(receive), send)
 
-    def _check_host(self, host: str) -> None:
+    def _check_host(self, given: Sequence[str]) -> None:
         """A web page can point a name of its own at this machine (DNS rebinding); then the
         browser's Host gives it away. Addresses cannot be rebound."""
+        if len(given) > 1:
+            raise BadRequest("A request has one Host header, not several.")
+        host = given[0] if given else ""
         name = _host_name(host)
         if "*" in self._hosts or name in self._hosts or name.endswith(".localhost"):
             return
         if not _is_address(name):
-            raise Forbidden(f"The host '{name}' is not served; add it to ALLOWED_HOSTS.")
+            raise Forbidden(f"The host '{name or host}' is not served; add it to ALLOWED_HOSTS.")
+
+    def _check_origin(self, method: str, headers: Headers) -> None:
+        """Browsers send some requests of any page without asking first (a form, a POST without a
+        body); that the page cannot read the answer comes too late. They name the page's origin."""
+        origin, allowed = headers.get("origin"), self._settings.cors_origins
+        if method in READING or origin is None or "*" in allowed or origin in allowed:
+            return
+        if not allowed and re.fullmatch(LOCAL_ORIGINS, origin):
+            return
+        host = headers.get("host")
+        if origin not in (f"http://{host}", f"https://{host}"):  # a page of our own
+            raise Forbidden(f"Pages from '{origin}' may not ask; add it to CORS_ORIGINS.")
 
     def _check_network(self, server: Sequence[object] | None) -> None:
         if self._keys or self._settings.allow_insecure or not server or server[1] is None:
@@ -132,19 +185,12 @@ class Gate(HttpMiddleware):
                 "Without keys only this machine is served; set API_KEYS, or ALLOW_INSECURE=true."
             )
 
-    def _check_key(self, headers: Headers) -> None:
-        if not self._keys:
-            return
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            given = headers.get("x-api-key", "")
-        # all are compared, each in constant time: how long it takes says nothing
-        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
-        if not any(matches):
-            raise InvalidApiKey(
-                "The API key is wrong." if given else
-                "An API key is needed: send `Authorization: Bearer KEY`."
-            )  # fmt: skip
+    def _key(self, headers: Headers) -> Key | None:
+        """Which of our keys was given. All are compared, each in constant time: how long it takes
+        says nothing."""
+        given = _given_key(headers)
+        found = [key for key in self._keys if hmac.compare_digest(given, key.secret)]
+        return found[0] if found else None
 
     def _check_length(self, length: str) -> None:
         if length.isdecimal() and int(length) > self._settings.max_body_bytes:
@@ -167,6 +213,12 @@ class Gate(HttpMiddleware):
         return limited
 
 
+def _client(scope: Scope) -> str:
+    """The client's address. It may come from a proxy's header, where anything can stand."""
+    address = scope["client"][0].partition("%")[0] if scope.get("client") else ""
+    return address if _is_address(address) else "-"
+
+
 def is_loopback(host: str) -> bool:
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
@@ -180,7 +232,14 @@ def _is_address(host: str) -> bool:
 
 
 def _host_name(host: str) -> str:
-    """The Host header without its port, and an IPv6 address without brackets."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower()
+    """The Host header without its port, and an IPv6 address without brackets; empty where it is
+    none."""
+    found = _HOST.fullmatch(host)
+    return (found["ipv6"] or found["name"]).lower() if found else ""
+
+
+def _given_key(headers: Headers) -> bytes:
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        given = headers.get("x-api-key", "")
+    return given.strip(" \t").encode("latin-1")

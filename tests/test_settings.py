@@ -1,11 +1,13 @@
 """Settings: what is read, what is refused, and what a user is told about it."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from settings import (
     CHAT_TIERS,
@@ -178,7 +180,7 @@ def test_lists_are_comma_separated(load: Load, value: str, items: list[str]) -> 
             for key in ("API_KEYS", "ALLOWED_HOSTS", "CORS_ORIGINS", "LIGHT_ALIASES")
         )
     )
-    assert settings.server.api_keys == items
+    assert [key.get_secret_value() for key in settings.server.api_keys] == items
     assert settings.server.allowed_hosts == items
     assert settings.server.cors_origins == items
     assert settings.tiers["light"].aliases == items
@@ -251,6 +253,110 @@ def test_fewer_cells_than_one_request_may_use_are_refused(load: Load) -> None:
     (fault,) = faults(load, "HEAVY_KV_TOKENS=1000\nHEAVY_N_CTX=2000")
     assert fault == "HEAVY: KV_TOKENS (1000) must not be less than N_CTX (2000)"
     assert load("HEAVY_KV_TOKENS=2000\nHEAVY_N_CTX=2000").tiers["heavy"].kv_tokens == 2000
+
+
+# keys
+
+SECRET = "sk-very-secret"
+
+
+def api_keys(settings: Settings) -> list[str]:
+    return [key.get_secret_value() for key in settings.server.keys]
+
+
+def test_keys_come_from_a_file_too(
+    load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("\ufeff# of the team\nfirst\r\n\n  second  \n\t# third\n#fourth", "utf-8")
+    path.chmod(0o600)
+    settings = load(f"API_KEYS=zeroth\nAPI_KEYS_FILE={path}\nADMIN_API_KEYS=boss,second")
+    assert api_keys(settings) == ["zeroth", "first", "second", "boss", "second"]
+    assert caplog.records == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such modes")
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o601, 0o602])
+def test_a_file_of_keys_that_others_may_open_is_warned_of(
+    load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(SECRET)
+    path.chmod(mode)
+    assert api_keys(load(f"API_KEYS_FILE={path}")) == [SECRET]
+    (warning,) = caplog.records
+    assert warning.getMessage().startswith("API_KEYS_FILE: others may open the file")
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "the file cannot be read: No such file"),
+        ("", "there is no key in the file"),
+        ("\n# none\n  \n", "there is no key in the file"),
+        (f"good\n{SECRET} # bob", "key 2 must be of printable ASCII characters without spaces"),
+        (f"{SECRET}ü", "key 1 must be of printable ASCII"),
+        (f"{SECRET}\0", "key 1 must be of printable ASCII"),
+        (b"\xff\xfe" + SECRET.encode("utf-16-le"), "key 1 must be of printable ASCII"),
+    ],
+)
+def test_a_file_of_keys_that_cannot_be_used_is_named(
+    load: Load, tmp_path: Path, content: str | bytes | None, reason: str
+) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.chmod(0o600)
+    (fault,) = faults(load, f"API_KEYS_FILE={path}")
+    assert fault.startswith(f"API_KEYS_FILE: {reason}")
+    assert SECRET not in fault
+
+
+def test_a_directory_is_no_file_of_keys(load: Load, tmp_path: Path) -> None:
+    (fault,) = faults(load, f"API_KEYS_FILE={tmp_path}")
+    assert fault.startswith("API_KEYS_FILE: the file cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"API_KEYS=fine,{SECRET} x",
+        f"API_KEYS={SECRET}ü",
+        f"ADMIN_API_KEYS={SECRET}ü",
+        f"API_KEYS_FILE={SECRET}",  # the key where the file's name should be
+    ],
+)
+def test_a_fault_in_a_key_does_not_quote_it(load: Load, line: str) -> None:
+    (fault,) = faults(load, line)
+    assert fault.startswith(line.partition("=")[0] + ": ")
+    assert SECRET not in fault
+    with pytest.raises(ValidationError) as caught:
+        ServerSettings(api_keys=[SECRET + "ü"])
+    assert SECRET not in str(caught.value)
+
+
+def test_settings_do_not_show_their_keys(load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"{SECRET}-1")
+    path.chmod(0o600)
+    settings = load(f"API_KEYS={SECRET}-2\nAPI_KEYS_FILE={path}\nADMIN_API_KEYS={SECRET}-3")
+    assert len(api_keys(settings)) == 3
+    shown = [settings, settings.server, settings.server.keys, settings.server.model_dump()]
+    for text in [*map(str, shown), *map(repr, shown), settings.server.model_dump_json()]:
+        assert SECRET not in text
+
+
+def test_a_key_that_slipped_to_the_next_line_is_not_logged(
+    load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        load(f"API_KEYS=one,\n{SECRET}\nAPI_KEY={SECRET}")
+    slipped, misspelt = (record.getMessage() for record in caplog.records)
+    assert slipped.startswith("A line of ")
+    assert slipped.endswith(" without `=` does nothing")
+    assert misspelt.startswith("The setting API_KEY is not known")
+    assert SECRET not in caplog.text
 
 
 # what is warned of

@@ -21,7 +21,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["setup.sh", "start_service.sh", "scripts/check", "scripts/test", ".ci/run"]
+SCRIPTS = [
+    "setup.sh",
+    "start_service.sh",
+    "scripts/check",
+    "scripts/test",
+    "scripts/lock",
+    ".ci/run",
+]
 TOOLS = "bash sh env dirname cat cksum cp mkdir mv rm sed tr uname wc".split()
 MODEL = b"GGUF, not quite"
 EMBEDDING_WHEEL = b"PK, not quite"
@@ -88,7 +95,7 @@ class Machine:
         self.root, self.bin, self.log = directory / "a copy", directory / "bin", directory / "log"
         self.bin.mkdir()
         self.log.touch()
-        for name in [*SCRIPTS, "requirements.txt", "requirements-dev.txt", "requirements-flag.txt"]:
+        for name in [*SCRIPTS, *(path.name for path in ROOT.glob("requirements*"))]:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         for tool in TOOLS:
@@ -223,6 +230,26 @@ def test_dev_adds_the_second_list_and_covers_both(machine: Machine) -> None:
         requirements.write("# changed\n")
     assert machine.run("setup.sh", "--current", "--dev")[0] == 1
     assert machine.run("setup.sh", "--current")[0] == 0, "the service needs nothing new"
+
+
+def test_what_is_installed_is_what_the_locks_pin(machine: Machine) -> None:
+    assert machine.run()[0] == 0
+    assert machine.calls("-c requirements.lock -r requirements.txt")
+    assert machine.calls("-c requirements.lock llama-cpp-python==")
+    assert machine.calls(" -c ") == machine.calls("install -q"), "nothing comes without"
+    assert machine.run("setup.sh", "--dev")[0] == 0
+    assert machine.calls("-c requirements-dev.lock -r requirements.txt -r requirements-dev.txt")
+
+
+def test_a_new_lock_is_installed(machine: Machine) -> None:
+    assert machine.run("setup.sh", "--dev")[0] == 0
+    with (machine.root / "requirements-dev.lock").open("a") as lock:
+        lock.write("# changed\n")
+    assert machine.run("setup.sh", "--current")[0] == 0, "the service needs nothing new"
+    assert machine.run("setup.sh", "--current", "--dev")[0] == 1
+    with (machine.root / "requirements.lock").open("a") as lock:
+        lock.write("# changed\n")
+    assert machine.run("setup.sh", "--current")[0] == 1
 
 
 def test_flag_adds_its_list_on_demand_only(machine: Machine) -> None:
