@@ -355,6 +355,8 @@ class EncoderJobs:
             results = self._call(ids, [self._jobs[job].outputs for job, _ in batch], go_on)
         except Interrupted:
             raise
+        except ServiceError as error:  # it says what is wrong, and the encoder is fine
+            return [error] if len(batch) == 1 else self._alone(batch, go_on)
         except Exception:
             self._n_failures += 1
             if self._n_failures >= MAX_FAILURES:

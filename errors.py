@@ -12,6 +12,7 @@ ServiceError
 ├── BodyTooLarge                   more than MAX_BODY_BYTES
 ├── QueueFull                      the tier has as many waiting requests as it takes
 ├── TierUnavailable                the tier cannot serve right now, a later try may succeed
+├── InsufficientMemory             there is no memory for a model beside the others, or for a text
 ├── ModelLoadFailed                the model cannot be loaded; trying again at once will not help
 ├── WorkerCrashed                  the process with the model ended while this request was in it
 └── InternalError                  a fault of ours; the log has the traceback under the request id
@@ -108,6 +109,17 @@ class QueueFull(ServiceError):
 class TierUnavailable(ServiceError):
     status = 503
     code = "model_unavailable"
+
+
+class InsufficientMemory(ServiceError):
+    """Without `retry_after_s` a later try will not help."""
+
+    status = 503
+    code = "insufficient_memory"
+
+    def headers(self) -> dict[str, str]:
+        no = {"x-should-retry": "false"}
+        return super().headers() if self.retry_after_s is not None else no
 
 
 class ModelLoadFailed(ServiceError):

@@ -32,8 +32,9 @@ from api.deps import Services
 from api.middleware import Faults, Gate, RequestLog, is_loopback
 from engine.client import Launcher, launch_process
 from errors import ModelLoadFailed
-from model_manager import ModelManager, Tier
+from model_manager import ModelManager
 from settings import CHAT_TIERS, LOCAL_ORIGINS, ServerSettings, Settings, SettingsError
+from tier import Tier
 
 EXIT_USAGE = 2
 EXPOSED_HEADERS = [

@@ -5,6 +5,7 @@ import os
 import psutil
 
 from engine import wire
+from engine.machine import total_bytes
 from engine.model_file import ModelFile
 from settings import TierSettings
 
@@ -40,7 +41,7 @@ def worker_spec(
         n_threads=settings.n_threads or default_n_threads(),
         n_gpu_layers=settings.n_gpu_layers,
         max_stall_s=settings.max_stall_ms / 1e3,
-        prefix_cache_bytes=int(psutil.virtual_memory().total * PREFIX_CACHE_SHARE_OF_MEMORY)
+        prefix_cache_bytes=int(total_bytes() * PREFIX_CACHE_SHARE_OF_MEMORY)
         if settings.prefix_cache_mb is None
         else settings.prefix_cache_mb << 20,
         log_level=log_level,
@@ -56,7 +57,7 @@ def effective_n_ctx(settings: TierSettings, model: ModelFile) -> int:
 
 def default_kv_tokens(n_ctx: int, n_parallel: int, model: ModelFile) -> int:
     """Room for every sequence to be full, less where that is much of the memory."""
-    affordable = psutil.virtual_memory().total * KV_SHARE_OF_MEMORY
+    affordable = total_bytes() * KV_SHARE_OF_MEMORY
     affordable /= max(model.kv_bytes_per_token, 1)
     return max(n_ctx, min(n_ctx * n_parallel, int(affordable)))
 

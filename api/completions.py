@@ -32,7 +32,7 @@ from api.sse import EventStream, event
 from chat.infill import Marks, infill, marks_of
 from engine import wire
 from errors import BadRequest, UnsupportedParameter
-from model_manager import Tier
+from tier import Tier
 
 router = APIRouter()
 

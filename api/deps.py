@@ -11,8 +11,9 @@ from starlette.types import Receive
 from chat.format import ChatFormat
 from engine.model_file import ModelFile
 from errors import BadRequest
-from model_manager import ModelManager, Tier
+from model_manager import ModelManager
 from settings import CHAT_TIERS, Settings, TierName
+from tier import Tier
 
 T = TypeVar("T")
 

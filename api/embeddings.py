@@ -16,7 +16,7 @@ from api.vectors import Form, item
 from engine import wire
 from engine.types import Output, Role, Truncate
 from errors import BadRequest, UnsupportedParameter
-from model_manager import Tier
+from tier import Tier
 
 router = APIRouter()
 

@@ -13,7 +13,8 @@ from starlette.types import Receive
 
 from api.deps import while_connected
 from engine import wire
-from model_manager import Generation, Tier
+from generating import Generation
+from tier import Tier
 
 Outs = AsyncGenerator[tuple[int, wire.TokenOut], None]  # with the index of the choice
 

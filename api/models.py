@@ -8,8 +8,8 @@ from starlette.responses import JSONResponse, Response
 
 from api.deps import ServicesDep
 from errors import ModelLoadFailed
-from model_manager import Tier
 from settings import CHAT_TIERS, TierName
+from tier import Tier
 
 router = APIRouter()
 

@@ -8,7 +8,7 @@ from api.chat_request import ChatRequest, Conversation
 from api.deps import Services
 from chat.format import Prompt
 from engine import wire
-from model_manager import Tier
+from tier import Tier
 
 
 def prompt_of(

@@ -17,7 +17,7 @@ from api.sampling import Switch, WholeText, ignored_params
 from engine import wire
 from engine.types import Method, Scale, Truncate
 from errors import BadRequest
-from model_manager import Tier
+from tier import Tier
 
 router = APIRouter()
 

@@ -18,7 +18,7 @@ from api.sse import EventStream, event
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
 from errors import ServiceError
-from model_manager import Tier
+from tier import Tier
 
 router = APIRouter()
 

@@ -18,7 +18,7 @@ from api.vectors import shortened, sparse
 from engine import wire
 from engine.types import Output, Truncate
 from errors import UnsupportedParameter
-from model_manager import Tier
+from tier import Tier
 
 router = APIRouter()
 

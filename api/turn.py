@@ -18,7 +18,7 @@ from chat.events import CallBegin, Event, Message, Splitter, Text
 from chat.format import Prompt
 from chat.splitter import InlineReasoning
 from engine import wire
-from model_manager import Tier
+from tier import Tier
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 

@@ -22,10 +22,11 @@ from errors import (
     TierUnavailable,
     WorkerCrashed,
 )
-from model_manager import ModelManager, Tier
+from model_manager import ModelManager
 from tests import encoder_fixtures
 from tests.serving import fake, script
 from tests.test_model_manager import Launches, run, until
+from tier import Tier
 
 
 def embed(*inputs: str | list[int], **values: Any) -> wire.Embed:

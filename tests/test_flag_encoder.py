@@ -24,12 +24,12 @@ from engine.backends.flag_encoder import groups
 from engine.client import launch_process
 from engine.model_folder import pooling_in, read_model_folder
 from errors import ModelLoadFailed
-from model_manager import Tier
 from rerankers import BGEReranker, max_sim
 from settings import TierName, TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS
 from tests.record_flag import PAIR_LENGTHS, REAL_TEXTS, real_model, recorded
+from tier import Tier
 
 ALL: frozenset[Any] = frozenset({"dense", "sparse", "colbert"})
 

@@ -10,9 +10,9 @@ import pytest
 
 from api.middleware import Gate
 from errors import ServiceError
-from model_manager import Tier
 from settings import ServerSettings, TierSettings
 from tests.serving import Service, fake, script, serving, settings, wait_until
+from tier import Tier
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from engine import wire
 from engine.backends import llama_encoder
 from engine.backends.base import Encoder, Interrupted, load_encoder
 from engine.backends.llama_encoder import LlamaEncoder
-from errors import ModelLoadFailed
+from errors import InsufficientMemory, ModelLoadFailed
 from model_manager import ModelManager
 from rerankers import BGEReranker, EmbeddingReranker, max_sim
 from settings import TierSettings
@@ -336,6 +336,20 @@ def test_no_more_positions_are_used_than_the_model_has(models: Path, load: Load)
 def test_the_most_sequences_and_tokens_of_a_batch_are_computed(models: Path, load: Load) -> None:
     encoder = load(models / "embedder-F32.gguf", n_ctx=100, batch_tokens=640)
     assert encoder.encode(ids_of(*[10] * 64)).shape == (640, 64)
+
+
+def test_a_batch_for_which_there_is_no_memory_is_its_texts_error(
+    models: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the logits of each token is made, also where none are computed."""
+    encoder = load(models / "embedder-F32.gguf")
+    before = encoder.encode(ids_of(20)).copy()
+    monkeypatch.setattr(llama_encoder, "available_bytes", lambda: 50_000)
+    with pytest.raises(InsufficientMemory, match="60 tokens needs"):
+        encoder.encode(ids_of(60))
+    assert np.array_equal(encoder.encode(ids_of(20)), before), "there is room for as many as before"
+    monkeypatch.undo()
+    assert len(encoder.encode(ids_of(60))) == 60
 
 
 def test_a_computation_that_nobody_wants_ends_and_the_next_one_is_right(

@@ -23,9 +23,10 @@ from errors import (
     TierUnavailable,
     WorkerCrashed,
 )
-from model_manager import ModelManager, Tier
+from model_manager import ModelManager
 from settings import TierSettings
 from tests.serving import fake, in_threads, script, settings
+from tier import Tier
 from worker_spec import default_kv_tokens
 
 T = TypeVar("T")

@@ -1,14 +1,19 @@
 """The default embedding model over HTTP: what its vectors are for."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import openai
+import psutil
 import pytest
 
+from engine.backends.base import load_encoder
+from engine.model_file import read_model_file
 from settings import Settings
 from tests.serving import Service, serving, settings
+from worker_spec import worker_spec
 
 pytestmark = pytest.mark.real
 
@@ -66,3 +71,17 @@ def test_only_dense_vectors_and_only_whole_ones(service: Service) -> None:
         reply = service.embed("a", **fields)
         assert reply.status_code == 400
         assert reply.json()["error"]["param"] == next(iter(fields))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are given back on Linux only")
+def test_room_for_logits_that_nobody_computes_is_given_back(e5: Path) -> None:
+    """512 tokens of a vocabulary of 250,000 have logits of 512 MB."""
+    of = Settings.load(None).tiers["embedding"]
+    encoder = load_encoder(
+        worker_spec("embedding", of, read_model_file(of.path), "WARNING"), lambda _: None
+    )
+    before = psutil.Process().memory_info().rss
+    rows = encoder.encode([np.full(512, 1000, np.int32)])
+    assert rows.shape == (512, 384)
+    assert psutil.Process().memory_info().rss - before < 100 << 20
+    encoder.close()

@@ -4,7 +4,10 @@ llama.cpp ends the process where a batch has more tokens than a physical one, or
 than the model has positions; so everything is checked here before it is called.
 """
 
+import ctypes
 import logging
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,10 +35,11 @@ from engine.backends.llamacpp import (
     reason_of,
 )
 from engine.heads import Heads, missing_heads, read_heads
+from engine.machine import available_bytes
 from engine.model_file import ENCODERS, open_header
 from engine.types import Pooling, Scale
 from engine.wire import EncoderSpec, WorkerSpec
-from errors import ModelLoadFailed
+from errors import InsufficientMemory, ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
 
@@ -121,6 +125,7 @@ class LlamaEncoder:
             template = lib.llama_model_chat_template(self._model, b"rerank")
             if template and b"{query}" in template and b"{document}" in template:
                 self.template = template.decode(errors="replace")
+        self._n_outputs = 0  # tokens for which llama.cpp holds room for outputs
         n = self.n_tokens
         self._token, self._pos, self._sequence = (np.zeros(n, np.int32) for _ in range(3))
         self._wanted, self._n_seq_id = np.ones(n, np.int8), np.ones(n, np.int32)
@@ -185,15 +190,54 @@ class LlamaEncoder:
             logits=pointer(self._wanted, "logits"),
         )
         self._heard, self._is_interrupted = None, False
-        call = lib.llama_decode if self._memory else lib.llama_encode
-        status = call(self._context, batch)
+        n_tokens = end - start
+        if self._memory:
+            status = lib.llama_decode(self._context, batch)
+        elif n_tokens <= self._n_outputs:
+            status = lib.llama_encode(self._context, batch)
+        else:
+            self._check_room(n_tokens)
+            status = lib.llama_encode(self._context, batch)
+            self._give_back_logits(n_tokens)
         self._log.is_muted = False
         if self._heard is not None:
             raise self._heard
         if self._is_interrupted:
             raise Interrupted
         if status != 0:
-            raise Error(f"llama.cpp returned {status} for a batch of {end - start} tokens")
+            raise Error(f"llama.cpp returned {status} for a batch of {n_tokens} tokens")
+
+    # llama.cpp makes room for the logits of every token of a batch, and clears it, also where none
+    # are computed (output_reserve in llama-context.cpp). Of a vocabulary of 250,000 that is 1 MB a
+    # token, 8 GB for the longest text of BGE-M3. It never shrinks, and is made anew when a batch
+    # has more tokens than any before.
+
+    def _check_room(self, n_tokens: int) -> None:
+        """Raises InsufficientMemory where the system would end the process instead."""
+        needed = n_tokens * self.tokenizer.n_vocab * 4
+        available = available_bytes()
+        if needed > available:
+            raise InsufficientMemory(
+                f"A batch of {n_tokens:,} tokens needs {needed:,} bytes for a moment, and "
+                f"{available:,} are free. Send a shorter text, or lower N_CTX and BATCH_TOKENS.",
+                needed_bytes=needed,
+                available_bytes=available,
+            )
+
+    def _give_back_logits(self, n_tokens: int) -> None:
+        """An encoder never writes that room: its pages go back to the system, where that is
+        possible."""
+        self._n_outputs = n_tokens
+        logits = lib.llama_get_logits(self._context)
+        if not logits or sys.platform != "linux":
+            return
+        start = ctypes.addressof(logits.contents)
+        end = start + n_tokens * self.tokenizer.n_vocab * 4
+        first, last = -(-start // mmap.PAGESIZE), end // mmap.PAGESIZE
+        if last > first:
+            place = ctypes.c_void_p(first * mmap.PAGESIZE)
+            n_bytes = ctypes.c_size_t((last - first) * mmap.PAGESIZE)
+            ctypes.CDLL(None).madvise(place, n_bytes, mmap.MADV_DONTNEED)
 
     def _rows(self, n_tokens: int) -> Floats:
         rows = lib.llama_get_embeddings(self._context)
