@@ -19,9 +19,12 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from hub import FOLDER_BACKENDS, Hub, HubModel, parse
 
 logger = logging.getLogger(__name__)
 
@@ -157,15 +160,36 @@ class TierSettings(BaseSettings):
 
     @property
     def path(self) -> Path:
-        """Where the model is; a relative path starts at the project."""
+        """Where the model is; a relative path starts at the project. For a model on the hub it is
+        nowhere: see `hub_model`."""
         return ROOT / Path(self.model_path).expanduser()
+
+    @property
+    def hub_model(self) -> HubModel | None:
+        """The model on the Hugging Face hub that is meant, if it is one."""
+        return None if self.backend == "fake" else parse(self.model_path)
+
+    def at(self, path: Path) -> "TierSettings":
+        """The same for a model that has been found there."""
+        return self.model_copy(update={"model_path": str(path)})
 
     def head_path(self, path: str) -> str:
         """Where a head is, as `path`; empty where none is given."""
         return str(ROOT / Path(path).expanduser()) if path else ""
 
+    @field_validator("model_path")
+    @classmethod
+    def _names_a_model(cls, path: str) -> str:
+        parse(path)
+        return path
+
     @model_validator(mode="after")
     def _fits(self) -> "TierSettings":
+        if self.backend in FOLDER_BACKENDS and self.hub_model and self.hub_model.what:
+            raise ValueError(
+                f"MODEL_PATH names '{self.hub_model.what}' in a repo, and BACKEND={self.backend} "
+                f"takes all of it: hf:{self.hub_model.repo}"
+            )
         if self.n_batch < self.n_parallel:
             raise ValueError(
                 f"N_BATCH ({self.n_batch}) must not be less than N_PARALLEL ({self.n_parallel})"
@@ -203,6 +227,13 @@ class ServerSettings(BaseSettings):
     queue_timeout_s: float = Field(600, gt=0)  # that a request may wait
     request_timeout_s: float = Field(3600, gt=0)  # that it may take in all
 
+    # of the Hugging Face hub, by the names that its own programs have for them
+    hf_token: SecretStr = SecretStr("")  # empty: whom `hf auth login` has logged in
+    hf_home: str = ""
+    hf_hub_cache: str = ""
+    hf_endpoint: str = "https://huggingface.co"
+    hf_hub_offline: bool = False
+
     def memory_limit_bytes(self, total_bytes: int) -> int:
         """MEMORY_LIMIT on a machine with so much."""
         match = _MEMORY.fullmatch(self.memory_limit)
@@ -216,6 +247,19 @@ class ServerSettings(BaseSettings):
     def keys(self) -> list[SecretStr]:
         """All keys that open the service; with none nobody needs one."""
         return [*self.api_keys, *self.api_keys_file, *self.admin_api_keys]
+
+    @property
+    def hub(self) -> Hub:
+        """Where models come from that a path names as hf:…, and where they are kept."""
+        caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        home = self.hf_home or os.path.join(caches, "huggingface")
+        cache = os.path.expandvars(self.hf_hub_cache or os.path.join(home, "hub"))
+        return Hub(
+            endpoint=self.hf_endpoint.rstrip("/"),
+            cache=Path(os.path.abspath(os.path.expanduser(cache))),
+            token=self.hf_token.get_secret_value() or None,
+            is_offline=self.hf_hub_offline,
+        )
 
 
 @dataclass(frozen=True, slots=True)

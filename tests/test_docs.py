@@ -130,7 +130,7 @@ def test_every_key_is_explained_at_its_first_tier() -> None:
 def test_the_examples_in_the_example_file_load(tmp_path: Path) -> None:
     path = uncommented(EXAMPLE, tmp_path / ".env")
     assert not {key for key, _ in unknown_keys(path)} - {key for key, _ in unknown_keys(None)}
-    assert list(Settings.load(path).tiers) == ["light", "embedding", "reranker"]
+    assert list(Settings.load(path).tiers) == ["light", "medium", "embedding", "reranker"]
 
 
 # tables
@@ -202,12 +202,17 @@ def test_the_readme_has_a_request_that_is_valid_for_curl_and_python() -> None:
     assert snippets("README.md", "python")
 
 
-def test_the_settings_in_the_readmes_example_load(tmp_path: Path) -> None:
-    (block,) = (text for text in snippets("README.md", "bash") if "_MODEL_PATH=" in text)
+def test_the_settings_in_the_readmes_examples_load(tmp_path: Path) -> None:
+    blocks = [text for text in snippets("README.md", "bash") if "_MODEL_PATH=" in text]
     path = tmp_path / ".env"
-    path.write_text(block)
-    assert not {key for key, _ in unknown_keys(path)} - {key for key, _ in unknown_keys(None)}
-    assert list(Settings.load(path).tiers) == ["light", "heavy"]  # as the text below it says
+    for block, tiers in zip(
+        blocks,
+        (["light", "heavy"], ["light", "medium", "heavy", "embedding"]),  # as the text below says
+        strict=True,
+    ):
+        path.write_text(block)
+        assert not {key for key, _ in unknown_keys(path)} - {key for key, _ in unknown_keys(None)}
+        assert list(Settings.load(path).tiers) == tiers
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -299,7 +304,8 @@ MAY_IMPORT = {
     "encoding": {"engine.client", "engine.wire", "engine.types", "errors"},
     "waiting": set(),
     "worker_spec": {"engine.machine", "engine.wire", "engine.model_file", "settings"},
-    "settings": set(),
+    "settings": {"hub"},
+    "hub": {"errors"},
     "errors": set(),
     "logs": set(),
     "api": {
@@ -351,6 +357,7 @@ ONLY_IN = {
         "bench.encoders",
     },
     "gguf": {"models"},
+    "huggingface_hub": {"hub"},
 }
 
 

@@ -11,7 +11,7 @@ from settings import ROOT
 SOURCES = [
     path
     for path in [*ROOT.rglob("*.py"), ROOT / "scripts" / "licences"]
-    if not {"tests", ".venv", ".git"} & set(path.relative_to(ROOT).parts)
+    if not any(p == "tests" or p.startswith(".") for p in path.relative_to(ROOT).parts)
 ]
 
 # unpickling runs the file; pickletools, which only names what is in one, does not

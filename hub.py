@@ -1,0 +1,664 @@
+"""Models on the Hugging Face hub: which files are meant, and how they come here.
+
+They lie in the hub's own cache, which other programs share:
+
+    models--owner--repo/blobs/<hash>             files, named by the hash of what is in them
+    models--owner--repo/blobs/<hash>.incomplete  the beginning of one
+    models--owner--repo/snapshots/<commit>/…     links to them, under their names
+    models--owner--repo/refs/main                which commit that is
+
+huggingface_hub asks the hub what there is, and knows the token. The bytes are read here, because
+its own download begins anew in each call and checks nothing but sizes. Links are made last, when
+every file of a model is there and has its hash: what has a name is whole.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from errno import EDQUOT, ENOSPC
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from errors import ModelLoadFailed
+
+logger = logging.getLogger(__name__)
+
+FOLDER_BACKENDS = frozenset({"flag"})  # whose models are directories
+# Which GGUF is taken of several, where nobody says: the best that most machines can hold first.
+QUANTS = ("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q6_K", "Q8_0", "Q4_0", "MXFP4", "F16", "BF16", "F32")
+DISK_MARGIN_BYTES = 256 << 20  # that stay free
+TIMEOUT_S = 10.0  # without a byte
+RETRY_PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # before tries that follow a fruitless one
+LOCK_POLL_S = 0.2
+MOST_HTTP_BYTES = 50 * 10**9  # of a file; a larger one comes by a protocol of the hub's own
+MOST_LISTED = 20  # files in a message
+
+_PREFIX = "hf:"
+_NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
+_MODEL = re.compile(
+    rf"hf:(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>\w[\w.-]*(?:/\w[\w.-]*)*))?(?::(?P<what>[^:\\]+))?",
+    re.ASCII,
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_PART = re.compile(r"(?P<stem>.+)-(?P<n>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+_HEADS = (
+    "sparse_linear.pt", "sparse_linear.safetensors", "colbert_linear.pt",
+    "colbert_linear.safetensors",
+)  # fmt: skip
+_BESIDE_GGUF = (*_HEADS, "*.heads.safetensors")
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.txt")
+_IN_FOLDER = ("*.json", "*.jinja", "merges.txt", *_TOKENIZERS, *_HEADS)
+_POOLING = "1_Pooling/config.json"
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that are there count
+_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A model as a path names it: `hf:owner/repo[@revision][:file or quant]`."""
+
+    repo: str
+    what: str | None = None  # a file's name, or a quant such as Q4_K_M
+    revision: str | None = None  # a branch, tag or commit; None: main
+
+
+def parse(text: str) -> HubModel | None:
+    """The model on the hub that a path names; None: it is an ordinary path. Raises ValueError with
+    a sentence for one that is meant so and cannot be."""
+    if not text.startswith(_PREFIX):
+        return None
+    match = _MODEL.fullmatch(text)
+    repo, what = (match["repo"], match["what"]) if match else ("", None)
+    is_odd = "--" in repo or ".." in repo or repo.endswith(".git") or len(repo) > 96
+    if not match or is_odd or not _is_inside(what or "file"):
+        raise ValueError(
+            "a model on the Hugging Face hub is written hf:owner/repo, hf:owner/repo:Q4_K_M or "
+            "hf:owner/repo:file.gguf, with @revision after the repo where it is not main"
+        )
+    return HubModel(repo, what, match["revision"])
+
+
+# Which files. Plain decisions about names.
+
+
+def pick(model: HubModel, backend: str, names: Collection[str]) -> list[str]:
+    """The files of a model among those of its repo, first the one that it is called by.
+
+    For a backend whose models are directories, all that such a directory needs, config.json first.
+    Else one GGUF:
+
+    1. The file of that name, with or without its folder.
+    2. The only one that has the quant as a word in its name, whatever its case.
+    3. Where nothing is said: the only GGUF, or the only one of the first of QUANTS that is there.
+
+    With it come the other parts of a split model, and heads that lie beside it. Projectors of
+    images, importance matrices and later parts are not taken for models.
+
+    Raises ModelLoadFailed that lists what there is.
+    """
+    return _folder(model, names) if backend in FOLDER_BACKENDS else _gguf(model, names)
+
+
+def _gguf(model: HubModel, names: Collection[str]) -> list[str]:
+    models = sorted(name for name in names if _is_model(name))
+    if not models:
+        raise ModelLoadFailed(
+            f"{model.repo} has no GGUF model on the hub ({_listed(names)}); give a repo that has "
+            "one, or set BACKEND=flag for an encoder."
+        )
+    found = _named(model.what, models)
+    if len(found) != 1:
+        number = "several" if found else "no"
+        named = f" named '{model.what}'" if model.what else ""
+        raise ModelLoadFailed(
+            f"{model.repo} has {number} models{named} on the hub: {_listed(found or models)}. "
+            f"Name one, such as hf:{model.repo}:{(found or models)[0]}."
+        )
+    (name,) = found
+    folder = name.rpartition("/")[0]
+    beside = [
+        other for other in sorted(names)
+        if other.rpartition("/")[0] == folder and _fits(_base(other), _BESIDE_GGUF)
+    ]  # fmt: skip
+    return [*_whole(model, [name], names), *beside]
+
+
+def _named(what: str | None, models: list[str]) -> list[str]:
+    if what is None:
+        if len(models) == 1:
+            return models
+        of_quants = ([name for name in models if _has_word(name, quant)] for quant in QUANTS)
+        return next(filter(None, of_quants), models)
+    if what in models:
+        return [what]
+    if what.lower().endswith(".gguf"):
+        return [name for name in models if _base(name) == what]
+    return [name for name in models if _has_word(name, what)]
+
+
+def _is_model(name: str) -> bool:
+    base = _base(name).lower()
+    part = _PART.fullmatch(base)
+    return (
+        base.endswith(".gguf")
+        and "mmproj" not in base
+        and not base.startswith("imatrix")
+        and not base.endswith("imatrix.gguf")
+        and (part is None or int(part["n"]) == 1)
+    )
+
+
+def _has_word(name: str, word: str) -> bool:
+    """Q4_K is no word of Q4_K_M, nor Q4_XS of IQ4_XS; what stands before may end in a `_`."""
+    pattern = rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9_])"
+    return re.search(pattern, name[: -len(".gguf")], re.IGNORECASE) is not None
+
+
+def _folder(model: HubModel, names: Collection[str]) -> list[str]:
+    if model.what is not None:
+        raise ModelLoadFailed(
+            f"This backend takes a whole repo: write hf:{model.repo}, without ':{model.what}'."
+        )
+    root = sorted(name for name in names if "/" not in name)
+    weights = next(
+        (found for pattern in _WEIGHTS if (found := [n for n in root if _fits(n, [pattern])])), []
+    )
+    rest = [name for name in root if _fits(name, _IN_FOLDER)]
+    has_tokenizer = any(_fits(name, _TOKENIZERS) for name in rest)
+    if "config.json" not in rest or not weights or not has_tokenizer:
+        raise ModelLoadFailed(
+            f"{model.repo} is no model directory of Hugging Face's: it wants config.json, a "
+            f"tokenizer and model.safetensors, and has {_listed(names)}. Give another repo, or for "
+            "a GGUF set BACKEND=llamacpp."
+        )
+    rest.remove("config.json")
+    pooling = [_POOLING] if _POOLING in names else []
+    return ["config.json", *rest, *pooling, *_whole(model, weights, names)]
+
+
+def _whole(model: HubModel, some: list[str], names: Collection[str]) -> list[str]:
+    """These files, with all parts of those that are split."""
+    whole = list(dict.fromkeys(part for name in some for part in _parts(name)))
+    for name in whole:
+        if name not in names:
+            raise ModelLoadFailed(
+                f"{model.repo} on the hub lacks {name}, a part of {some[0]}; give another file."
+            )
+    return whole
+
+
+def _parts(name: str) -> Iterator[str]:
+    part = _PART.fullmatch(name)
+    if part is None:
+        yield name
+    else:
+        for n in range(1, int(part["count"]) + 1):
+            yield f"{part['stem']}-{n:05}-of-{part['count']}{part['suffix']}"
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name stays in the folder that it is put into."""
+    return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:MOST_LISTED]) or "nothing"
+    more = len(names) - MOST_LISTED
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+# The hub and its cache.
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str
+    size_bytes: int
+    hash: str  # SHA-256 of what is in it, or git's SHA-1 where it is no LFS file
+
+    def digest(self) -> "hashlib._Hash":
+        if len(self.hash) == 64:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.size_bytes, usedforsecurity=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """A hub and the cache of what came from it. Its methods block: call them in a thread."""
+
+    endpoint: str
+    cache: Path
+    token: str | None = field(default=None, repr=False)  # None: whom `hf auth login` has logged in
+    is_offline: bool = False
+
+    def cached(self, model: HubModel, backend: str) -> Path | None:
+        """Where the model is, as far as that is known without asking anybody: its GGUF or its
+        directory. None where any part of it is missing."""
+        repo = self._repo(model)
+        commit = model.revision or "main"
+        if not _COMMIT.fullmatch(commit):
+            try:
+                commit = (repo / "refs" / commit).read_text().strip()
+            except OSError:
+                return None
+        snapshot = repo / "snapshots" / commit
+        files = (path for path in snapshot.rglob("*") if path.is_file())
+        names = {path.relative_to(snapshot).as_posix() for path in files}
+        try:
+            return _place(snapshot, pick(model, backend, names), backend)
+        except ModelLoadFailed:  # which only says that it is not among these
+            return None
+
+    def fetch(
+        self,
+        model: HubModel,
+        backend: str,
+        on_progress: Callable[[float], None] = lambda fraction: None,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> Path:
+        """Where the model is, downloaded unless it is there.
+
+        `on_progress` gets the part of its bytes that is here, 0…1. When `is_wanted` no longer holds
+        the download stops; that, or a broken connection, costs nothing that has come.
+
+        Raises ModelLoadFailed with one sentence that says what to do.
+        """
+        if found := self.cached(model, backend):
+            return found
+        if self.is_offline:
+            raise ModelLoadFailed(
+                f"{model.repo} is not in the hub's cache, or not all of it, and HF_HUB_OFFLINE is "
+                "set; download it, or unset that."
+            )
+        with self._explaining(model):
+            commit, files = self._listing(model)
+            chosen = [files[name] for name in pick(model, backend, files)]
+            snapshot = self._repo(model) / "snapshots" / commit
+            missing = {
+                file.hash: file for file in chosen
+                if not self._blob(model, file).is_file() and not (snapshot / file.name).is_file()
+            }  # fmt: skip
+            self._check_sizes(model, missing.values())
+            progress = _Progress(
+                model.repo,
+                sum(file.size_bytes for file in missing.values()),
+                on_progress,
+                is_wanted,
+            )
+            for file in missing.values():
+                self._fetch_file(model, commit, file, progress)
+            for file in reversed(chosen):
+                _link(self._blob(model, file), snapshot / file.name)
+            self._remember(model, commit)
+        return _place(snapshot, [file.name for file in chosen], backend)
+
+    def _repo(self, model: HubModel) -> Path:
+        return self.cache / f"models--{model.repo.replace('/', '--')}"
+
+    def _blob(self, model: HubModel, file: _File) -> Path:
+        return self._repo(model) / "blobs" / file.hash
+
+    def _listing(self, model: HubModel) -> tuple[str, dict[str, _File]]:
+        """The commit, and the files of it by name."""
+        # else it asks huggingface.co, at its first request, what kind of program this is
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        from huggingface_hub import HfApi
+
+        api = HfApi(self.endpoint, self.token, library_name="quintet")
+        try:
+            info = api.model_info(
+                model.repo, revision=model.revision, files_metadata=True, timeout=TIMEOUT_S
+            )
+        except (KeyError, TypeError, ValueError):  # what came is not what a hub says
+            commit, siblings = "", []
+        except Exception as error:  # of a client that is another in each major release
+            logger.debug("No list of the files of %s", model.repo, exc_info=True)
+            if getattr(error, "response", None) is None:
+                raise _unreachable(model, error) from None
+            raise _refusal(model, error.response) from None  # type: ignore[attr-defined]
+        else:
+            commit, siblings = info.sha or "", info.siblings or []
+        if not _COMMIT.fullmatch(commit):
+            raise ModelLoadFailed(
+                f"What answers in the hub's place does not know {model.repo} as a hub does; check "
+                "HF_ENDPOINT, and proxies."
+            )
+        files = {}
+        for sibling in siblings:
+            hash_ = (sibling.lfs.sha256 if sibling.lfs else sibling.blob_id) or ""
+            size = sibling.lfs.size if sibling.lfs else sibling.size
+            # these become names of files here
+            if _HASH.fullmatch(hash_) and _is_inside(sibling.rfilename) and size is not None:
+                files[sibling.rfilename] = _File(sibling.rfilename, size, hash_)
+        return commit, files
+
+    def _check_sizes(self, model: HubModel, missing: Collection[_File]) -> None:
+        for file in missing:
+            if file.size_bytes > MOST_HTTP_BYTES:
+                raise ModelLoadFailed(
+                    f"{file.name} has {_size(file.size_bytes)}, and the hub sends so large files "
+                    f"only to its own program: run `hf download {model.repo} {file.name}`."
+                )
+        parts = (_n_bytes(_incomplete(self._blob(model, file))) for file in missing)
+        n_bytes = sum(file.size_bytes for file in missing) - sum(parts)
+        free = shutil.disk_usage(
+            next(p for p in (self.cache, *self.cache.parents) if p.exists())
+        ).free
+        if missing and n_bytes + DISK_MARGIN_BYTES > free:
+            raise ModelLoadFailed(
+                f"{model.repo} needs {_size(n_bytes)} more in the hub's cache and "
+                f"{_size(DISK_MARGIN_BYTES)} to spare, and {_size(free)} are free; make room, or "
+                "set HF_HUB_CACHE to a larger disk."
+            )
+
+    def _fetch_file(self, model: HubModel, commit: str, file: _File, progress: "_Progress") -> None:
+        blob = self._blob(model, file)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.cache / ".locks" / self._repo(model).name / f"{file.hash}.lock"
+        with _locked(lock, lambda: progress.beside(_incomplete(blob))):
+            if blob.is_file():  # another tier has fetched it meanwhile
+                progress.add(file.size_bytes)
+                return
+            logger.info("Downloading %s of %s, %s", file.name, model.repo, _size(file.size_bytes))
+            with _Part(_incomplete(blob), file, progress) as part:
+                self._receive(model, commit, part, progress)
+            if not part.is_right:
+                part.path.unlink()
+                raise ModelLoadFailed(
+                    f"{file.name} of {model.repo} came damaged: it has not the hash that the hub "
+                    "names. It has been deleted; try again."
+                )
+            part.path.replace(blob)
+
+    def _receive(self, model: HubModel, commit: str, part: "_Part", progress: "_Progress") -> None:
+        """All that a file still lacks; a connection that breaks is followed by another."""
+        import httpx
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        url = hf_hub_url(model.repo, part.file.name, revision=commit, endpoint=self.endpoint)
+        headers = build_hf_headers(token=self.token, library_name="quintet")
+        n_fruitless = 0
+        cause: Exception | None = None
+        while part.n_bytes < part.file.size_bytes:
+            progress.go_on()
+            n_before = part.n_bytes
+            try:
+                _stream(url, headers, part)
+            except httpx.TransportError as error:
+                cause = error
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code not in _TRANSIENT:
+                    raise
+                cause = error
+            if part.n_bytes > n_before:
+                n_fruitless = 0
+            elif n_fruitless == len(RETRY_PAUSES_S):
+                raise ModelLoadFailed(
+                    f"The download of {model.repo} broke off at {progress.percent} % and cannot be "
+                    f"taken up ({_reason(cause)}); the next request goes on from there."
+                )
+            else:
+                progress.pause(RETRY_PAUSES_S[n_fruitless])
+                n_fruitless += 1
+
+    def _remember(self, model: HubModel, commit: str) -> None:
+        revision = model.revision or "main"
+        if not _COMMIT.fullmatch(revision):
+            ref = self._repo(model) / "refs" / revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            new = _beside(ref)
+            new.write_text(commit)
+            new.replace(ref)
+
+    @contextmanager
+    def _explaining(self, model: HubModel) -> Iterator[None]:
+        """Turn what the network and the disk raise into errors that say what to do."""
+        import httpx
+
+        try:
+            yield
+        except httpx.HTTPStatusError as error:
+            raise _refusal(model, error.response) from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _unreachable(model, error) from None
+        except OSError as error:
+            if error.errno in (ENOSPC, EDQUOT):
+                raise ModelLoadFailed(
+                    f"The disk is full, with {model.repo} half downloaded; make room, and the next "
+                    "request goes on from there."
+                ) from None
+            raise ModelLoadFailed(
+                f"The hub's cache cannot be used for {model.repo} "
+                f"({error.strerror or _reason(error)}); set HF_HOME or HF_HUB_CACHE to a folder "
+                "that can be written."
+            ) from None
+
+
+class _Progress:
+    """How much of a model is here, and whether anybody still wants it."""
+
+    def __init__(
+        self,
+        repo: str,
+        n_total: int,
+        report: Callable[[float], None],
+        is_wanted: Callable[[], bool],
+    ) -> None:
+        self._repo = repo
+        self._n_total = max(n_total, 1)
+        self._n_bytes = 0
+        self._report = report
+        self._is_wanted = is_wanted
+        report(0.0)
+
+    @property
+    def percent(self) -> int:
+        return 100 * self._n_bytes // self._n_total
+
+    def add(self, n_bytes: int) -> None:
+        """So many bytes more are here. Raises ModelLoadFailed where nobody wants more."""
+        self._n_bytes += n_bytes
+        self._report(min(max(self._n_bytes / self._n_total, 0.0), 1.0))
+        self.go_on()
+
+    def beside(self, path: Path) -> None:
+        """Somebody else writes this file; it counts, but is not done."""
+        n_bytes = _n_bytes(path)
+        self.add(n_bytes)
+        self._n_bytes -= n_bytes
+
+    def go_on(self) -> None:
+        if not self._is_wanted():
+            raise ModelLoadFailed(
+                f"The download of {self._repo} was stopped at {self.percent} %; the next request "
+                "goes on from there."
+            )
+
+    def pause(self, for_s: float) -> None:
+        ends_at = time.monotonic() + for_s
+        while (left_s := ends_at - time.monotonic()) > 0:
+            self.go_on()
+            time.sleep(min(left_s, 0.1))
+
+
+class _Part:
+    """The beginning of a file, and the hash of it."""
+
+    def __init__(self, path: Path, file: _File, progress: _Progress) -> None:
+        self.path = path
+        self.file = file
+        self.n_bytes = 0
+        self._progress = progress
+        self._digest = file.digest()
+        self._out = path.open("ab")
+        try:
+            with path.open("rb") as there:
+                while chunk := there.read(1 << 20):
+                    self._count(chunk)
+        except BaseException:
+            self._out.close()
+            raise
+        if self.n_bytes > file.size_bytes:
+            self.restart()
+
+    @property
+    def is_right(self) -> bool:
+        return self._digest.hexdigest() == self.file.hash
+
+    def write(self, chunk: bytes) -> None:
+        self._out.write(chunk)
+        self._count(chunk)
+
+    def restart(self) -> None:
+        self._out.truncate(0)
+        self._digest = self.file.digest()
+        n_bytes, self.n_bytes = self.n_bytes, 0
+        self._progress.add(-n_bytes)
+
+    def _count(self, chunk: bytes) -> None:
+        self._digest.update(chunk)
+        self.n_bytes += len(chunk)
+        self._progress.add(len(chunk))
+
+    def __enter__(self) -> "_Part":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._out:
+            self._out.flush()
+            os.fsync(self._out.fileno())  # before it gets a name that says that it is whole
+
+
+def _stream(url: str, headers: dict[str, str], part: _Part) -> None:
+    """One answer's worth of a file. The token goes to the hub and not where it redirects to."""
+    import httpx
+
+    headers = headers | {"Accept-Encoding": "identity"}
+    if part.n_bytes:
+        headers["Range"] = f"bytes={part.n_bytes}-"
+    with httpx.stream(
+        "GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True
+    ) as response:
+        response.raise_for_status()
+        if part.n_bytes and response.status_code != 206:
+            part.restart()  # all of it comes again
+        for chunk in response.iter_bytes():
+            part.write(chunk)
+            if part.n_bytes > part.file.size_bytes:
+                return  # its hash will be wrong
+
+
+@contextmanager
+def _locked(path: Path, while_waiting: Callable[[], None]) -> Iterator[None]:
+    """The library's lock, which its other users take too."""
+    from filelock import Timeout
+    from huggingface_hub.utils import WeakFileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(WeakFileLock(path, timeout=LOCK_POLL_S))
+                break
+            except Timeout:
+                while_waiting()
+        yield
+
+
+def _link(blob: Path, pointer: Path) -> None:
+    """Give a file its name, unless it has it."""
+    if pointer.is_file():
+        return
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    link = _beside(pointer)
+    try:
+        link.symlink_to(os.path.relpath(blob, pointer.parent))
+    except OSError:  # a file system without links: the library moves the file too
+        blob.replace(pointer)
+    else:
+        link.replace(pointer)
+
+
+def _place(snapshot: Path, names: list[str], backend: str) -> Path:
+    return snapshot if backend in FOLDER_BACKENDS else snapshot / names[0]
+
+
+def _incomplete(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.incomplete")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{uuid4().hex}.new")
+
+
+def _n_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
+
+
+def _reason(error: Exception | None) -> str:
+    """What happened, in a word: messages of libraries hold addresses."""
+    if error is None:
+        return "the hub sends nothing"
+    response = getattr(error, "response", None)
+    return type(error).__name__ if response is None else f"status {response.status_code}"
+
+
+def _unreachable(model: HubModel, error: Exception) -> ModelLoadFailed:
+    return ModelLoadFailed(
+        f"The hub cannot be reached to fetch {model.repo} ({_reason(error)}); check the network "
+        "and HF_ENDPOINT, or put the model into the hub's cache by other means."
+    )
+
+
+def _refusal(model: HubModel, response: Any) -> ModelLoadFailed:
+    """What an answer means that is none; the response is of any of the usual HTTP clients."""
+    status, code = response.status_code, response.headers.get("X-Error-Code")
+    has_token = "authorization" in response.request.headers
+    if code == "GatedRepo" or status == 403:
+        wants = "an HF_TOKEN whose account may read it" if has_token else "your HF_TOKEN"
+        return ModelLoadFailed(
+            f"{model.repo} is gated, or not for everybody: accept its conditions on its page on "
+            f"the hub; then it wants {wants}."
+        )
+    if code == "RevisionNotFound":
+        return ModelLoadFailed(
+            f"{model.repo} has no revision '{model.revision or 'main'}' on the hub; give another."
+        )
+    if code == "EntryNotFound":
+        return ModelLoadFailed(
+            f"The hub lists a file of {model.repo} that it does not have; try again later."
+        )
+    if status in (401, 404):
+        then = "check whether HF_TOKEN is right" if has_token else "set HF_TOKEN"
+        return ModelLoadFailed(
+            f"{model.repo} is not on the hub, or private: check its name, and if it is private, "
+            f"{then}."
+        )
+    return ModelLoadFailed(
+        f"The hub answers with status {status} for {model.repo}; try again later."
+    )
