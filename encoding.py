@@ -39,7 +39,7 @@ class Encoding(Generic[Item]):
         self.n_before = 0  # requests that were to be served before it when it came
         self.on_end: Callable[[], None] = lambda: None
         self.request = request  # what is left of it when it is handed to a worker
-        self.handed_at = time.monotonic()  # to the worker, for the last time
+        self.queued_at = self.handed_at = time.monotonic()  # to the worker, for the last time
         self.has_answered = False  # nothing that a second try would contradict
         self.n_crashes = 0
         self.method: Method | None = None  # of scores, once there is one

@@ -20,6 +20,12 @@ class Owner(Protocol):
     def drop(self, job: "Generation") -> None:
         """Forget a request that ended or whose client left."""
 
+    def observe(self, started: wire.Started) -> None:
+        """A request has got its place."""
+
+    def observe_token(self, since: float, *, is_first: bool, n_tokens: int) -> None:
+        """An answer has got text, so long after its place or after its last text."""
+
 
 class Generation:
     """One request in a tier: first `started()`, then iterate over what it says.
@@ -32,7 +38,8 @@ class Generation:
         self.priority = priority
         self.n_before = 0  # requests that were to be served before it when it came
         self.on_end: Callable[[], None] = lambda: None
-        self.handed_at = time.monotonic()  # to the worker, for the last time
+        self.queued_at = self.handed_at = time.monotonic()  # to the worker, for the last time
+        self._heard: dict[int, tuple[float, int]] = {}  # of each answer: when, and tokens so far
         self.has_answered = False
         self.n_crashes = 0
         self._owner = owner
@@ -78,11 +85,16 @@ class Generation:
             self.fail(error)
         elif isinstance(message, wire.TokenOut):
             self.has_answered = True
+            since, n_before = self._heard.get(message.index, (self.handed_at, 0))
+            self._heard[message.index] = time.monotonic(), message.n_tokens
+            n_new = message.n_tokens - n_before
+            self._owner.observe_token(since, is_first=not n_before, n_tokens=n_new)
             self._n_open -= message.done is not None
             if self._n_open == 0:
                 self._owner.drop(self)
             self._messages.put_nowait(message)
         elif isinstance(message, wire.Started) and not self._has_started:
+            self._owner.observe(message)
             self._has_started = True  # a second start, after a retry, is nobody's business
             self._messages.put_nowait(message)
 

@@ -7,6 +7,7 @@ from engine.client import Launcher, launch_process
 from engine.machine import total_bytes
 from engine.types import Method
 from errors import BadRequest, ModelNotFound
+from metrics import Metrics
 from room import Room
 from settings import ENCODER_TIERS, Settings, TierName
 from tier import Tier, stopping
@@ -17,9 +18,10 @@ class ModelManager:
 
     def __init__(self, settings: Settings, *, launch: Launcher = launch_process) -> None:
         server = settings.server
+        self.metrics = Metrics()
         self.room = Room(server.memory_limit_bytes(total_bytes()), patience_s=server.swap_wait_s)
         self.tiers: Mapping[TierName, Tier] = {
-            name: Tier(name, tier, server, room=self.room, launch=launch)
+            name: Tier(name, tier, server, room=self.room, metrics=self.metrics, launch=launch)
             for name, tier in settings.tiers.items()
         }
         for tier in self.tiers.values():

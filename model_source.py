@@ -2,6 +2,7 @@
 
 import hashlib
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,7 @@ from pathlib import Path
 from engine.model_file import Kind, ModelFile, read_model_file
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
+from hub import Hub
 from settings import TierName, TierSettings
 from worker_spec import effective_n_ctx
 
@@ -20,12 +22,39 @@ class ModelSource:
     """Where a tier's model is. The header is read when somebody asks, and again once the file has
     another signature."""
 
-    def __init__(self, tier: TierName, settings: TierSettings) -> None:
+    def __init__(self, tier: TierName, settings: TierSettings, hub: Hub) -> None:
         self._tier = tier
         self._settings = settings
+        self._hub = hub
+        self._is_here = settings.hub_model is None
         self._model: ModelFile | None = None
         self._signature: Signature = 0, 0
         self._fingerprint = ""
+
+    @property
+    def settings(self) -> TierSettings:
+        """The tier's, with the path of the file; of a model from the hub once it is here."""
+        return self._settings
+
+    def is_here(self) -> bool:
+        """False while the model is still to be fetched from the hub."""
+        if not self._is_here:
+            model = self._settings.hub_model
+            assert model is not None
+            self._found(self._hub.cached(model, self._settings.backend))
+        return self._is_here
+
+    def fetch(self, on_progress: Callable[[float], None], is_wanted: Callable[[], bool]) -> None:
+        """Download the model, if it is not here. Blocks; both functions are called in the thread
+        that calls this. Raises ModelLoadFailed."""
+        if not self.is_here():
+            model = self._settings.hub_model
+            assert model is not None
+            self._found(self._hub.fetch(model, self._settings.backend, on_progress, is_wanted))
+
+    def _found(self, path: Path | None) -> None:
+        if path is not None:
+            self._settings, self._is_here = self._settings.at(path), True
 
     def signature(self) -> Signature:
         """The file's, as it is now."""
@@ -34,6 +63,8 @@ class ModelSource:
     def read(self, *, is_loaded: bool) -> ModelFile:
         """The header; of a model that is loaded the one with which it was. Raises
         ModelLoadFailed."""
+        if not self.is_here():
+            raise ModelLoadFailed(f"{self._settings.model_path} is not downloaded yet.")
         if self._model is None or not is_loaded:
             signature = self.signature()
             if self._model is None or signature != self._signature:

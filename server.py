@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 import logs
 from api import (
+    admin,
     chat,
     completions,
     embeddings,
@@ -44,6 +45,7 @@ EXPOSED_HEADERS = [
     "X-Ignored-Params",
     "X-Seed",
     "X-Truncated-Messages",
+    "X-Queue-Position",
     "X-Queue-Time-Ms",
     "X-Prompt-Time-Ms",
     "X-Generation-Time-Ms",
@@ -68,16 +70,17 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
         docs_url=None,  # these pages load scripts from another server
         redoc_url=None,
         middleware=[
-            Middleware(RequestLog),
+            Middleware(RequestLog, metrics=manager.metrics),
             Middleware(CORSMiddleware, **_cors(settings.server)),
             Middleware(Faults),
             Middleware(Gate, settings=settings.server),
         ],
     )
     app.state.services = Services(settings, manager)
+    manager.metrics.add(admin.TierGauges(manager))
     errors.install(app)
     for part in (
-        chat, responses, messages, completions, embeddings, rerank, tei, tokens, models,
+        chat, responses, messages, completions, embeddings, rerank, tei, tokens, admin, models,
     ):  # fmt: skip
         app.include_router(part.router)
     return app
@@ -130,6 +133,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         grace_s = self._services.settings.server.shutdown_grace_s
+        self._services.manager.refuse()
         asyncio.get_running_loop().call_later(grace_s, self._services.manager.abandon)
         await super().shutdown(sockets)
 

@@ -24,6 +24,7 @@ import asyncio
 import itertools
 import logging
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,7 @@ from errors import (
 )
 from footprint import Footprint, estimate
 from generating import Conversion, Generation
+from metrics import Metrics
 from model_source import ModelSource, Signature
 from room import Occupant, Room
 from settings import ENCODER_TIERS, ServerSettings, TierName, TierSettings
@@ -61,7 +63,7 @@ from worker_spec import effective_n_ctx, worker_spec
 logger = logging.getLogger(__name__)
 
 # waiting: for memory
-State = Literal["stopped", "waiting", "starting", "ready", "stopping", "failed"]
+State = Literal["stopped", "downloading", "waiting", "starting", "ready", "stopping", "failed"]
 
 MOST_TO_CUT = 16  # times the longest text that could fit: all of it is tokenised before the cut
 MAX_BACK_OFF_S = 60.0
@@ -82,6 +84,7 @@ class Tier:
         server: ServerSettings,
         *,
         room: Room,
+        metrics: Metrics,
         launch: Launcher,
     ) -> None:
         self.name = name
@@ -91,8 +94,10 @@ class Tier:
         self.reason: str | None = None  # of the last failure, until a load succeeds
         self._server = server
         self._room = room
+        self._metrics = metrics
         self._launch = launch
-        self._source = ModelSource(name, settings)
+        self._source = ModelSource(name, settings, server.hub)
+        self._fetching: asyncio.Task[None] | None = None
         self._worker: Worker | None = None
         self._encoder: wire.EncoderInfo | None = None
         self._waiting: WaitingLine[Job] = WaitingLine()
@@ -136,6 +141,10 @@ class Tier:
     @property
     def aliases(self) -> list[str]:
         """Further names that requests may use."""
+        if (model := self.settings.hub_model) is not None:
+            names = [self.settings.model_path.removeprefix("hf:")]
+            names.append(re.sub("-GGUF$", "", model.repo.rpartition("/")[2], flags=re.IGNORECASE))
+            return [*self.settings.aliases, *names]
         path = Path(self.settings.model_path)
         stem = path.name if self.settings.backend == "flag" else path.stem  # a directory's dots
         return [*self.settings.aliases, *([stem] if stem else [])]
@@ -147,6 +156,8 @@ class Tier:
 
     def status(self) -> tuple[State, str | None]:
         """The state, and why the tier is not as it should be."""
+        if not self._source.is_here():
+            return self.state, self.reason
         if self._worker is None and self.state != "starting":
             try:
                 self.model()
@@ -189,6 +200,26 @@ class Tier:
         """Somebody waits for the model, or is in it."""
         return bool(self._n_leases or self._is_to_load or self._suspects or self._waiting)
 
+    def waits_for(self, job: Generation | None) -> str:
+        """In words for people: what happens before the job's answer begins."""
+        if self.state in ("downloading", "starting"):
+            verb = "loading" if self.state == "starting" else self.state
+            return f"{verb} {self.name} {self.progress:.0%}"
+        if self.state == "waiting":
+            return f"waiting for memory for {self.name}"
+        n_before = self._waiting.n_before(job) if job is not None else None
+        if n_before is not None:
+            return f"queue {n_before + 1}/{len(self._waiting)}"
+        return f"{self.name} is at it"
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def n_running(self) -> int:
+        return len(self._running)
+
     def occupant(self) -> Occupant | None:
         """What the tier has of the memory, as `room` sees it."""
         if not self._held_bytes:
@@ -202,7 +233,7 @@ class Tier:
         """What the worker takes of the memory, or would take. Raises ModelLoadFailed."""
         if self._footprint is None or self._worker is None:
             model = self.model()
-            spec = worker_spec(self.name, self.settings, model, self._server.log_level)
+            spec = worker_spec(self.name, self._source.settings, model, self._server.log_level)
             return estimate(spec, model)
         return self._footprint
 
@@ -214,6 +245,41 @@ class Tier:
         with suppress(psutil.Error):
             return int(psutil.Process(self._worker.pid).memory_info().rss)
         return None
+
+    async def fetched(self) -> None:
+        """Returns when the model's file is here: at once, but for one from the hub that was never
+        asked for. Raises ModelLoadFailed."""
+        if self._source.is_here():
+            return
+        with self.lease():
+            if self._fetching is None:
+                self._fetching = asyncio.create_task(self._fetch(), name=f"fetch {self.name}")
+            try:
+                await asyncio.shield(self._fetching)
+            finally:
+                if self._fetching is not None and self._fetching.done():
+                    self._fetching = None
+
+    async def _fetch(self) -> None:
+        loop = asyncio.get_running_loop()
+        before, self.state = self.state, "downloading"
+        logger.info("Tier %s: downloading %s", self.name, self.settings.model_path)
+
+        def on_progress(fraction: float) -> None:
+            loop.call_soon_threadsafe(self._on_progress, fraction)
+
+        def is_wanted() -> bool:
+            return self.is_wanted and not self._is_closing
+
+        try:
+            await asyncio.to_thread(self._source.fetch, on_progress, is_wanted)
+            self.reason = None
+        except ModelLoadFailed as error:
+            self.reason = error.message
+            logger.error("Tier %s: %s", self.name, error.message)
+            raise
+        finally:
+            self.state = before
 
     async def load(self) -> None:
         """Load the model, if it is not. Raises ServiceError."""
@@ -338,6 +404,7 @@ class Tier:
     def count(self, n_texts: int) -> None:
         """So many texts have just been computed."""
         self._n_deaths = 0
+        self._metrics.batch_size.labels(self.name).observe(n_texts)
         now = time.monotonic()
         text_s = (now - self._counted_at) / max(n_texts, 1)
         self._text_s += min(0.02 * n_texts, 1) * (text_s - self._text_s)
@@ -441,6 +508,18 @@ class Tier:
                         index=index,
                     )
 
+    def observe(self, started: wire.Started) -> None:
+        """A request has got its place."""
+        self._metrics.prompt_tokens.labels(self.name).inc(started.prompt_tokens)
+        self._metrics.cached_tokens.labels(self.name).inc(started.cached_tokens)
+
+    def observe_token(self, since: float, *, is_first: bool, n_tokens: int) -> None:
+        """An answer has got text, so long after its place or after its last text."""
+        seconds = time.monotonic() - since
+        kind = self._metrics.first_token_seconds if is_first else self._metrics.token_gap_seconds
+        kind.labels(self.name).observe(seconds)
+        self._metrics.generated_tokens.labels(self.name).inc(n_tokens)
+
     def drop(self, generation: Job) -> None:
         """Forget a request that ended or whose client left. Unknown ones are fine."""
         generation.on_end()
@@ -497,6 +576,8 @@ class Tier:
                 logger.exception("Tier %s: its requests fail by a fault of ours", self.name)
                 self._fail_waiting(InternalError("The tier failed. The log has the reason."))
             if self._n_making_way and not self._is_busy:
+                if self._worker is not None:
+                    self._metrics.evictions.labels(self.name).inc()
                 await self._stop_worker()
                 self._has_stopped.set()
             try:
@@ -532,6 +613,8 @@ class Tier:
             if generation is None:
                 return
             generation.handed_at = time.monotonic()
+            waited_s = generation.handed_at - generation.queued_at
+            self._metrics.queue_seconds.labels(self.name).observe(waited_s)
             if not self._running:
                 self._counted_at = generation.handed_at
             self._running[generation.request.job] = generation
@@ -575,8 +658,9 @@ class Tier:
                 retry_after_s=math.ceil(wait_s),
             )
         try:
+            await self.fetched()
             model = await asyncio.to_thread(self.model)
-            spec = worker_spec(self.name, self.settings, model, self._server.log_level)
+            spec = worker_spec(self.name, self._source.settings, model, self._server.log_level)
             self._footprint = estimate(spec, model)
             self.state = "waiting"
             if not await self._room.wait_for(self, self._footprint.most):
@@ -604,6 +688,7 @@ class Tier:
             self._free()
             self.state = "stopped"
             raise
+        self._metrics.loads.labels(self.name).inc()
         self.state, self.reason = "ready", None
         self._n_load_failures *= bool(self._n_deaths)
         self._encoder = self._worker.ready.encoder
@@ -656,6 +741,7 @@ class Tier:
         self.state = "stopped"
         self.reason = f"The worker died ({end}); the next request starts another."
         self._n_deaths += 1
+        self._metrics.deaths.labels(self.name).inc()
         crashed = WorkerCrashed(f"The process with the model of tier '{self.name}' died ({end}).")
         for generation in self._running.values():
             generation.n_crashes += 1

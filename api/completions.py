@@ -64,6 +64,8 @@ async def create_completion(
     tier = services.chat_tier(body.model)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     body.check_stream_options()
+    await while_connected(request.receive, tier.fetched())
+    tier.keep_alive(body.keep_alive)
     if body.echo and body.logprobs is not None:
         raise UnsupportedParameter(
             "The log probabilities of a prompt are not computed: no `logprobs` with `echo`.",

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -10,12 +11,20 @@ from starlette.types import Receive
 
 from chat.format import ChatFormat
 from engine.model_file import ModelFile
-from errors import BadRequest, Forbidden
+from engine.types import Method
+from errors import BadRequest, Forbidden, ServiceError
 from model_manager import ModelManager
 from settings import CHAT_TIERS, Settings, TierName
 from tier import Tier
 
 T = TypeVar("T")
+
+_tier_of_request: ContextVar[str] = ContextVar("tier", default="")
+
+
+def tier_of_request() -> str:
+    """The tier that the request of this context has come to, for its line in the log."""
+    return _tier_of_request.get()
 
 
 @dataclass(slots=True)
@@ -38,6 +47,7 @@ class Services:
         tier = self.manager.resolve(model)
         if tier.name not in CHAT_TIERS:
             raise BadRequest(f"The model '{model}' does not generate text.", param="model")
+        _tier_of_request.set(tier.name)
         return tier
 
     def embedding_tier(self, model: str) -> Tier:
@@ -45,6 +55,13 @@ class Services:
         tier = self.manager.resolve(model)
         if tier.name != "embedding" or model == "reranker":  # for which it only stands in
             raise BadRequest(f"The model '{model}' makes no vectors.", param="model")
+        _tier_of_request.set(tier.name)
+        return tier
+
+    def scoring_tier(self, model: str, method: Method | None) -> Tier:
+        """The tier that scores for a request. Raises ModelNotFound or BadRequest."""
+        tier = self.manager.scorer(model, method)
+        _tier_of_request.set(tier.name)
         return tier
 
     def chat_format(self, tier: Tier) -> ChatFormat:
@@ -88,6 +105,8 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        if isinstance(error := left.exception(), ServiceError):
+            raise error  # the request's time is over
         raise ClientLeft
     finally:
         left.cancel()

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
+from api.keep_alive import KeepAlive
 from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
 from api.vectors import Form, item
 from engine import wire
@@ -68,6 +69,7 @@ class EmbeddingRequest(BaseModel):
     colbert_dtype: Literal["float32", "float16"] = "float32"
     truncate: Truncate | None = None
     input_type: InputType | None = None
+    keep_alive: KeepAlive | None = None
 
     def outputs(self) -> list[Output]:
         """The kinds of vectors that are wanted. Raises BadRequest."""
@@ -91,6 +93,8 @@ async def create_embeddings(
 ) -> Response:
     tier = services.embedding_tier(body.model)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
+    await while_connected(request.receive, tier.fetched())
+    tier.keep_alive(body.keep_alive)
     outputs = body.outputs()
     dimensions = dimensions_of(tier, body.dimensions, outputs)
     inputs = await asyncio.to_thread(inputs_for, each_text(body.input), tier.settings.token_ids)

@@ -25,6 +25,7 @@ class Answer:
 
     def __init__(self, tier: Tier, requests: Sequence[wire.Generate], priority: int) -> None:
         self.n_choices = sum(request.n for request in requests)
+        self.n_before = 0  # requests that were to be served before it when it came
         self.n_prompt = 0
         self.n_cached = 0  # of these tokens
         # by the monotonic clock; of several prompts the last time counts
@@ -37,6 +38,7 @@ class Answer:
             generations = [
                 stack.enter_context(tier.submit(request, priority=priority)) for request in requests
             ]
+            self.n_before = max(generation.n_before for generation in generations)
             for generation in generations:
                 started = await generation.started()
                 self.n_prompt += started.prompt_tokens
@@ -53,7 +55,10 @@ class Answer:
 
     def headers(self) -> dict[str, str]:
         """How long it waited for its place."""
-        return {"X-Queue-Time-Ms": f"{1e3 * (self.handed_at - self.queued_at):.1f}"}
+        return {
+            "X-Queue-Position": str(self.n_before),
+            "X-Queue-Time-Ms": f"{1e3 * (self.handed_at - self.queued_at):.1f}",
+        }
 
     def whole_headers(self) -> dict[str, str]:
         """All times, once it is whole."""

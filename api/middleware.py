@@ -1,5 +1,6 @@
 """What stands before every route, as plain ASGI: request ids, access log, keys and limits."""
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -14,15 +15,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import as_service_error, response
-from errors import BadRequest, BodyTooLarge, Forbidden, InvalidApiKey, ServiceError
+from api.deps import tier_of_request
+from api.errors import CLIENT_LEFT, as_service_error, response
+from errors import BadRequest, BodyTooLarge, Forbidden, InvalidApiKey, RequestTimeout, ServiceError
+from metrics import Metrics
 from settings import LOCAL_ORIGINS, ServerSettings
 
 logger = logging.getLogger("quintet.access")
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _HOST = re.compile(r"(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<name>[\w.-]+))(:\d*)?", re.ASCII | re.I)
-PUBLIC_PATHS = ("/health",)  # without a key, so that a supervisor can ask
+PUBLIC_PATHS = ("/health", "/ready")  # without a key, so that a supervisor can ask
 READING = ("GET", "HEAD", "OPTIONS")  # methods that neither run a model nor change anything
 
 
@@ -56,7 +59,12 @@ class HttpMiddleware:
 
 
 class RequestLog(HttpMiddleware):
-    """Gives each request an id, in the client's words where it sent one, and a line in the log."""
+    """Gives each request an id, in the client's words where it sent one, a line in the log, and
+    counts it."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        super().__init__(app)
+        self._metrics = metrics
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id", "")
@@ -78,15 +86,22 @@ class RequestLog(HttpMiddleware):
         try:
             await self._app(scope, receive, send_with_id)
         finally:
+            seconds = time.perf_counter() - started_at
+            has_left = bool(scope.get("client_left")) or not status
+            route = getattr(scope.get("route"), "path", "none")  # as in the code: not what was sent
+            code = str(CLIENT_LEFT if has_left else status)
+            self._metrics.requests.labels(route, tier_of_request(), code).inc()
+            self._metrics.request_seconds.labels(route).observe(seconds)
             left = " (client left)" if scope.get("client_left") else ""
             logger.info(
-                "%s %s %s %d%s %.0f ms %s",
+                "%s %s %s %s%d%s %.0f ms %s",
                 _client(scope),
                 scope["method"],
                 ascii(scope["path"])[1:-1],  # it may hold line ends
+                f"{tier} " if (tier := tier_of_request()) else "",
                 status,
                 left,
-                (time.perf_counter() - started_at) * 1e3,
+                seconds * 1e3,
                 request_id,
             )
 
@@ -201,10 +216,18 @@ class Gate(HttpMiddleware):
 
     def _limited(self, receive: Receive) -> Receive:
         n_bytes = 0
+        ends_at = time.monotonic() + self._settings.request_timeout_s
 
         async def limited() -> Message:
             nonlocal n_bytes
-            message = await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(ends_at - time.monotonic(), 0))
+            except asyncio.TimeoutError:
+                seconds = self._settings.request_timeout_s
+                raise RequestTimeout(
+                    f"The request has taken {seconds:g} s, and may take no more "
+                    "(REQUEST_TIMEOUT_S)."
+                ) from None
             n_bytes += len(message.get("body", b""))
             if n_bytes > self._settings.max_body_bytes:
                 raise HTTPException(413, self._too_large())  # FastAPI lets only this kind through

@@ -23,7 +23,7 @@ CAPABILITIES: dict[TierName, list[str]] = {
 @router.get("/v1/models")
 def list_models(services: ServicesDep) -> Response:
     manager = services.manager
-    models = [_describe(tier) for tier in manager.tiers.values()]
+    models = [describe(tier) for tier in manager.tiers.values()]
     if (stand_in := manager.stand_in) is not None:
         models.append(_stand_in(stand_in))
     return JSONResponse({"object": "list", "data": models})
@@ -33,20 +33,20 @@ def list_models(services: ServicesDep) -> Response:
 def retrieve_model(model: str, services: ServicesDep) -> Response:
     tier = services.manager.resolve(model)
     is_stand_in = model == "reranker" and tier.name != model
-    return JSONResponse(_stand_in(tier) if is_stand_in else _describe(tier))
+    return JSONResponse(_stand_in(tier) if is_stand_in else describe(tier))
 
 
 @router.get("/health")
 def health(services: ServicesDep) -> Response:
     """503 while a tier that was to be loaded at start cannot be; else 200."""
     tiers = services.manager.tiers.values()
-    states = {tier.name: _state(tier) for tier in tiers}
+    states = {tier.name: state_of(tier) for tier in tiers}
     failed = any(t.settings.preload and states[t.name]["state"] == "failed" for t in tiers)
     body = {"status": "failed" if failed else "ok", "tiers": states}
     return JSONResponse(body, status_code=503 if failed else 200)
 
 
-def _describe(tier: Tier) -> dict[str, Any]:
+def describe(tier: Tier) -> dict[str, Any]:
     """The model object; what it says of the model comes from the file's header."""
     about: dict[str, Any] = {
         "id": tier.name,
@@ -65,7 +65,11 @@ def _describe(tier: Tier) -> dict[str, Any]:
     if (encoder := tier.encoder) is not None:  # known once it has been loaded
         about |= {"vectors": encoder.outputs, "methods": encoder.methods}
         about |= {"dimensions": encoder.n_embd} if encoder.outputs else {}
-    return about | _state(tier)
+    with suppress(ModelLoadFailed):
+        about["memory"] = {"estimated_bytes": tier.footprint().loaded} | (
+            {} if (measured := tier.memory_bytes) is None else {"measured_bytes": measured}
+        )
+    return about | state_of(tier)
 
 
 def _stand_in(tier: Tier) -> dict[str, Any]:
@@ -76,13 +80,13 @@ def _stand_in(tier: Tier) -> dict[str, Any]:
         "served_by": tier.name,
         "aliases": [],
     }
-    return _describe(tier) | names | {"capabilities": CAPABILITIES["reranker"]}
+    return describe(tier) | names | {"capabilities": CAPABILITIES["reranker"]}
 
 
-def _state(tier: Tier) -> dict[str, Any]:
+def state_of(tier: Tier) -> dict[str, Any]:
     state, reason = tier.status()
     about: dict[str, Any] = {"state": state}
-    if state == "starting":
+    if state in ("starting", "downloading"):
         about["progress"] = round(tier.progress, 2)
     if reason is not None:
         about["reason"] = reason

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
 from api.generation import new_id
+from api.keep_alive import KeepAlive
 from api.sampling import Switch, WholeText, ignored_params
 from engine import wire
 from engine.types import Method, Scale, Truncate
@@ -49,6 +50,7 @@ class ScoringFields(BaseModel):
 
     model: str = DEFAULT_MODEL  # some clients know only one
     raw_scores: Switch = False
+    keep_alive: KeepAlive | None = None
     method: Method | None = None
     weights: tuple[Weight, Weight, Weight] | None = None
     max_tokens_per_doc: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -88,7 +90,7 @@ class RerankRequest(ScoringFields):
 @router.post("/v2/rerank")
 async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -> Response:
     documents = body.read_documents()
-    tier = services.manager.scorer(body.model, body.method)
+    tier = services.scoring_tier(body.model, body.method)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     pairs = [(0, n) for n in range(len(documents))]
     names = {} if body.texts is None else {r"^documents": "texts"}
@@ -170,7 +172,7 @@ class ScoreRequest(ScoringFields):
 @router.post("/v1/score")
 async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> Response:
     left, right, pairs = body.read_pairs()
-    tier = services.manager.scorer(body.model, body.method)
+    tier = services.scoring_tier(body.model, body.method)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     names = {r"^query$": "queries"}
     if body.text_1 is not None:
@@ -239,6 +241,8 @@ async def _score(
         max_tokens=fields.max_tokens_per_doc,
         truncate=fields.read_truncate(),
     )
+    await tier.fetched()
+    tier.keep_alive(fields.keep_alive)
     with tier.lease(), tier.score(asked) as encoding:
         items = await encoding.all()
         assert encoding.method is not None

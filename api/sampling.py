@@ -15,6 +15,7 @@ from pydantic import (
     StringConstraints,
 )
 
+from api.keep_alive import KeepAlive
 from engine import wire
 from engine.types import SamplingParams
 from errors import BadRequest, UnsupportedParameter
@@ -169,6 +170,7 @@ class GenerationFields(BaseModel):
     user: Any = None  # whose request it is: nobody here wants to know
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     service_tier: ServiceTier | None = None
+    keep_alive: KeepAlive | None = None  # Ollama's: how long the model stays loaded after it
 
     @property
     def effective_priority(self) -> int:

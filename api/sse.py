@@ -59,6 +59,8 @@ class EventStream(Response):
                 await while_connected(receive, self._send_all(send, scope))
             except ClientLeft:
                 scope["client_left"] = True  # for the access log: the status is sent already
+            except ServiceError as error:  # its time is over
+                await self._send_last(send, scope, error)
 
     async def _send_all(self, send: Send, scope: Scope) -> None:
         try:
@@ -66,6 +68,12 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         except Exception as exception:
             error = as_service_error(exception, scope["request_id"])
+            await self._send_last(send, scope, error)
+        else:
+            await self._send_last(send, scope)
+
+    async def _send_last(self, send: Send, scope: Scope, error: ServiceError | None = None) -> None:
+        data = b""
+        if error is not None:
             data = self._failed(error) if self._failed else event(envelope(error, scope))
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": self._last, "more_body": False})
+        await send({"type": "http.response.body", "body": data + self._last, "more_body": False})

@@ -90,6 +90,7 @@ def info(services: ServicesDep) -> Response:
 async def _vectors(
     tier: Tier, body: SparseRequest, output: Output, request: Request
 ) -> list[wire.Vector]:
+    await while_connected(request.receive, tier.fetched())
     asked = wire.Embed(
         inputs=[*body.inputs], outputs=[output], truncate=body.read_truncate(), role="none"
     )

@@ -56,6 +56,8 @@ class Choice:
 async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequest) -> "Turn":
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
     body.check_stream_options()
+    await while_connected(receive, tier.fetched())
+    tier.keep_alive(body.keep_alive)
     answer_must = answer_part(body)
     n_left_out = 0
     if body.truncate:

@@ -224,6 +224,7 @@ def test_models_are_described_without_being_loaded() -> None:
             "id": "heavy", "object": "model", "created": 0, "owned_by": "quintet",
             "tier": "heavy", "path": None, "backend": "fake", "context_length": 1000,
             "capabilities": ["chat", "completion"], "aliases": [], "state": "stopped",
+                "memory": {"estimated_bytes": 42 << 20},
         }  # fmt: skip
         assert service.http.get("/v1/models/small").json() == body["data"][0]
         assert error_of(service.http.get("/v1/models/nope"), 404)["code"] == "model_not_found"

@@ -1,0 +1,233 @@
+"""Who may have memory: decisions as a list of calls, and tiers that share too little of it."""
+
+import asyncio
+import random
+from typing import Any
+
+import pytest
+
+from engine.client import launch_process
+from errors import InsufficientMemory, QueueFull, QueueTimeout
+from model_manager import ModelManager
+from room import Go, Never, Occupant, Stop, Wait, decide
+from tests.serving import fake, script
+from tests.test_model_manager import Launches, ask, request, run, until
+from tier import Tier
+
+
+def of(name: str, n_bytes: int = 10, **values: Any) -> Occupant:
+    known = {"is_pinned": False, "is_wanted": False, "used_at": 0.0, "stays_until": 0.0}
+    return Occupant(name, n_bytes, **(known | values))
+
+
+def decided(needed: int, *occupants: Occupant, now: float = 100, impatient_at: float = 130) -> Any:
+    return decide(needed, 30, occupants, now=now, impatient_at=impatient_at)
+
+
+def test_what_fits_goes() -> None:
+    assert decided(30) == Go()
+    assert decided(10, of("a"), of("b")) == Go()
+
+
+def test_what_would_not_fit_without_the_others_never_goes() -> None:
+    assert decided(31) == Never(30)
+    assert decided(25, of("a", is_pinned=True), of("b")) == Never(20)
+
+
+def test_the_least_recently_used_makes_way_and_no_more_than_need_be() -> None:
+    three = of("a", used_at=3), of("b", used_at=1), of("c", used_at=2)
+    assert decided(10, *three) == Stop(["b"])
+    assert decided(20, *three) == Stop(["b", "c"])
+    assert decided(10, of("a", used_at=1, is_pinned=True), of("b", 20, used_at=2)) == Stop(["b"])
+
+
+def test_whoever_is_wanted_or_was_just_loaded_stays_for_a_while() -> None:
+    assert decided(20, of("a", 20, is_wanted=True)) == Wait(130)
+    assert decided(20, of("a", 20, stays_until=105)) == Wait(105)
+    assert decided(20, of("a", 20, stays_until=105), now=105) == Stop(["a"])
+
+
+def test_patience_ends_also_with_those_that_are_wanted() -> None:
+    both = of("a", 15, is_wanted=True, used_at=1), of("b", 15, used_at=2)
+    assert decided(15, *both, now=131) == Stop(["b"])
+    assert decided(20, *both) == Wait(130), "b alone would not do, so it stays"
+    assert decided(20, *both, now=131) == Stop(["b", "a"])
+
+
+FAKE = 42 << 20  # what a worker of the fake backend is taken to need
+TWO = {"memory_limit": "100M", "swap_wait_s": 0.05}
+
+
+def test_models_that_nobody_wants_make_way() -> None:
+    launches = Launches()
+
+    async def test(manager: ModelManager) -> None:
+        tiers = manager.tiers
+        for name in ("light", "medium", "heavy", "medium"):
+            assert await ask(tiers[name]) == "You said: Hi"  # type: ignore[index]
+        assert [t.state for t in tiers.values()] == ["stopped", "ready", "ready"]
+
+    run(test, launches, TWO, light=fake(), medium=fake(), heavy=fake())
+    assert len(launches.handles) == 3
+
+
+def test_one_that_is_used_makes_way_after_a_while_and_nothing_is_cut(tmp_path: Any) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 300}, step_ms=1)
+
+    async def test(manager: ModelManager) -> None:
+        light, heavy = manager.tiers["light"], manager.tiers["heavy"]
+        long = asyncio.create_task(ask(light, "long"))
+        await until(lambda: light.n_running)
+        other = asyncio.create_task(ask(heavy))
+        await until(lambda: heavy.state == "waiting")
+        later = asyncio.create_task(ask(light, "after"))
+        assert await long == "x" * 300
+        assert await other == "You said: Hi"
+        assert await later == "You said: after"
+
+    run(test, server=TWO | {"memory_limit": "50M"}, light=fake(path), heavy=fake(path))
+
+
+def test_what_never_fits_is_refused_with_the_numbers() -> None:
+    async def test(manager: ModelManager) -> None:
+        assert await ask(manager.tiers["light"]) == "You said: Hi"
+        with pytest.raises(InsufficientMemory) as caught:
+            await ask(manager.tiers["heavy"])
+        assert caught.value.retry_after_s is None
+        assert caught.value.headers() == {"x-should-retry": "false"}
+        assert caught.value.numbers["needed_bytes"] == FAKE
+        assert caught.value.numbers["available_bytes"] == (50 << 20) - FAKE
+        assert manager.tiers["heavy"].state == "stopped"
+
+    run(test, server={"memory_limit": "50M"}, light=fake(pin=True), heavy=fake())
+
+
+def test_waiting_for_memory_has_an_end_that_says_when_to_try_again(tmp_path: Any) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 3000}, step_ms=1)
+
+    async def test(manager: ModelManager) -> None:
+        light = manager.tiers["light"]
+        with light.submit(request("long")) as generation:
+            await generation.started()
+            with pytest.raises(InsufficientMemory) as caught:
+                await ask(manager.tiers["heavy"])
+            assert caught.value.retry_after_s
+
+    server = {"memory_limit": "50M", "queue_timeout_s": 0.1}
+    run(test, server=server, light=fake(path), heavy=fake(path))
+
+
+def test_waiting_in_line_has_an_end(tmp_path: Any) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 3000}, step_ms=1)
+
+    async def test(manager: ModelManager) -> None:
+        light = manager.tiers["light"]
+        with light.submit(request("long")) as generation:
+            await generation.started()
+            with pytest.raises(QueueTimeout, match="QUEUE_TIMEOUT_S"):
+                await ask(light)
+            assert light.n_waiting == 0
+
+    run(test, server={"queue_timeout_s": 0.1}, light=fake(path, n_parallel=1))
+
+
+def test_four_tiers_in_random_order_never_have_more_than_the_limit() -> None:
+    """Of 200 requests none is cut, and models change places far less often than they could."""
+    launches = Launches()
+    names = ("light", "medium", "heavy")
+    dice = random.Random(5)
+
+    async def test(manager: ModelManager) -> None:
+        most = 0
+
+        async def watch() -> None:
+            nonlocal most
+            while True:
+                held = [t.occupant() for t in manager.tiers.values()]
+                most = max(most, sum(o.n_bytes for o in held if o is not None))
+                await asyncio.sleep(0.001)
+
+        watching = asyncio.create_task(watch())
+        gate = asyncio.Semaphore(8)
+
+        async def one(n: int) -> None:
+            async with gate:
+                tier: Tier = manager.tiers[dice.choice(names)]
+                assert await ask(tier, f"{n}") == f"You said: {n}"
+
+        await asyncio.gather(*(one(n) for n in range(200)))
+        watching.cancel()
+        assert FAKE <= most <= 100 << 20
+
+    run(test, launches, TWO, light=fake(), medium=fake(), heavy=fake())
+    assert 3 <= len(launches.handles) < 100
+
+
+def test_a_model_is_unloaded_when_its_requests_have_ended_or_by_force(tmp_path: Any) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 300}, step_ms=1)
+
+    async def test(manager: ModelManager) -> None:
+        light = manager.tiers["light"]
+        await light.load()
+        assert light.state == "ready"
+        long = asyncio.create_task(ask(light, "long"))
+        await until(lambda: light.n_running)
+        await light.unload()
+        assert light.state == "stopped"
+        assert await long == "x" * 300
+        long = asyncio.create_task(ask(light, "long"))
+        await until(lambda: light.n_running)
+        await light.unload(force=True)
+        with pytest.raises(Exception, match="by force"):
+            await long
+        assert await ask(light) == "You said: Hi"
+
+    run(test, light=fake(path))
+
+
+def test_urgent_requests_take_places_and_the_last_of_a_full_line_leaves_it(tmp_path: Any) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 200}, step_ms=2)
+
+    async def test(manager: ModelManager) -> None:
+        light = manager.tiers["light"]
+        order: list[str] = []
+
+        async def one(text: str, priority: int) -> None:
+            with light.submit(request(text), priority=priority) as generation:
+                await generation.started()
+                _ = [out async for out in generation]
+                order.append(text)
+
+        running = [asyncio.create_task(one(f"long {n}", 10)) for n in range(2)]
+        await until(lambda: light.n_running == 2)
+        waiting = [asyncio.create_task(one(f"long {n}", 10)) for n in (2, 3)]
+        await until(lambda: light.n_waiting == 2)
+        with pytest.raises(QueueFull):
+            await one("too much", 10)
+        await one("urgent", -10)
+        assert order == ["urgent"], "it did not wait for those that ran"
+        with pytest.raises(QueueFull):
+            await waiting[1]
+        await asyncio.gather(*running, waiting[0])
+        assert sorted(order[1:]) == ["long 0", "long 1", "long 2"]
+
+    run(test, light=fake(path, n_parallel=2, queue_size=2))
+
+
+def test_workers_that_die_again_and_again_are_not_started_for_ever(tmp_path: Any) -> None:
+    path = script(tmp_path, {"match": "die", "fault": "crash"})
+
+    async def test(manager: ModelManager) -> None:
+        light = manager.tiers["light"]
+        errors = []
+        for _ in range(4):
+            try:
+                await ask(light, "die")
+            except Exception as error:
+                errors.append(type(error).__name__)
+        assert errors[:2] == ["WorkerCrashed"] * 2
+        assert errors[-1] == "TierUnavailable"
+        assert light.state == "failed"
+        assert "died" in (light.reason or "")
+
+    run(test, launch_process, light=fake(path))
