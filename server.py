@@ -38,7 +38,7 @@ from model_manager import ModelManager
 from settings import CHAT_TIERS, LOCAL_ORIGINS, ServerSettings, Settings, SettingsError
 from tier import Tier
 
-EXIT_USAGE = 2
+EXIT_FAULTY, EXIT_USAGE = 1, 2
 EXPOSED_HEADERS = [
     "X-Request-Id",
     "Request-Id",
@@ -160,6 +160,9 @@ def banner(services: Services, host: str, port: int) -> str:
 
 
 def _tier_line(tier: Tier) -> str:
+    if not tier.is_downloaded:
+        state = "is downloaded now" if tier.settings.preload else "downloaded at its first request"
+        return f"  {tier.name:10} {tier.settings.backend:9} {tier.settings.model_path} · {state}"
     try:
         about = f"{tier.model().name}, {tier.n_ctx:,} tokens of context"
     except ModelLoadFailed as error:
@@ -168,10 +171,47 @@ def _tier_line(tier: Tier) -> str:
     return f"  {tier.name:10} {tier.settings.backend:9} {about} · {state}"
 
 
+def check_config(manager: ModelManager) -> tuple[str, bool]:
+    """What each tier costs and what is missing, in lines for people, and whether all is well.
+    Nothing is loaded."""
+    limit = manager.room.limit_bytes
+    lines, is_well, costs = [], True, []
+    for tier in manager.tiers.values():
+        if tier.is_downloaded:
+            try:
+                footprint = tier.footprint()
+            except ModelLoadFailed as error:
+                lines.append(f"  {tier.name:10} {error.message}")
+                is_well = False
+                continue
+            costs.append(footprint.most)
+            parts = [
+                f"{bytes_ >> 20:,} MB {what}"
+                for bytes_, what in (
+                    (footprint.weights, "weights"), (footprint.kv, "cells"),
+                    (footprint.compute, "batches"), (footprint.process, "process"),
+                    (footprint.prefix_cache, "prompts seen before, at most"),
+                )
+                if bytes_ >> 20
+            ]  # fmt: skip
+            note = ""
+            if footprint.most > limit:
+                note, is_well = " · DOES NOT FIT", False
+            about = f"{tier.model().name}: {footprint.most >> 20:,} MB ({', '.join(parts)}){note}"
+        else:
+            about = f"{tier.settings.model_path}: downloaded at its first request"
+        lines.append(f"  {tier.name:10} {about}")
+    total = sum(costs)
+    fits = "all fit together" if total <= limit else "not all at once: they make way for each other"
+    lines.append(f"  {'together':10} {total >> 20:,} MB of {limit >> 20:,} (MEMORY_LIMIT): {fits}")
+    return "\n".join(lines), is_well
+
+
 def main() -> None:
-    if len(sys.argv) > 1:
-        print("server.py takes no arguments: HOST, PORT and the rest are read from the environment"
-              " and from .env.", file=sys.stderr)  # fmt: skip
+    arguments = sys.argv[1:]
+    if arguments not in ([], ["--check-config"]):
+        print("server.py takes no arguments but --check-config: HOST, PORT and the rest are read "
+              "from the environment and from .env.", file=sys.stderr)  # fmt: skip
         sys.exit(EXIT_USAGE)
     try:
         settings = Settings.load()
@@ -179,6 +219,10 @@ def main() -> None:
         print(f"The settings cannot be used:\n{error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     server = settings.server
+    if arguments:
+        report, is_well = check_config(ModelManager(settings))
+        print(report)
+        sys.exit(0 if is_well else EXIT_FAULTY)
     configure_logging(server.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the banner says it better
     if not (server.keys or server.allow_insecure or is_loopback(server.host)):

@@ -225,6 +225,7 @@ class ServerSettings(BaseSettings):
     memory_limit: MemoryLimit = "80%"  # of all workers together
     swap_wait_s: float = Field(30, ge=0)  # until models that are in use make way for others
     queue_timeout_s: float = Field(600, gt=0)  # that a request may wait
+    comment_after_s: float = Field(10, ge=0)  # that a stream has waited
     request_timeout_s: float = Field(3600, gt=0)  # that it may take in all
 
     # of the Hugging Face hub, by the names that its own programs have for them

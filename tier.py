@@ -246,6 +246,11 @@ class Tier:
             return int(psutil.Process(self._worker.pid).memory_info().rss)
         return None
 
+    @property
+    def is_downloaded(self) -> bool:
+        """False while the model is still to be fetched from the hub."""
+        return self._source.is_here()
+
     async def fetched(self) -> None:
         """Returns when the model's file is here: at once, but for one from the hub that was never
         asked for. Raises ModelLoadFailed."""

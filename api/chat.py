@@ -11,7 +11,7 @@ from api import generation, turn
 from api.chat_request import ChatRequest
 from api.deps import ServicesDep, while_connected
 from api.sampling import ignored_params, refuse, validity
-from api.sse import EventStream, event
+from api.sse import EventStream, begun, event
 from chat.events import CallBegin, Event, Reasoning, Text
 from engine import wire
 from settings import ReasoningField
@@ -39,12 +39,19 @@ async def create_chat_completion(
     refuse(body, UNSUPPORTED)
     server = services.settings.server
     headers = ignored_params(body, UNSUPPORTED, strict=server.strict_params, parts=body.inner())
-    started = await turn.start(request.receive, services, tier, body)
-    kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    head = generation.head("chatcmpl", kind, tier, body.service_tier)
+    watch = generation.Watch(tier)
+    starting = turn.start(request.receive, services, tier, body, watch)
     if body.stream:
-        events = _events(started, head, body, server.reasoning_field)
-        return EventStream(events, headers | started.headers())
+
+        async def stream() -> EventStream:
+            started = await starting
+            head = generation.head("chatcmpl", "chat.completion.chunk", tier, body.service_tier)
+            events = _events(started, head, body, server.reasoning_field)
+            return EventStream(events, headers | started.headers())
+
+        return await begun(stream(), waits_for=watch, patience_s=server.comment_after_s)
+    started = await starting
+    head = generation.head("chatcmpl", "chat.completion", tier, body.service_tier)
     choices = await while_connected(request.receive, started.fold())
     replies = [
         {

@@ -28,7 +28,7 @@ from api.sampling import (
     kind_of_texts,
     validity,
 )
-from api.sse import EventStream, event
+from api.sse import EventStream, begun, event
 from chat.infill import Marks, infill, marks_of
 from engine import wire
 from errors import BadRequest, UnsupportedParameter
@@ -64,7 +64,6 @@ async def create_completion(
     tier = services.chat_tier(body.model)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     body.check_stream_options()
-    await while_connected(request.receive, tier.fetched())
     tier.keep_alive(body.keep_alive)
     if body.echo and body.logprobs is not None:
         raise UnsupportedParameter(
@@ -89,20 +88,34 @@ async def create_completion(
         n_logprobs=n_logprobs,
         grammar=wire.Grammar((part,)) if part else None,
     )
+    if body.suffix:
+        await while_connected(request.receive, tier.fetched())
     marks = await asyncio.to_thread(_marks, tier) if body.suffix else None
     requests = [
         msgspec.structs.replace(asked, prompt=_segments(prompt, body.suffix or "", marks))
         for prompt in prompts
     ]
-    answer = await generation.start(
-        request.receive, tier, requests, priority=body.effective_priority
-    )
-    if body.echo:
-        answer.outs = _echoed(answer.outs, answer.n_choices, tier, prompts)
-    head = generation.head("cmpl", "text_completion", tier, body.service_tier)
-    headers |= {"X-Seed": str(asked.sampling.seed)} | answer.headers()
+    watch = generation.Watch(tier)
+
+    async def start() -> tuple[generation.Answer, dict[str, Any]]:
+        answer = await generation.start(
+            request.receive, tier, requests, priority=body.effective_priority, watch=watch
+        )
+        if body.echo:
+            answer.outs = _echoed(answer.outs, answer.n_choices, tier, prompts)
+        head = generation.head("cmpl", "text_completion", tier, body.service_tier)
+        headers.update({"X-Seed": str(asked.sampling.seed)} | answer.headers())
+        return answer, head
+
     if body.stream:
-        return EventStream(_events(answer, head, body), headers)
+
+        async def stream() -> EventStream:
+            answer, head = await start()
+            return EventStream(_events(answer, head, body), headers)
+
+        patience_s = services.settings.server.comment_after_s
+        return await begun(stream(), waits_for=watch, patience_s=patience_s)
+    answer, head = await start()
     sampled = await while_connected(request.receive, generation.fold(answer))
     usage = generation.usage(answer, sum(choice.done.n_tokens for choice in sampled))
     choices = [

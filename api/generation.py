@@ -19,11 +19,29 @@ from tier import Tier
 Outs = AsyncGenerator[tuple[int, wire.TokenOut], None]  # with the index of the choice
 
 
+class Watch:
+    """What a request waits for."""
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+        self.generation: Generation | None = None  # once it is in the queue
+
+    def __call__(self) -> str:
+        return self._tier.waits_for(self.generation)
+
+
 class Answer:
     """Requests, one for each prompt, and the choices that come of them: those of the first prompt,
     then those of the second. Close `outs` to cancel them."""
 
-    def __init__(self, tier: Tier, requests: Sequence[wire.Generate], priority: int) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        requests: Sequence[wire.Generate],
+        priority: int,
+        watch: Watch | None = None,
+    ) -> None:
+        self._watch = watch
         self.n_choices = sum(request.n for request in requests)
         self.n_before = 0  # requests that were to be served before it when it came
         self.n_prompt = 0
@@ -38,6 +56,8 @@ class Answer:
             generations = [
                 stack.enter_context(tier.submit(request, priority=priority)) for request in requests
             ]
+            if self._watch is not None:
+                self._watch.generation = generations[-1]
             self.n_before = max(generation.n_before for generation in generations)
             for generation in generations:
                 started = await generation.started()
@@ -112,10 +132,12 @@ async def start(
     requests: Sequence[wire.Generate],
     *,
     priority: int,
+    watch: Watch | None = None,
 ) -> Answer:
     """Submit requests and wait until all have started: from here on nothing that is wrong with
     them can come up. Raises ClientLeft or ServiceError."""
-    answer = Answer(tier, requests, priority)
+    await while_connected(receive, tier.fetched())
+    answer = Answer(tier, requests, priority, watch)
     await while_connected(receive, anext(answer.outs))
     return answer
 

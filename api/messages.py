@@ -15,7 +15,7 @@ from api.errors import client_names
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
 from api.sampling import ignored_params, refuse, validity
-from api.sse import EventStream
+from api.sse import EventStream, begun
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
 
@@ -44,11 +44,23 @@ async def create_message(
     refuse(body, UNSUPPORTED)
     strict = services.settings.server.strict_params
     headers = ignored_params(body, UNSUPPORTED, strict=strict, parts=body.inner())
-    with client_names(body.names):
-        started = await turn.start(request.receive, services, tier, body.chat())
-    reply = _Reply(started, tier.name)
+    watch = generation.Watch(tier)
+
+    async def start() -> turn.Turn:
+        with client_names(body.names):
+            return await turn.start(request.receive, services, tier, body.chat(), watch)
+
     if body.stream:
-        return EventStream(reply.stream(), headers | started.headers(), last=b"")
+
+        async def stream() -> EventStream:
+            started = await start()
+            events = _Reply(started, tier.name).stream()
+            return EventStream(events, headers | started.headers(), last=b"")
+
+        patience_s = services.settings.server.comment_after_s
+        return await begun(stream(), waits_for=watch, patience_s=patience_s)
+    started = await start()
+    reply = _Reply(started, tier.name)
     await while_connected(request.receive, reply.finish())
     return JSONResponse(reply.message, headers=headers | started.whole_headers())
 
@@ -59,6 +71,7 @@ async def count_tokens(body: PromptRequest, request: Request, services: Services
     refuse(body, UNSUPPORTED)
     strict = services.settings.server.strict_params
     headers = ignored_params(body, UNSUPPORTED, strict=strict, parts=body.inner())
+    await while_connected(request.receive, tier.fetched())
     with client_names(body.names):
         prompt = await asyncio.to_thread(prompt_of, services, tier, body.chat())
     work = tier.tokenize(prompt.segments, add_bos=True)

@@ -94,13 +94,13 @@ class RequestLog(HttpMiddleware):
             self._metrics.request_seconds.labels(route).observe(seconds)
             left = " (client left)" if scope.get("client_left") else ""
             logger.info(
-                "%s %s %s %s%d%s %.0f ms %s",
+                "%s %s %s %d%s %s%.0f ms %s",
                 _client(scope),
                 scope["method"],
                 ascii(scope["path"])[1:-1],  # it may hold line ends
-                f"{tier} " if (tier := tier_of_request()) else "",
                 status,
                 left,
+                f"{tier} " if (tier := tier_of_request()) else "",
                 seconds * 1e3,
                 request_id,
             )

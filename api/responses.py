@@ -14,7 +14,7 @@ from api.deps import ServicesDep, while_connected
 from api.errors import client_names
 from api.responses_request import NAMES, ResponsesRequest
 from api.sampling import ignored_params, refuse, validity
-from api.sse import EventStream, event
+from api.sse import EventStream, begun, event
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
 from errors import ServiceError
@@ -50,12 +50,24 @@ async def create_response(
         parts=body.inner(),
         also=body.ignored,
     )
-    with client_names(NAMES):
-        started = await turn.start(request.receive, services, tier, body.chat())
-    reply = _Reply(started, _head(body, tier))
+    watch = generation.Watch(tier)
+
+    async def start() -> turn.Turn:
+        with client_names(NAMES):
+            return await turn.start(request.receive, services, tier, body.chat(), watch)
+
     if body.stream:
-        headers |= started.headers()
-        return EventStream(reply.stream(), headers, failed=reply.failed, last=b"")
+
+        async def stream() -> EventStream:
+            started = await start()
+            reply = _Reply(started, _head(body, tier))
+            all_headers = headers | started.headers()
+            return EventStream(reply.stream(), all_headers, failed=reply.failed, last=b"")
+
+        patience_s = services.settings.server.comment_after_s
+        return await begun(stream(), waits_for=watch, patience_s=patience_s)
+    started = await start()
+    reply = _Reply(started, _head(body, tier))
     await while_connected(request.receive, reply.finish())
     headers |= started.whole_headers()
     return JSONResponse(reply.response, headers=headers)

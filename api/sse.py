@@ -1,6 +1,7 @@
 """Server-sent events: how they look, and a response that ends its work with its client."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -22,6 +23,62 @@ def event(data: Mapping[str, Any]) -> bytes:
     """Data that has a type is an event of that name."""
     name = f"event: {data['type']}\n" if "type" in data else ""
     return name.encode() + b"data: " + _encode(data) + b"\n\n"
+
+
+class LateStream(Response):
+    """The reply to a stream that takes long to start: comments that say what it waits for, then its
+    events. Its status is sent already, so what goes wrong now is an event."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        starting: "asyncio.Future[EventStream]",
+        waits_for: Callable[[], str],
+        interval_s: float,
+    ) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]
+        self._starting = starting
+        self._waits_for = waits_for
+        self._interval_s = interval_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        try:
+            await send(start)
+            while not self._starting.done():
+                body = f": {self._waits_for()}\n\n".encode()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await asyncio.wait({self._starting}, timeout=self._interval_s)
+            await self._starting.result().send_events(scope, receive, send)
+        except ClientLeft:
+            scope["client_left"] = True
+        except Exception as exception:
+            error = as_service_error(exception, scope["request_id"])
+            last = b"" if "type" in envelope(error, scope) else DONE
+            body = event(envelope(error, scope)) + last
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+        finally:
+            self._starting.cancel()
+
+
+async def begun(
+    starting: Coroutine[Any, Any, "EventStream"],
+    *,
+    waits_for: Callable[[], str],
+    patience_s: float,
+    interval_s: float = 2.0,
+) -> Response:
+    """The stream, once it has started. What goes wrong until `patience_s` are over is an HTTP
+    status; from then on the client hears what its request waits for."""
+    task = asyncio.ensure_future(starting)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=patience_s)
+    except BaseException:
+        task.cancel()
+        raise
+    return task.result() if done else LateStream(task, waits_for, interval_s)
 
 
 class EventStream(Response):
@@ -55,6 +112,11 @@ class EventStream(Response):
         }
         async with aclosing(self._events):
             await send(start)
+            await self.send_events(scope, receive, send)
+
+    async def send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """All but the head."""
+        async with aclosing(self._events):
             try:
                 await while_connected(receive, self._send_all(send, scope))
             except ClientLeft:

@@ -62,8 +62,11 @@ async def detokenize(body: DetokenizeRequest, request: Request, services: Servic
 
 
 @router.post("/apply-template")
-async def apply_template(body: ApplyTemplateRequest, services: ServicesDep) -> Response:
+async def apply_template(
+    body: ApplyTemplateRequest, request: Request, services: ServicesDep
+) -> Response:
     tier = services.chat_tier(body.model)
+    await while_connected(request.receive, tier.fetched())
     strict = services.settings.server.strict_params
     headers = ignored_params(body, strict=strict, parts=body.inner())
     prompt = await asyncio.to_thread(prompt_of, services, tier, body)

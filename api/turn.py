@@ -53,7 +53,13 @@ class Choice:
     end: End
 
 
-async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequest) -> "Turn":
+async def start(
+    receive: Receive,
+    services: Services,
+    tier: Tier,
+    body: ChatRequest,
+    watch: generation.Watch | None = None,
+) -> "Turn":
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
     body.check_stream_options()
     await while_connected(receive, tier.fetched())
@@ -76,7 +82,9 @@ async def start(receive: Receive, services: Services, tier: Tier, body: ChatRequ
         visible=prompt.visible,
     )
     with client_names({"^prompt$": "messages"}):
-        answer = await generation.start(receive, tier, [request], priority=body.effective_priority)
+        answer = await generation.start(
+            receive, tier, [request], priority=body.effective_priority, watch=watch
+        )
     is_inline = services.settings.server.reasoning_field == "none"
     return Turn(
         answer,

@@ -684,7 +684,7 @@ def test_the_next_to_be_served_is_chosen_by_priority_or_else_by_service_tier(
             order.append(name)
 
     with ThreadPoolExecutor(3) as pool:
-        busy = pool.submit(ask_for, "slow", max_tokens=300)
+        busy = pool.submit(ask_for, "slow", max_tokens=300, priority=-2)
         wait_until(lambda: tier._running)
         asked = [pool.submit(ask_for, "flex", service_tier="flex")]
         wait_until(lambda: len(tier._waiting) == 1)

@@ -1,0 +1,264 @@
+"""What tells how the service is, and what changes it: over HTTP, on the fake backend."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from model_manager import ModelManager
+from server import check_config
+from settings import ServerSettings, TierSettings
+from tests import gguf_fixtures
+from tests.hub_imitation import Repo, hub_imitation
+from tests.serving import Service, events, fake, script, serving, settings
+from tests.test_model_manager import Launches
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 400}, step_ms=5)
+    tiers = {"light": fake(path, n_parallel=1, queue_size=1), "embedding": fake()}
+    with serving(settings(**tiers)) as service:
+        yield service
+
+
+def state(service: Service, tier: str = "light") -> str:
+    return str(service.http.get(f"/v1/models/{tier}").json()["state"])
+
+
+def samples(service: Service) -> dict[str, float]:
+    lines = service.http.get("/metrics").text.splitlines()
+    return {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+        for line in lines
+        if not line.startswith("#")
+    }
+
+
+def wait_for_state(service: Service, wanted: str) -> None:
+    for _ in range(1000):
+        if state(service) == wanted:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"it never was {wanted}")
+
+
+def test_a_model_is_loaded_and_unloaded_when_somebody_says_so(service: Service) -> None:
+    reply = service.http.post("/v1/models/light/load")
+    assert (reply.status_code, reply.json()["state"]) == (200, "ready")
+    reply = service.http.post("/v1/models/light/unload")
+    assert (reply.status_code, reply.json()["state"]) == (200, "stopped")
+    assert service.http.post("/v1/models/nobody/load").status_code == 404
+    assert service.http.post("/v1/models/light/unload", json={"force": "x"}).status_code == 400
+
+
+def test_only_admins_may_do_that_where_there_are_any() -> None:
+    server = {"api_keys": ["user"], "admin_api_keys": ["admin"]}
+    with serving(settings(server)) as service:
+        for key, status in (("user", 403), ("admin", 200)):
+            reply = service.http.post(
+                "/v1/models/light/load", headers={"Authorization": f"Bearer {key}"}
+            )
+            assert reply.status_code == status
+
+
+def test_ready_says_which_tier_is_not(tmp_path: Path) -> None:
+    with serving(settings(light=fake(), heavy=fake("/no/such/file"))) as service:
+        reply = service.http.get("/ready")
+        assert (reply.status_code, reply.json()["status"]) == (503, "not ready")
+        assert reply.json()["tiers"]["heavy"]["state"] == "failed"
+        assert service.http.get("/ready", params={"tier": "light"}).status_code == 200
+        assert service.http.get("/ready", params={"tier": "heavy"}).status_code == 503
+        assert service.http.get("/ready", params={"tier": "x"}).status_code == 404
+
+
+@pytest.mark.parametrize("value", [0, "0", "0s", "1ms", "0.001"])
+def test_a_model_leaves_as_soon_as_the_request_says(service: Service, value: object) -> None:
+    assert service.chat(keep_alive=value).status_code == 200
+    wait_for_state(service, "stopped")
+
+
+def test_a_model_stays_as_long_as_the_request_says() -> None:
+    with serving(settings(light=fake(idle_ttl_s=0))) as service:
+        assert service.chat(keep_alive="1h30m").status_code == 200
+        assert service.chat().status_code == 200
+        assert state(service) == "ready"
+        assert service.chat(keep_alive=-1).status_code == 200
+        assert state(service) == "ready"
+
+
+@pytest.mark.parametrize("value", ["soon", "5 m", "1h-2m", "nan", [], {}])
+def test_what_is_no_duration_is_refused(service: Service, value: object) -> None:
+    reply = service.chat(keep_alive=value)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "keep_alive"
+
+
+def test_metrics_count_what_was_done(service: Service) -> None:
+    before = samples(service)
+    assert before['quintet_model_loaded{tier="light"}'] == 0
+    service.chat()
+    events(service.chat(stream=True))
+    service.chat(temperature="hot")
+    service.embed(["a", "b"])
+    after = samples(service)
+    route = 'route="/v1/chat/completions"'
+    assert after[f'quintet_requests_total{{{route},status="200",tier="light"}}'] == 2
+    assert after[f'quintet_requests_total{{{route},status="400",tier=""}}'] == 1
+    assert after['quintet_model_loaded{tier="light"}'] == 1
+    assert after['quintet_model_loads_total{tier="light"}'] == 1
+    assert after['quintet_first_token_seconds_count{tier="light"}'] == 2
+    assert after['quintet_queue_seconds_count{tier="light"}'] == 2
+    assert after['quintet_generated_tokens_total{tier="light"}'] > 10
+    assert after['quintet_prompt_tokens_total{tier="light"}'] >= 10
+    assert after['quintet_batch_size_sum{tier="embedding"}'] == 2
+    assert after["quintet_memory_limit_bytes"] > 0
+
+
+def test_unknown_paths_are_one_route_in_the_metrics(service: Service) -> None:
+    for n in range(3):
+        service.http.get(f"/nothing/{n}")
+    assert samples(service)['quintet_requests_total{route="none",status="404",tier=""}'] == 3
+
+
+def test_the_openai_sdk_tries_again_when_the_queue_is_full_and_is_answered(
+    tmp_path: Path,
+) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 100}, step_ms=3)
+    with serving(settings(light=fake(path, n_parallel=1, queue_size=1))) as service:
+        with httpx.Client() as http, openai.OpenAI(
+            base_url=f"{service.url}/v1", api_key="any", max_retries=3, http_client=http
+        ) as client:  # fmt: skip
+
+            def ask(n: int) -> str | None:
+                asked = [{"role": "user", "content": f"long {n}"}]
+                reply = client.chat.completions.create(model="light", messages=asked)  # type: ignore[arg-type]
+                return reply.choices[0].message.content
+
+            with ThreadPoolExecutor(4) as pool:
+                assert list(pool.map(ask, range(4))) == ["x" * 100] * 4
+        counted = samples(service)
+        route = 'route="/v1/chat/completions"'
+        assert counted[f'quintet_requests_total{{{route},status="429",tier="light"}}'] >= 1
+
+
+def test_a_request_that_takes_too_long_is_ended_and_its_place_is_free(tmp_path: Path) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 9000}, step_ms=5)
+    server = {"request_timeout_s": 0.5}
+    with serving(settings(server, light=fake(path, n_parallel=1))) as service:
+        reply = service.chat("long")
+        assert reply.status_code == 504
+        assert reply.json()["error"]["code"] == "request_timeout"
+        assert reply.headers["x-should-retry"] == "false"
+        last = events(service.chat("long", stream=True))[-1]
+        assert last["error"]["code"] == "request_timeout"
+        assert service.chat("Hi").json()["choices"][0]["message"]["content"] == "You said: Hi"
+
+
+def test_how_many_were_before_it_is_told(service: Service) -> None:
+    assert service.chat().headers["x-queue-position"] == "0"
+
+
+def test_the_configuration_is_checked_without_loading_anything(tmp_path: Path) -> None:
+    launches = Launches()
+    tiers = {"light": fake(), "heavy": fake("/no/such/file")}
+    report, is_well = check_config(ModelManager(settings(**tiers), launch=launches))
+    assert not is_well
+    assert "heavy      The fake backend cannot read the script file" in report
+    assert "light      fake: 42 MB (42 MB process)" in report
+    small = settings({"memory_limit": "50M"}, light=fake(), medium=fake())
+    report, is_well = check_config(ModelManager(small, launch=launches))
+    assert is_well
+    assert "84 MB of 50 (MEMORY_LIMIT): not all at once" in report
+    report, is_well = check_config(ModelManager(settings({"memory_limit": "1M"}), launch=launches))
+    assert not is_well
+    assert "DOES NOT FIT" in report
+    assert launches.handles == []
+
+
+@pytest.mark.parametrize(
+    ("limit", "n_bytes"),
+    [("50%", 500), ("300", 300), ("2K", 2048), ("1.5GB", 3 << 29), ("3MiB", 3 << 20)],
+)
+def test_a_limit_is_a_share_or_a_size(limit: str, n_bytes: int) -> None:
+    assert ServerSettings(memory_limit=limit).memory_limit_bytes(1000) == n_bytes
+
+
+@pytest.mark.real
+def test_a_model_comes_from_the_hub_at_its_first_request(tmp_path: Path) -> None:
+    content = gguf_fixtures.write_tiny_spm(tmp_path / "spm.gguf").read_bytes()
+    with hub_imitation() as hub:
+        hub.repos["me/Tiny-GGUF"] = Repo({"tiny-Q8_0.gguf": content})
+        server = {"hf_endpoint": hub.endpoint, "hf_hub_cache": str(tmp_path / "cache")}
+        light = TierSettings(model_path="hf:me/Tiny-GGUF:Q8_0", n_threads=1)
+        with serving(settings(server, light=light)) as service:
+            about = service.http.get("/v1/models/light").json()
+            assert (about["state"], about["context_length"]) == ("stopped", None)
+            assert "Tiny" in about["aliases"]
+            assert service.http.get("/ready").status_code == 200
+            assert not hub.requests, "nobody has asked for it"
+            with ThreadPoolExecutor(3) as pool:
+                replies = [
+                    pool.submit(service.chat, max_tokens=3, model=model)
+                    for model in ("light", "Tiny", "me/Tiny-GGUF:Q8_0")
+                ]
+                assert [reply.result().status_code for reply in replies] == [200] * 3
+            assert len([r for r in hub.contents() if r.method == "GET"]) == 1
+            assert service.http.get("/v1/models/light").json()["context_length"]
+        hub.requests.clear()
+        with serving(settings(server | {"hf_hub_offline": True}, light=light)) as service:
+            assert service.chat(max_tokens=3).status_code == 200
+        assert not hub.requests
+        missing = TierSettings(model_path="hf:me/nothing")
+        with serving(settings(server, light=missing)) as service:
+            reply = service.chat()
+            assert reply.status_code == 500
+            assert "me/nothing" in reply.json()["error"]["message"]
+            assert service.http.get("/health").status_code == 200
+
+
+WAYS = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/completions": {"prompt": "Hi"},
+    "/v1/responses": {"input": "Hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50},
+}
+
+
+@pytest.mark.parametrize("path", WAYS)
+def test_a_stream_that_waits_says_for_what(tmp_path: Path, path: str) -> None:
+    light = fake(script(tmp_path, load_s=0.3))
+    body = {"model": "light", "stream": True, **WAYS[path]}
+    with serving(settings({"comment_after_s": 0.05}, light=light)) as service:
+        text = service.http.post(path, json=body).text
+        assert text.startswith(": loading light ")
+        again = service.http.post(path, json=body).text
+        assert text.count("data:") == again.count("data:") > 3, "all came"
+        assert not again.startswith(":"), "it did not wait"
+
+
+def test_a_place_in_the_queue_is_said(tmp_path: Path) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 100}, step_ms=3)
+    light = fake(path, n_parallel=1)
+    served = serving(settings({"comment_after_s": 0.05}, light=light))
+    with served as service, ThreadPoolExecutor(3) as pool:
+        replies = [pool.submit(service.chat, "long", stream=True) for _ in range(3)]
+        texts = sorted(reply.result().text.split("\n")[0][:8] for reply in replies)
+    assert texts[:2] == [": queue ", ": queue "]
+
+
+@pytest.mark.parametrize("path", WAYS)
+def test_a_fault_after_a_comment_is_an_event(tmp_path: Path, path: str) -> None:
+    light = fake(script(tmp_path, load_s=0.3, fault="load"))
+    body = {"model": "light", "stream": True, **WAYS[path]}
+    with serving(settings({"comment_after_s": 0.05}, light=light)) as service:
+        reply = service.http.post(path, json=body)
+        assert reply.status_code == 200
+        assert reply.text.startswith(": loading light ")
+        assert '"error"' in reply.text
+    with serving(settings(light=light)) as service:
+        assert service.http.post(path, json=body).status_code == 500, "in time it is a status"
