@@ -24,6 +24,7 @@ DEFAULT_CHAT_MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"  # setup.sh puts b
 DEFAULT_EMBEDDING_MODEL = "models/multilingual-e5-small-F32.gguf"
 
 ReasoningField = Literal["reasoning_content", "reasoning", "both", "none"]
+CachePolicy = Literal["off", "repeatable", "all"]
 TierName = Literal["light", "medium", "heavy", "embedding", "reranker"]
 CHAT_TIERS: tuple[TierName, ...] = ("light", "medium", "heavy")
 ENCODER_TIERS: tuple[TierName, ...] = ("embedding", "reranker")
@@ -142,6 +143,17 @@ class ServerSettings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     shutdown_grace_s: float = Field(10, ge=0)  # for streams to finish
     worker_timeout_s: float = Field(120, gt=0)  # a step that takes longer hangs
+    cache_max_mb: int = Field(256, ge=0)  # of memory
+    cache_ttl_s: float = Field(86400, ge=0)  # 0: no bound
+    cache_dir: str = ""  # empty: memory only
+    cache_disk_max_mb: int = Field(1024, ge=16)
+    cache_policy: CachePolicy = "repeatable"  # which answers are kept
+    cache_shared: bool = False  # between API keys
+
+    @property
+    def cache_path(self) -> Path | None:
+        """Where the cache's file is; a relative path starts at the project."""
+        return ROOT / Path(self.cache_dir).expanduser() if self.cache_dir else None
 
 
 @dataclass(frozen=True, slots=True)
