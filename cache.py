@@ -66,12 +66,12 @@ class Cache:
         self,
         *,
         max_bytes: int,  # of memory
-        ttl_s: float | None = None,  # None: entries do not expire
+        ttl_s: float | None = None,  # None or 0: entries do not expire
         disk: DiskStore | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._memory = MemoryStore(max_bytes)
-        self._ttl_s = math.inf if ttl_s is None else ttl_s
+        self._ttl_s = ttl_s or math.inf
         self._disk = disk
         self._clock = clock
         self._n_clears = 0

@@ -50,11 +50,11 @@ class DiskStore:
         folder: Path,
         *,
         max_bytes: int,
-        ttl_s: float | None = None,  # None: entries do not expire
+        ttl_s: float | None = None,  # None or 0: entries do not expire
         clock: Callable[[], float] = time.time,
         retry_s: float = RETRY_S,
     ) -> None:
-        self._ttl_s = ttl_s
+        self._ttl_s = ttl_s or None
         self._clock = clock
         self._reads = CacheFile(folder, max_bytes=max_bytes, retry_s=retry_s)
         self._writes = CacheFile(folder, max_bytes=max_bytes, retry_s=retry_s)

@@ -41,6 +41,7 @@ SCHEMA = [
     "CREATE INDEX by_use ON entries (used_at, kind, size)",
 ]
 NAMES = "quintet-cache-*.sqlite"
+COMPANIONS = ("-wal", "-shm", "-journal")  # the last while the file is being made
 SHARES = 32
 MIN_BYTES = 4 << 20  # with less there is no room for the log
 PAGE_BYTES = 4096
@@ -98,7 +99,7 @@ class CacheFile:
     @property
     def size_bytes(self) -> int:
         """Of the file that is open, with its log."""
-        return sum(_size(self._path, suffix) for suffix in ("", "-wal", "-shm"))
+        return sum(_size(self._path, suffix) for suffix in ("", *COMPANIONS))
 
     def select(self, keys: Sequence[bytes]) -> dict[bytes, Stored | None]:
         """Those that are there; None for what is damaged."""
@@ -309,7 +310,7 @@ def _newest(folder: Path) -> Path:
 
 def _remove(path: Path) -> None:
     """The file first: without it nobody reads its log. Raises OSError."""
-    for suffix in ("", "-wal", "-shm"):
+    for suffix in ("", *COMPANIONS):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
