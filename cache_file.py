@@ -53,6 +53,14 @@ ROW_LOG_BYTES = (
 MAX_SKEW_S = 60.0  # that a clock may be set back before what it dated is from the future
 TOUCH_S = 60.0  # a use is written when the last one that was is that old
 BUSY_S = 10.0  # that another process may hold the file
+CHECKPOINT_S = 0.01  # until another one's work on the log is looked at again
+# Faults of the disk, or of who else uses the file, by SQLite's texts: Python 3.10 tells no codes.
+# All others are the file's own, such as "unsupported file format".
+FAULTS = (
+    "access permission denied", "attempt to write a readonly database", "database is locked",
+    "database or disk is full", "database table is locked", "disk I/O error", "locking protocol",
+    "unable to open database file",
+)  # fmt: skip
 
 
 class Stored(NamedTuple):
@@ -75,6 +83,10 @@ class Batch:
 
 class Damaged(Exception):
     """The file is not what this module writes."""
+
+
+class Unusable(Exception):
+    """The file may be whole, but not here or not now."""
 
 
 class CacheFile:
@@ -180,7 +192,7 @@ class CacheFile:
             return otherwise
         try:
             result = work(self._open())
-        except (Damaged, sqlite3.DatabaseError, OSError) as error:
+        except (Damaged, Unusable, sqlite3.DatabaseError, OSError) as error:
             self.close()
             if n_tries > 1 and self._is_replaced(error):
                 return self._run(work, otherwise, n_tries - 1)
@@ -191,11 +203,11 @@ class CacheFile:
 
     def _is_replaced(self, error: Exception) -> bool:
         """Whether there is, or can be, another file to try it with. A damaged one is removed."""
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | Unusable):
             return False
         if not self._path.exists():
             return True
-        if isinstance(error, sqlite3.OperationalError):  # of the disk, or of who else uses the file
+        if str(error).startswith(FAULTS):
             return False
         logger.warning("The cache's file is damaged and begins anew: %s", error)
         try:
@@ -216,7 +228,7 @@ class CacheFile:
         connection.text_factory = bytes  # damaged text is no text
         _pragma(connection, "auto_vacuum = INCREMENTAL")
         if _pragma(connection, "journal_mode = WAL") != b"wal":
-            raise sqlite3.OperationalError("the file system cannot share memory between processes")
+            raise Unusable("this file system has no memory that processes share")
         _pragma(connection, "synchronous = NORMAL")
         _pragma(connection, f"wal_autocheckpoint = {self.share_bytes // PAGE_BYTES}")
         _pragma(connection, f"max_page_count = {28 * self.share_bytes // PAGE_BYTES}")
@@ -243,12 +255,15 @@ class CacheFile:
     @contextmanager
     def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
         """One that its caller keeps within a share. If it fails, closing rolls it back."""
-        # the log starts again when all of it is in the file and nobody reads it
-        if _size(self._path, "-wal") > 2 * self.share_bytes:
-            _pragma(connection, "wal_checkpoint(TRUNCATE)")
-            if _size(self._path, "-wal") > 2 * self.share_bytes:
-                raise sqlite3.OperationalError("readers keep the log of the cache's file in use")
+        give_up_at = time.monotonic() + BUSY_S
         connection.execute("BEGIN IMMEDIATE")
+        while _size(self._path, "-wal") > 2 * self.share_bytes:
+            connection.execute("ROLLBACK")
+            if time.monotonic() > give_up_at:
+                raise Unusable("readers keep the log in use")
+            if _pragma(connection, "wal_checkpoint(TRUNCATE)"):  # readers, or another who does it
+                time.sleep(CHECKPOINT_S)
+            connection.execute("BEGIN IMMEDIATE")
         yield
         connection.execute("COMMIT")
 

@@ -185,7 +185,7 @@ def test_an_entry_from_the_future_is_a_miss_and_a_small_step_back_does_no_harm()
 
 def test_a_hit_in_memory_does_not_wait() -> None:
     async def main(cache: Cache) -> None:
-        with pytest.raises(StopIteration, match="b.1."):
+        with pytest.raises(StopIteration, match=r"b.1."):
             cache.get("k", b"a").send(None)
 
     cache = Cache(max_bytes=10_000)
@@ -372,5 +372,5 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(
-    max_examples=3 * settings().max_examples, stateful_step_count=20, deadline=None
+    max_examples=3 * settings().max_examples, stateful_step_count=14, deadline=None
 )
