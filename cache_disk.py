@@ -56,7 +56,7 @@ class DiskStore:
     ) -> None:
         self._ttl_s = ttl_s or None
         self._clock = clock
-        self._reads = CacheFile(folder, max_bytes=max_bytes, retry_s=retry_s)
+        self._reads = CacheFile(folder, max_bytes=max_bytes, retry_s=retry_s, makes=False)
         self._writes = CacheFile(folder, max_bytes=max_bytes, retry_s=retry_s)
         self._queue = _Queue(self._writes)
         self._n_failed = 0

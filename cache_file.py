@@ -17,12 +17,13 @@
 
 import logging
 import os
+import secrets
 import sqlite3
 import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+VERSION = 1  # of the schema
 SCHEMA = [
     "CREATE TABLE entries (key BLOB NOT NULL PRIMARY KEY, kind BLOB NOT NULL, "
     "created_at REAL NOT NULL, used_at REAL NOT NULL, size INTEGER NOT NULL, "
@@ -41,15 +42,15 @@ SCHEMA = [
     "CREATE INDEX by_use ON entries (used_at, kind, size)",
 ]
 NAMES = "quintet-cache-*.sqlite"
-COMPANIONS = ("-wal", "-shm", "-journal")  # the last while the file is being made
+NEW = ".new"  # at the end of the name while it is being made
+NEW_S = 60.0  # one that is that old is nobody's any more
+COMPANIONS = ("-wal", "-shm")
 SHARES = 32
 MIN_BYTES = 4 << 20  # with less there is no room for the log
 PAGE_BYTES = 4096
 ROW_BYTES = 256  # an entry without its value, with its part of the indices
-ROW_LOG_BYTES = (
-    3 * PAGE_BYTES
-)  # what a row adds to the log beside its value: at worst a page of the
-# table and of each index
+# what it adds to the log beside its value: at worst a page of the table and one of each index
+ROW_LOG_BYTES = 3 * PAGE_BYTES
 MAX_SKEW_S = 60.0  # that a clock may be set back before what it dated is from the future
 TOUCH_S = 60.0  # a use is written when the last one that was is that old
 BUSY_S = 10.0  # that another process may hold the file
@@ -90,15 +91,16 @@ class Unusable(Exception):
 
 
 class CacheFile:
-    """One thread's way to the newest file of a folder. It opens at the first use; while the disk
-    rests after a fault every method does nothing and returns what stands for that."""
+    """One thread's way to the newest file of a folder. It opens at the first use; where there is no
+    file, and while the disk rests after a fault, every method returns what stands for that."""
 
-    def __init__(self, folder: Path, *, max_bytes: int, retry_s: float) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, retry_s: float, makes: bool = True) -> None:
         self.share_bytes = max(max_bytes, MIN_BYTES) // SHARES  # a batch has no more than one
         self.max_rows = self.share_bytes // ROW_LOG_BYTES  # of a batch
         self.evictions: Counter[str] = Counter()  # by kind
         self._folder = folder
         self._retry_s = retry_s
+        self._makes = makes  # a file, where there is none
         self._retry_at = 0.0  # by the monotonic clock
         self._has_warned = False
         self._path = folder
@@ -191,13 +193,17 @@ class CacheFile:
         if self.is_resting:
             return otherwise
         try:
-            result = work(self._open())
+            connection = self._open()
+            result = otherwise if connection is None else work(connection)
         except (Damaged, Unusable, sqlite3.DatabaseError, OSError) as error:
             self.close()
             if n_tries > 1 and self._is_replaced(error):
                 return self._run(work, otherwise, n_tries - 1)
             self.rest(str(error))
             return otherwise
+        except BaseException:
+            self.close()  # and so roll back
+            raise
         self._has_warned = False
         return result
 
@@ -205,7 +211,7 @@ class CacheFile:
         """Whether there is, or can be, another file to try it with. A damaged one is removed."""
         if isinstance(error, OSError | Unusable):
             return False
-        if not self._path.exists():
+        if not os.path.exists(self._path):  # unlike Path.exists it never raises
             return True
         if str(error).startswith(FAULTS):
             return False
@@ -216,41 +222,33 @@ class CacheFile:
             return False
         return True
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> sqlite3.Connection | None:
         if self._connection is not None and self._path.exists():
             return self._connection
         self.close()
-        self._path = _newest(self._folder)
+        path = _newest(self._folder)
+        if path is None and self._makes:
+            _make(self._folder)
+            path = _newest(self._folder)
+        if path is None:
+            return None
+        self._path = path
         # mode=rw: a file that has just been removed is not made again under its name
-        uri = f"{self._path.as_uri()}?mode=rw"
+        uri = f"{path.as_uri()}?mode=rw"
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)
         self._connection = connection
         connection.text_factory = bytes  # damaged text is no text
-        _pragma(connection, "auto_vacuum = INCREMENTAL")
-        if _pragma(connection, "journal_mode = WAL") != b"wal":
-            raise Unusable("this file system has no memory that processes share")
         _pragma(connection, "synchronous = NORMAL")
         _pragma(connection, f"wal_autocheckpoint = {self.share_bytes // PAGE_BYTES}")
         _pragma(connection, f"max_page_count = {28 * self.share_bytes // PAGE_BYTES}")
         _pragma(connection, "cell_size_check = ON")
         _pragma(connection, "trusted_schema = OFF")
-        self._check_schema(connection)
+        rows = connection.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL")
+        schema = [_name(sql) for (sql,) in rows]
+        is_log = _pragma(connection, "journal_mode") == b"wal"
+        if not is_log or _pragma(connection, "user_version") != VERSION or schema != SCHEMA:
+            raise Damaged(f"it is not of version {VERSION}")
         return connection
-
-    def _check_schema(self, connection: sqlite3.Connection) -> None:
-        def schema() -> list[str]:
-            rows = connection.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL")
-            return [_name(sql) for (sql,) in rows]
-
-        if _pragma(connection, "user_version") == 0:
-            with self._transaction(connection):  # another process may be making it right now
-                if _pragma(connection, "user_version") == 0 and not schema():
-                    for sql in SCHEMA:
-                        connection.execute(sql)
-                    _pragma(connection, f"user_version = {SCHEMA_VERSION}")
-        version = _pragma(connection, "user_version")
-        if version != SCHEMA_VERSION or schema() != SCHEMA:
-            raise Damaged(f"its schema is not version {SCHEMA_VERSION} of ours")
 
     @contextmanager
     def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
@@ -289,6 +287,8 @@ class CacheFile:
                 for rowid, kind, size in connection.execute(
                     f"SELECT rowid, kind, size FROM entries ORDER BY used_at LIMIT {self.max_rows}"
                 ).fetchall():
+                    if not isinstance(size, int):
+                        raise Damaged("a size is none")
                     leaving.append((rowid,))
                     self.evictions[_name(kind)] += 1
                     over_bytes -= size + ROW_BYTES
@@ -311,16 +311,36 @@ class CacheFile:
                 raise Damaged("its free pages cannot be given back")
 
 
-def _newest(folder: Path) -> Path:
+def _newest(folder: Path) -> Path | None:
     """The file that counts; the others are remains. Raises OSError."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not any(folder.glob(NAMES)):
-        path = folder / NAMES.replace("*", f"{time.time_ns():016x}")
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))  # the log gets the same mode
-    *old, newest = sorted(folder.glob(NAMES))
-    for path in old:
+    found = sorted(folder.glob(NAMES))
+    for path in found[:-1]:
         _remove(path)
-    return newest
+    return found[-1] if found else None
+
+
+def _make(folder: Path) -> None:
+    """A file that nobody sees before it is whole. Raises OSError, Unusable."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in folder.glob(f"{NAMES}{NEW}*"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > NEW_S:
+                path.unlink()
+    path = folder / NAMES.replace("*", f"{time.time_ns():016x}{secrets.token_hex(2)}")
+    new = path.with_name(path.name + NEW)
+    os.close(os.open(new, os.O_CREAT | os.O_EXCL, 0o600))  # the log gets the same mode
+    try:
+        with closing(sqlite3.connect(new, isolation_level=None)) as connection:
+            _pragma(connection, "auto_vacuum = INCREMENTAL")
+            if _pragma(connection, "journal_mode = WAL") != "wal":
+                raise Unusable("this file system has no memory that processes share")
+            for sql in SCHEMA:
+                connection.execute(sql)
+            _pragma(connection, f"user_version = {VERSION}")
+        if _newest(folder) is None:  # else another process was faster
+            new.rename(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:
@@ -336,7 +356,7 @@ def _size(path: Path, suffix: str) -> int:
         return 0
 
 
-def _pragma(connection: sqlite3.Connection, pragma: str) -> int | bytes | None:
+def _pragma(connection: sqlite3.Connection, pragma: str) -> int | str | bytes | None:
     rows = connection.execute(f"PRAGMA {pragma}").fetchall()  # some work by the row
     return rows[0][0] if rows else None
 
@@ -382,5 +402,5 @@ def _checksum(key: bytes, kind: bytes, value: bytes, created_at: float) -> bytes
     return digest.digest()
 
 
-def _name(of: bytes) -> str:
-    return bytes(of).decode(errors="replace")
+def _name(of: object) -> str:
+    return of.decode(errors="replace") if isinstance(of, bytes) else "?"

@@ -280,3 +280,15 @@ def test_known_keys_are_all_known(env_file: EnvFile) -> None:
     keys = known_keys()
     assert len(keys) == len(set(keys))
     assert unknown_keys(env_file("".join(f"{key}=\n" for key in keys))) == []
+
+
+def test_the_caches_folder_is_where_it_says_or_in_the_project_or_nowhere(load: Load) -> None:
+    assert load("").server.cache_path is None
+    assert load("CACHE_DIR=data/cache").server.cache_path == ROOT / "data/cache"
+    assert load("CACHE_DIR=/var/cache/quintet").server.cache_path == Path("/var/cache/quintet")
+    assert load("CACHE_DIR=~/cache").server.cache_path == Path.home() / "cache"
+
+
+def test_a_cache_on_disk_has_room_for_its_log(load: Load) -> None:
+    with pytest.raises(SettingsError, match="CACHE_DISK_MAX_MB"):
+        load("CACHE_DISK_MAX_MB=15")
