@@ -78,11 +78,14 @@ class DiskStore:
         """Those that are there, of whatever age."""
         if self._reads.is_resting or self._queue.is_clearing(kind):
             return {}
-        found = await self._in_reader(lambda: self._reads.select(keys)) or {}
+        waiting = self._queue.get_many(keys)
+        written = [key for key in keys if key not in waiting]
+        found = await self._in_reader(lambda: self._reads.select(written)) or {}
         broken = [key for key, stored in found.items() if stored is None]
         if broken:
             logger.warning("%d damaged entries are removed from the cache's file", len(broken))
             self._queue.remove(broken)
+        found |= waiting
         return {key: s for key, s in found.items() if s is not None and s.kind == kind}
 
     def put_many(self, entries: Mapping[bytes, Stored]) -> None:
@@ -151,8 +154,10 @@ class _Queue:
         self.n_dropped = 0
         self._max_rows = file.max_rows
         self._max_bytes = file.share_bytes
-        self._waiting: deque[tuple[bytes, Stored] | Future[None]] = deque()
-        self._n_bytes = 0
+        self._line: deque[bytes | Future[None]] = deque()  # keys, and who waits for those before
+        self._waiting: dict[bytes, Stored] = {}
+        self._n_bytes = 0  # of these
+        self._taken: Mapping[bytes, Stored] = {}  # are being written
         self._uses: dict[bytes, float] = {}
         self._broken: list[bytes] = []
         self._clears: dict[str | None, int] = {}  # kinds that are to be cleared, and which time
@@ -161,15 +166,24 @@ class _Queue:
         self._changed = threading.Condition()
 
     def put(self, key: bytes, stored: Stored) -> None:
-        n_bytes = len(stored.value) + ROW_BYTES
         with self._changed:
-            is_full = self._n_bytes and self._n_bytes + n_bytes > MAX_QUEUED_BYTES
+            n_bytes = self._n_bytes + _size(stored)
+            if key in self._waiting:
+                n_bytes -= _size(self._waiting[key])
+            is_full = self._n_bytes and n_bytes > MAX_QUEUED_BYTES
             if is_full or self._is_closed or len(stored.value) > self._max_bytes:
                 self.n_dropped += 1
                 return
-            self._waiting.append((key, stored))
-            self._n_bytes += n_bytes
+            self._n_bytes = n_bytes
+            self._waiting[key] = stored
+            self._line.append(key)
             self._changed.notify()
+
+    def get_many(self, keys: Iterable[bytes]) -> dict[bytes, Stored]:
+        """Those that are not written yet: the file may have older ones."""
+        with self._changed:
+            found = ((key, self._waiting.get(key) or self._taken.get(key)) for key in keys)
+            return {key: stored for key, stored in found if stored is not None}
 
     def touch(self, keys: Iterable[bytes], now: float) -> None:
         with self._changed:
@@ -184,34 +198,28 @@ class _Queue:
 
     def clear(self, kind: str | None) -> "Future[None]":
         """Done after the next batch, which clears first."""
-        future: Future[None] = Future()
         with self._changed:
-            if self._is_closed:
-                future.set_result(None)
-                return future
-            waiting, self._waiting, self._n_bytes = self._waiting, deque([future]), 0
-            for item in waiting:
-                if isinstance(item, Future):
-                    self._waiting.append(item)
-                elif kind not in (None, item[1].kind):
-                    self._waiting.append(item)
-                    self._n_bytes += len(item[1].value) + ROW_BYTES
+            kept = {k: s for k, s in self._waiting.items() if kind not in (None, s.kind)}
+            self._waiting = kept
+            self._n_bytes = sum(map(_size, kept.values()))
             self._n_clears += 1
             self._clears[kind] = self._n_clears
-            self._changed.notify()
-        return future
+            return self._join(self._line.appendleft)
 
     def is_clearing(self, kind: str) -> bool:
         return bool(self._clears) and (None in self._clears or kind in self._clears)
 
     def flush(self) -> "Future[None]":
         """Done after what waits now."""
-        future: Future[None] = Future()
         with self._changed:
-            if self._is_closed:
-                future.set_result(None)
-                return future
-            self._waiting.append(future)
+            return self._join(self._line.append)
+
+    def _join(self, add: "Callable[[Future[None]], None]") -> "Future[None]":
+        future: Future[None] = Future()
+        if self._is_closed:
+            future.set_result(None)
+        else:
+            add(future)
             self._changed.notify()
         return future
 
@@ -224,34 +232,38 @@ class _Queue:
         """What is to be written next, or None after the last. Waits for it, or for so long that the
         file should be looked after."""
         with self._changed:
-            if not (self._waiting or self._broken or self._is_closed):
+            if not (self._line or self._broken or self._is_closed):
                 self._changed.wait(IDLE_S)
-            if self._is_closed and not (self._waiting or self._broken or self._uses):
+            if self._is_closed and not (self._line or self._broken or self._uses):
                 return None
             entries: dict[bytes, Stored] = {}
             flushes = []
             n_bytes = 0
-            while self._waiting:
-                item = self._waiting[0]
+            while self._line:
+                item = self._line[0]
                 if isinstance(item, Future):
                     flushes.append(item)
-                else:
-                    key, stored = item
+                elif (stored := self._waiting.get(item)) is not None:  # and not cleared, or taken
                     n_bytes += len(stored.value) + ROW_LOG_BYTES
                     if entries and n_bytes > self._max_bytes:
                         break
-                    self._n_bytes -= len(stored.value) + ROW_BYTES
-                    entries[key] = stored
-                self._waiting.popleft()
+                    self._n_bytes -= _size(stored)
+                    entries[item] = self._waiting.pop(item)
+                self._line.popleft()
             batch = Batch([*self._clears], self._broken, self._uses, entries)
-            self._broken, self._uses = [], {}
+            self._broken, self._uses, self._taken = [], {}, entries
             return _Taken(batch, self._clears.copy(), flushes)
 
     def done(self, taken: _Taken, *, is_written: bool) -> None:
         with self._changed:
+            self._taken = {}
             for kind, time_ in taken.clears.items():
                 if is_written and self._clears.get(kind) == time_:
                     del self._clears[kind]
         for future in taken.flushes:
             if future.set_running_or_notify_cancel():
                 future.set_result(None)
+
+
+def _size(stored: Stored) -> int:
+    return len(stored.value) + ROW_BYTES

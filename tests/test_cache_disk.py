@@ -665,6 +665,24 @@ def test_what_finds_no_room_in_the_queue_is_dropped_and_counted(
     asyncio.run(main())
 
 
+def test_what_waits_is_found_and_not_what_it_replaces(tmp_path: Path) -> None:
+    (name, old), (_, new) = entry(1), entry(2)
+
+    async def main(store: DiskStore) -> None:
+        store.put_many({name: old})
+        await store.flush()
+        with store._queue._changed:  # nothing is taken out
+            store.put_many({name: old})
+            store.put_many({name: new})
+            assert store._queue.get_many([name, b"other"]) == {name: new}
+        assert await store.get_many("k", [name]) == {name: new}
+        await store.flush()
+        assert await store.get_many("k", [name]) == {name: new}
+        assert store._queue._n_bytes == 0
+
+    with_store(tmp_path, main)
+
+
 def test_what_waits_is_written_at_the_end_and_later_nothing(tmp_path: Path) -> None:
     async def write_some(store: DiskStore) -> DiskStore:
         store.put_many(entries(range(100)))
