@@ -305,7 +305,8 @@ class CacheFile:
             n_free * PAGE_BYTES > max_free_bytes or n_pages * PAGE_BYTES > 28 * self.share_bytes
         ):
             with self._transaction(connection):
-                _pragma(connection, f"incremental_vacuum({self.max_rows})")
+                # it works by the row; what is in them depends on Python's version
+                connection.execute(f"PRAGMA incremental_vacuum({self.max_rows})").fetchall()
             n_before, (n_pages, n_free) = n_pages, _pages(connection)
             if n_pages == n_before:
                 raise Damaged("its free pages cannot be given back")
@@ -357,7 +358,7 @@ def _size(path: Path, suffix: str) -> int:
 
 
 def _pragma(connection: sqlite3.Connection, pragma: str) -> int | str | bytes | None:
-    rows = connection.execute(f"PRAGMA {pragma}").fetchall()  # some work by the row
+    rows = connection.execute(f"PRAGMA {pragma}").fetchall()
     return rows[0][0] if rows else None
 
 

@@ -36,7 +36,6 @@ from cache_file import (
     Stored,
 )
 from settings import ROOT
-from tests.serving import wait_until
 
 T = TypeVar("T")
 Open = Callable[..., CacheFile]
@@ -758,4 +757,5 @@ def test_the_writer_ends_with_the_store(tmp_path: Path) -> None:
         return store._writer
 
     writer = with_store(tmp_path, main)
-    wait_until(lambda: not writer.is_alive())
+    writer.join(10)
+    assert not writer.is_alive()

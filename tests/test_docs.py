@@ -314,6 +314,7 @@ MAY_IMPORT = {
     "models": {"models", "engine.heads", "engine.tensors", "engine.torch_file", "errors"},
     "test_api": set(),
     "bench": set(),
+    "bench.cache": {"cache", "cache_disk"},
     "bench.encoders": {"engine", "settings", "worker_spec"},
     "examples": set(),
     "bench.engine": {"chat", "engine"},
