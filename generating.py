@@ -43,7 +43,7 @@ class Generation:
         self.has_answered = False
         self.n_crashes = 0
         self._owner = owner
-        self._n_open = request.n
+        self.n_open = request.n
         self._has_started = False
         self._messages: asyncio.Queue[wire.Started | wire.TokenOut | ServiceError] = asyncio.Queue()
 
@@ -89,8 +89,8 @@ class Generation:
             self._heard[message.index] = time.monotonic(), message.n_tokens
             n_new = message.n_tokens - n_before
             self._owner.observe_token(since, is_first=not n_before, n_tokens=n_new)
-            self._n_open -= message.done is not None
-            if self._n_open == 0:
+            self.n_open -= message.done is not None
+            if self.n_open == 0:
                 self._owner.drop(self)
             self._messages.put_nowait(message)
         elif isinstance(message, wire.Started) and not self._has_started:

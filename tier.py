@@ -640,7 +640,12 @@ class Tier:
         if any(generation.n_crashes for generation in self._running.values()):
             return None
         if self._suspects:
-            return None if self._running else self._suspects.popleft()
+            if self._running:
+                return None
+            # the least of them first: nobody waits for the longest
+            job = min(self._suspects, key=lambda job: job.n_open)
+            self._suspects.remove(job)
+            return job
         if self._waiting and len(self._running) < n_seats:
             return self._waiting.pop()
         if self._waiting and len(self._running) < 2 * n_seats and self._outranks_one():
