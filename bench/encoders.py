@@ -2,12 +2,14 @@
 
     python -m bench.encoders
     python -m bench.encoders models/multilingual-e5-small-F32.gguf --texts 64 --rounds 5
+    python -m bench.encoders --llama-server $(bench/peers/build_llama_server.sh)/llama-server
 
 1. Many texts of mixed lengths in one request: tokens/s beside the bare loop, which packs the same
    texts to the same budget and makes nothing of the rows.
 2. Single requests, all at once: the same.
 3. Dense, sparse and ColBERT vectors in one request, beside dense ones alone. The heads are made up,
    which costs what real ones cost.
+4. With --llama-server that server, on the same file and over HTTP, with 1 and 2.
 
 It starts a service of its own on a free port. All take turns in each round, forwards and backwards,
 with texts that no round had before; what counts is the median of the rounds' ratios.
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -112,8 +114,9 @@ class Service:
     """What a client of the embedding tier measures. It speaks plain sockets: an HTTP library takes
     as long for a request as the service does, on the same cores."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, **fields: Any) -> None:
         self._host, self._port = urlsplit(url).hostname, urlsplit(url).port
+        self._fields = fields
 
     async def bulk(self, texts: Sequence[str]) -> float:
         return await self._timed([list(texts)])
@@ -126,7 +129,7 @@ class Service:
 
     async def _timed(self, inputs: Sequence[list[str]], **fields: Any) -> float:
         """Until the last byte has come; what is in them is read afterwards."""
-        common = {"model": "embedding", "encoding_format": "base64", "truncate": "end"} | fields
+        common = {"model": "embedding", "encoding_format": "base64", **self._fields, **fields}
         bodies = [msgspec.json.encode({"input": texts} | common) for texts in inputs]
         started_at = time.perf_counter()
         replies = await asyncio.gather(*map(self._post, bodies))
@@ -175,6 +178,27 @@ def serving(model: Path, n_ctx: int, n_threads: int) -> Iterator[str]:
             process.wait()
 
 
+@contextmanager
+def llama_server(binary: Path, model: Path, n_ctx: int, n_threads: int) -> Iterator[str]:
+    """The URL of llama.cpp's own server with this model, eight texts at once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    numbers = {"-c": 8 * n_ctx, "-np": 8, "-b": BATCH_TOKENS, "-ub": BATCH_TOKENS, "-t": n_threads}
+    options = [text for name, number in numbers.items() for text in (name, str(number))]
+    process = subprocess.Popen(
+        [binary, "-m", model, "--embeddings", "--port", str(port), *options],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_it_answers(url, process)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def write_heads(folder: Path, n_embd: int) -> Path:
     dice = np.random.RandomState(0)
     shapes = {
@@ -198,15 +222,18 @@ def _wait_until_it_answers(url: str, process: "subprocess.Popen[bytes]") -> None
             continue
         if reply.status_code == 200:
             return
+        if reply.status_code == 503:  # it loads
+            time.sleep(0.1)
+            continue
         raise SystemExit(f"no measurement: HTTP {reply.status_code}: {reply.text[:300]}")
     raise SystemExit("no measurement: the service did not start")
 
 
 async def measure(
-    url: str, bare: Bare, *, n_texts: int, n_singles: int, rounds: int
+    url: str, bare: Bare, *, n_texts: int, n_singles: int, rounds: int, peer: str | None = None
 ) -> dict[str, list[float]]:
     """Tokens/s by turn, a number a round."""
-    service = Service(url)
+    service = Service(url, truncate="end")
     turns: dict[str, tuple[Turn, int]] = {
         "bulk": (service.bulk, n_texts),
         "bulk, bare": (bare.run, n_texts),
@@ -214,6 +241,9 @@ async def measure(
         "singles": (service.singles, n_singles),
         "singles, bare": (bare.run, n_singles),
     }
+    if peer is not None:
+        turns["bulk, llama-server"] = Service(peer).bulk, n_texts
+        turns["singles, llama-server"] = Service(peer).singles, n_singles
     for turn, _ in turns.values():
         await turn(mixed_texts("warm-up", 4))
     speeds: dict[str, list[float]] = {name: [] for name in turns}
@@ -231,11 +261,15 @@ COMPARED = (
     ("one request / bare loop", "bulk", "bulk, bare"),
     ("single requests / bare loop", "singles", "singles, bare"),
     ("dense + sparse + colbert / dense", "triple", "bulk"),
+    ("one request / llama-server", "bulk", "bulk, llama-server"),
+    ("single requests / llama-server", "singles", "singles, llama-server"),
 )
 
 
 def report(speeds: dict[str, list[float]]) -> Iterator[str]:
     for what, ours, others in COMPARED:
+        if others not in speeds:
+            continue
         pairs = list(zip(speeds[ours], speeds[others], strict=True))
         ratios = sorted(a / b for a, b in pairs)
         yield (
@@ -253,17 +287,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rounds", type=int, default=3, metavar="N")
     add("--n-ctx", type=int, default=512, metavar="N")
     add("--threads", type=int, default=default_n_threads(), metavar="N")
+    add("--llama-server", type=Path, metavar="FILE", help="the binary")
     options = parser.parse_args(argv)
     # idle threads of one side that spin would take the cores from the other; as workers have it
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     n_ctx = min(options.n_ctx, read_model_file(options.model).n_ctx_train)
-    with serving(options.model, n_ctx, options.threads) as url:
+    with ExitStack() as stack:
+        url = stack.enter_context(serving(options.model, n_ctx, options.threads))
+        peer = None
+        if options.llama_server is not None:
+            peer = stack.enter_context(
+                llama_server(options.llama_server, options.model, n_ctx, options.threads)
+            )
         bare = Bare(options.model, n_ctx, options.threads)
         try:
             speeds = asyncio.run(
                 measure(
                     url, bare, n_texts=options.texts, n_singles=options.singles,
-                    rounds=options.rounds,
+                    rounds=options.rounds, peer=peer,
                 )
             )  # fmt: skip
         finally:
