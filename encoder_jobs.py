@@ -48,6 +48,7 @@ class Job(ABC):
         self.texts: list[Text] = []
         self.n_texts = n_texts
         self.n_left = n_texts  # that are not computed
+        self.copies: dict[int, list[int]] = {}  # texts with the same ids as one before them
         self._tier = tier
 
     @abstractmethod
@@ -195,6 +196,7 @@ class SimilarityJob(ScoreJob):
         self.outputs = reranker.outputs(self._method)
         self._embedder = reranker.embedder
         self._queries: dict[int, tuple[Text, Embedded | ServiceError]] = {}
+        self._counted: set[int] = set()  # queries whose tokens were told
         self._pairs: dict[int, list[tuple[int, int]]] = {}  # by document: query, index
         for index, (query, document) in enumerate(request.pairs):
             self._pairs.setdefault(document, []).append((query, index))
@@ -223,9 +225,13 @@ class SimilarityJob(ScoreJob):
             self._queries[self._query_at[index]] = text, result
             return []
         items: list[Item] = []
-        for query, pair in self._pairs[self._document_at[index - len(self._query_at)]]:
+        pairs = self._pairs[self._document_at[index - len(self._query_at)]]
+        for n, (query, pair) in enumerate(pairs):
             of_query, ours = self._queries[query]
-            n_tokens = len(of_query.ids) + len(text.ids)
+            n_tokens = 0 if n else len(text.ids)  # each text counts once
+            if query not in self._counted:
+                self._counted.add(query)
+                n_tokens += len(of_query.ids)
             n_cut = of_query.n_cut + text.n_cut
             fault = next((r for r in (ours, result) if isinstance(r, ServiceError)), None)
             score = 0.0
@@ -299,7 +305,7 @@ class EncoderJobs:
                 try:
                     if len(job.texts) < job.n_texts:
                         job.texts.append(job.tokenize(len(job.texts)))
-                        n_tokens += len(job.texts[-1].ids)
+                        n_tokens += len(job.texts[-1].ids) + job.texts[-1].n_cut
                 except Exception as error:
                     self.cancel(job.id)
                     messages.append(failure(job.id, error))
@@ -310,10 +316,15 @@ class EncoderJobs:
         return messages
 
     def _plan(self, job: Job) -> None:
+        """Equal texts are computed once: in different company their numbers would differ."""
         start = 0
         for size in job.windows:
-            texts = [(i, len(job.texts[i].ids)) for i in range(start, start + size)]
-            self._batcher.add(job.id, texts)
+            firsts: dict[bytes, int] = {}
+            for index in range(start, start + size):
+                first = firsts.setdefault(job.texts[index].ids.tobytes(), index)
+                if first != index:
+                    job.copies.setdefault(first, []).append(index)
+            self._batcher.add(job.id, [(i, len(job.texts[i].ids)) for i in firsts.values()])
             start += size
 
     def compute(self, go_on: Callable[[], bool]) -> list[wire.Message]:
@@ -329,9 +340,11 @@ class EncoderJobs:
             job = self._jobs.get(job_id)
             if job is None:  # everybody has left
                 continue
-            job.n_left -= 1
+            alike = [index, *job.copies.get(index, ())]
+            job.n_left -= len(alike)
             try:
-                items.setdefault(job_id, []).extend(job.take(index, result))
+                for at in alike:
+                    items.setdefault(job_id, []).extend(job.take(at, result))
             except Exception as error:
                 self.cancel(job_id)
                 del items[job_id]
@@ -346,7 +359,7 @@ class EncoderJobs:
         return messages
 
     def _results(
-        self, batch: list[tuple[int, int]], go_on: Callable[[], bool]
+        self, batch: list[tuple[int, int]], go_on: Callable[[], bool], *, is_again: bool = False
     ) -> Sequence[Result | ServiceError]:
         if not batch:
             return []
@@ -358,7 +371,7 @@ class EncoderJobs:
         except ServiceError as error:  # it says what is wrong, and the encoder is fine
             return [error] if len(batch) == 1 else self._alone(batch, go_on)
         except Exception:
-            self._n_failures += 1
+            self._n_failures += not is_again
             if self._n_failures >= MAX_FAILURES:
                 raise
             logger.exception("A batch of %d texts failed", len(batch))
@@ -382,7 +395,7 @@ class EncoderJobs:
         results: list[Result | ServiceError] = []
         for text in batch:
             if text[0] in self._jobs:
-                results += self._results([text], go_on)
+                results += self._results([text], go_on, is_again=True)
             else:  # nobody will look at it
                 results.append(_unsound())
         return results

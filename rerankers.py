@@ -171,7 +171,12 @@ class EmbeddingReranker(Reranker):
 def _dot(query: Floats | None, document: Floats | None) -> float:
     assert query is not None
     assert document is not None
-    return float(query @ document)
+    return _similarity(float(query @ document))
+
+
+def _similarity(score: float) -> float:
+    """Of vectors of length 1, without what rounding has added."""
+    return max(-1.0, min(score, 1.0))
 
 
 def sparse_score(query: tuple[Ids, Floats] | None, document: tuple[Ids, Floats] | None) -> float:
@@ -188,4 +193,4 @@ def max_sim(query: Floats | None, document: Floats | None) -> float:
     assert document is not None
     if not len(query) or not len(document):
         return 0.0
-    return float((query @ document.T).max(axis=1).mean())
+    return _similarity(float((query @ document.T).max(axis=1).mean()))

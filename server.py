@@ -44,6 +44,7 @@ EXPOSED_HEADERS = [
     "Request-Id",
     "X-Ignored-Params",
     "X-Seed",
+    "X-Truncated-Inputs",
     "X-Truncated-Messages",
     "X-Queue-Position",
     "X-Queue-Time-Ms",

@@ -15,6 +15,7 @@ from api.errors import client_names
 from api.generation import new_id
 from api.keep_alive import KeepAlive
 from api.sampling import Switch, WholeText, ignored_params
+from api.vectors import truncated_header
 from engine import wire
 from engine.types import Method, Scale, Truncate
 from errors import BadRequest
@@ -75,6 +76,12 @@ class RerankRequest(ScoringFields):
     return_documents: Switch = False
     return_text: Switch = False  # TEI's
 
+    def read_truncate(self) -> Truncate:
+        """TEI cuts only where that is asked for."""
+        if self.texts is not None and self.truncate is None:
+            return "none"
+        return super().read_truncate()
+
     def read_documents(self) -> list[str]:
         """Raises BadRequest."""
         if self.documents is not None and self.texts is not None:
@@ -102,6 +109,7 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
     best = sorted(scores.items, key=lambda item: (-item.score, item.index))[: body.top_n]
     wants_text = body.return_documents or body.return_text
     if body.texts is not None:
+        headers |= truncated_header((item.index, item.n_cut) for item in scores.items)
         reply: Any = [
             {"index": item.index, "score": scores.shown(item)}
             | ({"text": documents[item.index]} if wants_text else {})
@@ -141,8 +149,13 @@ class ScoreRequest(ScoringFields):
 
     def read_pairs(self) -> tuple[list[str], list[str], list[tuple[int, int]]]:
         """Texts on both sides, and which of them are scored. Raises BadRequest."""
-        if self.text_1 is not None and self.queries is not None:
-            raise BadRequest("Send `text_1` or `queries`, not both.", param="queries")
+        if self.text_1 is not None or self.text_2 is not None:
+            extra = "queries" if self.queries is not None else "documents"
+            if getattr(self, extra) is not None:
+                raise BadRequest(
+                    "Send `text_1` and `text_2`, or `queries` and `documents`, not both.",
+                    param=extra,
+                )
         for first, second in (("text_1", "text_2"), ("queries", "documents")):
             left, right = getattr(self, first), getattr(self, second)
             if left is None and right is None:

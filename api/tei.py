@@ -14,7 +14,7 @@ from api.deps import ServicesDep, while_connected
 from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of
 from api.errors import client_names
 from api.sampling import Switch, ignored_params
-from api.vectors import shortened, sparse
+from api.vectors import shortened, sparse, truncated_header
 from engine import wire
 from engine.types import Output, Truncate
 from errors import UnsupportedParameter
@@ -57,6 +57,7 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
         return msgspec.json.encode([shortened(row, dimensions).tolist() for row in dense])
 
     packed = await asyncio.to_thread(content)
+    headers |= truncated_header((vector.index, vector.n_cut) for vector in vectors)
     return Response(packed, media_type="application/json", headers=headers)
 
 
@@ -71,6 +72,7 @@ async def embed_sparse(body: SparseRequest, request: Request, services: Services
         return msgspec.json.encode([[{"index": i, "value": w} for i, w in of] for of in pairs])
 
     packed = await asyncio.to_thread(content)
+    headers |= truncated_header((vector.index, vector.n_cut) for vector in vectors)
     return Response(packed, media_type="application/json", headers=headers)
 
 

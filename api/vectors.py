@@ -1,6 +1,7 @@
 """How vectors look in a reply: lists of numbers, or base64 of little-endian floats."""
 
 import base64
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,3 +70,9 @@ def shortened(dense: Floats, n: int | None) -> Floats:
 
 def _base64(array: npt.NDArray[Any]) -> str:
     return base64.b64encode(array.tobytes()).decode()
+
+
+def truncated_header(cut: Iterable[tuple[int, int]]) -> dict[str, str]:
+    """Where a body has no place for it: which inputs were cut, and by how many tokens."""
+    named = [f"{index}={n_cut}" for index, n_cut in cut if n_cut]
+    return {"X-Truncated-Inputs": ",".join(named)} if named else {}

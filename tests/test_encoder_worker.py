@@ -313,10 +313,17 @@ def test_what_is_no_number_is_computed_once_alone_and_then_an_error(
 def test_an_encoder_that_always_fails_ends_the_worker(serve: Serve) -> None:
     served = serve({"match": "", "fault": "step"})
     served.ready()
-    served.send(embed(*["a"] * 2 * MAX_FAILURES))
-    while served.read() is not None:
-        pass
+    for n in range(MAX_FAILURES):
+        served.send(embed("a", job=n + 1))
+        served.read()
     assert served.ended() == worker.EXIT_ENGINE_FAILED
+
+
+def test_many_bad_texts_of_one_request_do_not_end_the_worker(serve: Serve) -> None:
+    served = serve({"match": "bad", "fault": "step"})
+    served.ready()
+    found = vectors(served, embed(*(f"bad {n}" for n in range(2 * MAX_FAILURES)), "good"))
+    assert [item.fault is None for item in found] == [False] * 2 * MAX_FAILURES + [True]
 
 
 # cancelling, pings, the end

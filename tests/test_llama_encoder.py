@@ -514,9 +514,26 @@ def test_one_worker_embeds_and_scores(models: Path) -> None:
                 np.frombuffer(item.colbert or b"", "<f4").reshape(-1, 64),
             )
 
+        n_tokens = first.n_tokens + sum(item.n_tokens for item in others)
+        assert sum(score.n_tokens for score in scored) == n_tokens, "each text counts once"
         for item, score in zip(others, scored, strict=True):
             wanted = EmbeddingReranker.score(read(first), read(item), "hybrid", (1, 0.5, 2))
             assert score.score == pytest.approx(wanted, abs=5e-3)
-            assert score.n_tokens == first.n_tokens + item.n_tokens
 
     run(test, embedding=TierSettings(model_path=path, n_threads=1))
+
+
+def test_equal_documents_have_the_very_same_score_in_whatever_company(models: Path) -> None:
+    documents = [TEXTS[n % 7] if n % 2 else "the same" for n in range(40)]
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["embedding"]
+        pairs = [(0, i) for i in range(len(documents))]
+        with tier.score(wire.Score(["what?"], documents, pairs, "dense")) as scoring:
+            scored = await scoring.all()
+        for n in range(40):
+            alike = {scored[m].score for m in range(40) if documents[m] == documents[n]}
+            assert len(alike) == 1
+
+    path = str(models / "embedder-F32.gguf")
+    run(test, embedding=TierSettings(model_path=path, n_threads=1, batch_tokens=64))

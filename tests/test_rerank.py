@@ -400,3 +400,27 @@ def test_a_poison_document_is_its_own_requests_error(service: Service) -> None:
     assert (error["code"], error["index"]) == ("internal_error", 1)
     assert len(answer(replies[0])["results"]) == 200
     assert fault(service.rerank("poison", ["fine"], method="dense"), 500)["index"] == 0
+
+
+def test_tei_cuts_only_where_it_is_asked_to_and_says_so(
+    service: Service, stand_in: Service
+) -> None:
+    long = "word " * 1000
+    reply = service.http.post("/rerank", json={"query": "q", "texts": [long, "a"]})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    body = {"query": "q", "texts": ["a", long], "truncate": True}
+    reply = service.http.post("/rerank", json=body)
+    assert reply.status_code == 200
+    index, _, n_cut = reply.headers["x-truncated-inputs"].partition("=")
+    assert (index, int(n_cut) > 100) == ("1", True)
+    reply = stand_in.http.post("/embed", json={"inputs": ["a", long], "truncate": True})
+    assert reply.headers["x-truncated-inputs"].startswith("1=")
+    assert "x-truncated-inputs" not in stand_in.http.post("/embed", json={"inputs": "a"}).headers
+
+
+@pytest.mark.parametrize("extra", ["queries", "documents"])
+def test_two_forms_of_pairs_are_not_mixed(service: Service, extra: str) -> None:
+    body = {"model": "reranker", "text_1": "a", "text_2": "b", extra: ["c"]}
+    reply = service.http.post("/v1/score", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, extra)

@@ -125,6 +125,11 @@ class LlamaEncoder:
             template = lib.llama_model_chat_template(self._model, b"rerank")
             if template and b"{query}" in template and b"{document}" in template:
                 self.template = template.decode(errors="replace")
+            elif facts.architecture in _PROBABILITIES:
+                raise ModelLoadFailed(
+                    f"{name_of(spec)} has no prompt for pairs (tokenizer.chat_template.rerank), "
+                    "without which its scores mean nothing; take another conversion of the model."
+                )
         self._n_outputs = 0  # tokens for which llama.cpp holds room for outputs
         n = self.n_tokens
         self._token, self._pos, self._sequence = (np.zeros(n, np.int32) for _ in range(3))
