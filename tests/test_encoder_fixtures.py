@@ -16,7 +16,7 @@ pytestmark = pytest.mark.real
 
 
 # Largest differences allowed: hidden rows, dense (1 - cosine), sparse, MaxSim, logits. About three
-# times what was measured on AVX-512 and AVX2; with flash attention llama.cpp computes F32 in halves.
+# times what was measured (AVX-512, AVX2). With flash attention llama.cpp computes F32 in halves.
 TOLERANCES: dict[tuple[FileType, int], tuple[float, ...]] = {
     ("F32", FLASH_OFF): (1e-3, 1e-8, 5e-5, 5e-5, 1e-3),
     ("F32", FLASH_ON): (5e-3, 1e-6, 1e-3, 7e-4, 1e-2),

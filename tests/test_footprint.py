@@ -1,0 +1,57 @@
+"""What a worker will take of the memory, beside what it takes."""
+
+from pathlib import Path
+
+import pytest
+
+from engine import wire
+from engine.client import launch_process
+from footprint import estimate
+from model_manager import ModelManager
+from settings import Settings, TierSettings
+from tests.test_model_manager import ask, run
+
+pytestmark = pytest.mark.real
+
+
+def of(model_path: Path | str, **values: object) -> TierSettings:
+    return TierSettings(model_path=str(model_path), n_threads=1, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kv_tokens", "n_batch"), [(1024, 512), (8192, 128)])
+def test_a_chat_model_takes_what_was_estimated(smollm2: Path, kv_tokens: int, n_batch: int) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        assert await ask(tier)
+        measured = tier.memory_bytes
+        assert measured is not None
+        assert tier.footprint().loaded == pytest.approx(measured, rel=0.15)
+        occupant = tier.occupant()
+        assert occupant is not None
+        assert occupant.n_bytes == tier.footprint().most
+
+    light = of(smollm2, kv_tokens=kv_tokens, n_ctx=1024, n_batch=n_batch, max_tokens=4)
+    run(test, launch_process, light=light)
+
+
+def test_an_embedding_model_takes_what_was_estimated(e5: Path) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["embedding"]
+        with tier.embed(wire.Embed(["word " * 600] * 3, ["dense"], "end")) as encoding:
+            await encoding.all()
+        measured = tier.memory_bytes
+        assert measured is not None
+        assert tier.footprint().loaded == pytest.approx(measured, rel=0.15)
+
+    run(test, launch_process, embedding=of(Settings.load(None).tiers["embedding"].path))
+
+
+def test_what_is_set_aside_is_all_that_it_may_take() -> None:
+    spec = wire.WorkerSpec(
+        name="light", backend="fake", model_path="", n_ctx=16, n_parallel=1, kv_tokens=16,
+        n_batch=16, n_threads=1, n_gpu_layers=0, prefix_cache_bytes=1 << 20,
+    )  # fmt: skip
+    from engine.backends.fake import model_file
+
+    footprint = estimate(spec, model_file("", "chat"))
+    assert footprint.most == footprint.loaded == footprint.process
