@@ -5,6 +5,7 @@
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -244,7 +245,9 @@ def main() -> None:
         ws="none",
         timeout_graceful_shutdown=int(server.shutdown_grace_s) + 2,
     )
-    with suppress(KeyboardInterrupt):  # uvicorn raises it again once everything has ended
+    # uvicorn sends itself the signal again once everything has ended: that is a good end
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with suppress(KeyboardInterrupt):
         Server(config, app.state.services).run()
 
 

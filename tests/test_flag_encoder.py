@@ -24,6 +24,7 @@ from engine.backends.flag_encoder import groups
 from engine.client import launch_process
 from engine.model_folder import pooling_in, read_model_folder
 from errors import ModelLoadFailed
+from metrics import Metrics
 from rerankers import BGEReranker, max_sim
 from room import Room
 from settings import ServerSettings, TierName, TierSettings
@@ -129,7 +130,8 @@ def test_the_pooling_is_sentence_transformers(kind: str, tmp_path: Path) -> None
 def tier_of(name: TierName, path: Path) -> Tier:
     settings = TierSettings(model_path=str(path), backend="flag")
     server = ServerSettings()
-    return Tier(name, settings, server, room=Room(1 << 40, patience_s=1), launch=launch_process)
+    room = Room(1 << 40, patience_s=1)
+    return Tier(name, settings, server, room=room, metrics=Metrics(), launch=launch_process)
 
 
 def test_a_tier_knows_its_directory_before_it_is_loaded(tmp_path: Path) -> None:
