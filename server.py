@@ -127,6 +127,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            for listener in self.servers[0].sockets:
+                descriptors.lengthen_queue(listener.fileno())
             port = self.servers[0].sockets[0].getsockname()[1]
             print(banner(self._services, self.config.host, port), flush=True)
 
@@ -194,6 +196,7 @@ def main() -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        backlog=1,  # of the event loop; the kernel's is longer
         http=Connection,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",

@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 
 RESERVED = 100  # for files, workers, and connections that are about to be refused
 RETRY_S = 1
+N_WAITING = 2048  # connections that the kernel keeps until they are accepted
 
 
 def room_for(n_connections: int) -> int:
@@ -39,11 +40,21 @@ def room_for(n_connections: int) -> int:
     return room
 
 
-class Spare:
-    """A descriptor that is given up to close the connections that wait when there is no other.
+def lengthen_queue(listener: int) -> None:
+    """Let more connections wait at a listening socket than its event loop has been told of.
 
-    libuv (uvloop) does so by itself. asyncio's own loop, up to Python 3.13 at least, tries again
-    for each place of its backlog, logs each, and makes of each a timer that does the same.
+    asyncio's own loop, up to Python 3.13 at least, accepts as many at a time as its `backlog` says.
+    Without a descriptor it goes on through all of them, and makes a timer for each try that does
+    the same a second later; so it is started with a backlog of 1.
+    """
+    door = socket.socket(fileno=listener)
+    door.listen(N_WAITING)
+    door.detach()
+
+
+class Spare:
+    """A descriptor that is given up to close the connections that wait when there is no other, so
+    that their clients learn of it. libuv (uvloop) does so by itself.
     """
 
     def __enter__(self) -> None:
@@ -75,14 +86,14 @@ class Spare:
         elif self._descriptor is not None:
             self._give()
             self._turn_away(context["socket"].fileno())
-            # not before the loop has seen that nobody waits: without a free descriptor it cannot
+            # not at once: without a free descriptor the loop cannot see that nobody waits
             loop.call_soon(self._take)
 
     def _turn_away(self, listener: int) -> None:
         n_closed = 0
         door = socket.socket(fileno=listener)
         with contextlib.suppress(OSError):  # nobody waits any more, or another took the descriptor
-            while True:
+            while n_closed < N_WAITING:
                 door.accept()[0].close()
                 n_closed += 1
         door.detach()
