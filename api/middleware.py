@@ -17,13 +17,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.deps import tier_of_request
 from api.errors import CLIENT_LEFT, as_service_error, response
-from errors import BadRequest, BodyTooLarge, Forbidden, InvalidApiKey, RequestTimeout, ServiceError
+from errors import (
+    BadRequest,
+    BodyTooLarge,
+    Forbidden,
+    HeadTooLarge,
+    InvalidApiKey,
+    RequestTimeout,
+    ServiceError,
+    UrlTooLong,
+)
 from metrics import Metrics
 from settings import LOCAL_ORIGINS, ServerSettings
 
 logger = logging.getLogger("quintet.access")
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+MAX_URL_BYTES = 8 << 10
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 64 << 10  # of all; cookies of everything that runs on localhost come along
 _HOST = re.compile(r"(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<name>[\w.-]+))(:\d*)?", re.ASCII | re.I)
 PUBLIC_PATHS = ("/health", "/ready")  # without a key, so that a supervisor can ask
 READING = ("GET", "HEAD", "OPTIONS")  # methods that neither run a model nor change anything
@@ -60,7 +72,7 @@ class HttpMiddleware:
 
 class RequestLog(HttpMiddleware):
     """Gives each request an id, in the client's words where it sent one, a line in the log, and
-    counts it."""
+    counts it; and each reply what all have."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         super().__init__(app)
@@ -81,6 +93,8 @@ class RequestLog(HttpMiddleware):
                 headers["X-Request-Id"] = headers["Request-Id"] = (
                     request_id  # OpenAI's, Anthropic's
                 )
+                # browsers are not to take JSON for a page or a script; nothing here is HTML
+                headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
         try:
@@ -131,9 +145,9 @@ class Faults(HttpMiddleware):
 
 
 class Gate(HttpMiddleware):
-    """Refuses before any work is done: strangers, rebound hosts, web pages from elsewhere, bodies
-    that are too large. Says in the scope whose request it is: `key_id`, which is None without a
-    key, and `is_admin`."""
+    """Refuses before any work is done: strangers, rebound hosts, web pages from elsewhere, heads
+    and bodies that are too large, bodies that do not come. Says in the scope whose request it is:
+    `key_id`, which is None without a key, and `is_admin`."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         super().__init__(app)
@@ -150,6 +164,7 @@ class Gate(HttpMiddleware):
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         try:
+            _check_head(scope)
             self._check_host(headers.getlist("host"))
             self._check_network(scope.get("server"))
             key = self._key(headers)
@@ -216,18 +231,27 @@ class Gate(HttpMiddleware):
 
     def _limited(self, receive: Receive) -> Receive:
         n_bytes = 0
+        is_whole = False
         ends_at = time.monotonic() + self._settings.request_timeout_s
 
         async def limited() -> Message:
-            nonlocal n_bytes
+            nonlocal n_bytes, is_whole
+            timeout_s = max(ends_at - time.monotonic(), 0)
+            if not is_whole:  # after it the next thing is that the client leaves
+                timeout_s = min(timeout_s, self._settings.receive_timeout_s)
             try:
-                message = await asyncio.wait_for(receive(), max(ends_at - time.monotonic(), 0))
-            except asyncio.TimeoutError:
+                message = await asyncio.wait_for(receive(), timeout_s)
+            except asyncio.TimeoutError:  # another class than the built-in one in Python 3.10
+                if time.monotonic() < ends_at:
+                    raise HTTPException(
+                        408, f"Nothing of the body came for {timeout_s:g} s (RECEIVE_TIMEOUT_S)."
+                    ) from None
                 seconds = self._settings.request_timeout_s
                 raise RequestTimeout(
                     f"The request has taken {seconds:g} s, and may take no more "
                     "(REQUEST_TIMEOUT_S)."
                 ) from None
+            is_whole = not message.get("more_body", False)
             n_bytes += len(message.get("body", b""))
             if n_bytes > self._settings.max_body_bytes:
                 raise HTTPException(413, self._too_large())  # FastAPI lets only this kind through
@@ -240,6 +264,16 @@ def _client(scope: Scope) -> str:
     """The client's address. It may come from a proxy's header, where anything can stand."""
     address = scope["client"][0].partition("%")[0] if scope.get("client") else ""
     return address if _is_address(address) else "-"
+
+
+def _check_head(scope: Scope) -> None:
+    """Connection bounds what it keeps of a head; this is the same for whole heads on any server."""
+    if len(scope.get("raw_path", b"")) + len(scope.get("query_string", b"")) > MAX_URL_BYTES:
+        raise UrlTooLong(f"The URL is over {MAX_URL_BYTES:,} bytes.")
+    if len(scope["headers"]) > MAX_HEADERS:
+        raise HeadTooLarge(f"The request has over {MAX_HEADERS} headers.")
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        raise HeadTooLarge(f"The headers are over {MAX_HEADER_BYTES:,} bytes.")
 
 
 def is_loopback(host: str) -> bool:
