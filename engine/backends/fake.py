@@ -185,7 +185,7 @@ class FakeDecoder:
         return np.array(self.tokens(slot)[start:end], np.int32)
 
     def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
-        if self._n_used() + len(saved) > self._n_cells:
+        if not self._has_room(len(saved)):
             raise ValueError("there is no room for what was saved")
         self.cells[slot] += [[int(token)] for token in saved[: end - start]]
         return True
@@ -196,14 +196,17 @@ class FakeDecoder:
     def tokens(self, slot: int) -> list[int]:
         return [token for (token,) in self.cells[slot]]
 
-    def _n_used(self) -> int:
-        return len({id(cell) for cells in self.cells for cell in cells})
+    def _has_room(self, n_tokens: int) -> bool:
+        if sum(map(len, self.cells)) + n_tokens <= self._n_cells:  # shared ones count too often
+            return True
+        n_used = len({id(cell) for cells in self.cells for cell in cells})
+        return n_used + n_tokens <= self._n_cells
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> SamplingParams:
         return sampling
 
     def decode(self, batch: Batch) -> None:
-        if self._n_used() + batch.n_tokens > self._n_cells:
+        if not self._has_room(batch.n_tokens):
             raise CacheFull
         for chunk in batch.chunks:
             self._maybe_fault(chunk)
