@@ -10,6 +10,10 @@ ServiceError
 ├── RouteNotFound                  no such path
 ├── MethodNotAllowed               the path exists, the method does not
 ├── BodyTooLarge                   more than MAX_BODY_BYTES
+├── BodyTooSlow                    no piece of it within RECEIVE_TIMEOUT_S
+├── UrlTooLong                     path and query
+├── HeadTooLarge                   too many headers, or too long ones
+├── TooManyConnections             more than MAX_CONNECTIONS
 ├── QueueFull                      the tier has as many waiting requests as it takes
 ├── TierUnavailable                the tier cannot serve right now, a later try may succeed
 ├── ModelLoadFailed                the model cannot be loaded; trying again at once will not help
@@ -97,6 +101,32 @@ class BodyTooLarge(ServiceError):
     status = 413
     type = "invalid_request_error"
     code = "body_too_large"
+
+
+class BodyTooSlow(ServiceError):
+    status = 408
+    type = "invalid_request_error"
+    code = "body_too_slow"
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | {"Connection": "close"}  # the rest of the body may still come
+
+
+class UrlTooLong(ServiceError):
+    status = 414
+    type = "invalid_request_error"
+    code = "url_too_long"
+
+
+class HeadTooLarge(ServiceError):
+    status = 431
+    type = "invalid_request_error"
+    code = "head_too_large"
+
+
+class TooManyConnections(ServiceError):
+    status = 503
+    code = "too_many_connections"
 
 
 class QueueFull(ServiceError):

@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from api import (
     chat,
     completions,
+    descriptors,
     embeddings,
     errors,
     messages,
@@ -28,8 +29,9 @@ from api import (
     tei,
     tokens,
 )
+from api.connections import Connection
 from api.deps import Services
-from api.middleware import Faults, Gate, RequestLog, is_loopback
+from api.middleware import MAX_HEADER_BYTES, Faults, Gate, RequestLog, is_loopback
 from engine.client import Launcher, launch_process
 from errors import ModelLoadFailed
 from model_manager import ModelManager, Tier
@@ -54,9 +56,11 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
     manager = ModelManager(settings, launch=launch)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerSettings]]:
+        room = {"max_connections": descriptors.room_for(settings.server.max_connections)}
         async with manager:
-            yield
+            with descriptors.Spare():
+                yield {"settings": settings.server.model_copy(update=room)}  # for Connection
 
     app = FastAPI(
         title="Quintet",
@@ -123,6 +127,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            for listener in self.servers[0].sockets:
+                descriptors.lengthen_queue(listener.fileno())
             port = self.servers[0].sockets[0].getsockname()[1]
             print(banner(self._services, self.config.host, port), flush=True)
 
@@ -190,6 +196,9 @@ def main() -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        backlog=1,  # of the event loop; the kernel's is longer
+        http=Connection,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",
         timeout_graceful_shutdown=int(server.shutdown_grace_s) + 2,
     )

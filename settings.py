@@ -139,6 +139,9 @@ class ServerSettings(BaseSettings):
     reasoning_field: ReasoningField = "reasoning_content"  # none: it stays in the text
     strict_params: bool = False  # unknown fields are errors
     max_body_bytes: int = Field(32 << 20, ge=1024)
+    max_connections: int = Field(1000, ge=1)
+    receive_timeout_s: float = Field(30, gt=0)  # for a head, and between pieces of a body
+    send_timeout_s: float = Field(60, gt=0)  # in which a client reads nothing
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     shutdown_grace_s: float = Field(10, ge=0)  # for streams to finish
     worker_timeout_s: float = Field(120, gt=0)  # a step that takes longer hangs

@@ -17,6 +17,7 @@ from api.deps import ClientLeft
 from errors import (
     BadRequest,
     BodyTooLarge,
+    BodyTooSlow,
     InternalError,
     MethodNotAllowed,
     RouteNotFound,
@@ -140,6 +141,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     by_status: dict[int, ServiceError] = {
         404: RouteNotFound(f"There is no {where} here."),
         405: MethodNotAllowed(f"{where} is not possible."),
+        408: BodyTooSlow(str(error.detail)),
         413: BodyTooLarge(str(error.detail)),
     }
     fault = by_status.get(error.status_code, BadRequest(str(error.detail)))

@@ -1,5 +1,6 @@
 """What stands before every route, as plain ASGI: request ids, access log, keys and limits."""
 
+import asyncio
 import hmac
 import ipaddress
 import logging
@@ -13,12 +14,22 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import as_service_error, response
-from errors import BodyTooLarge, Forbidden, InvalidApiKey, ServiceError
+from errors import (
+    BodyTooLarge,
+    Forbidden,
+    HeadTooLarge,
+    InvalidApiKey,
+    ServiceError,
+    UrlTooLong,
+)
 from settings import ServerSettings
 
 logger = logging.getLogger("quintet.access")
 
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+MAX_URL_BYTES = 8 << 10
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 64 << 10  # of all; cookies of everything that runs on localhost come along
 PUBLIC_PATHS = ("/health",)  # without a key, so that a supervisor can ask
 
 
@@ -37,7 +48,8 @@ class HttpMiddleware:
 
 
 class RequestLog(HttpMiddleware):
-    """Gives each request an id, in the client's words where it sent one, and a line in the log."""
+    """Gives each request an id, in the client's words where it sent one, and a line in the log; and
+    each reply what all have."""
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id", "")
@@ -54,6 +66,8 @@ class RequestLog(HttpMiddleware):
                 headers["X-Request-Id"] = headers["Request-Id"] = (
                     request_id  # OpenAI's, Anthropic's
                 )
+                # browsers are not to take JSON for a page or a script; nothing here is HTML
+                headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
         try:
@@ -93,7 +107,8 @@ class Faults(HttpMiddleware):
 
 
 class Gate(HttpMiddleware):
-    """Refuses before any work is done: strangers, rebound hosts, bodies that are too large."""
+    """Refuses before any work is done: strangers, rebound hosts, heads and bodies that are too
+    large, bodies that do not come."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         super().__init__(app)
@@ -105,6 +120,7 @@ class Gate(HttpMiddleware):
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         try:
+            _check_head(scope)
             self._check_host(headers.get("host", ""))
             self._check_network(scope.get("server"))
             if scope["path"] not in PUBLIC_PATHS:
@@ -155,16 +171,36 @@ class Gate(HttpMiddleware):
 
     def _limited(self, receive: Receive) -> Receive:
         n_bytes = 0
+        is_whole = False
 
         async def limited() -> Message:
-            nonlocal n_bytes
-            message = await receive()
+            nonlocal n_bytes, is_whole
+            if is_whole:  # the next thing is that the client leaves, for which it may take its time
+                return await receive()
+            timeout_s = self._settings.receive_timeout_s
+            try:
+                message = await asyncio.wait_for(receive(), timeout_s)
+            except asyncio.TimeoutError:  # another class than the built-in one in Python 3.10
+                raise HTTPException(
+                    408, f"Nothing of the body came for {timeout_s:g} s (RECEIVE_TIMEOUT_S)."
+                ) from None
+            is_whole = not message.get("more_body", False)
             n_bytes += len(message.get("body", b""))
             if n_bytes > self._settings.max_body_bytes:
                 raise HTTPException(413, self._too_large())  # FastAPI lets only this kind through
             return message
 
         return limited
+
+
+def _check_head(scope: Scope) -> None:
+    """Connection bounds what it keeps of a head; this is the same for whole heads on any server."""
+    if len(scope.get("raw_path", b"")) + len(scope.get("query_string", b"")) > MAX_URL_BYTES:
+        raise UrlTooLong(f"The URL is over {MAX_URL_BYTES:,} bytes.")
+    if len(scope["headers"]) > MAX_HEADERS:
+        raise HeadTooLarge(f"The request has over {MAX_HEADERS} headers.")
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        raise HeadTooLarge(f"The headers are over {MAX_HEADER_BYTES:,} bytes.")
 
 
 def is_loopback(host: str) -> bool:

@@ -16,6 +16,7 @@ import httpx
 import uvicorn
 
 import worker
+from api.connections import Connection
 from engine.client import Handle, Launcher
 from model_manager import ModelManager
 from server import create_app
@@ -117,11 +118,17 @@ def settings(server: dict[str, Any] | None = None, **tiers: TierSettings) -> Set
 
 
 @contextmanager
-def serving(of: Settings | None = None, *, launch: Launcher = in_threads) -> Iterator[Service]:
+def serving(
+    of: Settings | None = None,
+    *,
+    launch: Launcher = in_threads,
+    http: type[asyncio.Protocol] = Connection,
+) -> Iterator[Service]:
     app = create_app(of or settings(), launch=launch)
     config = uvicorn.Config(
-        app, port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=2
-    )
+        app, port=0, log_config=None, access_log=False, http=http, ws="none",
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

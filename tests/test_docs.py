@@ -318,7 +318,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "fastapi": {"api", "server"},
     "starlette": {"api", "server"},
-    "uvicorn": {"server"},
+    "uvicorn": {"server", "api.connections"},
     "llama_cpp": {
         "engine.backends.llamacpp",
         "engine.backends.llama_encoder",

@@ -81,9 +81,9 @@ def test_the_banner_says_what_is_served_and_what_to_try() -> None:
         assert httpx.post(f"{url[1]}/v1/chat/completions", json=body).status_code == 200
 
 
-def test_uvicorn_serves_the_same_application(tmp_path: Path) -> None:
-    arguments = ["-m", "uvicorn", "server:app", "--port", "0"]
-    with command(*arguments) as process:
+@pytest.mark.parametrize("more", [[], ["--http", "api.connections:Connection"]])
+def test_uvicorn_serves_the_same_application(more: list[str]) -> None:
+    with command("-m", "uvicorn", "server:app", "--port", "0", *more) as process:
         url = url_in(process, r"running on (http://\S+)")
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "light"
 

@@ -1,0 +1,188 @@
+"""One HTTP connection: how long its client may take to send and to read, and how much it may send
+before anything is made of it.
+
+`python server.py` serves with it; so does `uvicorn server:app --http api.connections:Connection`.
+The limits come from the lifespan's state.
+"""
+
+import asyncio
+import logging
+import socket
+import struct
+import sys
+import uuid
+from http import HTTPStatus
+from typing import Any, cast
+
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from api.errors import response
+from api.middleware import MAX_HEADER_BYTES
+from errors import BadRequest, HeadTooLarge, ServiceError, TooManyConnections
+from settings import ServerSettings
+
+logger = logging.getLogger("quintet.access")
+
+NOTSENT = "TCP_NOTSENT_LOWAT"  # Linux and macOS have it
+KERNEL_BYTES = 32 << 10  # that the kernel takes before they can be on their way
+RESET = struct.pack("ii", 1, 0)  # of SO_LINGER: closing drops what the kernel has not sent
+
+
+class Limited(asyncio.Protocol):
+    """What both parsers share. A timer looks at the connection several times within its limits."""
+
+    # uvicorn's
+    app_state: dict[str, Any]
+    connections: set[Any]
+    cycle: Any  # the newest request's, or None
+    flow: FlowControl
+    loop: asyncio.AbstractEventLoop
+    timeout_keep_alive: float
+    transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._settings: ServerSettings = self.app_state["settings"]
+        sock = transport.get_extra_info("socket")
+        if sock.family in (socket.AF_INET, socket.AF_INET6) and hasattr(socket, NOTSENT):
+            # what else lies in the kernel, megabytes of it, hides whether anybody reads
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, NOTSENT), KERNEL_BYTES)
+        self.timeout_keep_alive = self._settings.receive_timeout_s
+        self._n_head = 0  # bytes of a head that is not complete
+        self._n_unsent = 0  # bytes, when the timer last looked
+        self._asked_at = self._read_at = self.loop.time()  # since when we wait for a head; it read
+        self._period_s = min(
+            self._settings.send_timeout_s / 4, self._settings.receive_timeout_s / 4, 1
+        )
+        self._timer = self.loop.call_later(self._period_s, self._watch)
+        if len(self.connections) > self._settings.max_connections:
+            self._refuse(
+                TooManyConnections(
+                    "The service has as many connections as it takes (MAX_CONNECTIONS).",
+                    retry_after_s=1,
+                )
+            )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        cycle = self.cycle
+        if not self._n_head:
+            self._asked_at = self.loop.time()
+        self._n_head += len(data)
+        super().data_received(data)
+        if self.cycle is not cycle:
+            self._n_head = 0
+
+    def on_response_complete(self) -> None:
+        self._n_head = 0
+        self._asked_at = self.loop.time()
+        super().on_response_complete()  # type: ignore[misc]  # both parsers have it
+
+    def resume_writing(self) -> None:
+        self._read_at = self.loop.time()
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn says of a request that is not HTTP, in our words."""
+        if getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:  # h11's
+            self._refuse(_too_large())
+        else:
+            self._refuse(BadRequest("The request is not valid HTTP."))
+
+    def _is_busy(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _watch(self) -> None:
+        """Is it time to give up on the client?
+
+        1. It has read something, or has nothing to read, or what it has not read can still grow
+           (then uvicorn stops writing at its high-water mark): it may go on.
+        2. It has read nothing for SEND_TIMEOUT_S: cut.
+        3. Everything is answered and the next head is not complete after RECEIVE_TIMEOUT_S: closed.
+        """
+        now = self.loop.time()
+        n_unsent = self.transport.get_write_buffer_size()
+        can_grow = self._is_busy() and not self.flow.write_paused
+        if not n_unsent or n_unsent < self._n_unsent or can_grow:
+            self._read_at = now
+        self._n_unsent = n_unsent
+        self._timer = self.loop.call_later(self._period_s, self._watch)
+        if now - self._read_at > self._settings.send_timeout_s:
+            self._cut("reads nothing")
+        elif self._is_busy() or n_unsent:
+            pass
+        elif now - self._asked_at > self._settings.receive_timeout_s:
+            self.transport.close()
+
+    def _cut(self, why: str) -> None:
+        """End it at once, with all that is not sent, so that nobody takes it for a whole reply."""
+        client = self.transport.get_extra_info("peername")
+        logger.info("%s is cut off: it %s", client[0] if client else "-", why)
+        self.transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, RESET
+        )
+        self.transport.abort()
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer what never becomes a request, and close."""
+        if self.transport.is_closing():
+            return
+        if self._is_busy() and self.cycle.response_started:
+            self._cut("sends what is no request")
+            return
+        request_id = f"req-{uuid.uuid4().hex}"
+        logger.info("- - - %d %s %s", error.status, error.code, request_id)
+        reply = response(error, {"path": ""})
+        reply.headers["Connection"] = "close"
+        reply.headers["X-Request-Id"] = reply.headers["Request-Id"] = request_id
+        reply.headers["X-Content-Type-Options"] = "nosniff"
+        status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()
+        lines = [status, *(b"%s: %s" % header for header in reply.raw_headers), b"", b""]
+        self.transport.write(b"\r\n".join(lines) + cast(bytes, reply.body))
+        self.transport.close()
+
+
+def _too_large() -> HeadTooLarge:
+    return HeadTooLarge(f"The head of the request is over {MAX_HEADER_BYTES:,} bytes.")
+
+
+class H11Connection(Limited, H11Protocol):  # type: ignore[misc]
+    """h11 bounds what it keeps of a head by itself."""
+
+
+try:
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+except ImportError:
+    Connection: type[asyncio.Protocol] = H11Connection
+else:
+
+    class HttpToolsConnection(Limited, HttpToolsProtocol):  # type: ignore[misc]
+        """httptools keeps all of a head, of trailers and of chunks' extensions."""
+
+        _running: RequestResponseCycle | None = None
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._n_head > MAX_HEADER_BYTES:
+                self._refuse(_too_large())
+
+        def on_body(self, body: bytes) -> None:
+            self._n_head = 0
+            super().on_body(body)
+
+        def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+            self._running = cycle
+            super()._start_asgi_task(cycle, app)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            # uvicorn tells the newest request only, which may still wait for this one
+            if self._running and not self._running.response_complete:
+                self._running.disconnected = True
+                self._running.message_event.set()
+            super().connection_lost(exc)
+
+    Connection = HttpToolsConnection
