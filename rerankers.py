@@ -19,26 +19,21 @@ from errors import ModelLoadFailed
 
 QUERY_SHARE = 3, 4  # of all tokens, which a query does not pass: FlagEmbedding's
 EQUAL_WEIGHTS = 1.0, 1.0, 1.0  # of dense, sparse and ColBERT
-# Query, answer, nonsense. A trained head tells them apart in some language; one that got lost on
-# the way in none, or it scores all alike.
+# Of each language queries with their answers, which are no answers to the others. A trained head
+# tells them apart in some language; one that got lost on the way in none, or only by chance.
 PROOF = (
     (
-        "what is the capital of France?",
-        "Paris is the capital of France.",
-        "Photosynthesis turns light into sugar.",
+        ("what is the capital of France?", "Paris is the capital of France."),
+        ("how tall is Mount Everest?", "Mount Everest is 8,849 metres tall."),
+        ("How do I sort a list in Python?", "To sort a list in Python, call sorted()."),
     ),
     (
-        "how tall is Mount Everest?",
-        "Mount Everest is 8,849 metres high.",
-        "My cat sleeps all day.",
+        ("中国的首都是哪里？", "中国的首都是北京。"),
+        ("珠穆朗玛峰有多高？", "珠穆朗玛峰高8849米。"),
+        ("怎样做番茄炒蛋？", "做番茄炒蛋要先炒鸡蛋，再放番茄。"),
     ),
-    (
-        "How do I sort a list in Python?",
-        "Call sorted(), or the list's own sort().",
-        "The recipe needs two eggs.",
-    ),
-    ("中国的首都是哪里？", "北京是中国的首都。", "今天的晚饭很好吃。"),
 )
+PROOF_MARGIN = 0.05  # of logits or probabilities; trained ones lie further apart
 
 
 class Reranker(ABC):
@@ -116,18 +111,36 @@ class BGEReranker(Reranker):
 
     def prove(self) -> None:
         """Raises ModelLoadFailed where the model scores nonsense as high as an answer."""
-        verdicts = []
-        for query, good, bad in PROOF:
-            framed = [self.frame(query, document) for document in (good, bad)]
-            whole = [pair.fit(self.encoder.n_ctx, "none") for pair, n_cut in framed if not n_cut]
-            scores = [self.score([fit[0]])[0] for fit in whole if fit is not None]
-            if len(scores) == 2:  # cut ones would prove nothing
-                verdicts.append(math.isfinite(sum(scores)) and scores[0] > scores[1])
-        if verdicts and not any(verdicts):
+        is_refuted = False
+        for pairs in PROOF:
+            verdict = self._tells_apart(pairs)
+            if verdict:
+                return
+            is_refuted |= verdict is False
+        if is_refuted:
             raise ModelLoadFailed(
                 "The model scores an answer no higher than nonsense: its file seems to lack the "
                 "head that was trained for that; take another conversion of the model."
             )
+
+    def _tells_apart(self, pairs: Sequence[tuple[str, str]]) -> bool | None:
+        """Each answer scores higher than any other pair with its query or with its text. None where
+        the pairs are too long for the model: cut ones would prove nothing."""
+        fits = []
+        for query, _ in pairs:
+            for _, answer in pairs:
+                framed, n_cut = self.frame(query, answer)
+                fit = framed.fit(self.encoder.n_ctx, "none")
+                if n_cut or fit is None:
+                    return None
+                fits.append(fit[0])
+        scores = np.array([self.score([ids])[0] for ids in fits], float).reshape(len(pairs), -1)
+        if not np.isfinite(scores).all():
+            return False
+        answers = scores.diagonal().copy()
+        np.fill_diagonal(scores, -math.inf)
+        others = np.maximum(scores.max(axis=0), scores.max(axis=1))
+        return bool((answers >= others + PROOF_MARGIN).all())
 
 
 class EmbeddingReranker(Reranker):

@@ -19,7 +19,7 @@ from engine.backends.base import Encoder, Interrupted, load_encoder
 from engine.backends.llama_encoder import LlamaEncoder
 from errors import InsufficientMemory, ModelLoadFailed
 from model_manager import ModelManager
-from rerankers import BGEReranker, EmbeddingReranker, max_sim
+from rerankers import PROOF, BGEReranker, EmbeddingReranker, max_sim
 from settings import TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS, FileType
@@ -428,6 +428,26 @@ def test_a_cross_encoder_that_cannot_tell_an_answer_from_nonsense_is_refused(
     path = tiny.write_reranker(tmp_path / "reranker.gguf")
     with pytest.raises(ModelLoadFailed, match="no higher than nonsense"):
         load_model(spec(path), lambda _: None)
+
+
+def test_a_cross_encoder_with_a_trained_head_is_taken(
+    models: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.tiny_reranker()
+    texts = [(query, answer) for query, _ in PROOF[0] for _, answer in PROOF[0]]
+    ids = pairs_of(BGEReranker(load(models / "reranker-F32.gguf")), texts)
+    weight, bias = model.tensors["cls.weight"], model.tensors["cls.bias"]
+    rows = np.tanh(np.stack([model.hidden(pair.tolist())[0] for pair in ids]) @ weight.T + bias)
+    wanted = [4 if pair in PROOF[0] else -4 for pair in texts]
+    head = np.linalg.lstsq(rows, wanted - model.tensors["cls.output.bias"], rcond=None)[0]
+    tensors = dict(model.tensors) | {"cls.output.weight": head[None].astype(np.float32)}
+    monkeypatch.setattr(tiny, "tiny_reranker", lambda: replace(model, tensors=tensors))
+    path = tiny.write_reranker(tmp_path / "reranker.gguf")
+    reranker = load_model(spec(path), lambda _: None)
+    assert isinstance(reranker, BGEReranker)
+    found = scores_of(reranker, texts)
+    reranker.encoder.close()
+    assert found == pytest.approx(wanted, abs=0.1)
 
 
 def test_one_float_is_read_of_a_score(models: Path, load: Load) -> None:
