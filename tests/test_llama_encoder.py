@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -454,6 +455,40 @@ def test_one_float_is_read_of_a_score(models: Path, load: Load) -> None:
     encoder = load(models / "reranker-F32.gguf")
     assert encoder.encode(ids_of(5, 6, 7)).shape == (3,)
     assert encoder.scale == "logit"
+
+
+def test_a_cross_encoder_that_needs_token_types_is_refused(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(tiny.write_bert_reranker(tmp_path / "one-reranker.gguf")).scale == "logit"
+    count = gguf.GGUFWriter.add_token_type_count
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_type_count", lambda self, _: count(self, 2))
+    path = tiny.write_bert_reranker(tmp_path / "two-reranker.gguf")
+    with pytest.raises(ModelLoadFailed, match=r"token types.*BACKEND=flag"):
+        load(path)
+
+
+def test_a_decoder_that_scores_without_a_prompt_is_refused(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(tiny.write_judge(tmp_path / "a-reranker.gguf")).template == tiny.JUDGE_TEMPLATE
+    monkeypatch.setattr(gguf.GGUFWriter, "add_chat_template", lambda *_: None)
+    path = tiny.write_judge(tmp_path / "b-reranker.gguf")
+    with pytest.raises(ModelLoadFailed, match="no chat template 'rerank'"):
+        load(path)
+
+
+def test_a_decoder_scores_in_steps_that_end_in_the_middle_of_pairs(
+    prompted: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [("hello", "hello world"), ("a", "b"), ("hello", "weather " * 9)]
+    monkeypatch.setattr(llama_encoder, "DECODER_STEP", 512)
+    at_once = scores_of(BGEReranker(load(prompted)), texts)
+    monkeypatch.setattr(llama_encoder, "DECODER_STEP", 16)
+    encoder = load(prompted)
+    assert isinstance(encoder, LlamaEncoder)
+    assert llama_cpp.llama_n_ubatch(encoder._context) == 16, "it has logits of each token"
+    assert scores_of(BGEReranker(encoder), texts) == pytest.approx(at_once, abs=1e-5)
 
 
 TEMPLATE = "<|q|>{query}\n<|d|>{document}<|a|>"
