@@ -22,7 +22,7 @@ from rerankers import EQUAL_WEIGHTS, BGEReranker, EmbeddingReranker, Reranker
 logger = logging.getLogger("worker.encoder_jobs")
 
 TOKENS_AT_ONCE = 8192  # tokenised between two batches: some 25 ms
-MAX_FAILURES = 8  # calls in a row; then the encoder is taken to be broken
+MAX_FAILURES = 8  # batches in a row; then the encoder is taken to be broken
 
 Model = Embedder | BGEReranker
 Item = wire.Vector | wire.Scored
@@ -304,8 +304,9 @@ class EncoderJobs:
             for job in list(self._new.values()):
                 try:
                     if len(job.texts) < job.n_texts:
-                        job.texts.append(job.tokenize(len(job.texts)))
-                        n_tokens += len(job.texts[-1].ids) + job.texts[-1].n_cut
+                        text = job.tokenize(len(job.texts))
+                        job.texts.append(text)
+                        n_tokens += len(text.ids) + text.n_cut
                 except Exception as error:
                     self.cancel(job.id)
                     messages.append(failure(job.id, error))
@@ -371,7 +372,7 @@ class EncoderJobs:
         except ServiceError as error:  # it says what is wrong, and the encoder is fine
             return [error] if len(batch) == 1 else self._alone(batch, go_on)
         except Exception:
-            self._n_failures += not is_again
+            self._n_failures += not is_again  # many bad texts may be in one batch
             if self._n_failures >= MAX_FAILURES:
                 raise
             logger.exception("A batch of %d texts failed", len(batch))

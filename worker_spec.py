@@ -10,8 +10,6 @@ from engine.model_file import ModelFile
 from settings import TierSettings
 
 DEFAULT_N_CTX = 8192
-# Of a decoder that scores: llama.cpp makes room for the logits of so many tokens of its vocabulary.
-RERANK_N_CTX = 2048
 KV_SHARE_OF_MEMORY = 1 / 64  # for one tier; each cell is cleared at the start, which takes time
 PREFIX_CACHE_SHARE_OF_MEMORY = 1 / 32  # where PREFIX_CACHE_MB is not set
 
@@ -53,9 +51,7 @@ def worker_spec(
 
 def effective_n_ctx(settings: TierSettings, model: ModelFile) -> int:
     """Most tokens of one request: what is set, or else what the cells and the model allow."""
-    is_decoder = model.kv_bytes_per_token > 0
-    default = RERANK_N_CTX if model.kind == "reranker" and is_decoder else DEFAULT_N_CTX
-    n_ctx = settings.n_ctx or min(default, settings.kv_tokens or default)
+    n_ctx = settings.n_ctx or min(DEFAULT_N_CTX, settings.kv_tokens or DEFAULT_N_CTX)
     return min(n_ctx, model.n_ctx_train)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import worker
-from encoder_jobs import MAX_FAILURES
+from encoder_jobs import MAX_FAILURES, TOKENS_AT_ONCE, EncoderJobs
 from engine import wire
 from engine.backends.fake_encoder import BEGIN, END, N_EMBD, N_VOCAB
 from engine.types import SamplingParams
@@ -313,17 +313,32 @@ def test_what_is_no_number_is_computed_once_alone_and_then_an_error(
 def test_an_encoder_that_always_fails_ends_the_worker(serve: Serve) -> None:
     served = serve({"match": "", "fault": "step"})
     served.ready()
-    for n in range(MAX_FAILURES):
-        served.send(embed("a", job=n + 1))
-        served.read()
+    for job in range(1, MAX_FAILURES):
+        assert all(item.fault for item in vectors(served, embed("a", "b", job=job)))
+    served.send(embed("a", "b", job=MAX_FAILURES))
+    while served.read() is not None:
+        pass
     assert served.ended() == worker.EXIT_ENGINE_FAILED
 
 
 def test_many_bad_texts_of_one_request_do_not_end_the_worker(serve: Serve) -> None:
-    served = serve({"match": "bad", "fault": "step"})
+    served = serve({"match": "poison", "fault": "step"})
     served.ready()
-    found = vectors(served, embed(*(f"bad {n}" for n in range(2 * MAX_FAILURES)), "good"))
+    found = vectors(served, embed(*[f"poison {i}" for i in range(2 * MAX_FAILURES)], "fine"))
     assert [item.fault is None for item in found] == [False] * 2 * MAX_FAILURES + [True]
+
+
+def test_what_is_cut_off_counts_when_texts_are_tokenised(tmp_path: Path) -> None:
+    (tmp_path / "script.json").write_text("{}")
+    of = spec(str(tmp_path / "script.json"), encoder=wire.EncoderSpec(kind="embedding"), n_ctx=16)
+    jobs = EncoderJobs(worker.load_model(of, lambda _: None), tier="embedding", batch_tokens=64)
+    long = "a " * TOKENS_AT_ONCE
+    assert not jobs.admit(embed(long, job=1, truncate="end"))
+    assert not jobs.admit(embed(*[long] * 9, job=2, truncate="end"))
+    assert not jobs.tokenize()
+    assert [message.job for message in jobs.compute(lambda: True)] == [1]
+    assert not jobs.idle
+    assert not jobs.compute(lambda: True), "of the other one not all is tokenised"
 
 
 # cancelling, pings, the end

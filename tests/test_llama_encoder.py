@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from engine.backends.base import Encoder, Interrupted, load_encoder
 from engine.backends.llama_encoder import LlamaEncoder
 from errors import InsufficientMemory, ModelLoadFailed
 from model_manager import ModelManager
-from rerankers import BGEReranker, EmbeddingReranker, max_sim
+from rerankers import PROOF, BGEReranker, EmbeddingReranker, max_sim
 from settings import TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS, FileType
@@ -430,10 +431,64 @@ def test_a_cross_encoder_that_cannot_tell_an_answer_from_nonsense_is_refused(
         load_model(spec(path), lambda _: None)
 
 
+def test_a_cross_encoder_with_a_trained_head_is_taken(
+    models: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.tiny_reranker()
+    texts = [(query, answer) for query, _ in PROOF[0] for _, answer in PROOF[0]]
+    ids = pairs_of(BGEReranker(load(models / "reranker-F32.gguf")), texts)
+    weight, bias = model.tensors["cls.weight"], model.tensors["cls.bias"]
+    rows = np.tanh(np.stack([model.hidden(pair.tolist())[0] for pair in ids]) @ weight.T + bias)
+    wanted = [4 if pair in PROOF[0] else -4 for pair in texts]
+    head = np.linalg.lstsq(rows, wanted - model.tensors["cls.output.bias"], rcond=None)[0]
+    tensors = dict(model.tensors) | {"cls.output.weight": head[None].astype(np.float32)}
+    monkeypatch.setattr(tiny, "tiny_reranker", lambda: replace(model, tensors=tensors))
+    path = tiny.write_reranker(tmp_path / "reranker.gguf")
+    reranker = load_model(spec(path), lambda _: None)
+    assert isinstance(reranker, BGEReranker)
+    found = scores_of(reranker, texts)
+    reranker.encoder.close()
+    assert found == pytest.approx(wanted, abs=0.1)
+
+
 def test_one_float_is_read_of_a_score(models: Path, load: Load) -> None:
     encoder = load(models / "reranker-F32.gguf")
     assert encoder.encode(ids_of(5, 6, 7)).shape == (3,)
     assert encoder.scale == "logit"
+
+
+def test_a_cross_encoder_that_needs_token_types_is_refused(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(tiny.write_bert_reranker(tmp_path / "one-reranker.gguf")).scale == "logit"
+    count = gguf.GGUFWriter.add_token_type_count
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_type_count", lambda self, _: count(self, 2))
+    path = tiny.write_bert_reranker(tmp_path / "two-reranker.gguf")
+    with pytest.raises(ModelLoadFailed, match=r"token types.*BACKEND=flag"):
+        load(path)
+
+
+def test_a_decoder_that_scores_without_a_prompt_is_refused(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(tiny.write_judge(tmp_path / "a-reranker.gguf")).template == tiny.JUDGE_TEMPLATE
+    monkeypatch.setattr(gguf.GGUFWriter, "add_chat_template", lambda *_: None)
+    path = tiny.write_judge(tmp_path / "b-reranker.gguf")
+    with pytest.raises(ModelLoadFailed, match="no chat template 'rerank'"):
+        load(path)
+
+
+def test_a_decoder_scores_in_steps_that_end_in_the_middle_of_pairs(
+    prompted: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [("hello", "hello world"), ("a", "b"), ("hello", "weather " * 9)]
+    monkeypatch.setattr(llama_encoder, "DECODER_STEP", 512)
+    at_once = scores_of(BGEReranker(load(prompted)), texts)
+    monkeypatch.setattr(llama_encoder, "DECODER_STEP", 16)
+    encoder = load(prompted)
+    assert isinstance(encoder, LlamaEncoder)
+    assert llama_cpp.llama_n_ubatch(encoder._context) == 16, "it has logits of each token"
+    assert scores_of(BGEReranker(encoder), texts) == pytest.approx(at_once, abs=1e-5)
 
 
 TEMPLATE = "<|q|>{query}\n<|d|>{document}<|a|>"

@@ -94,6 +94,12 @@ class LlamaEncoder:
                 f"{path.name} has no head that scores pairs (no cls.output in it); take another "
                 "conversion of the model."
             )
+        if spec.encoder.kind == "reranker" and facts.has_segments:
+            raise ModelLoadFailed(
+                f"{path.name} marks query and document by token types, which llama.cpp leaves out: "
+                "its scores would be wrong. Serve the model's original folder with "
+                f"{spec.name.upper()}_BACKEND=flag, or take another, such as bge-reranker-v2-m3."
+            )
         self.heads, self.missing_heads = _heads(path, facts.n_embd, spec.encoder)
         self._model = load_model(spec, progress, self._log, facts.overrides)
         self._context: Any = None
@@ -107,7 +113,7 @@ class LlamaEncoder:
         ranks = encoder.kind == "reranker"
         self.n_ctx = min(spec.n_ctx, int(lib.llama_model_n_ctx_train(self._model)))
         self.n_tokens = max(self.n_ctx, encoder.batch_tokens)
-        may_split = not (facts.is_encoder or ranks) and facts.is_causal
+        may_split = not facts.is_encoder and facts.is_causal
         self._step = min(self.n_tokens, DECODER_STEP) if may_split else self.n_tokens
         # a context that has more sequences than a batch has tokens ends the process, too
         self.n_sequences = min(MAX_SEQUENCES, self._step)
@@ -125,10 +131,11 @@ class LlamaEncoder:
             template = lib.llama_model_chat_template(self._model, b"rerank")
             if template and b"{query}" in template and b"{document}" in template:
                 self.template = template.decode(errors="replace")
-            elif facts.architecture in _PROBABILITIES:
+            elif not facts.is_encoder:
                 raise ModelLoadFailed(
-                    f"{name_of(spec)} has no prompt for pairs (tokenizer.chat_template.rerank), "
-                    "without which its scores mean nothing; take another conversion of the model."
+                    f"{name_of(spec)} has no chat template 'rerank' with {{query}} and "
+                    "{document}, so it is not known how to ask it about a pair; take a newer "
+                    "conversion of the model."
                 )
         self._n_outputs = 0  # tokens for which llama.cpp holds room for outputs
         n = self.n_tokens
@@ -173,10 +180,10 @@ class LlamaEncoder:
         self._go_on = go_on
         if self._memory:
             lib.llama_memory_clear(self._memory, True)
+        if self.scale is not None:
+            return self._scores(batch, n_tokens)
         if self._step >= n_tokens:
             self._call(0, n_tokens)
-            if self.scale is not None:
-                return np.array([self._score(i) for i in range(len(batch))], np.float32)
             return self._rows(n_tokens)
         rows = np.empty((n_tokens, self.n_embd), np.float32)
         for start in range(0, n_tokens, self._step):
@@ -184,6 +191,17 @@ class LlamaEncoder:
             self._call(start, end)
             rows[start:end] = self._rows(end - start)
         return rows
+
+    def _scores(self, batch: Sequence[Ids], n_tokens: int) -> Floats:
+        """Each is read after the call that has the last token of its sequence."""
+        ends = np.cumsum([len(ids) for ids in batch])
+        scores = np.empty(len(batch), np.float32)
+        for start in range(0, n_tokens, self._step):
+            end = min(start + self._step, n_tokens)
+            self._call(start, end)
+            for i in np.flatnonzero((start < ends) & (ends <= end)).tolist():
+                scores[i] = self._score(i)
+        return scores
 
     def _call(self, start: int, end: int) -> None:
         batch = lib.llama_batch(
@@ -306,6 +324,8 @@ class _Facts:
                 ("cls.output.weight", "cls.weight")
             )
             self.tokenizer_model = header.text("tokenizer.ggml.model")
+            n_types = header.number("tokenizer.ggml.token_type_count", 1)
+            self.has_segments = self.tokenizer_model == "bert" and n_types > 1
             self.is_encoder = (
                 self.architecture in ENCODERS or self.tokenizer_model in ENCODER_TOKENIZERS
             )
