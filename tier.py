@@ -2,8 +2,8 @@
 dies.
 
 A tier's state goes stopped → waiting (for memory) → starting → ready → stopping → stopped, or to
-failed from starting.
-One task makes every transition, so none of them can race:
+failed from starting; before it has a file it may be downloading. One task makes every transition,
+so none of them can race:
 
 1. A waiting job starts the worker. A load that fails fails the jobs that wait for it; a worker
    that could not load is tried again after a back-off, when the next job comes.
@@ -41,7 +41,6 @@ from engine.client import EndReason, Launcher, Worker
 from engine.model_file import ModelFile
 from errors import (
     BadRequest,
-    ContextLengthExceeded,
     InsufficientMemory,
     InternalError,
     ModelLoadFailed,
@@ -53,6 +52,7 @@ from errors import (
 )
 from footprint import Footprint, estimate
 from generating import Conversion, Generation
+from lengths import Lengths
 from metrics import Metrics
 from model_source import ModelSource, Signature
 from room import Occupant, Room
@@ -65,7 +65,6 @@ logger = logging.getLogger(__name__)
 # waiting: for memory
 State = Literal["stopped", "downloading", "waiting", "starting", "ready", "stopping", "failed"]
 
-MOST_TO_CUT = 16  # times the longest text that could fit: all of it is tokenised before the cut
 MAX_BACK_OFF_S = 60.0
 MAX_RETRY_AFTER_S = 60
 MAX_DEATHS = 5  # of workers in a row without an answer; two are one poisonous request
@@ -148,6 +147,15 @@ class Tier:
         path = Path(self.settings.model_path)
         stem = path.name if self.settings.backend == "flag" else path.stem  # a directory's dots
         return [*self.settings.aliases, *([stem] if stem else [])]
+
+    def _lengths(self) -> Lengths:
+        model = self.model()
+        n_ctx = effective_n_ctx(self.settings, model)
+        return Lengths(self.name, n_ctx, model.max_token_bytes)
+
+    def least_tokens(self, prompt: Sequence[wire.Segment | int]) -> int:
+        """So many tokens a prompt has at least. Raises ModelLoadFailed."""
+        return self._lengths().least_tokens(prompt)
 
     def model(self) -> ModelFile:
         """What the file's header says, read again when the file has changed and is not loaded.
@@ -233,9 +241,11 @@ class Tier:
         """What the worker takes of the memory, or would take. Raises ModelLoadFailed."""
         if self._footprint is None or self._worker is None:
             model = self.model()
-            spec = worker_spec(self.name, self._source.settings, model, self._server.log_level)
-            return estimate(spec, model)
+            return estimate(self._spec(model), model)
         return self._footprint
+
+    def _spec(self, model: ModelFile) -> wire.WorkerSpec:
+        return worker_spec(self.name, self._source.settings, model, self._server.log_level)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -316,7 +326,7 @@ class Tier:
         """Queue a request; a lower priority is served earlier. Raises QueueFull,
         ContextLengthExceeded where that is certain without tokenising, or TierUnavailable when the
         service is stopping."""
-        self._check_length(request)
+        self._lengths().check_prompt(request.prompt)
         self._check_open()
         now = time.monotonic()
         place = self._waiting.place(priority, now)
@@ -383,7 +393,7 @@ class Tier:
             raise BadRequest("There is no input.", param="input")
         if isinstance(request, wire.Score) and not request.pairs:
             raise BadRequest("There is no document.", param="documents")
-        self._check_lengths(request)
+        self._lengths().check_texts(request)
         return msgspec.structs.replace(request, job=next(self._job_ids))
 
     def _queue_texts(
@@ -391,7 +401,7 @@ class Tier:
     ) -> None:
         self._check_room_for_texts()
         self._encodings.add(encoding)
-        encoding.n_before = self._waiting.join(encoding, priority, time.monotonic())
+        self._waiting.join(encoding, priority, time.monotonic())
         self._expire(encoding)
         self._wakeup.set()
 
@@ -464,54 +474,6 @@ class Tier:
         """How long so many requests will take, as the last ones did."""
         wait_s = self._job_s * n_waiting / self.settings.n_parallel
         return min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S)
-
-    def least_tokens(self, prompt: Sequence[wire.Segment | int]) -> int:
-        """So many tokens a prompt has at least. Raises ModelLoadFailed."""
-        n_bytes = sum(len(p.text.encode()) for p in prompt if isinstance(p, wire.Segment))
-        n_ids = sum(isinstance(piece, int) for piece in prompt)
-        return n_ids + n_bytes // self.model().max_token_bytes
-
-    def _check_length(self, request: wire.Generate) -> None:
-        """A prompt that is far too long must not keep the worker busy with tokenising it."""
-        n_tokens = self.least_tokens(request.prompt)
-        if n_tokens > self.n_ctx:
-            raise ContextLengthExceeded(
-                f"The prompt has more than {n_tokens:,} tokens; tier '{self.name}' takes "
-                f"{self.n_ctx:,} with the answer ({self.name.upper()}_N_CTX).",
-                param="prompt",
-                n_prompt_tokens=n_tokens,
-                n_ctx=self.n_ctx,
-            )
-
-    def _check_lengths(self, request: wire.Embed | wire.Score) -> None:
-        """The same for texts, of which spaces and accents may not count."""
-        fields: dict[str, Sequence[str | list[int]]]
-        if isinstance(request, wire.Embed):
-            fields = {"input": request.inputs}
-        else:
-            fields = {"query": request.queries, "documents": request.documents}
-        n_ctx, n_bytes = self.n_ctx, self.model().max_token_bytes
-        for what, texts in fields.items():
-            for index, text in enumerate(texts):
-                least = len(text)
-                if least > n_ctx and isinstance(text, str):
-                    least = len("".join(text.split())) // (4 * n_bytes)
-                if least > n_ctx and request.truncate == "none":
-                    raise ContextLengthExceeded(
-                        f"{what}[{index}] has more than {least:,} tokens; tier '{self.name}' "
-                        f"takes {n_ctx:,} ({self.name.upper()}_N_CTX).",
-                        param=what,
-                        n_prompt_tokens=least,
-                        n_ctx=n_ctx,
-                        index=index,
-                    )
-                if len(text) > MOST_TO_CUT * n_ctx * n_bytes:
-                    raise BadRequest(
-                        f"{what}[{index}] has {len(text):,} characters, which is too much even to "
-                        f"be cut to {n_ctx:,} tokens.",
-                        param=what,
-                        index=index,
-                    )
 
     def observe(self, started: wire.Started) -> None:
         """A request has got its place."""
@@ -670,7 +632,7 @@ class Tier:
         try:
             await self.fetched()
             model = await asyncio.to_thread(self.model)
-            spec = worker_spec(self.name, self._source.settings, model, self._server.log_level)
+            spec = self._spec(model)
             self._footprint = estimate(spec, model)
             self.state = "waiting"
             if not await self._room.wait_for(self, self._footprint.most):
@@ -692,7 +654,8 @@ class Tier:
             raise
         except Exception as error:
             self._free()
-            self._load_failed(error)
+            reason = error.message if isinstance(error, ServiceError) else "A fault of ours."
+            self._fail_for_a_while(reason)
             raise
         except BaseException:
             self._free()
@@ -719,11 +682,6 @@ class Tier:
 
     def _on_progress(self, fraction: float) -> None:
         self.progress = fraction
-
-    def _load_failed(self, error: Exception) -> None:
-        self._fail_for_a_while(
-            error.message if isinstance(error, ServiceError) else "A fault of ours."
-        )
 
     def _fail_for_a_while(self, reason: str) -> None:
         self.state, self.reason = "failed", reason

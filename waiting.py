@@ -1,6 +1,6 @@
 """Who waits for a tier, in the order in which they are served."""
 
-from bisect import insort
+from bisect import bisect
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -32,8 +32,9 @@ class WaitingLine(Generic[T]):
         """So many are before it."""
         self._n_arrived += 1
         at = self.place(priority, now), self._n_arrived, who
-        insort(self._line, at, key=lambda at: at[:2])
-        return self._line.index(at)
+        n_before = bisect(self._line, at[:2], key=lambda at: at[:2])
+        self._line.insert(n_before, at)
+        return n_before
 
     @property
     def first_place(self) -> float:

@@ -1,0 +1,69 @@
+"""What is certainly too long for a model, found without tokenising, which would keep its worker
+busy for nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine import wire
+from errors import BadRequest, ContextLengthExceeded
+
+MOST_TO_CUT = 16  # times the longest text that could fit: all of it is tokenised before the cut
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """What a tier's model takes."""
+
+    tier: str
+    n_ctx: int  # tokens of one request
+    max_token_bytes: int  # no token stands for more of a text
+
+    def least_tokens(self, prompt: Sequence[wire.Segment | int]) -> int:
+        """So many tokens a prompt has at least."""
+        n_bytes = sum(len(p.text.encode()) for p in prompt if isinstance(p, wire.Segment))
+        n_ids = sum(isinstance(piece, int) for piece in prompt)
+        return n_ids + n_bytes // self.max_token_bytes
+
+    def check_prompt(self, prompt: Sequence[wire.Segment | int]) -> None:
+        """Raises ContextLengthExceeded."""
+        n_tokens = self.least_tokens(prompt)
+        if n_tokens > self.n_ctx:
+            raise ContextLengthExceeded(
+                f"The prompt has more than {n_tokens:,} tokens; tier '{self.tier}' takes "
+                f"{self.n_ctx:,} with the answer ({self.tier.upper()}_N_CTX).",
+                param="prompt",
+                n_prompt_tokens=n_tokens,
+                n_ctx=self.n_ctx,
+            )
+
+    def check_texts(self, request: wire.Embed | wire.Score) -> None:
+        """The same for texts, of which spaces and accents may not count. Raises BadRequest."""
+        fields: dict[str, Sequence[str | list[int]]]
+        if isinstance(request, wire.Embed):
+            fields = {"input": request.inputs}
+        else:
+            fields = {"query": request.queries, "documents": request.documents}
+        for what, texts in fields.items():
+            for index, text in enumerate(texts):
+                self._check_text(text, what, index, may_cut=request.truncate != "none")
+
+    def _check_text(self, text: str | list[int], what: str, index: int, *, may_cut: bool) -> None:
+        least = len(text)
+        if least > self.n_ctx and isinstance(text, str):
+            least = len("".join(text.split())) // (4 * self.max_token_bytes)
+        if least > self.n_ctx and not may_cut:
+            raise ContextLengthExceeded(
+                f"{what}[{index}] has more than {least:,} tokens; tier '{self.tier}' "
+                f"takes {self.n_ctx:,} ({self.tier.upper()}_N_CTX).",
+                param=what,
+                n_prompt_tokens=least,
+                n_ctx=self.n_ctx,
+                index=index,
+            )
+        if len(text) > MOST_TO_CUT * self.n_ctx * self.max_token_bytes:
+            raise BadRequest(
+                f"{what}[{index}] has {len(text):,} characters, which is too much even to "
+                f"be cut to {self.n_ctx:,} tokens.",
+                param=what,
+                index=index,
+            )
