@@ -10,6 +10,7 @@ from typing import Protocol
 from engine import wire
 from engine.client import Worker, error_from
 from errors import InternalError, ServiceError
+from metrics import TierMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -17,14 +18,10 @@ logger = logging.getLogger(__name__)
 class Owner(Protocol):
     """The tier, as far as its requests know it."""
 
+    metrics: TierMetrics
+
     def drop(self, job: "Generation") -> None:
         """Forget a request that ended or whose client left."""
-
-    def observe(self, started: wire.Started) -> None:
-        """A request has got its place."""
-
-    def observe_token(self, since: float, *, is_first: bool, n_tokens: int) -> None:
-        """An answer has got text, so long after its place or after its last text."""
 
 
 class Generation:
@@ -86,15 +83,16 @@ class Generation:
         elif isinstance(message, wire.TokenOut):
             self.has_answered = True
             since, n_before = self._heard.get(message.index, (self.handed_at, 0))
-            self._heard[message.index] = time.monotonic(), message.n_tokens
+            now = time.monotonic()
+            self._heard[message.index] = now, message.n_tokens
             n_new = message.n_tokens - n_before
-            self._owner.observe_token(since, is_first=not n_before, n_tokens=n_new)
+            self._owner.metrics.answered(now - since, n_new, is_first=not n_before)
             self.n_open -= message.done is not None
             if self.n_open == 0:
                 self._owner.drop(self)
             self._messages.put_nowait(message)
         elif isinstance(message, wire.Started) and not self._has_started:
-            self._owner.observe(message)
+            self._owner.metrics.started(message.prompt_tokens, message.cached_tokens)
             self._has_started = True  # a second start, after a retry, is nobody's business
             self._messages.put_nowait(message)
 

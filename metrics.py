@@ -35,15 +35,19 @@ class Metrics:
             "token_gap_seconds", "Between two steps that gave an answer text", tier, SHORT_S
         )
         self.batch_size = self._histogram(
-            "batch_size", "Sequences that got a token in a step, texts that were computed together",
-            tier, SIZES,
+            "batch_size", "Texts of one request that were computed together", tier, SIZES
         )  # fmt: skip
-        self.prompt_tokens = self._counter("prompt_tokens_total", "Tokens of prompts and texts")
+        self.prompt_tokens = self._counter("prompt_tokens_total", "Tokens of prompts")
         self.cached_tokens = self._counter("cached_tokens_total", "Of prompts: not computed again")
         self.generated_tokens = self._counter("generated_tokens_total", "Tokens of answers")
         self.loads = self._counter("model_loads_total", "Workers that were started")
         self.deaths = self._counter("worker_deaths_total", "Workers that died")
-        self.evictions = self._counter("model_evictions_total", "Models that made way for others")
+        self.evictions = self._counter(
+            "model_evictions_total", "Models that made way, for others or by request"
+        )
+
+    def of(self, tier: str) -> "TierMetrics":
+        return TierMetrics(self, tier)
 
     def add(self, collector: Collector) -> None:
         self.registry.register(collector)
@@ -60,6 +64,33 @@ class Metrics:
         return Histogram(
             f"quintet_{name}", about, list(labels), buckets=tuple(buckets), registry=self.registry
         )
+
+
+class TierMetrics:
+    """Those of one tier, looked up once: some are counted for every token."""
+
+    def __init__(self, metrics: Metrics, tier: str) -> None:
+        self.queue_seconds = metrics.queue_seconds.labels(tier)
+        self.batch_size = metrics.batch_size.labels(tier)
+        self.loads = metrics.loads.labels(tier)
+        self.deaths = metrics.deaths.labels(tier)
+        self.evictions = metrics.evictions.labels(tier)
+        self._first_token_seconds = metrics.first_token_seconds.labels(tier)
+        self._token_gap_seconds = metrics.token_gap_seconds.labels(tier)
+        self._prompt_tokens = metrics.prompt_tokens.labels(tier)
+        self._cached_tokens = metrics.cached_tokens.labels(tier)
+        self._generated_tokens = metrics.generated_tokens.labels(tier)
+
+    def started(self, n_prompt: int, n_cached: int) -> None:
+        """A request has got its place; of its prompt so many tokens are not computed again."""
+        self._prompt_tokens.inc(n_prompt)
+        self._cached_tokens.inc(n_cached)
+
+    def answered(self, seconds: float, n_tokens: int, *, is_first: bool) -> None:
+        """An answer has got text, so long after its place or after its last text."""
+        kind = self._first_token_seconds if is_first else self._token_gap_seconds
+        kind.observe(seconds)
+        self._generated_tokens.inc(n_tokens)
 
 
 def gauge(name: str, about: str, values: Iterable[tuple[str, float]]) -> GaugeMetricFamily:

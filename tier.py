@@ -93,7 +93,7 @@ class Tier:
         self.reason: str | None = None  # of the last failure, until a load succeeds
         self._server = server
         self._room = room
-        self._metrics = metrics
+        self.metrics = metrics.of(name)
         self._launch = launch
         self._source = ModelSource(name, settings, server.hub)
         self._fetching: asyncio.Task[None] | None = None
@@ -419,7 +419,7 @@ class Tier:
     def count(self, n_texts: int) -> None:
         """So many texts have just been computed."""
         self._n_deaths = 0
-        self._metrics.batch_size.labels(self.name).observe(n_texts)
+        self.metrics.batch_size.observe(n_texts)
         now = time.monotonic()
         text_s = (now - self._counted_at) / max(n_texts, 1)
         self._text_s += min(0.02 * n_texts, 1) * (text_s - self._text_s)
@@ -474,18 +474,6 @@ class Tier:
         """How long so many requests will take, as the last ones did."""
         wait_s = self._job_s * n_waiting / self.settings.n_parallel
         return min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S)
-
-    def observe(self, started: wire.Started) -> None:
-        """A request has got its place."""
-        self._metrics.prompt_tokens.labels(self.name).inc(started.prompt_tokens)
-        self._metrics.cached_tokens.labels(self.name).inc(started.cached_tokens)
-
-    def observe_token(self, since: float, *, is_first: bool, n_tokens: int) -> None:
-        """An answer has got text, so long after its place or after its last text."""
-        seconds = time.monotonic() - since
-        kind = self._metrics.first_token_seconds if is_first else self._metrics.token_gap_seconds
-        kind.labels(self.name).observe(seconds)
-        self._metrics.generated_tokens.labels(self.name).inc(n_tokens)
 
     def drop(self, generation: Job) -> None:
         """Forget a request that ended or whose client left. Unknown ones are fine."""
@@ -544,7 +532,7 @@ class Tier:
                 self._fail_waiting(InternalError("The tier failed. The log has the reason."))
             if self._n_making_way and not self._is_busy:
                 if self._worker is not None:
-                    self._metrics.evictions.labels(self.name).inc()
+                    self.metrics.evictions.inc()
                 await self._stop_worker()
                 self._has_stopped.set()
             try:
@@ -581,7 +569,7 @@ class Tier:
                 return
             generation.handed_at = time.monotonic()
             waited_s = generation.handed_at - generation.queued_at
-            self._metrics.queue_seconds.labels(self.name).observe(waited_s)
+            self.metrics.queue_seconds.observe(waited_s)
             if not self._running:
                 self._counted_at = generation.handed_at
             self._running[generation.request.job] = generation
@@ -661,7 +649,7 @@ class Tier:
             self._free()
             self.state = "stopped"
             raise
-        self._metrics.loads.labels(self.name).inc()
+        self.metrics.loads.inc()
         self.state, self.reason = "ready", None
         self._n_load_failures *= bool(self._n_deaths)
         self._encoder = self._worker.ready.encoder
@@ -709,7 +697,7 @@ class Tier:
         self.state = "stopped"
         self.reason = f"The worker died ({end}); the next request starts another."
         self._n_deaths += 1
-        self._metrics.deaths.labels(self.name).inc()
+        self.metrics.deaths.inc()
         crashed = WorkerCrashed(f"The process with the model of tier '{self.name}' died ({end}).")
         for generation in self._running.values():
             generation.n_crashes += 1

@@ -306,7 +306,7 @@ MAY_IMPORT = {
         "settings",
         "worker_spec",
     },
-    "generating": {"engine.client", "engine.wire", "errors"},
+    "generating": {"engine.client", "engine.wire", "errors", "metrics"},
     "cache": {"cache_disk", "cache_file"},
     "cache_disk": {"cache_file"},
     "cache_file": set(),
