@@ -10,10 +10,8 @@ of which has asked for a long stream and reads one kilobyte a second of it. Prin
 import argparse
 import asyncio
 import json
-import os
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,39 +22,29 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.own_service import service
+
 TOKEN = re.compile(rb'"content":"[^"]')
 END = b"data: [DONE]"
 Address = tuple[str, int]
 
 
 @contextmanager
-def service(n_connections: int, step_ms: float) -> Iterator[Address]:
-    """A service of its own, on a free port."""
+def serving(n_connections: int, step_ms: float) -> Iterator[Address]:
+    """Where a service of its own listens."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "script.json")
         rules = [{"match": "long", "answer": "0123456789" * 60}]
         script.write_text(json.dumps({"step_ms": step_ms, "rules": rules}))
-        environment = {
-            "PORT": "0", "LOG_LEVEL": "ERROR", "MAX_CONNECTIONS": str(n_connections + 10),
+        settings = {
+            "MAX_CONNECTIONS": str(n_connections + 10),
             "LIGHT_BACKEND": "fake", "LIGHT_MODEL_PATH": str(script), "LIGHT_PRELOAD": "true",
             "LIGHT_N_PARALLEL": "255", "LIGHT_N_CTX": "1024", "LIGHT_KV_TOKENS": str(1024 * 255),
             "LIGHT_QUEUE_SIZE": str(n_connections),
         }  # fmt: skip
-        with subprocess.Popen(
-            [sys.executable, "server.py"],
-            cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True,
-        ) as process:  # fmt: skip
-            try:
-                assert process.stdout
-                for line in process.stdout:
-                    if found := re.search(r"serves (http://\S+)/v1", line):
-                        at = urlsplit(found[1])
-                        yield at.hostname or "", at.port or 0
-                        return
-                raise RuntimeError("The service did not start.")
-            finally:
-                process.terminate()
+        with service(settings) as (url, _):
+            at = urlsplit(url)
+            yield at.hostname or "", at.port or 0
 
 
 def request(text: str, **fields: object) -> bytes:
@@ -169,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--gap-ms", type=float, default=40, metavar="MS", help="between two clients' requests")
     add("--step-ms", type=float, default=10, metavar="MS", help="of the fake model")
     args = parser.parse_args(argv)
-    with service(args.clients + args.slow, args.step_ms) as address:
+    with serving(args.clients + args.slow, args.step_ms) as address:
         report = asyncio.run(measure(address, args.clients, args.slow, args.gap_ms / 1e3))
     print(json.dumps(vars(args) | report, indent=2))
     return 1 if report["slow_readers_cut"] else 0

@@ -19,8 +19,6 @@ import argparse
 import asyncio
 import os
 import random
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +33,7 @@ import httpx
 import msgspec
 import numpy as np
 
+from bench.own_service import PATIENCE_S, free_port, running, service
 from engine.backends.base import Encoder, load_encoder
 from engine.batcher import Batcher
 from engine.heads import COLBERT, SPARSE
@@ -44,7 +43,6 @@ from settings import DEFAULT_EMBEDDING_MODEL, ROOT
 from worker_spec import default_n_threads
 
 BATCH_TOKENS = 512
-PATIENCE_S = 120.0  # until the service has loaded its model
 WORDS = (
     "river stone lamp bird cloud letter garden winter bridge coffee paper train window music "
     "forest silver market island candle mirror story engine summer shadow painter doctor ocean "
@@ -153,50 +151,32 @@ class Service:
 @contextmanager
 def serving(model: Path, n_ctx: int, n_threads: int) -> Iterator[str]:
     """The URL of a service with this model and made heads."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+    with tempfile.TemporaryDirectory() as folder:
         heads = write_heads(Path(folder), read_model_file(model).n_embd)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
         settings = {
-            "HOST": "127.0.0.1", "PORT": str(port), "API_KEYS": "", "LOG_LEVEL": "WARNING",
+            "LOG_LEVEL": "WARNING",
             "EMBEDDING_MODEL_PATH": str(model.resolve()), "EMBEDDING_BACKEND": "llamacpp",
             "EMBEDDING_PRELOAD": "true", "EMBEDDING_N_CTX": str(n_ctx),
             "EMBEDDING_N_THREADS": str(n_threads), "EMBEDDING_BATCH_TOKENS": str(BATCH_TOKENS),
             "EMBEDDING_SPARSE_HEAD_PATH": str(heads), "EMBEDDING_COLBERT_HEAD_PATH": str(heads),
         }  # fmt: skip
-        process = subprocess.Popen(
-            [sys.executable, "server.py"], cwd=ROOT, env=os.environ | settings,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _wait_until_it_answers(url, process)
+        with service(settings, _answers) as (url, _):
             yield url
-        finally:
-            process.terminate()
-            process.wait()
 
 
 @contextmanager
 def llama_server(binary: Path, model: Path, n_ctx: int, n_threads: int) -> Iterator[str]:
     """The URL of llama.cpp's own server with this model, eight texts at once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    numbers = {"-c": 8 * n_ctx, "-np": 8, "-b": BATCH_TOKENS, "-ub": BATCH_TOKENS, "-t": n_threads}
+    port = free_port()
+    numbers = {
+        "--port": port, "-c": 8 * n_ctx, "-np": 8, "-b": BATCH_TOKENS, "-ub": BATCH_TOKENS,
+        "-t": n_threads,
+    }  # fmt: skip
     options = [text for name, number in numbers.items() for text in (name, str(number))]
-    process = subprocess.Popen(
-        [binary, "-m", model, "--embeddings", "--port", str(port), *options],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [str(binary.resolve()), "-m", str(model.resolve()), "--embeddings", *options]
     url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_it_answers(url, process)
+    with running(command, url, _answers):
         yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def write_heads(folder: Path, n_embd: int) -> Path:
@@ -211,22 +191,13 @@ def write_heads(folder: Path, n_embd: int) -> Path:
     return path
 
 
-def _wait_until_it_answers(url: str, process: "subprocess.Popen[bytes]") -> None:
-    ends_at = time.monotonic() + PATIENCE_S
+def _answers(url: str) -> bool:
+    """False while it loads. Raises SystemExit where it says that it cannot."""
     body = {"model": "embedding", "input": "hello"}
-    while process.poll() is None and time.monotonic() < ends_at:
-        try:
-            reply = httpx.post(f"{url}/v1/embeddings", json=body, timeout=PATIENCE_S)
-        except httpx.HTTPError:
-            time.sleep(0.1)
-            continue
-        if reply.status_code == 200:
-            return
-        if reply.status_code == 503:  # it loads
-            time.sleep(0.1)
-            continue
+    reply = httpx.post(f"{url}/v1/embeddings", json=body, timeout=PATIENCE_S)
+    if reply.status_code not in (200, 503):
         raise SystemExit(f"no measurement: HTTP {reply.status_code}: {reply.text[:300]}")
-    raise SystemExit("no measurement: the service did not start")
+    return reply.status_code == 200
 
 
 async def measure(

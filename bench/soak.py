@@ -13,11 +13,8 @@ so. Memory is watched from the end of the warm-up on.
 import argparse
 import asyncio
 import json
-import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +28,8 @@ from typing import Any
 import httpx
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.own_service import service
+
 CHAT_TIERS = ("light", "medium", "heavy")
 TIERS = (*CHAT_TIERS, "embedding", "reranker")
 # codes of errors that faults explain
@@ -253,33 +251,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1200)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+    with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "script.json"
         script.write_text(json.dumps(FINE), encoding="utf-8")
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        environment = {
-            "PORT": str(port), "HOST": "127.0.0.1", "API_KEYS": "", "LOG_LEVEL": "ERROR",
-            "MEMORY_LIMIT": "150M", "SWAP_WAIT_S": "1",
-        }  # fmt: skip
+        environment = {"MEMORY_LIMIT": "150M", "SWAP_WAIT_S": "1"}
         for tier in TIERS:
             environment[f"{tier.upper()}_BACKEND"] = "fake"
             environment[f"{tier.upper()}_MODEL_PATH"] = str(script)
-        with open(os.devnull, "wb") as nowhere:
-            process = subprocess.Popen(
-                [sys.executable, "server.py"], cwd=ROOT, env=os.environ | environment,
-                stdout=nowhere, stderr=nowhere,
-            )  # fmt: skip
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_for(url, process)
+        with service(environment, is_quiet=True) as (url, process):
             found = asyncio.run(
                 soak(url, psutil.Process(process.pid), script, options.seconds, options.seed)
             )
-        finally:
-            process.terminate()
-            found_code = process.wait(30)
+    found_code = process.returncode
     found["exit_code"] = found_code
     print(json.dumps(found, indent=2))
     is_long = options.seconds >= 600  # a shorter one has no slope to speak of
@@ -292,19 +275,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         and found_code == 0
     )
     return 0 if is_well else 1
-
-
-def _wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
-    for _ in range(300):
-        if process.poll() is not None:
-            break
-        try:
-            httpx.get(f"{url}/health")
-        except httpx.HTTPError:
-            time.sleep(0.1)
-        else:
-            return
-    raise SystemExit("the service did not start")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Coroutine
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from bench.cache import size_of
 from cache import ENTRY_BYTES, Cache, Entry, MemoryStore, key
 from cache_disk import DiskStore
 from cache_file import MAX_SKEW_S, MIN_BYTES, Stored
@@ -250,14 +250,6 @@ def test_the_memory_of_many_small_entries_is_what_they_are_counted_for() -> None
     )
     counted = memory.stats()["k"].size_bytes
     assert 0.5 * counted < table + parts < counted
-
-
-def size_of(folder: Path) -> int:
-    size = 0
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # logs come and go
-            size += path.stat().st_size
-    return size
 
 
 KINDS = st.sampled_from(["generation", "vector"])
