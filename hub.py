@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: which files are meant, and how they come here.
+"""The Hugging Face hub, and how the files of a model come here from it.
 
 They lie in the hub's own cache, which other programs share:
 
@@ -18,213 +18,27 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from errno import EDQUOT, ENOSPC
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from errors import ModelLoadFailed
+from hub_model import FOLDER_BACKENDS, HubModel, is_inside, pick
 
 logger = logging.getLogger(__name__)
 
-FOLDER_BACKENDS = frozenset({"flag"})  # whose models are directories
-# Which GGUF is taken of several, where nobody says: the best that most machines can hold first.
-QUANTS = ("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q6_K", "Q8_0", "Q4_0", "MXFP4", "F16", "BF16", "F32")
 DISK_MARGIN_BYTES = 256 << 20  # that stay free
 TIMEOUT_S = 10.0  # without a byte
 RETRY_PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # before tries that follow a fruitless one
 LOCK_POLL_S = 0.2
 MOST_HTTP_BYTES = 50 * 10**9  # of a file; a larger one comes by a protocol of the hub's own
-MOST_LISTED = 20  # files in a message
-
-_PREFIX = "hf:"
-_NAME = r"[A-Za-z0-9](?:[\w.-]*\w)?"
-_MODEL = re.compile(
-    rf"hf:(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>\w[\w.-]*(?:/\w[\w.-]*)*))?(?::(?P<what>[^:\\]+))?",
-    re.ASCII,
-)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_PART = re.compile(r"(?P<stem>.+)-(?P<n>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-_HEADS = (
-    "sparse_linear.pt", "sparse_linear.safetensors", "colbert_linear.pt",
-    "colbert_linear.safetensors",
-)  # fmt: skip
-_BESIDE_GGUF = (*_HEADS, "*.heads.safetensors")
-_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.txt")
-_IN_FOLDER = ("*.json", "*.jinja", "merges.txt", *_TOKENIZERS, *_HEADS)
-_POOLING = "1_Pooling/config.json"
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that are there count
 _TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
-
-
-@dataclass(frozen=True, slots=True)
-class HubModel:
-    """A model as a path names it: `hf:owner/repo[@revision][:file or quant]`."""
-
-    repo: str
-    what: str | None = None  # a file's name, or a quant such as Q4_K_M
-    revision: str | None = None  # a branch, tag or commit; None: main
-
-
-def parse(text: str) -> HubModel | None:
-    """The model on the hub that a path names; None: it is an ordinary path. Raises ValueError with
-    a sentence for one that is meant so and cannot be."""
-    if not text.startswith(_PREFIX):
-        return None
-    match = _MODEL.fullmatch(text)
-    repo, what = (match["repo"], match["what"]) if match else ("", None)
-    is_odd = "--" in repo or ".." in repo or repo.endswith(".git") or len(repo) > 96
-    if not match or is_odd or not _is_inside(what or "file"):
-        raise ValueError(
-            "a model on the Hugging Face hub is written hf:owner/repo, hf:owner/repo:Q4_K_M or "
-            "hf:owner/repo:file.gguf, with @revision after the repo where it is not main"
-        )
-    return HubModel(repo, what, match["revision"])
-
-
-# Which files. Plain decisions about names.
-
-
-def pick(model: HubModel, backend: str, names: Collection[str]) -> list[str]:
-    """The files of a model among those of its repo, first the one that it is called by.
-
-    For a backend whose models are directories, all that such a directory needs, config.json first.
-    Else one GGUF:
-
-    1. The file of that name, with or without its folder.
-    2. The only one that has the quant as a word in its name, whatever its case.
-    3. Where nothing is said: the only GGUF, or the only one of the first of QUANTS that is there.
-
-    With it come the other parts of a split model, and heads that lie beside it. Projectors of
-    images, importance matrices and later parts are not taken for models.
-
-    Raises ModelLoadFailed that lists what there is.
-    """
-    return _folder(model, names) if backend in FOLDER_BACKENDS else _gguf(model, names)
-
-
-def _gguf(model: HubModel, names: Collection[str]) -> list[str]:
-    models = sorted(name for name in names if _is_model(name))
-    if not models:
-        raise ModelLoadFailed(
-            f"{model.repo} has no GGUF model on the hub ({_listed(names)}); give a repo that has "
-            "one, or set BACKEND=flag for an encoder."
-        )
-    found = _named(model.what, models)
-    if len(found) != 1:
-        number = "several" if found else "no"
-        named = f" named '{model.what}'" if model.what else ""
-        raise ModelLoadFailed(
-            f"{model.repo} has {number} models{named} on the hub: {_listed(found or models)}. "
-            f"Name one, such as hf:{model.repo}:{(found or models)[0]}."
-        )
-    (name,) = found
-    folder = name.rpartition("/")[0]
-    beside = [
-        other for other in sorted(names)
-        if other.rpartition("/")[0] == folder and _fits(_base(other), _BESIDE_GGUF)
-    ]  # fmt: skip
-    return [*_whole(model, [name], names), *beside]
-
-
-def _named(what: str | None, models: list[str]) -> list[str]:
-    if what is None:
-        if len(models) == 1:
-            return models
-        of_quants = ([name for name in models if _has_word(name, quant)] for quant in QUANTS)
-        return next(filter(None, of_quants), models)
-    if what in models:
-        return [what]
-    if what.lower().endswith(".gguf"):
-        return [name for name in models if _base(name) == what]
-    return [name for name in models if _has_word(name, what)]
-
-
-def _is_model(name: str) -> bool:
-    base = _base(name).lower()
-    part = _PART.fullmatch(base)
-    return (
-        base.endswith(".gguf")
-        and "mmproj" not in base
-        and not base.startswith("imatrix")
-        and not base.endswith("imatrix.gguf")
-        and (part is None or int(part["n"]) == 1)
-    )
-
-
-def _has_word(name: str, word: str) -> bool:
-    """Q4_K is no word of Q4_K_M, nor Q4_XS of IQ4_XS; what stands before may end in a `_`."""
-    pattern = rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9_])"
-    return re.search(pattern, name[: -len(".gguf")], re.IGNORECASE) is not None
-
-
-def _folder(model: HubModel, names: Collection[str]) -> list[str]:
-    if model.what is not None:
-        raise ModelLoadFailed(
-            f"This backend takes a whole repo: write hf:{model.repo}, without ':{model.what}'."
-        )
-    root = sorted(name for name in names if "/" not in name)
-    weights = next(
-        (found for pattern in _WEIGHTS if (found := [n for n in root if _fits(n, [pattern])])), []
-    )
-    rest = [name for name in root if _fits(name, _IN_FOLDER)]
-    has_tokenizer = any(_fits(name, _TOKENIZERS) for name in rest)
-    if "config.json" not in rest or not weights or not has_tokenizer:
-        raise ModelLoadFailed(
-            f"{model.repo} is no model directory of Hugging Face's: it wants config.json, a "
-            f"tokenizer and model.safetensors, and has {_listed(names)}. Give another repo, or for "
-            "a GGUF set BACKEND=llamacpp."
-        )
-    rest.remove("config.json")
-    pooling = [_POOLING] if _POOLING in names else []
-    return ["config.json", *rest, *pooling, *_whole(model, weights, names)]
-
-
-def _whole(model: HubModel, some: list[str], names: Collection[str]) -> list[str]:
-    """These files, with all parts of those that are split."""
-    whole = list(dict.fromkeys(part for name in some for part in _parts(name)))
-    for name in whole:
-        if name not in names:
-            raise ModelLoadFailed(
-                f"{model.repo} on the hub lacks {name}, a part of {some[0]}; give another file."
-            )
-    return whole
-
-
-def _parts(name: str) -> Iterator[str]:
-    part = _PART.fullmatch(name)
-    if part is None:
-        yield name
-    else:
-        for n in range(1, int(part["count"]) + 1):
-            yield f"{part['stem']}-{n:05}-of-{part['count']}{part['suffix']}"
-
-
-def _base(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
-def _fits(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name stays in the folder that it is put into."""
-    return not any(part in ("", ".", "..") for part in name.split("/")) and "\\" not in name
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(sorted(names)[:MOST_LISTED]) or "nothing"
-    more = len(names) - MOST_LISTED
-    return f"{shown} and {more} more" if more > 0 else shown
-
-
-# The hub and its cache.
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +159,7 @@ class Hub:
             hash_ = (sibling.lfs.sha256 if sibling.lfs else sibling.blob_id) or ""
             size = sibling.lfs.size if sibling.lfs else sibling.size
             # these become names of files here
-            if _HASH.fullmatch(hash_) and _is_inside(sibling.rfilename) and size is not None:
+            if _HASH.fullmatch(hash_) and is_inside(sibling.rfilename) and size is not None:
                 files[sibling.rfilename] = _File(sibling.rfilename, size, hash_)
         return commit, files
 

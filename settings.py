@@ -24,7 +24,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from hub import FOLDER_BACKENDS, Hub, HubModel, parse
+from hub import Hub
+from hub_model import FOLDER_BACKENDS, HubModel, parse
 
 logger = logging.getLogger(__name__)
 

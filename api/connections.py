@@ -10,7 +10,6 @@ import logging
 import socket
 import struct
 import sys
-import uuid
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from api.errors import response
-from api.middleware import MAX_HEADER_BYTES
+from api.middleware import MAX_HEADER_BYTES, common_headers, new_request_id
 from errors import BadRequest, HeadTooLarge, ServiceError, TooManyConnections
 from settings import ServerSettings
 
@@ -134,12 +133,11 @@ class Limited(asyncio.Protocol):
         if self._is_busy() and self.cycle.response_started:
             self._cut("sends what is no request")
             return
-        request_id = f"req-{uuid.uuid4().hex}"
+        request_id = new_request_id()
         logger.info("- - - %d %s %s", error.status, error.code, request_id)
         reply = response(error, {"path": ""})
         reply.headers["Connection"] = "close"
-        reply.headers["X-Request-Id"] = reply.headers["Request-Id"] = request_id
-        reply.headers["X-Content-Type-Options"] = "nosniff"
+        reply.headers.update(common_headers(request_id))
         status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()
         lines = [status, *(b"%s: %s" % header for header in reply.raw_headers), b"", b""]
         self.transport.write(b"\r\n".join(lines) + cast(bytes, reply.body))

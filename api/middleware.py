@@ -56,6 +56,20 @@ def key_of(secret: str, *, is_admin: bool) -> Key:
     return Key(secret.encode(), digest[:12], is_admin)
 
 
+def new_request_id() -> str:
+    return f"req-{uuid.uuid4().hex}"
+
+
+def common_headers(request_id: str) -> dict[str, str]:
+    """What every reply has."""
+    return {
+        "X-Request-Id": request_id,  # OpenAI's
+        "Request-Id": request_id,  # Anthropic's
+        # browsers are not to take JSON for a page or a script; nothing here is HTML
+        "X-Content-Type-Options": "nosniff",
+    }
+
+
 class HttpMiddleware:
     """Lets everything but HTTP requests pass, such as the lifespan."""
 
@@ -80,7 +94,7 @@ class RequestLog(HttpMiddleware):
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        request_id = given if _REQUEST_ID.fullmatch(given) else new_request_id()
         scope["request_id"] = request_id
         started_at = time.perf_counter()
         status = 0
@@ -89,12 +103,7 @@ class RequestLog(HttpMiddleware):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-Id"] = headers["Request-Id"] = (
-                    request_id  # OpenAI's, Anthropic's
-                )
-                # browsers are not to take JSON for a page or a script; nothing here is HTML
-                headers["X-Content-Type-Options"] = "nosniff"
+                MutableHeaders(scope=message).update(common_headers(request_id))
             await send(message)
 
         try:

@@ -314,8 +314,9 @@ MAY_IMPORT = {
     "encoding": {"engine.client", "engine.wire", "engine.types", "errors"},
     "waiting": set(),
     "worker_spec": {"engine.machine", "engine.wire", "engine.model_file", "settings"},
-    "settings": {"hub"},
-    "hub": {"errors"},
+    "settings": {"hub", "hub_model"},
+    "hub": {"errors", "hub_model"},
+    "hub_model": {"errors"},
     "errors": set(),
     "logs": set(),
     "api": {

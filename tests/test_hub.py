@@ -14,7 +14,8 @@ from huggingface_hub import constants
 
 import hub as hub_module
 from errors import ModelLoadFailed
-from hub import Hub, HubModel, parse, pick
+from hub import Hub
+from hub_model import HubModel, parse, pick
 from settings import ServerSettings, TierSettings
 from tests.hub_imitation import HubImitation, Repo, hub_imitation
 
