@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag
 from starlette.responses import JSONResponse, Response
 
 from api import generation
-from api.deps import ServicesDep, while_connected
+from api.deps import ServicesDep, fetched, while_connected
 from api.sampling import (
     MAX_TOP_LOGPROBS,
     ChoiceCount,
@@ -89,7 +89,7 @@ async def create_completion(
         grammar=wire.Grammar((part,)) if part else None,
     )
     if body.suffix:
-        await while_connected(request.receive, tier.fetched())
+        await fetched(request.receive, tier)
     marks = await asyncio.to_thread(_marks, tier) if body.suffix else None
     requests = [
         msgspec.structs.replace(asked, prompt=_segments(prompt, body.suffix or "", marks))
@@ -98,6 +98,7 @@ async def create_completion(
     watch = generation.Watch(tier)
 
     async def start() -> tuple[generation.Answer, dict[str, Any]]:
+        await fetched(request.receive, tier)
         answer = await generation.start(
             request.receive, tier, requests, priority=body.effective_priority, watch=watch
         )

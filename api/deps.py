@@ -116,6 +116,13 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             left.exception()  # a server that fails in receive() has lost the client too
 
 
+async def fetched(receive: Receive, tier: Tier) -> None:
+    """Wait until the tier's model is on this machine, which takes long only for one from the hub
+    that nobody has asked for yet. Raises ClientLeft or ServiceError."""
+    if not tier.is_downloaded:
+        await while_connected(receive, tier.fetched())
+
+
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from starlette.responses import Response
 
-from api.deps import ServicesDep, while_connected
+from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
 from api.keep_alive import KeepAlive
 from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
@@ -93,7 +93,7 @@ async def create_embeddings(
 ) -> Response:
     tier = services.embedding_tier(body.model)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
-    await while_connected(request.receive, tier.fetched())
+    await fetched(request.receive, tier)
     tier.keep_alive(body.keep_alive)
     outputs = body.outputs()
     dimensions = dimensions_of(tier, body.dimensions, outputs)

@@ -136,7 +136,6 @@ async def start(
 ) -> Answer:
     """Submit requests and wait until all have started: from here on nothing that is wrong with
     them can come up. Raises ClientLeft or ServiceError."""
-    await while_connected(receive, tier.fetched())
     answer = Answer(tier, requests, priority, watch)
     await while_connected(receive, anext(answer.outs))
     return answer

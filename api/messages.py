@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from api import generation, turn
 from api.blocks import BlockReply, Data
-from api.deps import ServicesDep, while_connected
+from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
@@ -71,7 +71,7 @@ async def count_tokens(body: PromptRequest, request: Request, services: Services
     refuse(body, UNSUPPORTED)
     strict = services.settings.server.strict_params
     headers = ignored_params(body, UNSUPPORTED, strict=strict, parts=body.inner())
-    await while_connected(request.receive, tier.fetched())
+    await fetched(request.receive, tier)
     with client_names(body.names):
         prompt = await asyncio.to_thread(prompt_of, services, tier, body.chat())
     work = tier.tokenize(prompt.segments, add_bos=True)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from api.deps import ServicesDep, while_connected
+from api.deps import ServicesDep, fetched, while_connected
 from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of
 from api.errors import client_names
 from api.sampling import Switch, ignored_params
@@ -92,7 +92,7 @@ def info(services: ServicesDep) -> Response:
 async def _vectors(
     tier: Tier, body: SparseRequest, output: Output, request: Request
 ) -> list[wire.Vector]:
-    await while_connected(request.receive, tier.fetched())
+    await fetched(request.receive, tier)
     asked = wire.Embed(
         inputs=[*body.inputs], outputs=[output], truncate=body.read_truncate(), role="none"
     )

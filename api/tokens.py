@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from api.chat_request import Conversation
-from api.deps import ServicesDep, while_connected
+from api.deps import ServicesDep, fetched, while_connected
 from api.prompt import prompt_of
 from api.sampling import Switch, Token, WholeText, ignored_params
 from engine import wire
@@ -66,7 +66,7 @@ async def apply_template(
     body: ApplyTemplateRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    await while_connected(request.receive, tier.fetched())
+    await fetched(request.receive, tier)
     strict = services.settings.server.strict_params
     headers = ignored_params(body, strict=strict, parts=body.inner())
     prompt = await asyncio.to_thread(prompt_of, services, tier, body)

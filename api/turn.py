@@ -10,7 +10,7 @@ from starlette.types import Receive
 
 from api import generation
 from api.chat_request import ChatRequest
-from api.deps import Services, while_connected
+from api.deps import Services, fetched, while_connected
 from api.errors import client_names
 from api.prompt import n_too_many, prompt_of, without_middle
 from api.sampling import answer_part, generate_request
@@ -62,7 +62,7 @@ async def start(
 ) -> "Turn":
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
     body.check_stream_options()
-    await while_connected(receive, tier.fetched())
+    await fetched(receive, tier)
     tier.keep_alive(body.keep_alive)
     answer_must = answer_part(body)
     n_left_out = 0
