@@ -1,12 +1,14 @@
 """What is certainly too long for a model, found without tokenising, which would keep its worker
 busy for nothing."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine import wire
 from errors import BadRequest, ContextLengthExceeded
 
+_COUNTS_FOR_NOTHING = re.compile(r"\W+")  # for some tokenizers: spaces, accents, hidden hyphens
 MOST_TO_CUT = 16  # times the longest text that could fit: all of it is tokenised before the cut
 
 
@@ -37,7 +39,8 @@ class Lengths:
             )
 
     def check_texts(self, request: wire.Embed | wire.Score) -> None:
-        """The same for texts, of which spaces and accents may not count. Raises BadRequest."""
+        """The same for texts, of which only letters and digits are sure to count. Raises
+        BadRequest."""
         fields: dict[str, Sequence[str | list[int]]]
         if isinstance(request, wire.Embed):
             fields = {"input": request.inputs}
@@ -50,7 +53,7 @@ class Lengths:
     def _check_text(self, text: str | list[int], what: str, index: int, *, may_cut: bool) -> None:
         least = len(text)
         if least > self.n_ctx and isinstance(text, str):
-            least = len("".join(text.split())) // (4 * self.max_token_bytes)
+            least = len(_COUNTS_FOR_NOTHING.sub("", text)) // (4 * self.max_token_bytes)
         if least > self.n_ctx and not may_cut:
             raise ContextLengthExceeded(
                 f"{what}[{index}] has more than {least:,} tokens; tier '{self.tier}' "

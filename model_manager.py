@@ -26,6 +26,7 @@ class ModelManager:
         }
         for tier in self.tiers.values():
             self.room.enter(tier)
+        self.stand_in_aliases = settings.reranker_aliases
 
     def resolve(self, model: str) -> Tier:
         """The tier that a request names: by tier, alias or file stem, in this order. Without a
@@ -33,17 +34,22 @@ class ModelManager:
         for tier in self.tiers.values():
             if tier.name == model:
                 return tier
-        if model == "reranker" and self.stand_in is not None:
+        if self.stand_in is not None and self.means_reranker(model):
             return self.stand_in
         for tier in self.tiers.values():
             if model in tier.aliases:
                 return tier
         names = [n for t in self.tiers.values() for n in (t.name, *t.aliases)]
-        names += ["reranker"] if self.stand_in is not None else []
+        names += ["reranker", *self.stand_in_aliases] if self.stand_in is not None else []
         known = ", ".join(dict.fromkeys(names))
         raise ModelNotFound(
             f"The model '{model}' does not exist here. Known: {known}.", param="model"
         )
+
+    def means_reranker(self, model: str) -> bool:
+        """Whether a request that names this wants `reranker`, also where another stands in."""
+        is_alias = model in self.stand_in_aliases and model not in self.tiers
+        return model == "reranker" or is_alias
 
     @property
     def stand_in(self) -> Tier | None:

@@ -7,7 +7,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_CHAT_MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"  # setup.sh puts both there
 DEFAULT_EMBEDDING_MODEL = "models/multilingual-e5-small-F32.gguf"
 
+InputType = Literal["query", "search_query", "passage", "document", "search_document", "none"]
 ReasoningField = Literal["reasoning_content", "reasoning", "both", "none"]
 TierName = Literal["light", "medium", "heavy", "embedding", "reranker"]
 CHAT_TIERS: tuple[TierName, ...] = ("light", "medium", "heavy")
@@ -148,6 +149,7 @@ class TierSettings(BaseSettings):
     pooling: Literal["auto", "cls", "mean", "last"] = "auto"  # auto: as the file says
     query_prefix: str = ""
     passage_prefix: str = ""
+    input_type: InputType | None = None  # of texts whose request does not say; None: none
     sparse_head_path: str = ""  # empty: beside the model
     colbert_head_path: str = ""
     token_ids: Literal["refuse", "own", "cl100k"] = "refuse"  # as input: whose they are
@@ -273,6 +275,7 @@ class Settings:
 
     server: ServerSettings
     tiers: Mapping[TierName, TierSettings]
+    reranker_aliases: Sequence[str] = ()  # where it has no model, and `embedding` stands in
 
     @classmethod
     def load(cls, env_file: Path | None = ROOT / ".env") -> "Settings":
@@ -291,7 +294,9 @@ class Settings:
             for field in sorted(GENERATING & tiers[name].model_fields_set):
                 key = f"{name}_{field}".upper()
                 logger.warning("The setting %s does nothing: no text is generated there", key)
-        return cls(server, _configured(tiers))
+        configured = _configured(tiers)
+        aliases = () if "reranker" in configured else tiers["reranker"].aliases
+        return cls(server, configured, aliases)
 
 
 def known_keys() -> list[str]:
@@ -343,5 +348,7 @@ def _configured(tiers: dict[TierName, TierSettings]) -> dict[TierName, TierSetti
         "model_path": DEFAULT_EMBEDDING_MODEL,
         "query_prefix": tiers["embedding"].query_prefix or "query: ",
         "passage_prefix": tiers["embedding"].passage_prefix or "passage: ",
+        # it was trained on no text without a prefix
+        "input_type": tiers["embedding"].input_type or "document",
     }
     return {**defaults, "embedding": tiers["embedding"].model_copy(update=e5)}

@@ -53,7 +53,7 @@ class Services:
     def embedding_tier(self, model: str) -> Tier:
         """The tier that a request for vectors names. Raises ModelNotFound or BadRequest."""
         tier = self.manager.resolve(model)
-        if tier.name != "embedding" or model == "reranker":  # for which it only stands in
+        if tier.name != "embedding" or self.manager.means_reranker(model):
             raise BadRequest(f"The model '{model}' makes no vectors.", param="model")
         _tier_of_request.set(tier.name)
         return tier

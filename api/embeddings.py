@@ -17,13 +17,15 @@ from api.vectors import Form, item
 from engine import wire
 from engine.types import Output, Role, Truncate
 from errors import BadRequest, UnsupportedParameter
+from settings import InputType
 from tier import Tier
 
 router = APIRouter()
 
 MAX_INPUTS = 2048  # OpenAI's limit
 OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
-InputType = Literal["query", "search_query", "passage", "document", "search_document"]
+# numbers of the ColBERT vectors in a reply: of BGE-M3's longest text, and of four of them
+MAX_COLBERT_NUMBERS = {"float": 8 << 20, "base64": 32 << 20}
 # whose first numbers are a vector too, by what their files are called
 MATRYOSHKA = (
     "nomic-embed-text-v1.5", "nomic-embed-text-v2", "mxbai-embed-large", "qwen3-embedding",
@@ -78,13 +80,9 @@ class EmbeddingRequest(BaseModel):
             if (flag := getattr(self, f"return_{kind}")) is not None:
                 (wanted.add if flag else wanted.discard)(kind)
         if not wanted:
-            raise BadRequest("No kind of vector is asked for.", param="return_dense")
+            refused = (self.embedding_type or ["dense"])[0]
+            raise BadRequest("No kind of vector is asked for.", param=f"return_{refused}")
         return [kind for kind in OUTPUTS if kind in wanted]
-
-    def role(self) -> Role:
-        if self.input_type is None:
-            return "none"
-        return "query" if self.input_type.endswith("query") else "passage"
 
 
 @router.post("/v1/embeddings")
@@ -102,15 +100,15 @@ async def create_embeddings(
         inputs=inputs,
         outputs=outputs,
         truncate=body.truncate or "none",
-        role=body.role(),
+        role=role_of(tier, body.input_type),
         return_tokens=body.return_tokens,
+        max_colbert=MAX_COLBERT_NUMBERS[body.encoding_format or "float"],
     )
     names = {f"^return_{kind}$": "embedding_type" for kind in body.embedding_type or ()}
     with client_names(names), tier.lease(), tier.embed(asked) as encoding:
         vectors = await while_connected(request.receive, encoding.all())
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {
-        "object": "list",
         "model": tier.name,
         "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
     }
@@ -125,8 +123,18 @@ async def create_embeddings(
 def _content(
     reply: dict[str, Any], vectors: Sequence[wire.Vector], n_colbert: int, form: Form
 ) -> bytes:
-    data = [item(vector, n_colbert, form) for vector in vectors]
-    return msgspec.json.encode({"object": "list", "data": data} | reply)
+    """A piece at a time, since none lets the event loop go on before it is done."""
+    encode = msgspec.json.encode
+    data = b",".join([encode(item(vector, n_colbert, form)) for vector in vectors])
+    return b"".join((b'{"object":"list","data":[', data, b"],", encode(reply)[1:]))
+
+
+def role_of(tier: Tier, input_type: InputType | None) -> Role:
+    """Whose prefix a text gets: as the request says, or else INPUT_TYPE."""
+    input_type = input_type or tier.settings.input_type or "none"
+    if input_type == "none":
+        return "none"
+    return "query" if input_type.endswith("query") else "passage"
 
 
 def dimensions_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> int | None:

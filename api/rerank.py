@@ -58,10 +58,6 @@ class ScoringFields(BaseModel):
     truncate: Annotated[Truncate | None, BeforeValidator(_cut)] = None
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"  # TEI's
 
-    def called(self, tier: Tier) -> str:
-        """The name of the tier that scores; `reranker` is it also where another stands in."""
-        return DEFAULT_MODEL if self.model == DEFAULT_MODEL else tier.name
-
     def read_truncate(self) -> Truncate:
         """Documents are cut unless that is not wanted."""
         is_left = self.truncation_direction.lower() == "left"
@@ -109,7 +105,8 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
     best = sorted(scores.items, key=lambda item: (-item.score, item.index))[: body.top_n]
     wants_text = body.return_documents or body.return_text
     if body.texts is not None:
-        headers |= truncated_header((item.index, item.n_cut) for item in scores.items)
+        texts = ((str(item.index), item.n_cut) for item in scores.items)
+        headers |= truncated_header([("query", scores.n_cut_query), *texts])
         reply: Any = [
             {"index": item.index, "score": scores.shown(item)}
             | ({"text": documents[item.index]} if wants_text else {})
@@ -121,19 +118,17 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
         | ({"document": {"text": documents[item.index]}} if wants_text else {})
         for item in best
     ]
+    cut = [("query", scores.n_cut_query)]
+    cut += [(f"documents[{item.index}]", item.n_cut) for item in scores.items]
     meta: dict[str, Any] = {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": 1},
-        "warnings": [
-            f"documents[{item.index}]: {item.n_cut} tokens were cut, of it or of the query."
-            for item in scores.items
-            if item.n_cut
-        ],
+        "warnings": [f"{what}: {n_cut} tokens were cut." for what, n_cut in cut if n_cut],
     }
     reply = {
         "id": new_id("rerank-"),
         "object": "list",
-        "model": body.called(tier),
+        "model": DEFAULT_MODEL if services.manager.means_reranker(body.model) else tier.name,
         "results": results,
         "meta": meta,
         **scores.about(),
@@ -200,11 +195,15 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
         "id": new_id("score-"),
         "object": "list",
         "created": int(time.time()),
-        "model": body.called(tier),
+        "model": DEFAULT_MODEL if services.manager.means_reranker(body.model) else tier.name,
         "data": data,
         **scores.about(),
     }
-    if cut := [{"index": i.index, "n_tokens_cut": i.n_cut} for i in scores.items if i.n_cut]:
+    if cut := [
+        {"index": item.index, "n_tokens_cut": n_cut}
+        for item in scores.items
+        if (n_cut := item.n_cut + item.n_cut_query)
+    ]:
         reply["truncated"] = cut
     return JSONResponse(reply, headers=headers)
 
@@ -224,6 +223,11 @@ class Scores:
         if self.is_raw or self.scale != "logit":
             return item.score
         return 1 / (1 + math.exp(-max(min(item.score, 700.0), -700.0)))
+
+    @property
+    def n_cut_query(self) -> int:
+        """Tokens of the only query."""
+        return max(item.n_cut_query for item in self.items)
 
     def about(self) -> dict[str, Any]:
         n_tokens = sum(item.n_tokens for item in self.items)

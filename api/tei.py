@@ -11,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from api.deps import ServicesDep, fetched, while_connected
-from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of
+from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of, role_of
 from api.errors import client_names
 from api.sampling import Switch, ignored_params
 from api.vectors import shortened, sparse, truncated_header
 from engine import wire
 from engine.types import Output, Truncate
 from errors import UnsupportedParameter
+from settings import InputType
 from tier import Tier
 
 router = APIRouter()
@@ -31,6 +32,7 @@ class SparseRequest(BaseModel):
     inputs: OneOrMore
     truncate: Switch = False
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
+    prompt_name: InputType | None = None  # by which the model's own prompts are called
 
     def read_truncate(self) -> Truncate:
         if not self.truncate:
@@ -54,10 +56,11 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
 
     def content() -> bytes:
         dense = [np.frombuffer(vector.dense or b"", "<f4") for vector in vectors]
-        return msgspec.json.encode([shortened(row, dimensions).tolist() for row in dense])
+        rows = [msgspec.json.encode(shortened(row, dimensions).tolist()) for row in dense]
+        return b"[" + b",".join(rows) + b"]"
 
     packed = await asyncio.to_thread(content)
-    headers |= truncated_header((vector.index, vector.n_cut) for vector in vectors)
+    headers |= truncated_header((str(vector.index), vector.n_cut) for vector in vectors)
     return Response(packed, media_type="application/json", headers=headers)
 
 
@@ -72,7 +75,7 @@ async def embed_sparse(body: SparseRequest, request: Request, services: Services
         return msgspec.json.encode([[{"index": i, "value": w} for i, w in of] for of in pairs])
 
     packed = await asyncio.to_thread(content)
-    headers |= truncated_header((vector.index, vector.n_cut) for vector in vectors)
+    headers |= truncated_header((str(vector.index), vector.n_cut) for vector in vectors)
     return Response(packed, media_type="application/json", headers=headers)
 
 
@@ -94,7 +97,10 @@ async def _vectors(
 ) -> list[wire.Vector]:
     await fetched(request.receive, tier)
     asked = wire.Embed(
-        inputs=[*body.inputs], outputs=[output], truncate=body.read_truncate(), role="none"
+        inputs=[*body.inputs],
+        outputs=[output],
+        truncate=body.read_truncate(),
+        role=role_of(tier, body.prompt_name),
     )
     names = {r"^input$": "inputs", r"^return_sparse$": "inputs"}
     with client_names(names), tier.lease(), tier.embed(asked) as encoding:

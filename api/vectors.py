@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -44,7 +45,8 @@ def item(vector: wire.Vector, n_colbert: int, form: Form) -> dict[str, Any]:
                 "dtype": form.colbert_dtype,
             }
         else:
-            fields["colbert_vecs"] = rows.tolist()
+            encoded = [msgspec.json.encode(row.tolist()) for row in rows]  # not all in one go
+            fields["colbert_vecs"] = msgspec.Raw(b"[" + b",".join(encoded) + b"]")
     if vector.tokens is not None:
         fields["token_ids"] = vector.tokens
         pieces = vector.pieces or []
@@ -72,7 +74,7 @@ def _base64(array: npt.NDArray[Any]) -> str:
     return base64.b64encode(array.tobytes()).decode()
 
 
-def truncated_header(cut: Iterable[tuple[int, int]]) -> dict[str, str]:
+def truncated_header(cut: Iterable[tuple[str, int]]) -> dict[str, str]:
     """Where a body has no place for it: which inputs were cut, and by how many tokens."""
-    named = [f"{index}={n_cut}" for index, n_cut in cut if n_cut]
+    named = [f"{what}={n_cut}" for what, n_cut in cut if n_cut]
     return {"X-Truncated-Inputs": ",".join(named)} if named else {}

@@ -148,6 +148,7 @@ class Embed(Message, frozen=True):
     truncate: Truncate = "none"  # none: a text that is too long fails the request
     role: Role = "none"
     return_tokens: bool = False
+    max_colbert: int | None = None  # numbers of all ColBERT vectors; more fail the request
     job: int = 0  # given by the tier
 
 
@@ -295,9 +296,10 @@ class Vectors(Message, frozen=True):
 class Scored(msgspec.Struct, frozen=True, array_like=True):
     index: int  # of the pair
     n_tokens: int  # of query and document, with those that the model adds
-    n_cut: int = 0  # of the document, and of the query if that alone is too long
+    n_cut: int = 0  # of the document
     score: float = 0.0
     fault: Fault | None = None  # then the score means nothing
+    n_cut_query: int = 0
 
 
 class Scores(Message, frozen=True):
