@@ -74,7 +74,7 @@ class Services:
         return known[1]
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:  # a plain function would run in a thread
     services: Services = request.app.state.services
     return services
 
@@ -82,7 +82,7 @@ def _services(request: Request) -> Services:
 ServicesDep = Annotated[Services, Depends(_services)]
 
 
-def _admin(request: Request) -> None:
+async def _admin(request: Request) -> None:
     if not request.scope["is_admin"]:
         raise Forbidden("This changes the service, and wants one of ADMIN_API_KEYS.")
 

@@ -13,7 +13,7 @@ from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
 from api.keep_alive import KeepAlive
 from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
-from api.vectors import Form, item
+from api.vectors import Form, encoded, item
 from engine import wire
 from engine.types import Output, Role, Truncate
 from errors import BadRequest, UnsupportedParameter
@@ -95,7 +95,7 @@ async def create_embeddings(
     tier.keep_alive(body.keep_alive)
     outputs = body.outputs()
     dimensions = dimensions_of(tier, body.dimensions, outputs)
-    inputs = await asyncio.to_thread(inputs_for, each_text(body.input), tier.settings.token_ids)
+    inputs = await inputs_for(each_text(body.input), tier.settings.token_ids)
     asked = wire.Embed(
         inputs=inputs,
         outputs=outputs,
@@ -116,7 +116,7 @@ async def create_embeddings(
         reply["truncated"] = cut
     form = Form(body.encoding_format == "base64", dimensions, body.colbert_dtype)
     n_colbert = tier.encoder.n_colbert if tier.encoder else 0
-    content = await asyncio.to_thread(_content, reply, vectors, n_colbert, form)
+    content = await encoded(vectors, lambda: _content(reply, vectors, n_colbert, form))
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -163,7 +163,7 @@ def dimensions_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> i
     return dimensions
 
 
-def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:
+async def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:
     """Texts, or this model's token ids. Raises BadRequest for ids that may be another model's."""
     if isinstance(inputs[0], str) or setting == "own":
         return list(inputs)
@@ -173,6 +173,10 @@ def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:
             "(LangChain: check_embedding_ctx_length=False), or set EMBEDDING_TOKEN_IDS.",
             param="input",
         )
+    return await asyncio.to_thread(_texts_of, inputs)
+
+
+def _texts_of(inputs: Sequence[Any]) -> list[str | list[int]]:
     try:
         import tiktoken
 

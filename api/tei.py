@@ -1,7 +1,6 @@
 """Embeddings in the form of text-embeddings-inference: POST /embed, POST /embed_sparse, GET /info.
 It knows one model: here the embedding tier."""
 
-import asyncio
 from typing import Annotated, Literal
 
 import msgspec
@@ -14,7 +13,7 @@ from api.deps import ServicesDep, fetched, while_connected
 from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of, role_of
 from api.errors import client_names
 from api.sampling import Switch, ignored_params
-from api.vectors import shortened, sparse, truncated_header
+from api.vectors import encoded, shortened, sparse, truncated_header
 from engine import wire
 from engine.types import Output, Truncate
 from errors import UnsupportedParameter
@@ -59,7 +58,7 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
         rows = [msgspec.json.encode(shortened(row, dimensions).tolist()) for row in dense]
         return b"[" + b",".join(rows) + b"]"
 
-    packed = await asyncio.to_thread(content)
+    packed = await encoded(vectors, content)
     headers |= truncated_header((str(vector.index), vector.n_cut) for vector in vectors)
     return Response(packed, media_type="application/json", headers=headers)
 
@@ -74,7 +73,7 @@ async def embed_sparse(body: SparseRequest, request: Request, services: Services
         pairs = (zip(*sparse(vector), strict=True) for vector in vectors)
         return msgspec.json.encode([[{"index": i, "value": w} for i, w in of] for of in pairs])
 
-    packed = await asyncio.to_thread(content)
+    packed = await encoded(vectors, content)
     headers |= truncated_header((str(vector.index), vector.n_cut) for vector in vectors)
     return Response(packed, media_type="application/json", headers=headers)
 
