@@ -1,5 +1,6 @@
 """What stands before every route, as plain ASGI: request ids, access log, keys and limits."""
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -10,7 +11,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import anyio
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -249,9 +249,8 @@ class Gate(HttpMiddleware):
             if not is_whole:  # after it the next thing is that the client leaves
                 timeout_s = min(timeout_s, self._settings.receive_timeout_s)
             try:
-                with anyio.fail_after(timeout_s):  # wait_for would make a task each time
-                    message = await receive()
-            except TimeoutError:
+                message = await asyncio.wait_for(receive(), timeout_s)
+            except asyncio.TimeoutError:  # another class than the built-in one in Python 3.10
                 if time.monotonic() < ends_at:
                     raise HTTPException(
                         408, f"Nothing of the body came for {timeout_s:g} s (RECEIVE_TIMEOUT_S)."
