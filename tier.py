@@ -245,7 +245,7 @@ class Tier:
         return self._footprint
 
     def _spec(self, model: ModelFile) -> wire.WorkerSpec:
-        return worker_spec(self.name, self._source.settings, model, self._server.log_level)
+        return worker_spec(self.name, self._source.settings, model, self._server)
 
     @property
     def memory_bytes(self) -> int | None:
