@@ -94,7 +94,6 @@ async def create_embeddings(
     tier = services.embedding_tier(body.model)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     await fetched(request.receive, tier)
-    tier.keep_alive(body.keep_alive)
     outputs = body.outputs()
     dimensions = dimensions_of(tier, body.dimensions, outputs)
     inputs = await asyncio.to_thread(inputs_for, each_text(body.input), tier.settings.token_ids)
@@ -108,6 +107,7 @@ async def create_embeddings(
     names = {f"^return_{kind}$": "embedding_type" for kind in body.embedding_type or ()}
     with client_names(names), tier.lease(), tier.embed(asked) as encoding:
         vectors = await while_connected(request.receive, encoding.all())
+        tier.keep_alive(body.keep_alive)
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {
         "object": "list",

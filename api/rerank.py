@@ -255,9 +255,9 @@ async def _score(
         truncate=fields.read_truncate(),
     )
     await tier.fetched()
-    tier.keep_alive(fields.keep_alive)
     with tier.lease(), tier.score(asked) as encoding:
         items = await encoding.all()
+        tier.keep_alive(fields.keep_alive)
         assert encoding.method is not None
         assert encoding.scale is not None
         is_hybrid = encoding.method == "hybrid"

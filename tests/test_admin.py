@@ -17,6 +17,13 @@ from tests.hub_imitation import Repo, hub_imitation
 from tests.serving import Service, events, fake, script, serving, settings
 from tests.test_model_manager import Launches
 
+WAYS = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/completions": {"prompt": "Hi"},
+    "/v1/responses": {"input": "Hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50},
+}
+
 
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
@@ -80,6 +87,47 @@ def test_ready_says_which_tier_is_not(tmp_path: Path) -> None:
 def test_a_model_leaves_as_soon_as_the_request_says(service: Service, value: object) -> None:
     assert service.chat(keep_alive=value).status_code == 200
     wait_for_state(service, "stopped")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_other_forms_of_a_chat_say_so_too(service: Service, path: str) -> None:
+    reply = service.http.post(path, json={"model": "light", "keep_alive": 0, **WAYS[path]})
+    assert reply.status_code == 200
+    assert "keep_alive" not in reply.headers.get("X-Ignored-Params", "")
+    wait_for_state(service, "stopped")
+    reply = service.http.post(path, json={"model": "light", "keep_alive": "soon", **WAYS[path]})
+    assert reply.status_code == 400
+    assert "keep_alive" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("/v1/completions", {"prompt": "Hi", "echo": True, "logprobs": 1}),
+        ("/v1/completions", {"prompt": "x" * 9000}),
+        ("/v1/chat/completions", {**WAYS["/v1/chat/completions"], "grammar": "start: ("}),
+        ("/v1/responses", {"input": "x" * 9000}),
+        ("/v1/embeddings", {"model": "embedding", "input": "Hi", "dimensions": 3}),
+        ("/v1/embeddings", {"model": "embedding", "input": "x " * 9000}),
+        (
+            "/v1/rerank",
+            {"model": "reranker", "query": "x " * 9000, "documents": ["Hi"], "truncate": "none"},
+        ),
+    ],
+)
+def test_a_request_that_is_refused_does_not_say_how_long_a_model_stays(
+    service: Service, path: str, fault: dict[str, object]
+) -> None:
+    def use() -> None:
+        assert service.chat().status_code == service.embed().status_code == 200
+
+    use()
+    reply = service.http.post(path, json={"model": "light", "keep_alive": 0} | fault)
+    assert reply.status_code == 400
+    use()
+    use()
+    loads = {name: n for name, n in samples(service).items() if "model_loads_total{" in name}
+    assert list(loads.values()) == [1, 1]
 
 
 def test_a_model_stays_as_long_as_the_request_says() -> None:
@@ -219,14 +267,6 @@ def test_a_model_comes_from_the_hub_at_its_first_request(tmp_path: Path) -> None
             assert reply.status_code == 500
             assert "me/nothing" in reply.json()["error"]["message"]
             assert service.http.get("/health").status_code == 200
-
-
-WAYS = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
-    "/v1/completions": {"prompt": "Hi"},
-    "/v1/responses": {"input": "Hi"},
-    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50},
-}
 
 
 @pytest.mark.parametrize("path", WAYS)
