@@ -401,7 +401,7 @@ class Tier:
     ) -> None:
         self._check_room_for_texts()
         self._encodings.add(encoding)
-        self._waiting.join(encoding, priority, time.monotonic())
+        encoding.n_before = self._waiting.join(encoding, priority, time.monotonic())
         self._expire(encoding)
         self._wakeup.set()
 

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
+from api.generation import queue_headers
 from api.keep_alive import KeepAlive
 from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
 from api.vectors import Form, item
@@ -108,6 +109,7 @@ async def create_embeddings(
     with client_names(names), tier.lease(), tier.embed(asked) as encoding:
         vectors = await while_connected(request.receive, encoding.all())
         tier.keep_alive(body.keep_alive)
+        headers |= queue_headers(encoding)
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {
         "object": "list",

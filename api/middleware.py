@@ -268,13 +268,13 @@ class Gate(HttpMiddleware):
 
         async def limited() -> Message:
             nonlocal n_bytes, is_whole
-            timeout_s = max(ends_at - time.monotonic(), 0)
+            left_s = timeout_s = max(ends_at - time.monotonic(), 0)
             if not is_whole:  # after it the next thing is that the client leaves
                 timeout_s = min(timeout_s, self._settings.receive_timeout_s)
             try:
                 message = await asyncio.wait_for(receive(), timeout_s)
             except asyncio.TimeoutError:  # another class than the built-in one in Python 3.10
-                if time.monotonic() < ends_at:
+                if timeout_s < left_s:  # not by the clock: a timer may be a little early
                     raise HTTPException(
                         408, f"Nothing of the body came for {timeout_s:g} s (RECEIVE_TIMEOUT_S)."
                     ) from None

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -14,7 +14,7 @@ from server import check_config
 from settings import ServerSettings, TierSettings
 from tests import gguf_fixtures
 from tests.hub_imitation import Repo, hub_imitation
-from tests.serving import Service, events, fake, script, serving, settings
+from tests.serving import Service, events, fake, script, serving, settings, wait_until
 from tests.test_model_manager import Launches
 
 WAYS = {
@@ -209,6 +209,23 @@ def test_a_request_that_takes_too_long_is_ended_and_its_place_is_free(tmp_path: 
 
 def test_how_many_were_before_it_is_told(service: Service) -> None:
     assert service.chat().headers["x-queue-position"] == "0"
+
+
+def test_so_it_is_with_vectors_and_scores(tmp_path: Path) -> None:
+    embedding = fake(script(tmp_path, load_s=0.5))
+    with serving(settings(embedding=embedding)) as service, ThreadPoolExecutor(3) as pool:
+        asked: list[Future[httpx.Response]] = []
+        for ask in (
+            service.embed,
+            lambda: service.rerank("a", ["b"]),
+            lambda: service.http.post("/v1/score", json={"text_1": "a", "text_2": "b"}),
+        ):
+            asked.append(pool.submit(ask))
+            wait_until(lambda: service.manager.tiers["embedding"].n_waiting == len(asked))
+        replies = [reply.result() for reply in asked]
+        assert [reply.headers["x-queue-position"] for reply in replies] == ["0", "1", "2"]
+        assert all(0 < float(reply.headers["x-queue-time-ms"]) < 5000 for reply in replies)
+        assert float(replies[0].headers["x-queue-time-ms"]) > 100, "as long as the load took"
 
 
 def test_the_configuration_is_checked_without_loading_anything(tmp_path: Path) -> None:
