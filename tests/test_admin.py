@@ -1,14 +1,19 @@
 """What tells how the service is, and what changes it: over HTTP, on the fake backend."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
+from api.middleware import Gate
+from errors import RequestTimeout
 from model_manager import ModelManager
 from server import check_config
 from settings import ServerSettings, TierSettings
@@ -205,6 +210,31 @@ def test_a_request_that_takes_too_long_is_ended_and_its_place_is_free(tmp_path: 
         last = events(service.chat("long", stream=True))[-1]
         assert last["error"]["code"] == "request_timeout"
         assert service.chat("Hi").json()["choices"][0]["message"]["content"] == "You said: Hi"
+
+
+def test_a_timer_that_is_a_little_early_does_not_make_it_a_client_that_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def early(work: Any, timeout_s: float) -> None:
+        work.close()
+        raise asyncio.TimeoutError
+
+    async def receive() -> Message:
+        raise AssertionError("nobody waits for it")
+
+    async def send(message: Message) -> None: ...
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        monkeypatch.setattr(asyncio, "wait_for", early)
+        with pytest.raises(RequestTimeout):
+            await receive()
+        asked.append(1)
+
+    asked: list[int] = []
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+    gate = Gate(app, ServerSettings(request_timeout_s=20, receive_timeout_s=30))
+    asyncio.run(gate(scope, receive, send))
+    assert asked
 
 
 def test_how_many_were_before_it_is_told(service: Service) -> None:
