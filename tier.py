@@ -307,9 +307,15 @@ class Tier:
             for job in [*self._running.values()]:
                 self.drop(job)
                 job.fail(TierUnavailable("The model was unloaded by force.", retry_after_s=1))
-        await self.make_way()
+        await self._leave()
 
     async def make_way(self) -> None:
+        """Stop the worker for another's. Returns when it has ended what was in it."""
+        if self._worker is not None:
+            self.metrics.evictions.inc()
+        await self._leave()
+
+    async def _leave(self) -> None:
         """Returns when the worker has ended what was in it and is stopped. Meanwhile it gets
         nothing new."""
         self._n_making_way += 1
@@ -531,8 +537,6 @@ class Tier:
                 logger.exception("Tier %s: its requests fail by a fault of ours", self.name)
                 self._fail_waiting(InternalError("The tier failed. The log has the reason."))
             if self._n_making_way and not self._is_busy:
-                if self._worker is not None:
-                    self.metrics.evictions.inc()
                 await self._stop_worker()
                 self._has_stopped.set()
             try:

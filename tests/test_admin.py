@@ -80,6 +80,16 @@ def test_a_model_is_loaded_and_unloaded_when_somebody_says_so(service: Service) 
     assert service.http.post("/v1/models/light/unload", json={"force": "x"}).status_code == 400
 
 
+def test_only_models_that_make_way_for_others_count_as_evicted() -> None:
+    with serving(settings({"memory_limit": "50M"}, light=fake(), heavy=fake())) as service:
+        name = 'quintet_model_evictions_total{tier="light"}'
+        assert service.chat().status_code == 200
+        assert service.http.post("/v1/models/light/unload").status_code == 200
+        assert samples(service)[name] == 0
+        assert service.chat().status_code == service.chat(model="heavy").status_code == 200
+        assert samples(service)[name] == 1
+
+
 def test_only_admins_may_do_that_where_there_are_any() -> None:
     server = {"api_keys": ["user"], "admin_api_keys": ["admin"]}
     with serving(settings(server)) as service:
