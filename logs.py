@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import logging.handlers
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from datetime import datetime, timezone
 from typing import Literal
 
 LogFormat = Literal["text", "json"]
+ERASE = "\x1b[K"  # a terminal's line, from here to its end
 UVICORN = ("uvicorn", "uvicorn.access")  # have handlers of their own where it is told to serve
 
 
@@ -50,6 +52,8 @@ class JsonFormatter(Formatter):
 def configure(level: str, line: str, form: LogFormat = "text") -> None:
     """Log to stderr, in place of what was configured before: each record as `line` with the time
     in %(asctime)s, or as JSON."""
+    if sys.stderr.isatty():
+        line = ERASE + line  # what progress has drawn there
     formatter = JsonFormatter() if form == "json" else Formatter(line, datefmt="%H:%M:%S")
     root = logging.getLogger()
     for known in [*root.handlers]:
