@@ -41,6 +41,8 @@ from model_manager import ModelManager
 from settings import CHAT_TIERS, LOCAL_ORIGINS, ServerSettings, Settings, SettingsError
 from tier import Tier
 
+logger = logging.getLogger("quintet")
+
 EXIT_FAULTY, EXIT_USAGE = 1, 2
 EXPOSED_HEADERS = [
     "X-Request-Id",
@@ -108,16 +110,24 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(f"module 'server' has no attribute '{name}'")
     try:
-        settings = Settings.load()
+        settings = load_settings()
     except SettingsError as error:
         sys.exit(f"The settings cannot be used:\n{error}")
-    configure_logging(settings.server.log_level)
     app = globals()["app"] = create_app(settings)
     return app
 
 
-def configure_logging(level: str) -> None:
-    logs.configure(level, "%(asctime)s %(levelname)s %(name)s: %(message)s")
+def load_settings() -> Settings:
+    """All settings; the log is from now on as they say. Raises SettingsError."""
+    with logs.held():
+        settings = Settings.load()
+        configure_logging(settings.server)
+    return settings
+
+
+def configure_logging(server: ServerSettings) -> None:
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logs.configure(server.log_level, line, server.log_format)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # its lines hold queries; quintet.access says the rest, and the request's id
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
@@ -137,7 +147,11 @@ class Server(uvicorn.Server):
             for listener in self.servers[0].sockets:
                 descriptors.lengthen_queue(listener.fileno())
             port = self.servers[0].sockets[0].getsockname()[1]
-            print(banner(self._services, self.config.host, port), flush=True)
+            if self._services.settings.server.log_format == "json":
+                logger.info("Serving", extra={"fields": {"host": self.config.host, "port": port}})
+                return
+            with suppress(OSError):  # a full disk behind it is no reason not to serve
+                print(banner(self._services, self.config.host, port), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         grace_s = self._services.settings.server.shutdown_grace_s
@@ -222,7 +236,7 @@ def main() -> None:
               "from the environment and from .env.", file=sys.stderr)  # fmt: skip
         sys.exit(EXIT_USAGE)
     try:
-        settings = Settings.load()
+        settings = load_settings()
     except SettingsError as error:
         print(f"The settings cannot be used:\n{error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
@@ -231,7 +245,6 @@ def main() -> None:
         report, is_well = check_config(ModelManager(settings))
         print(report)
         sys.exit(0 if is_well else EXIT_FAULTY)
-    configure_logging(server.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the banner says it better
     if not (server.keys or server.allow_insecure or is_loopback(server.host)):
         print(

@@ -226,6 +226,7 @@ class ServerSettings(BaseSettings):
     receive_timeout_s: float = Field(30, gt=0)  # for a head, and between pieces of a body
     send_timeout_s: float = Field(60, gt=0)  # in which a client reads nothing
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
     shutdown_grace_s: float = Field(10, ge=0)  # for streams to finish
     watchdog_s: float = Field(120, gt=0)  # a step that takes longer hangs
     memory_limit: MemoryLimit = "80%"  # of all workers together

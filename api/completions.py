@@ -64,7 +64,6 @@ async def create_completion(
     tier = services.chat_tier(body.model)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     body.check_stream_options()
-    tier.keep_alive(body.keep_alive)
     if body.echo and body.logprobs is not None:
         raise UnsupportedParameter(
             "The log probabilities of a prompt are not computed: no `logprobs` with `echo`.",
@@ -102,6 +101,7 @@ async def create_completion(
         answer = await generation.start(
             request.receive, tier, requests, priority=body.effective_priority, watch=watch
         )
+        tier.keep_alive(body.keep_alive)
         if body.echo:
             answer.outs = _echoed(answer.outs, answer.n_choices, tier, prompts)
         head = generation.head("cmpl", "text_completion", tier, body.service_tier)

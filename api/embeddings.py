@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
+from api.generation import queue_headers
 from api.keep_alive import KeepAlive
 from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
 from api.vectors import Form, encoded, item
@@ -92,7 +93,6 @@ async def create_embeddings(
     tier = services.embedding_tier(body.model)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     await fetched(request.receive, tier)
-    tier.keep_alive(body.keep_alive)
     outputs = body.outputs()
     dimensions = dimensions_of(tier, body.dimensions, outputs)
     inputs = await inputs_for(each_text(body.input), tier.settings.token_ids)
@@ -107,6 +107,8 @@ async def create_embeddings(
     names = {f"^return_{kind}$": "embedding_type" for kind in body.embedding_type or ()}
     with client_names(names), tier.lease(), tier.embed(asked) as encoding:
         vectors = await while_connected(request.receive, encoding.all())
+        tier.keep_alive(body.keep_alive)
+        headers |= queue_headers(encoding)
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {
         "model": tier.name,

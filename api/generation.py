@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import Receive
 
@@ -75,10 +75,7 @@ class Answer:
 
     def headers(self) -> dict[str, str]:
         """How long it waited for its place."""
-        return {
-            "X-Queue-Position": str(self.n_before),
-            "X-Queue-Time-Ms": f"{1e3 * (self.handed_at - self.queued_at):.1f}",
-        }
+        return queue_headers(self)
 
     def whole_headers(self) -> dict[str, str]:
         """All times, once it is whole."""
@@ -95,6 +92,22 @@ class Answer:
             **_rates("prompt", n_prompt, self.first_at - self.handed_at),
             **_rates("predicted", n_predicted, self.last_at - self.first_at),
         }
+
+
+class Waiter(Protocol):
+    """A request that has been in a queue; times by the monotonic clock."""
+
+    n_before: int  # requests that were to be served before it when it came
+    queued_at: float
+    handed_at: float
+
+
+def queue_headers(of: Waiter) -> dict[str, str]:
+    """How long it waited for its place."""
+    return {
+        "X-Queue-Position": str(of.n_before),
+        "X-Queue-Time-Ms": f"{1e3 * (of.handed_at - of.queued_at):.1f}",
+    }
 
 
 def _rates(kind: str, n: int, seconds: float) -> dict[str, float]:

@@ -58,7 +58,7 @@ async def create_message(
             return EventStream(events, headers | started.headers(), last=b"")
 
         patience_s = services.settings.server.comment_after_s
-        return await begun(stream(), waits_for=watch, patience_s=patience_s)
+        return await begun(stream(), waits_for=watch, patience_s=patience_s, last=b"")
     started = await start()
     reply = _Reply(started, tier.name)
     await while_connected(request.receive, reply.finish())

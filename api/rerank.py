@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
-from api.generation import new_id
+from api.generation import new_id, queue_headers
 from api.keep_alive import KeepAlive
 from api.sampling import Switch, WholeText, ignored_params
 from api.vectors import truncated_header
@@ -101,6 +101,7 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
         scores = await while_connected(
             request.receive, _score(tier, body, [body.query], documents, pairs)
         )
+    headers |= scores.waited
     # by the score before it is rounded; the first come first where they are equal
     best = sorted(scores.items, key=lambda item: (-item.score, item.index))[: body.top_n]
     wants_text = body.return_documents or body.return_text
@@ -187,6 +188,7 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
         names = {r"^query$": "text_1", r"^documents": "text_2"}
     with client_names(names):
         scores = await while_connected(request.receive, _score(tier, body, left, right, pairs))
+    headers |= scores.waited
     data = [
         {"index": item.index, "object": "score", "score": scores.shown(item)}
         for item in scores.items
@@ -212,6 +214,7 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
 class Scores:
     """All pairs in their order, and on which scale."""
 
+    waited: dict[str, str]  # headers
     items: list[wire.Scored]
     method: Method
     scale: Scale
@@ -259,13 +262,14 @@ async def _score(
         truncate=fields.read_truncate(),
     )
     await tier.fetched()
-    tier.keep_alive(fields.keep_alive)
     with tier.lease(), tier.score(asked) as encoding:
         items = await encoding.all()
+        tier.keep_alive(fields.keep_alive)
         assert encoding.method is not None
         assert encoding.scale is not None
         is_hybrid = encoding.method == "hybrid"
         return Scores(
+            queue_headers(encoding),
             items,
             encoding.method,
             encoding.scale,

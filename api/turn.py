@@ -63,7 +63,6 @@ async def start(
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
     body.check_stream_options()
     await fetched(receive, tier)
-    tier.keep_alive(body.keep_alive)
     answer_must = answer_part(body)
     n_left_out = 0
     if body.truncate:
@@ -85,6 +84,7 @@ async def start(
         answer = await generation.start(
             receive, tier, [request], priority=body.effective_priority, watch=watch
         )
+    tier.keep_alive(body.keep_alive)
     is_inline = services.settings.server.reasoning_field == "none"
     return Turn(
         answer,

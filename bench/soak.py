@@ -160,23 +160,34 @@ class Client:
             self._tally.wrong.append(what)
 
 
-async def break_things(
-    server: psutil.Process, script: Path, tally: Tally, dice: random.Random, ends_at: float
-) -> None:
-    """Kills a worker now and then, and for a moment lets no model of a tier be loaded."""
-    fine = json.dumps(FINE)
-    while time.monotonic() < ends_at:
-        await asyncio.sleep(dice.uniform(0.5, 3))
-        if dice.random() < 0.7:
-            workers = server.children()
-            if workers:
-                tally.kills += 1
-                dice.choice(workers).send_signal(signal.SIGKILL)
-        else:
-            tally.bad_loads += 1
-            await asyncio.to_thread(script.write_text, json.dumps({"fault": "load"}))
-            await asyncio.sleep(0.3)
-            await asyncio.to_thread(script.write_text, fine)
+class Breaker:
+    """Breaks one thing after the other. A further kind of fault is a further method, in `run`."""
+
+    def __init__(
+        self, server: psutil.Process, script: Path, tally: Tally, dice: random.Random
+    ) -> None:
+        self._server = server
+        self._script = script
+        self._tally = tally
+        self._dice = dice
+
+    async def run(self, ends_at: float) -> None:
+        faults = [self._kill_worker] * 7 + [self._spoil_loads] * 3
+        while time.monotonic() < ends_at:
+            await asyncio.sleep(self._dice.uniform(0.5, 3))
+            await self._dice.choice(faults)()
+
+    async def _kill_worker(self) -> None:
+        if workers := self._server.children():
+            self._tally.kills += 1
+            self._dice.choice(workers).send_signal(signal.SIGKILL)
+
+    async def _spoil_loads(self) -> None:
+        """For a moment no model of a tier can be loaded."""
+        self._tally.bad_loads += 1
+        await asyncio.to_thread(self._script.write_text, json.dumps({"fault": "load"}))
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(self._script.write_text, json.dumps(FINE))
 
 
 async def watch(server: psutil.Process, seconds: list[float], sizes: list[float]) -> None:
@@ -216,9 +227,9 @@ async def soak(url: str, server: psutil.Process, script: Path, seconds: float, s
         async def traffic(for_s: float) -> None:
             ends_at = time.monotonic() + for_s
             clients = [Client(http, tally, random.Random(seed + n)) for n in range(N_CLIENTS)]
-            dice = random.Random(seed)
+            breaker = Breaker(server, script, tally, random.Random(seed))
             await asyncio.gather(
-                break_things(server, script, tally, dice, ends_at),
+                breaker.run(ends_at),
                 *(client.run(ends_at) for client in clients),
             )
 

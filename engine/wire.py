@@ -54,6 +54,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_stall_s: float = 0.2  # that a prompt may hold up running streams
     prefix_cache_bytes: int = 0  # for cells of ended sequences, in memory of the host
     log_level: str = "INFO"
+    log_format: Literal["text", "json"] = "text"
     encoder: EncoderSpec | None = None  # None: it generates
 
 

@@ -273,6 +273,7 @@ MAY_IMPORT = {
         "engine.types",
         "errors",
         "metrics",
+        "progress",
         "room",
         "settings",
         "tier",
@@ -292,6 +293,7 @@ MAY_IMPORT = {
         "lengths",
         "metrics",
         "model_source",
+        "progress",
         "room",
         "settings",
         "waiting",
@@ -319,6 +321,7 @@ MAY_IMPORT = {
     "hub_model": {"errors"},
     "errors": set(),
     "logs": set(),
+    "progress": {"logs"},
     "api": {
         "api",
         "chat",

@@ -25,6 +25,7 @@ from engine.client import launch_process
 from engine.model_folder import pooling_in, read_model_folder
 from errors import ModelLoadFailed
 from metrics import Metrics
+from progress import ProgressLog
 from rerankers import BGEReranker, max_sim
 from room import Room
 from settings import ServerSettings, TierName, TierSettings
@@ -131,7 +132,10 @@ def tier_of(name: TierName, path: Path) -> Tier:
     settings = TierSettings(model_path=str(path), backend="flag")
     server = ServerSettings()
     room = Room(1 << 40, patience_s=1)
-    return Tier(name, settings, server, room=room, metrics=Metrics(), launch=launch_process)
+    return Tier(
+        name, settings, server, room=room, metrics=Metrics(), launch=launch_process,
+        progress_log=ProgressLog(),
+    )  # fmt: skip
 
 
 def test_a_tier_knows_its_directory_before_it_is_loaded(tmp_path: Path) -> None:
