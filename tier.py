@@ -205,6 +205,7 @@ class Tier:
         None leaves it as it is."""
         if seconds is not None:
             self._keep_alive_s = seconds
+            self._wakeup.set()
 
     @property
     def is_wanted(self) -> bool:
