@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import uvicorn
@@ -18,6 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 import logs
+from answers import Answers
 from api import (
     admin,
     chat,
@@ -35,6 +36,8 @@ from api import (
 from api.connections import Connection
 from api.deps import Services
 from api.middleware import MAX_HEADER_BYTES, Faults, Gate, RequestLog, is_loopback
+from cache import Cache
+from cache_disk import DiskStore
 from engine.client import Launcher, launch_process
 from errors import ModelLoadFailed
 from model_manager import ModelManager
@@ -53,6 +56,9 @@ EXPOSED_HEADERS = [
     "X-Queue-Time-Ms",
     "X-Prompt-Time-Ms",
     "X-Generation-Time-Ms",
+    "X-Cache",
+    "X-Cached-Inputs",
+    "Age",
     "Retry-After",
 ]
 
@@ -60,11 +66,12 @@ EXPOSED_HEADERS = [
 def create_app(settings: Settings, *, launch: Launcher = launch_process) -> FastAPI:
     """The application. Its tiers live from the start of its lifespan to the end."""
     manager = ModelManager(settings, launch=launch)
+    cache = _cache(settings.server)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerSettings]]:
         room = {"max_connections": descriptors.room_for(settings.server.max_connections)}
-        async with manager:
+        async with cache or nullcontext(), manager:
             with descriptors.Spare():
                 yield {"settings": settings.server.model_copy(update=room)}  # for Connection
 
@@ -82,7 +89,9 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
             Middleware(Gate, settings=settings.server),
         ],
     )
-    app.state.services = Services(settings, manager)
+    app.state.services = Services(
+        settings, manager, cache, Answers(cache, settings.server.cache_policy)
+    )
     manager.metrics.add(admin.TierGauges(manager))
     errors.install(app)
     for part in (
@@ -92,12 +101,22 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
     return app
 
 
+def _cache(settings: ServerSettings) -> Cache | None:
+    if settings.cache_policy == "off" or not settings.cache_max_mb:
+        return None
+    disk = None
+    if settings.cache_path is not None:
+        max_bytes = settings.cache_disk_max_mb << 20
+        disk = DiskStore(settings.cache_path, max_bytes=max_bytes, ttl_s=settings.cache_ttl_s)
+    return Cache(max_bytes=settings.cache_max_mb << 20, ttl_s=settings.cache_ttl_s, disk=disk)
+
+
 def _cors(settings: ServerSettings) -> dict[str, Any]:
     origins: dict[str, Any] = {"allow_origins": settings.cors_origins}
     if not settings.cors_origins:
         origins = {"allow_origin_regex": LOCAL_ORIGINS}
     return origins | {
-        "allow_methods": ["GET", "POST"],
+        "allow_methods": ["GET", "POST", "DELETE"],
         "allow_headers": ["*"],
         "expose_headers": EXPOSED_HEADERS,
     }

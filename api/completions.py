@@ -100,12 +100,13 @@ async def create_completion(
     async def start() -> tuple[generation.Answer, dict[str, Any]]:
         await fetched(request.receive, tier)
         answer = await generation.start(
-            request.receive, tier, requests, priority=body.effective_priority, watch=watch
-        )
+            request, services, tier, requests, is_seeded=body.seed is not None,
+            priority=body.effective_priority, watch=watch,
+        )  # fmt: skip
         if body.echo:
             answer.outs = _echoed(answer.outs, answer.n_choices, tier, prompts)
         head = generation.head("cmpl", "text_completion", tier, body.service_tier)
-        headers.update({"X-Seed": str(asked.sampling.seed)} | answer.headers())
+        headers.update({"X-Seed": str(answer.seed)} | answer.headers())
         return answer, head
 
     if body.stream:

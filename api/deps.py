@@ -9,6 +9,9 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from starlette.types import Receive
 
+from answers import Answers
+from cache import Cache
+from caching import Caching
 from chat.format import ChatFormat
 from engine.model_file import ModelFile
 from engine.types import Method
@@ -33,6 +36,8 @@ class Services:
 
     settings: Settings
     manager: ModelManager
+    cache: Cache | None
+    answers: Answers
     _formats: dict[TierName, tuple[ModelFile, ChatFormat]] = field(default_factory=dict)
 
     def chat_tier(self, model: str | None) -> Tier:
@@ -72,6 +77,12 @@ class Services:
             known = model, ChatFormat(model, tier.settings.tool_format)
             self._formats[tier.name] = known
         return known[1]
+
+    def caching(self, request: Request) -> Caching:
+        """What the client wants of the cache. It has the results of its key, unless all share
+        theirs."""
+        owner = None if self.settings.server.cache_shared else request.scope["key_id"]
+        return Caching.of(",".join(request.headers.getlist("cache-control")), owner)
 
 
 def _services(request: Request) -> Services:
