@@ -17,6 +17,7 @@ class Caching:
     max_age_s: float | None = None
     outcome: Outcome = "BYPASS"
     age_s: float = 0.0  # of a hit; of several results the oldest
+    n_cached: int | None = None  # of the results, where there are several
 
     @classmethod
     def of(cls, cache_control: str, owner: str | None) -> "Caching":
@@ -38,5 +39,9 @@ class Caching:
 
     def headers(self) -> dict[str, str]:
         """What the reply says of it."""
-        age = {"Age": str(int(self.age_s))} if self.outcome == "HIT" else {}
-        return {"X-Cache": self.outcome, **age}
+        headers: dict[str, str] = {"X-Cache": self.outcome}
+        if self.outcome == "HIT":
+            headers["Age"] = str(int(self.age_s))
+        if self.n_cached is not None:
+            headers["X-Cached-Inputs"] = str(self.n_cached)
+        return headers

@@ -237,9 +237,9 @@ class SimilarityJob(ScoreJob):
             score = 0.0
             if isinstance(ours, Embedded) and isinstance(result, Embedded):
                 score = EmbeddingReranker.score(ours, result, self._method, self._weights)
-            items.append(
-                wire.Scored(pair, n_tokens, n_cut, score, _fault(fault) if fault else None)
-            )
+            lengths = len(of_query.ids), len(text.ids)
+            told = _fault(fault) if fault else None
+            items.append(wire.Scored(pair, n_tokens, n_cut, score, told, *lengths))
         return items
 
 

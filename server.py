@@ -40,6 +40,7 @@ from cache import Cache
 from cache_disk import DiskStore
 from engine.client import Launcher, launch_process
 from errors import ModelLoadFailed
+from lookups import Lookups
 from model_manager import ModelManager
 from settings import CHAT_TIERS, LOCAL_ORIGINS, ServerSettings, Settings, SettingsError
 from tier import Tier
@@ -89,9 +90,8 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
             Middleware(Gate, settings=settings.server),
         ],
     )
-    app.state.services = Services(
-        settings, manager, cache, Answers(cache, settings.server.cache_policy)
-    )
+    answers = Answers(cache, settings.server.cache_policy)
+    app.state.services = Services(settings, manager, cache, answers, Lookups(cache))
     manager.metrics.add(admin.TierGauges(manager))
     errors.install(app)
     for part in (

@@ -16,6 +16,7 @@ from chat.format import ChatFormat
 from engine.model_file import ModelFile
 from engine.types import Method
 from errors import BadRequest, Forbidden, ServiceError
+from lookups import Lookups
 from model_manager import ModelManager
 from settings import CHAT_TIERS, Settings, TierName
 from tier import Tier
@@ -38,6 +39,7 @@ class Services:
     manager: ModelManager
     cache: Cache | None
     answers: Answers
+    lookups: Lookups
     _formats: dict[TierName, tuple[ModelFile, ChatFormat]] = field(default_factory=dict)
 
     def chat_tier(self, model: str | None) -> Tier:

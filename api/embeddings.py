@@ -106,8 +106,12 @@ async def create_embeddings(
         return_tokens=body.return_tokens,
     )
     names = {f"^return_{kind}$": "embedding_type" for kind in body.embedding_type or ()}
-    with client_names(names), tier.lease(), tier.embed(asked) as encoding:
-        vectors = await while_connected(request.receive, encoding.all())
+    caching = services.caching(request)
+    with client_names(names):
+        work = services.lookups.vectors(tier, asked, caching)
+        found = await while_connected(request.receive, work)
+    vectors = [vector.item for vector in found]
+    headers |= caching.headers()
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {
         "object": "list",
@@ -117,7 +121,7 @@ async def create_embeddings(
     if cut := [{"index": v.index, "n_tokens_cut": v.n_cut} for v in vectors if v.n_cut]:
         reply["truncated"] = cut
     form = Form(body.encoding_format == "base64", dimensions, body.colbert_dtype)
-    n_colbert = tier.encoder.n_colbert if tier.encoder else 0
+    n_colbert = found[0].n_colbert
     content = await asyncio.to_thread(_content, reply, vectors, n_colbert, form)
     return Response(content, media_type="application/json", headers=headers)
 

@@ -298,6 +298,9 @@ class Scored(msgspec.Struct, frozen=True, array_like=True):
     n_cut: int = 0  # of the document, and of the query if that alone is too long
     score: float = 0.0
     fault: Fault | None = None  # then the score means nothing
+    # tokens of query and document where each is read once for all its pairs
+    n_query: int = 0
+    n_document: int = 0
 
 
 class Scores(Message, frozen=True):
