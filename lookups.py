@@ -11,7 +11,7 @@ The tokens of a cached item count as if it had been computed.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -37,6 +37,7 @@ FIELDS = {
     "tokens": ("tokens", "pieces"),
 }
 SCORE = "score"
+LARGE_CHARS, LARGE_TEXTS = 1 << 18, 100  # what is more is not hashed on the event loop
 CHECK_ITEMS = 64  # after so many it is looked again whether the model's file is still the same
 
 
@@ -75,11 +76,13 @@ class Lookups:
     async def vectors(self, tier: Tier, asked: wire.Embed, caching: Caching) -> list[Vector]:
         """The vectors of each input. Says in `caching` what it had. Raises ServiceError, also for
         the first input with a fault, whose place is then in its `numbers` as `index`."""
-        return await self._all(_Texts(tier, asked, caching.owner), caching)
+        batch = await _made(_Texts, tier, asked, caching, asked.inputs)
+        return await self._all(batch, caching)
 
     async def scores(self, tier: Tier, asked: wire.Score, caching: Caching) -> list[Score]:
         """The score of each pair, in the same way."""
-        scores = await self._all(_Pairs(tier, asked, caching.owner), caching)
+        batch = await _made(_Pairs, tier, asked, caching, [*asked.queries, *asked.documents])
+        scores = await self._all(batch, caching)
         return _each_text_counted_once(asked, scores)
 
     async def _all(self, batch: "_Batch[Result]", caching: Caching) -> list[Result]:
@@ -114,7 +117,7 @@ class Lookups:
                     yield found
             return
         max_age_s = caching.max_age_s
-        flight = key("flight", batch.identity, caching.owner, max_age_s, batch.asked)
+        flight = key("flight", batch.name, max_age_s)
         async with self._flights.join(
             flight, lambda: _known_or_kept(batch, cache, max_age_s)
         ) as reader:
@@ -124,6 +127,19 @@ class Lookups:
                     for kind, _ in batch.names[found.at]:
                         cache.joined(kind)
                 yield found
+
+
+async def _made(
+    of: "Callable[[Tier, Any, str | None], _Batch[Result]]",
+    tier: Tier,
+    asked: Asked,
+    caching: Caching,
+    texts: Sequence[str | list[int]],
+) -> "_Batch[Result]":
+    """Hashes all of the texts, which takes a while where that is much."""
+    if sum(map(len, texts)) > LARGE_CHARS or len(texts) > LARGE_TEXTS:
+        return await asyncio.to_thread(of, tier, asked, caching.owner)
+    return of(tier, asked, caching.owner)
 
 
 async def _known_or_kept(
@@ -170,6 +186,7 @@ class _Batch(ABC, Generic[Result]):
         self._n_ctx = tier.n_ctx
 
     def _number(self) -> None:
+        self.name = key("batch", self.identity, self._owner, self.asked)
         first: dict[tuple[tuple[str, bytes], ...], int] = {}
         self.firsts = [first.setdefault(tuple(n), at) for at, n in enumerate(self.names)]
         self.places = list(first.values())

@@ -21,6 +21,7 @@ import logs
 from answers import Answers
 from api import (
     admin,
+    cache,
     chat,
     completions,
     descriptors,
@@ -67,12 +68,12 @@ EXPOSED_HEADERS = [
 def create_app(settings: Settings, *, launch: Launcher = launch_process) -> FastAPI:
     """The application. Its tiers live from the start of its lifespan to the end."""
     manager = ModelManager(settings, launch=launch)
-    cache = _cache(settings.server)
+    results = _cache(settings.server)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerSettings]]:
         room = {"max_connections": descriptors.room_for(settings.server.max_connections)}
-        async with cache or nullcontext(), manager:
+        async with results or nullcontext(), manager:
             with descriptors.Spare():
                 yield {"settings": settings.server.model_copy(update=room)}  # for Connection
 
@@ -90,12 +91,13 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
             Middleware(Gate, settings=settings.server),
         ],
     )
-    answers = Answers(cache, settings.server.cache_policy)
-    app.state.services = Services(settings, manager, cache, answers, Lookups(cache))
+    answers = Answers(results, settings.server.cache_policy)
+    app.state.services = Services(settings, manager, results, answers, Lookups(results))
     manager.metrics.add(admin.TierGauges(manager))
     errors.install(app)
     for part in (
         chat, responses, messages, completions, embeddings, rerank, tei, tokens, admin, models,
+        cache,
     ):  # fmt: skip
         app.include_router(part.router)
     return app
