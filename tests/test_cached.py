@@ -1,15 +1,14 @@
-"""The cache as clients see it, on the fake backend: what is a hit, what it looks like, what it costs
-nobody."""
+"""The cache as clients see it, on the fake backend: what is a hit, and what it looks like."""
 
 import asyncio
-import contextlib
+import itertools
 import json
 import os
 import re
-import signal
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ import pytest
 
 import model_source
 from api.vectors import shortened
-from bench.own_service import own_service
+from bench import own_service
 from engine.client import Handle
-from settings import Settings, TierSettings
+from settings import Settings
 from tests.serving import (
     THINKING_TEMPLATE,
     Service,
@@ -38,6 +37,7 @@ from tests.serving import (
 RULES = (
     {"match": "long", "answer": "0123456789" * 20},
     {"match": "endless", "answer": "0123456789" * 3000},
+    {"match": "object", "answer": '{"a": 1}'},
     {"match": "dice", "answer": ["one", "two", "three", "four", "five"]},
     {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
     {
@@ -146,11 +146,16 @@ def test_a_streamed_hit_has_all_events_of_a_stream(
     assert outcome(ask(service, temperature=0, **stored)) == "MISS"
     again = ask(service, temperature=0, stream=True, **more)
     assert outcome(again) == "HIT"
-    assert joined(same(read(again))) == joined(same(read(plain)))
+    assert joined(in_order(same(read(again)))) == joined(in_order(same(read(plain))))
     if more:
         assert read(again)[-1]["usage"] == read(plain)[-1]["usage"] | {
             "prompt_tokens_details": read(again)[-1]["usage"]["prompt_tokens_details"]
         }
+
+
+def in_order(told: list[Any]) -> list[Any]:
+    """Events of several choices by choice: which of them comes first is chance."""
+    return sorted(told, key=lambda data: [choice["index"] for choice in data.get("choices", ())])
 
 
 def joined(told: Any) -> Any:
@@ -206,7 +211,7 @@ def test_without_a_cache_everything_is_made_for_its_request(of: dict[str, Any]) 
         assert n_jobs(service) == 2
         assert service.http.get("/v1/cache").json() == {"object": "cache", "enabled": False}
         assert service.http.delete("/v1/cache").status_code == 200
-        assert "quintet_cache" not in service.http.get("/metrics").text
+        assert "quintet_cache_" not in service.http.get("/metrics").text
 
 
 def test_an_answer_that_breaks_off_is_not_remembered(service: Service) -> None:
@@ -225,7 +230,7 @@ def test_an_answer_that_its_limit_cuts_is_that_of_the_limit(service: Service) ->
 def test_half_a_json_is_not_remembered(service: Service) -> None:
     form = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
     for n, expected in [(1, "MISS"), (1, "MISS"), (500, "MISS"), (500, "HIT")]:
-        reply = service.chat("Hello", temperature=0, max_tokens=n, response_format=form)
+        reply = service.chat("object", temperature=0, max_tokens=n, response_format=form)
         assert outcome(reply) == expected
         assert reply.json()["choices"][0]["schema_valid"] is (n == 500)
 
@@ -256,8 +261,10 @@ def test_clients_with_different_keys_have_results_of_their_own() -> None:
         of = {"api_keys": "one,two", "cache_shared": is_shared}
         with serving(settings(of, light=fake(), embedding=fake(), reranker=fake())) as service:
             for ask in (
-                lambda s: s.chat(temperature=0), lambda s: s.embed(), lambda s: s.rerank("a", ["b"]),
-            ):  # fmt: skip
+                lambda s: s.chat(temperature=0),
+                lambda s: s.embed(),
+                lambda s: s.rerank("a", ["b"]),
+            ):
                 for key, found in [("one", "MISS"), ("one", "HIT"), ("two", expected)]:
                     service.http.headers["Authorization"] = f"Bearer {key}"
                     assert outcome(ask(service)) == found
@@ -582,3 +589,120 @@ def test_a_damaged_file_is_rebuilt_and_no_client_sees_it(
             assert outcome(service.chat(f"Hello {i}", temperature=0)) == "HIT"
     with serving(on_disk(tmp_path)) as service:
         assert outcome(service.chat("Hello 1", temperature=0)) == "HIT"
+
+
+def test_a_service_that_is_killed_while_it_writes_has_what_was_written(tmp_path: Path) -> None:
+    environment = {"LIGHT_BACKEND": "fake", "CACHE_DIR": str(tmp_path)}
+
+    def ask(url: str, n: int) -> str:
+        body = {"model": "light", "temperature": 0, "prompt": f"number {n}"}
+        return outcome(httpx.post(f"{url}/v1/completions", json=body, timeout=30))
+
+    def on_disk() -> int:
+        kinds = httpx.get(f"{url}/v1/cache").json()["kinds"]
+        return int(kinds["answer"]["disk"]["entries"])
+
+    with own_service.service(environment) as (url, process):
+        for n in range(20):
+            assert ask(url, n) == "MISS"
+        wait_until(lambda: on_disk() == 20)
+        threading.Timer(0.1, process.kill).start()
+        with suppress(httpx.HTTPError):
+            for n in itertools.count(20):
+                ask(url, n)
+        process.wait()
+    with serving(settings({"cache_dir": str(tmp_path)}, light=fake())) as service:
+        assert [ask(service.url, n) for n in range(20)] == ["HIT"] * 20
+        assert ask(service.url, -1) == "MISS"
+
+
+# joined
+
+
+def streams(
+    service: Service, n: int, text: str, stay: Callable[[int], bool]
+) -> list[tuple[str, list[Any]]]:
+    """Ask so often at once. When all have text those leave that do not stay; of the others how
+    their replies were made, and their chunks."""
+    body = {
+        "model": "light", "messages": [{"role": "user", "content": text}], "temperature": 0,
+        "stream": True,
+    }  # fmt: skip
+    n_begun = 0
+    all_have_text = asyncio.Event()
+
+    async def ask(http: httpx.AsyncClient, number: int) -> tuple[str, list[Any]] | None:
+        nonlocal n_begun
+        async with http.stream("POST", "/v1/chat/completions", json=body) as reply:
+            told: list[str] = []
+            async for line in reply.aiter_lines():
+                if '"content":"0"' in line and len(told) < 5:
+                    n_begun += 1
+                    if n_begun == n:
+                        all_have_text.set()
+                    await all_have_text.wait()
+                    if not stay(number):
+                        return None
+                if line:
+                    told.append(line.removeprefix("data: "))
+        assert told.pop() == "[DONE]"
+        return reply.headers["x-cache"], [json.loads(data) for data in told]
+
+    async def main() -> list[tuple[str, list[Any]]]:
+        limits = httpx.Limits(max_connections=n)
+        async with httpx.AsyncClient(
+            base_url=service.url, timeout=30, trust_env=False, limits=limits
+        ) as http:
+            found = await asyncio.gather(*(ask(http, number) for number in range(n)))
+        return [reply for reply in found if reply is not None]
+
+    return asyncio.run(main())
+
+
+def test_32_identical_streams_are_one_generation(service: Service) -> None:
+    n = n_jobs(service)
+    replies = streams(service, 32, "long", lambda _: True)
+    assert n_jobs(service) - n == 1
+    assert sorted(outcome for outcome, _ in replies) == ["JOIN"] * 31 + ["MISS"]
+    assert len({chunks[0]["id"] for _, chunks in replies}) == 32
+    first = same(replies[0][1])
+    assert all(same(chunks) == first for _, chunks in replies)
+    told = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in first)
+    assert told == "0123456789" * 20
+
+
+@pytest.mark.parametrize("last", [0, 31])
+def test_31_that_leave_do_not_disturb_the_last(service: Service, last: int) -> None:
+    n = n_jobs(service)
+    ((_, chunks),) = streams(service, 32, "long", lambda number: number == last)
+    told = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert told == "0123456789" * 20
+    assert n_jobs(service) - n == 1
+    assert outcome(service.chat("long", temperature=0)) == "HIT"
+
+
+def test_the_last_to_leave_ends_the_work(service: Service) -> None:
+    assert streams(service, 3, "endless", lambda _: False) == []
+    wait_until(lambda: service.manager.tiers["light"].n_running == 0, timeout_s=5)
+    assert service.http.get("/v1/cache").json()["kinds"]["answer"]["entries"] == 0
+
+
+def test_identical_vectors_on_their_way_are_computed_once(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    slow = fake(script(tmp_path_factory.mktemp("slow"), step_ms=100))
+    with serving(settings(embedding=slow)) as service:
+        service.embed("warm")
+        seen = batches(service)
+
+        async def main() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=service.url, trust_env=False) as http:
+                body = {"model": "embedding", "input": ["a", "b", "a", "warm"]}
+                asks = (http.post("/v1/embeddings", json=body) for _ in range(8))
+                return await asyncio.gather(*asks)
+
+        replies = asyncio.run(main())
+        assert batches(service) - seen == 2
+        assert sorted(map(outcome, replies)) == ["JOIN"] * 7 + ["MISS"]
+        assert len({reply.text for reply in replies}) == 1
+        assert {reply.headers["x-cached-inputs"] for reply in replies} == {"1"}
