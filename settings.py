@@ -234,6 +234,12 @@ class ServerSettings(BaseSettings):
     queue_timeout_s: float = Field(600, gt=0)  # that a request may wait
     comment_after_s: float = Field(10, ge=0)  # that a stream has waited
     request_timeout_s: float = Field(3600, gt=0)  # that it may take in all
+    cache_max_mb: int = Field(256, ge=0)  # of memory, for results; 0: nothing is remembered
+    cache_ttl_s: float = Field(86400, ge=0)  # that a result lives; 0: for ever
+    cache_dir: str = ""  # empty: none are on disk
+    cache_disk_max_mb: int = Field(1024, ge=16)
+    cache_policy: Literal["off", "repeatable", "all"] = "repeatable"  # which are remembered
+    cache_shared: bool = False  # between the clients of all keys
 
     # of the Hugging Face hub, by the names that its own programs have for them
     hf_token: SecretStr = SecretStr("")  # empty: whom `hf auth login` has logged in
@@ -255,6 +261,11 @@ class ServerSettings(BaseSettings):
     def keys(self) -> list[SecretStr]:
         """All keys that open the service; with none nobody needs one."""
         return [*self.api_keys, *self.api_keys_file, *self.admin_api_keys]
+
+    @property
+    def cache_path(self) -> Path | None:
+        """CACHE_DIR; a relative path starts at the project."""
+        return ROOT / Path(self.cache_dir).expanduser() if self.cache_dir else None
 
     @property
     def hub(self) -> Hub:

@@ -188,6 +188,21 @@ class Tier:
         self.model()
         return self._source.fingerprint
 
+    @property
+    def identity(self) -> str:
+        """Stands for all of the model, its library and its settings that decides what a request is
+        answered. Raises ModelLoadFailed."""
+        self.model()
+        return self._source.identity
+
+    def is_still(self, identity: str) -> bool:
+        """What has just answered was that for certain, and not a file that was put in its place."""
+        return self._source.identity == identity and self._source.is_unchanged()
+
+    def check_texts(self, request: wire.Embed | wire.Score) -> None:
+        """Raises BadRequest for texts that are certainly too long."""
+        self._lengths().check_texts(request)
+
     @contextmanager
     def lease(self) -> Iterator[None]:
         """While somebody has one, the worker is not stopped for being idle."""

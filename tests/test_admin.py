@@ -276,7 +276,7 @@ def test_so_it_is_with_vectors_and_scores() -> None:
         for ask in (
             service.embed,
             lambda: service.rerank("a", ["b"]),
-            lambda: service.http.post("/v1/score", json={"text_1": "a", "text_2": "b"}),
+            lambda: service.http.post("/v1/score", json={"text_1": "a", "text_2": "c"}),
         ):
             asked.append(pool.submit(ask))
             wait_until(lambda: service.manager.tiers["embedding"].n_waiting == len(asked))
