@@ -20,7 +20,7 @@ from embedders import BGEM3Embedder, SimpleEmbedder, new_embedder
 from engine import wire
 from engine.backends import flag_encoder
 from engine.backends.base import Encoder, Interrupted, load_encoder
-from engine.backends.flag_encoder import groups
+from engine.backends.padded import groups
 from engine.client import launch_process
 from engine.model_folder import pooling_in, read_model_folder
 from errors import ModelLoadFailed
