@@ -96,8 +96,8 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
         from engine.backends import fake
 
         return fake.model_file(settings.model_path and settings.path, wanted)
-    is_folder = settings.backend == "flag"
-    model = read_model_folder(settings.path) if is_folder else read_model_file(settings.path)
+    read = read_model_folder if settings.takes_folder else read_model_file
+    model = read(settings.path)
     is_told = settings.embedding_mode or settings.pooling != "auto"
     if wanted == "embedding" and model.kind == "chat" and is_told:
         return replace(model, kind="embedding")  # its file does not say so
@@ -113,7 +113,9 @@ _PURPOSES: dict[Kind, str] = {"chat": "chat", "embedding": "embeddings", "rerank
 
 
 def _fingerprint(settings: TierSettings, model: ModelFile, signature: object) -> str:
-    library = {"llamacpp": "llama-cpp-python", "flag": "torch"}.get(settings.backend, "")
+    library = {"llamacpp": "llama-cpp-python", "flag": "torch", "mlx": "mlx"}.get(
+        settings.backend, ""
+    )
     release = ""
     with suppress(PackageNotFoundError):
         release = version(library) if library else ""

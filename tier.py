@@ -145,7 +145,7 @@ class Tier:
             names.append(re.sub("-GGUF$", "", model.repo.rpartition("/")[2], flags=re.IGNORECASE))
             return [*self.settings.aliases, *names]
         path = Path(self.settings.model_path)
-        stem = path.name if self.settings.backend == "flag" else path.stem  # a directory's dots
+        stem = path.name if self.settings.takes_folder else path.stem  # a directory's dots
         return [*self.settings.aliases, *([stem] if stem else [])]
 
     def _lengths(self) -> Lengths:

@@ -370,6 +370,7 @@ ONLY_IN = {
         "bench.encoders",
     },
     "gguf": {"models"},
+    "mlx": {"engine.backends.mlx_bert"},
     "huggingface_hub": {"hub"},
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends.base import Encoder, Floats, ReportProgress, Specials
-from engine.backends.folder_tokenizer import FolderTokenizer
+from engine.backends.hf_tokenizer import FolderTokenizer
 from engine.backends.padded import Inputs, PaddedEncoder
 from engine.model_file import ModelFile
 from engine.model_folder import read_model_folder

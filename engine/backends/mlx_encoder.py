@@ -1,0 +1,185 @@
+"""Encoders and cross-encoders out of Hugging Face directories, through mlx.
+
+Everything is float32: that is exact for the weights as they are published, and a CPU is slow with
+less. mlx is called by one thread, which also ends what mlx has started for it.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from engine.backends.base import Encoder, Floats, ReportProgress, Specials
+from engine.backends.hf_tokenizer import FolderTokenizer
+from engine.backends.padded import Inputs, PaddedEncoder
+from engine.model_file import ModelFile
+from engine.model_folder import config_in, read_model_folder, weights_in
+from engine.tensors import read_tensors
+from engine.wire import WorkerSpec
+from errors import ModelLoadFailed
+
+if TYPE_CHECKING:
+    from engine.backends.mlx_bert import Shape
+
+INSTALL = "`./setup.sh --mlx`, or `pip install -r requirements-mlx.txt`"
+CACHE_BYTES = 256 << 20  # of memory that mlx keeps for arrays to come
+_PREFIXES = ("roberta.", "bert.")  # of names, where there is a head beside the network
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def load(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
+    return MlxEncoder(spec, progress)
+
+
+class MlxEncoder(PaddedEncoder):
+    def __init__(self, spec: WorkerSpec, progress: ReportProgress) -> None:
+        facts = read_model_folder(Path(spec.model_path))
+        super().__init__(spec, facts)
+        progress(0.0)
+        self._mx, bert, tokenizers = _libraries()
+        shape = _shape(facts, bert, ranks=self.scale is not None)
+        self.tokenizer, self.specials, self.padding = _tokenizer(facts, tokenizers)
+        self._open_device(on_gpu=spec.n_gpu_layers != 0)
+        weights: dict[str, Any] = {}
+        needed = shape.tensors()
+        files = weights_in(facts.path)
+        for n, file in enumerate(files, 1):
+            weights |= {
+                name: self._mx.array(values)
+                for name, values in _named(read_tensors(file)).items()
+                if name in needed
+            }
+            progress(n / len(files))
+        _check(facts, needed, weights)
+        self._network = bert.Bert(shape, weights, self.ask)
+
+    def _open_device(self, *, on_gpu: bool) -> None:
+        """A stream of its own: those that the thread had may be gone, with an encoder before it."""
+        mx = self._mx
+        if not on_gpu:
+            mx.set_default_device(mx.cpu)
+        mx.set_default_stream(mx.new_stream(mx.default_device()))
+        mx.set_cache_limit(CACHE_BYTES)
+        if mx.default_device().type == mx.DeviceType.cpu:
+            mx.disable_compile()  # it would call a C++ compiler, for seconds, and gain nothing
+
+    def compute(self, inputs: Inputs) -> Floats:
+        self.ask()
+        mx = self._mx
+        mask = None if inputs.mask.all() else mx.array(inputs.mask.astype(bool))
+        types = None if inputs.types is None else mx.array(inputs.types)
+        computed = self._network.scores if self.scale is not None else self._network.rows
+        found: Floats = np.array(computed(mx.array(inputs.ids), mask, types))
+        return found
+
+    def close(self) -> None:
+        """By the thread that loaded. Else the process would abort when that thread ends."""
+        self._network = None
+        self._mx.clear_cache()
+        self._mx.clear_streams()
+
+
+def _libraries() -> tuple[Any, Any, Any]:
+    try:
+        mx, tokenizers = import_module("mlx.core"), import_module("tokenizers")
+        return mx, import_module("engine.backends.mlx_bert"), tokenizers
+    except ImportError as error:
+        raise ModelLoadFailed(
+            f"The backend mlx needs mlx and tokenizers ({error}): run {INSTALL}."
+        ) from error
+
+
+def _fail(facts: ModelFile, reason: str) -> NoReturn:
+    raise ModelLoadFailed(f"{facts.name} {reason}.")
+
+
+def _shape(facts: ModelFile, bert: Any, *, ranks: bool) -> "Shape":
+    """Raises ModelLoadFailed for what the network is not."""
+    config = config_in(facts.path)
+    assert config is not None
+    if "quantization" in config:
+        _fail(facts, "is quantized, which the backend mlx runs for chat only; take the original")
+    if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
+        _fail(facts, "is no plain encoder (position_embedding_type, is_decoder in config.json)")
+    activation = config.get("hidden_act", "gelu")
+    if activation not in bert.ACTIVATIONS:
+        _fail(facts, f"has the activation {activation!r}, which is not known here")
+
+    def number(key: str, default: int) -> int:
+        value = config.get(key, default)
+        if not isinstance(value, int) or value < 1:
+            _fail(facts, f"has no {key} in its config.json that makes sense; download it again")
+        return value
+
+    n_positions = number("max_position_embeddings", 0)
+    first_position = n_positions - facts.n_ctx_train
+    if first_position and config.get("pad_token_id", 1) != first_position - 1:
+        _fail(facts, "counts positions from another pad_token_id than its family does")
+    n_head, head = number("num_attention_heads", 0), None
+    if facts.n_embd % n_head:
+        _fail(facts, f"cannot share {facts.n_embd} numbers among {n_head} heads of attention")
+    if ranks:
+        head = "bert" if facts.architecture == "bert" else "roberta"
+    shape: Shape = bert.Shape(
+        n_vocab=facts.n_vocab,
+        n_embd=facts.n_embd,
+        n_layer=facts.n_layer,
+        n_head=n_head,
+        n_ff=number("intermediate_size", 0),
+        n_positions=n_positions,
+        first_position=first_position,
+        n_types=number("type_vocab_size", 2),
+        eps=float(config.get("layer_norm_eps", 1e-12)),
+        activation=activation,
+        head=head,
+    )
+    return shape
+
+
+def _named(tensors: Mapping[str, Floats]) -> dict[str, Floats]:
+    """The same by the names that they have where there is no head."""
+    found = {}
+    for name, values in tensors.items():
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        for old, new in _OLD_NAMES.items():
+            name = name.replace(old, new)
+        found[name] = values
+    return found
+
+
+def _check(
+    facts: ModelFile, needed: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any]
+) -> None:
+    for name, shape in needed.items():
+        if name not in weights:
+            what = "no head that scores pairs" if "classifier" in name else "not all weights"
+            _fail(facts, f"has {what} ({name} is missing); download it again")
+        if weights[name].shape != shape:
+            _fail(facts, f"has other weights than its config.json says ({name}); download it again")
+
+
+def _tokenizer(facts: ModelFile, tokenizers: Any) -> tuple[FolderTokenizer, Specials, int]:
+    """With the tokens that it puts around texts, and the one that fills up."""
+    path = facts.path / "tokenizer.json"
+    if not path.is_file():
+        _fail(facts, "has no tokenizer.json, which the backend mlx needs")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        around = tokenizer.encode("", "")
+    except Exception as error:  # the library raises nothing more special
+        raise ModelLoadFailed(
+            f"{facts.name} has a tokenizer.json that cannot be read; download it again."
+        ) from error
+    ids = [i for i, special in zip(around.ids, around.special_tokens_mask, strict=True) if special]
+    if len(ids) < 3:
+        _fail(facts, "has a tokenizer.json that puts no tokens around texts; take the original")
+    begin, *between, end = ids
+    known = {name: tokenizer.token_to_id(name) for name in ("<pad>", "[PAD]", "<unk>", "[UNK]")}
+    unused = {begin, end, *known.values()} - {None}
+    padding = next((known[name] for name in ("<pad>", "[PAD]") if known[name] is not None), end)
+    controls = [i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special]
+    specials = Specials(begin, end, tuple(between), frozenset(unused))
+    return FolderTokenizer(tokenizer, facts.n_vocab, begin, controls), specials, padding
