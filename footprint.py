@@ -7,8 +7,10 @@ from engine.wire import WorkerSpec
 
 MB = 1 << 20
 # Measured on x86-64 Linux: an idle worker of each backend, with the libraries that it loads.
-PROCESS_BYTES = {"llamacpp": 52 * MB, "flag": 550 * MB, "mlx": 100 * MB, "fake": 42 * MB}
-VOCABULARY_BYTES = 450  # for each token: texts, ids by text, scores
+PROCESS_BYTES = {"llamacpp": 52 * MB, "mlx": 55 * MB, "flag": 550 * MB, "fake": 42 * MB}
+# For each token: texts, ids by text, scores. The library tokenizers keeps tries of unigrams.
+VOCABULARY_BYTES = {"mlx": 1200}
+USUAL_VOCABULARY_BYTES = 450
 ROWS = 12  # of a model's width that a token of a batch takes while it is computed
 
 
@@ -37,7 +39,7 @@ def estimate(spec: WorkerSpec, model: ModelFile) -> Footprint:
     process = PROCESS_BYTES.get(spec.backend, 0)
     if spec.backend == "fake":
         return Footprint(0, 0, 0, process, 0)
-    process += VOCABULARY_BYTES * model.n_vocab
+    process += VOCABULARY_BYTES.get(spec.backend, USUAL_VOCABULARY_BYTES) * model.n_vocab
     n_tokens = spec.n_batch if spec.encoder is None else spec.encoder.batch_tokens
     compute = n_tokens * model.n_embd * 4 * ROWS
     if spec.encoder is not None:

@@ -49,8 +49,9 @@ class FlagEncoder(PaddedEncoder):
         self.tokenizer = FolderTokenizer(
             tokenizer.backend_tokenizer,
             facts.n_vocab,
-            tokenizer.cls_token_id,
-            tokenizer.all_special_ids,
+            begin=tokenizer.cls_token_id,
+            unknown=tokenizer.unk_token_id,
+            controls=tokenizer.all_special_ids,
         )
         self.specials = _specials(tokenizer, is_bert=facts.architecture == "bert")
         self.padding = tokenizer.pad_token_id

@@ -9,7 +9,13 @@ class FolderTokenizer:
     """Implements `engine.backends.base.Tokenizer` on one of the library tokenizers."""
 
     def __init__(
-        self, backend: Any, n_vocab: int, begin: int | None, controls: Collection[int]
+        self,
+        backend: Any,
+        n_vocab: int,
+        *,
+        begin: int | None,
+        unknown: int | None,
+        controls: Collection[int],
     ) -> None:
         self.n_vocab = n_vocab
         self.bos = begin
@@ -18,13 +24,24 @@ class FolderTokenizer:
         self._backend.no_padding()
         self._kind = type(backend.model).__name__
         self._controls = frozenset(controls)
+        self._unknown = unknown
         self._lock = threading.Lock()  # what is special is a state of the tokenizer
 
     def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
         whole = text.encode("utf-8", "replace").decode()  # it takes no half of a surrogate pair
         with self._lock:
             self._backend.encode_special_tokens = not parse_special
-            return list(self._backend.encode(whole, add_special_tokens=False).ids)
+            ids: list[int] = self._backend.encode(whole, add_special_tokens=False).ids
+        if parse_special or self._controls.isdisjoint(ids):
+            return ids
+        return [spelled for token in ids for spelled in self._spelled(token)]
+
+    def _spelled(self, token: int) -> list[int]:
+        """XLM-R's `<s>` is also a piece like others, so a text that says it would be obeyed."""
+        if token not in self._controls or token == self._unknown:
+            return [token]
+        letters = map(self._backend.token_to_id, self._backend.id_to_token(token))
+        return [letter for letter in letters if letter is not None]
 
     def piece(self, token: int) -> bytes:
         return b"" if token in self._controls else self.literal(token)

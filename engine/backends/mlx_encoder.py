@@ -177,9 +177,14 @@ def _tokenizer(facts: ModelFile, tokenizers: Any) -> tuple[FolderTokenizer, Spec
     if len(ids) < 3:
         _fail(facts, "has a tokenizer.json that puts no tokens around texts; take the original")
     begin, *between, end = ids
-    known = {name: tokenizer.token_to_id(name) for name in ("<pad>", "[PAD]", "<unk>", "[UNK]")}
-    unused = {begin, end, *known.values()} - {None}
-    padding = next((known[name] for name in ("<pad>", "[PAD]") if known[name] is not None), end)
-    controls = [i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special]
+    padding, unknown = (
+        next((i for name in names if (i := tokenizer.token_to_id(name)) is not None), None)
+        for names in (("<pad>", "[PAD]"), ("<unk>", "[UNK]"))
+    )
+    unused = {begin, end, padding, unknown} - {None}
+    controls = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
     specials = Specials(begin, end, tuple(between), frozenset(unused))
-    return FolderTokenizer(tokenizer, facts.n_vocab, begin, controls), specials, padding
+    folder_tokenizer = FolderTokenizer(
+        tokenizer, facts.n_vocab, begin=begin, unknown=unknown, controls=controls
+    )
+    return folder_tokenizer, specials, end if padding is None else padding
