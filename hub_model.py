@@ -81,7 +81,7 @@ def _gguf(model: HubModel, names: Collection[str]) -> list[str]:
     if not models:
         raise ModelLoadFailed(
             f"{model.repo} has no GGUF model on the hub ({_listed(names)}); give a repo that has "
-            "one, or set BACKEND=flag for an encoder."
+            "one, or set BACKEND=mlx or flag for an encoder."
         )
     found = _named(model.what, models)
     if len(found) != 1:

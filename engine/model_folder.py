@@ -29,6 +29,7 @@ _POOLINGS: dict[str, Pooling] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
 }
+_MODULES = {"Transformer", "Pooling", "Normalize"}  # sentence-transformers' that we know
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_NUMBER = (1 << 31) - 1
 
@@ -59,6 +60,9 @@ def read_model_folder(path: Path) -> ModelFile:
         fail("has no model.safetensors and no pytorch_model.bin; download it again")
     if not any((path / tokenizer).is_file() for tokenizer in _TOKENIZERS):
         fail("has no tokenizer.json; download it again")
+    kind = _kind(config, fail)
+    if kind == "embedding" and (modules := _modules_in(path) - _MODULES):
+        fail(f"has layers that are not computed here ({', '.join(sorted(modules))})")
     tokenizer_model, n_unused, max_token_bytes = _FAMILIES[family]
     is_half = (config.get("dtype") or config.get("torch_dtype")) in _HALVES
 
@@ -85,7 +89,7 @@ def read_model_folder(path: Path) -> ModelFile:
         eos_token="",
         add_bos=False,
         control_tokens=(),
-        kind=_kind(config, fail),
+        kind=kind,
     )
 
 
@@ -109,6 +113,15 @@ def config_in(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _modules_in(path: Path) -> set[str]:
+    """What sentence-transformers makes of a text's rows, one after the other."""
+    try:
+        modules = json.loads((path / "modules.json").read_bytes())
+        return {str(module["type"]).rpartition(".")[2] for module in modules}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
 
 
 def _kind(config: dict[str, Any], fail: Callable[[str], NoReturn]) -> Kind:

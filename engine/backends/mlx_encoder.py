@@ -41,19 +41,12 @@ class MlxEncoder(PaddedEncoder):
         self._mx, bert, tokenizers = _libraries()
         shape = _shape(facts, bert, ranks=self.scale is not None)
         self.tokenizer, self.specials, self.padding = _tokenizer(facts, tokenizers)
+        tensors = _tensors(facts, shape)
+        progress(0.5)
         self._open_device(on_gpu=spec.n_gpu_layers != 0)
-        weights: dict[str, Any] = {}
-        needed = shape.tensors()
-        files = weights_in(facts.path)
-        for n, file in enumerate(files, 1):
-            weights |= {
-                name: self._mx.array(values)
-                for name, values in _named(read_tensors(file)).items()
-                if name in needed
-            }
-            progress(n / len(files))
-        _check(facts, needed, weights)
+        weights = {name: self._mx.array(tensors.pop(name)) for name in list(tensors)}
         self._network = bert.Bert(shape, weights, self.ask)
+        progress(1.0)
 
     def _open_device(self, *, on_gpu: bool) -> None:
         """A stream of its own: those that the thread had may be gone, with an encoder before it."""
@@ -75,7 +68,7 @@ class MlxEncoder(PaddedEncoder):
         return found
 
     def close(self) -> None:
-        """By the thread that loaded. Else the process would abort when that thread ends."""
+        """To be called by the thread that loaded, at whose end mlx would abort the process."""
         self._network = None
         self._mx.clear_cache()
         self._mx.clear_streams()
@@ -103,7 +96,7 @@ def _shape(facts: ModelFile, bert: Any, *, ranks: bool) -> "Shape":
         _fail(facts, "is quantized, which the backend mlx runs for chat only; take the original")
     if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
         _fail(facts, "is no plain encoder (position_embedding_type, is_decoder in config.json)")
-    activation = config.get("hidden_act", "gelu")
+    activation = str(config.get("hidden_act", "gelu"))
     if activation not in bert.ACTIVATIONS:
         _fail(facts, f"has the activation {activation!r}, which is not known here")
 
@@ -117,6 +110,9 @@ def _shape(facts: ModelFile, bert: Any, *, ranks: bool) -> "Shape":
     first_position = n_positions - facts.n_ctx_train
     if first_position and config.get("pad_token_id", 1) != first_position - 1:
         _fail(facts, "counts positions from another pad_token_id than its family does")
+    eps = config.get("layer_norm_eps", 1e-12)
+    if not isinstance(eps, float):
+        _fail(facts, "has no layer_norm_eps in its config.json that makes sense; download it again")
     n_head, head = number("num_attention_heads", 0), None
     if facts.n_embd % n_head:
         _fail(facts, f"cannot share {facts.n_embd} numbers among {n_head} heads of attention")
@@ -131,7 +127,7 @@ def _shape(facts: ModelFile, bert: Any, *, ranks: bool) -> "Shape":
         n_positions=n_positions,
         first_position=first_position,
         n_types=number("type_vocab_size", 2),
-        eps=float(config.get("layer_norm_eps", 1e-12)),
+        eps=eps,
         activation=activation,
         head=head,
     )
@@ -150,15 +146,20 @@ def _named(tensors: Mapping[str, Floats]) -> dict[str, Floats]:
     return found
 
 
-def _check(
-    facts: ModelFile, needed: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any]
-) -> None:
-    for name, shape in needed.items():
-        if name not in weights:
+def _tensors(facts: ModelFile, shape: "Shape") -> dict[str, Floats]:
+    """All that the network needs, and no more. Raises ModelLoadFailed."""
+    needed = shape.tensors()
+    found: dict[str, Floats] = {}
+    for file in weights_in(facts.path):
+        named = _named(read_tensors(file))
+        found |= {name: values for name, values in named.items() if name in needed}
+    for name, wanted in needed.items():
+        if name not in found:
             what = "no head that scores pairs" if "classifier" in name else "not all weights"
             _fail(facts, f"has {what} ({name} is missing); download it again")
-        if weights[name].shape != shape:
+        if found[name].shape != wanted:
             _fail(facts, f"has other weights than its config.json says ({name}); download it again")
+    return found
 
 
 def _tokenizer(facts: ModelFile, tokenizers: Any) -> tuple[FolderTokenizer, Specials, int]:
