@@ -207,7 +207,6 @@ def test_a_long_text_is_computed_in_pieces_and_given_up_between_them(
     batch = ids_of([0, *range(5, 200), 2], [0, *range(100, 280), 2])
     whole = encoder.encode(batch)
     monkeypatch.setattr(mlx_bert, "ATTENTION_NUMBERS", 2 * 197 * 4 * 10)  # ten rows of both
-    monkeypatch.setattr(mlx_bert, "STEP_TOKENS", 1)
     asked: list[bool] = []
 
     def five_times() -> bool:
@@ -215,12 +214,26 @@ def test_a_long_text_is_computed_in_pieces_and_given_up_between_them(
         return asked[-1]
 
     assert encoder.encode(batch, lambda: not asked.append(True)) == pytest.approx(whole, abs=1e-5)
-    assert len(asked) == 1 + 2 * 20
+    assert len(asked) == 1 + 2 * 20, "of each layer"
     asked.clear()
     with pytest.raises(Interrupted):
         encoder.encode(batch, five_times)
     assert len(asked) == 6
     assert encoder.encode(batch) == pytest.approx(whole, abs=1e-5), "and nothing is left of it"
+
+
+def test_a_batch_is_given_up_between_layers(
+    folders: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.backends import mlx_bert
+
+    monkeypatch.setattr(mlx_bert, "STEP_TOKENS", 10)
+    encoder = load(folders / "embedder")
+    answers = iter([True, True, False])
+    with pytest.raises(Interrupted):
+        encoder.encode(ids_of([0, *range(5, 15), 2]), lambda: next(answers))
+    answers = iter([True])
+    encoder.encode(ids_of([0, 5, 2]), lambda: next(answers))  # short ones are computed at once
 
 
 def test_what_an_array_cannot_hold_is_refused(folders: Path, load: Load) -> None:

@@ -132,17 +132,17 @@ class Bert:
             piece = self._norm(f"{name}.attention.output.LayerNorm", piece)
             inner = self._activation(self._linear(f"{name}.intermediate.dense", piece))
             piece = piece + self._linear(f"{name}.output.dense", inner)
-            pieces.append(self._computed(self._norm(f"{name}.output.LayerNorm", piece)))
+            pieces.append(self._norm(f"{name}.output.LayerNorm", piece))
+            self._pace(pieces[-1], is_piece=n_rows < n_tokens)
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=1)
 
-    def _computed(self, rows: mx.array) -> mx.array:
-        """The same rows; mlx computes nothing before it is told to, and then all of it."""
+    def _pace(self, rows: mx.array, *, is_piece: bool) -> None:
+        """mlx computes nothing before it is told to, and then all of it, pieces side by side."""
         self._n_pending += rows.shape[0] * rows.shape[1]
-        if self._n_pending >= STEP_TOKENS:
+        if is_piece or self._n_pending >= STEP_TOKENS:
             self._n_pending = 0
             self._ask()
             mx.eval(rows)
-        return rows
 
     def _by_head(self, rows: mx.array) -> mx.array:
         """[n_sequences, n_head, n_tokens, n_embd / n_head]"""
