@@ -5,6 +5,7 @@ References are the network in float64, what torch said (tests/recorded), and lla
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from model_manager import ModelManager
 from rerankers import PROOF, BGEReranker, max_sim
-from settings import Settings, TierSettings
+from settings import ROOT, Settings, TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS
 from tests.record_flag import REAL_TEXTS, real_model, recorded
@@ -229,11 +230,10 @@ def test_a_batch_is_given_up_between_layers(
 
     monkeypatch.setattr(mlx_bert, "STEP_TOKENS", 10)
     encoder = load(folders / "embedder")
-    answers = iter([True, True, False])
     with pytest.raises(Interrupted):
-        encoder.encode(ids_of([0, *range(5, 15), 2]), lambda: next(answers))
-    answers = iter([True])
-    encoder.encode(ids_of([0, 5, 2]), lambda: next(answers))  # short ones are computed at once
+        encoder.encode(ids_of([0, *range(5, 15), 2]), iter([True, True, False]).__next__)
+    for _ in range(3):
+        encoder.encode(ids_of([0, 5, 2]), iter([True]).__next__)  # short ones are asked for once
 
 
 def test_what_an_array_cannot_hold_is_refused(folders: Path, load: Load) -> None:
@@ -404,6 +404,26 @@ def test_a_worker_that_has_computed_ends_with_0(folders: Path) -> None:
 
     of = TierSettings(backend="mlx", model_path=str(folders / "embedder"))
     assert run(test, launches, embedding=of) == "exit code 0"
+
+
+def test_a_process_ends_well_whose_encoder_was_in_a_thread(folders: Path) -> None:
+    """mlx aborts it where a thread has ended with streams of its own."""
+    code = f"""
+import threading
+from engine.backends.base import load_encoder
+from engine.wire import EncoderSpec, WorkerSpec
+
+def work():
+    encoder = load_encoder({spec(folders / "embedder")!r}, lambda _: None)
+    encoder.encode([[0, 5, 2]])
+    encoder.close()
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 @pytest.fixture(scope="module")
