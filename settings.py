@@ -160,11 +160,6 @@ class TierSettings(BaseSettings):
         return bool(self.model_path) or self.backend == "fake"
 
     @property
-    def takes_folder(self) -> bool:
-        """The model is a Hugging Face directory, and no file."""
-        return self.backend in FOLDER_BACKENDS
-
-    @property
     def path(self) -> Path:
         """Where the model is; a relative path starts at the project. For a model on the hub it is
         nowhere: see `hub_model`."""
@@ -191,7 +186,7 @@ class TierSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _fits(self) -> "TierSettings":
-        if self.takes_folder and self.hub_model and self.hub_model.what:
+        if self.backend in FOLDER_BACKENDS and self.hub_model and self.hub_model.what:
             raise ValueError(
                 f"MODEL_PATH names '{self.hub_model.what}' in a repo, and BACKEND={self.backend} "
                 f"takes all of it: hf:{self.hub_model.repo}"

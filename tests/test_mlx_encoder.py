@@ -5,7 +5,6 @@ References are the network in float64, what torch said (tests/recorded), and lla
 
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from embedders import BGEM3Embedder, Embedded, SimpleEmbedder, new_embedder
 from engine import wire
+from engine.backends import llama_encoder
 from engine.backends.base import Encoder, Interrupted, load_encoder
 from engine.backends.hf_tokenizer import FolderTokenizer
 from engine.client import launch_process
@@ -23,7 +23,7 @@ from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from model_manager import ModelManager
 from rerankers import PROOF, BGEReranker, max_sim
-from settings import ROOT, Settings, TierSettings
+from settings import Settings, TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS
 from tests.record_flag import REAL_TEXTS, real_model, recorded
@@ -181,8 +181,8 @@ def test_the_three_vectors_are_those_of_llama_cpp(folders: Path, tmp_path: Path)
     tiny.write_heads(tmp_path)
     found: dict[str, list[Embedded]] = {}
     for path, backend in ((folders / "embedder", "mlx"), (tmp_path / "embedder.gguf", "llamacpp")):
-        of = spec(path, backend=backend, flash_attention=False)
-        encoder = load_encoder(of, lambda _: None)
+        start = llama_encoder.load if backend == "llamacpp" else load_encoder
+        encoder = start(spec(path, backend=backend, flash_attention=False), lambda _: None)
         embedder = embedder_of(encoder)
         found[backend] = vectors_of(embedder, framed(embedder, TEXTS[:-1]))
         encoder.close()
@@ -404,26 +404,6 @@ def test_a_worker_that_has_computed_ends_with_0(folders: Path) -> None:
 
     of = TierSettings(backend="mlx", model_path=str(folders / "embedder"))
     assert run(test, launches, embedding=of) == "exit code 0"
-
-
-def test_a_process_ends_well_whose_encoder_was_in_a_thread(folders: Path) -> None:
-    """mlx aborts it where a thread has ended with streams of its own."""
-    code = f"""
-import threading
-from engine.backends.base import load_encoder
-from engine.wire import EncoderSpec, WorkerSpec
-
-def work():
-    encoder = load_encoder({spec(folders / "embedder")!r}, lambda _: None)
-    encoder.encode([[0, 5, 2]])
-    encoder.close()
-
-thread = threading.Thread(target=work)
-thread.start()
-thread.join()
-"""
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
-    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 @pytest.fixture(scope="module")

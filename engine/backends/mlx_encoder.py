@@ -68,7 +68,7 @@ class MlxEncoder(PaddedEncoder):
         return found
 
     def close(self) -> None:
-        """To be called by the thread that loaded, at whose end mlx would abort the process."""
+        """To be called by the thread that loaded: mlx has started streams for it."""
         self._network = None
         self._mx.clear_cache()
         self._mx.clear_streams()
