@@ -1,9 +1,10 @@
 """Encoders and cross-encoders out of Hugging Face directories, through mlx.
 
 Everything is float32: that is exact for the weights as they are published, and a CPU is slow with
-less. mlx is called by one thread, which also ends what mlx has started for it.
+less. One thread calls mlx.
 """
 
+import threading
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -49,11 +50,9 @@ class MlxEncoder(PaddedEncoder):
         progress(1.0)
 
     def _open_device(self, *, on_gpu: bool) -> None:
-        """A stream of its own: those that the thread had may be gone, with an encoder before it."""
         mx = self._mx
         if not on_gpu:
             mx.set_default_device(mx.cpu)
-        mx.set_default_stream(mx.new_stream(mx.default_device()))
         mx.set_cache_limit(CACHE_BYTES)
         if mx.default_device().type == mx.DeviceType.cpu:
             mx.disable_compile()  # it would call a C++ compiler, for seconds, and gain nothing
@@ -68,10 +67,11 @@ class MlxEncoder(PaddedEncoder):
         return found
 
     def close(self) -> None:
-        """To be called by the thread that loaded: mlx has started streams for it."""
+        """To be called by the thread that loaded, whose streams may not outlive it."""
         self._network = None
         self._mx.clear_cache()
-        self._mx.clear_streams()
+        if threading.current_thread() is not threading.main_thread():
+            self._mx.clear_streams()
 
 
 def _libraries() -> tuple[Any, Any, Any]:
