@@ -15,12 +15,14 @@ from engine.model_file import Kind, ModelFile, read_model_file
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from hub import Hub
+from hub_model import FOLDER_BACKENDS
 from settings import ENCODER_TIERS, ServerSettings, TierName, TierSettings
 from worker_spec import effective_n_ctx, worker_spec
 
 Signature = tuple[int, int]  # when a file was written, in ns, and its size
 LIBRARIES = {  # that compute
     "llamacpp": ["llama-cpp-python"],
+    "mlx": ["mlx", "mlx-lm"],
     "flag": ["torch", "transformers", "FlagEmbedding"],
 }
 HEADER_BYTES = 1 << 20  # of a model's file, that are compared byte for byte
@@ -124,7 +126,7 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
         from engine.backends import fake
 
         return fake.model_file(settings.model_path and settings.path, wanted)
-    is_folder = settings.backend == "flag"
+    is_folder = settings.backend in FOLDER_BACKENDS
     model = read_model_folder(settings.path) if is_folder else read_model_file(settings.path)
     is_told = settings.embedding_mode or settings.pooling != "auto"
     if wanted == "embedding" and model.kind == "chat" and is_told:

@@ -116,7 +116,7 @@ class TierSettings(BaseSettings):
     )
 
     model_path: str = ""
-    backend: Literal["llamacpp", "flag", "fake"] = "llamacpp"
+    backend: Literal["llamacpp", "mlx", "flag", "fake"] = "llamacpp"
     aliases: CommaSeparated = []
 
     n_ctx: int | None = Field(None, ge=16)  # tokens of one request, prompt and answer

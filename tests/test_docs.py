@@ -303,6 +303,7 @@ MAY_IMPORT = {
         "errors",
         "footprint",
         "generating",
+        "hub_model",
         "lengths",
         "metrics",
         "model_source",
@@ -317,6 +318,7 @@ MAY_IMPORT = {
         "engine.model_folder",
         "engine.backends.fake",
         "hub",
+        "hub_model",
         "errors",
         "settings",
         "worker_spec",
@@ -405,6 +407,7 @@ ONLY_IN = {
         "bench.encoders",
     },
     "gguf": {"models"},
+    "mlx": {"engine.backends.mlx_bert"},
     "huggingface_hub": {"hub"},
 }
 
