@@ -8,10 +8,12 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from engine.chat_folder import read_chat_folder
 from engine.model_file import Kind, ModelFile, read_model_file
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from hub import Hub
+from hub_model import FOLDER_BACKENDS
 from settings import TierName, TierSettings
 from worker_spec import effective_n_ctx
 
@@ -96,7 +98,9 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
         from engine.backends import fake
 
         return fake.model_file(settings.model_path and settings.path, wanted)
-    is_folder = settings.backend == "flag"
+    if settings.backend == "mlx" and wanted == "chat":
+        return read_chat_folder(settings.path)
+    is_folder = settings.backend in FOLDER_BACKENDS
     model = read_model_folder(settings.path) if is_folder else read_model_file(settings.path)
     is_told = settings.embedding_mode or settings.pooling != "auto"
     if wanted == "embedding" and model.kind == "chat" and is_told:
@@ -113,7 +117,7 @@ _PURPOSES: dict[Kind, str] = {"chat": "chat", "embedding": "embeddings", "rerank
 
 
 def _fingerprint(settings: TierSettings, model: ModelFile, signature: object) -> str:
-    library = {"llamacpp": "llama-cpp-python", "flag": "torch"}.get(settings.backend, "")
+    library = {"llamacpp": "llama-cpp-python", "mlx": "mlx", "flag": "torch"}.get(settings.backend, "")
     release = ""
     with suppress(PackageNotFoundError):
         release = version(library) if library else ""

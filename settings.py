@@ -103,6 +103,12 @@ _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)", re.IGNORECASE)
 MemoryLimit = Annotated[str, BeforeValidator(_memory_limit)]
 
 
+def _is_folder(model_path: str) -> bool:
+    """It is a directory with a model as Hugging Face has it, and no GGUF."""
+    folder = ROOT / Path(model_path).expanduser()
+    return bool(model_path) and (folder / "config.json").is_file()
+
+
 class SettingsError(Exception):
     """The configuration cannot be used; the message says which keys and why, a line each."""
 
@@ -115,7 +121,9 @@ class TierSettings(BaseSettings):
     )
 
     model_path: str = ""
-    backend: Literal["llamacpp", "flag", "fake"] = "llamacpp"
+    backend: Literal["llamacpp", "mlx", "flag", "fake"] = Field(
+        default_factory=lambda given: "mlx" if _is_folder(given.get("model_path", "")) else "llamacpp"
+    )
     aliases: CommaSeparated = []
 
     n_ctx: int | None = Field(None, ge=16)  # tokens of one request, prompt and answer

@@ -52,6 +52,7 @@ from errors import (
 )
 from footprint import Footprint, estimate
 from generating import Conversion, Generation
+from hub_model import FOLDER_BACKENDS
 from lengths import Lengths
 from metrics import Metrics
 from model_source import ModelSource, Signature
@@ -145,7 +146,8 @@ class Tier:
             names.append(re.sub("-GGUF$", "", model.repo.rpartition("/")[2], flags=re.IGNORECASE))
             return [*self.settings.aliases, *names]
         path = Path(self.settings.model_path)
-        stem = path.name if self.settings.backend == "flag" else path.stem  # a directory's dots
+        is_folder = self.settings.backend in FOLDER_BACKENDS  # whose dots are no suffix
+        stem = path.name if is_folder else path.stem
         return [*self.settings.aliases, *([stem] if stem else [])]
 
     def _lengths(self) -> Lengths:
