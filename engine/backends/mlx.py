@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 import time
 from array import array
 from bisect import insort
@@ -216,7 +217,8 @@ class MlxEngine:
         del self._rows, self._model
         gc.collect()
         self._mx.clear_cache()
-        self._mx.clear_streams()
+        if threading.current_thread() is not threading.main_thread():
+            self._mx.clear_streams()  # a thread that ends with some aborts the process at its end
 
     # who is in the batch
 
