@@ -117,7 +117,9 @@ _PURPOSES: dict[Kind, str] = {"chat": "chat", "embedding": "embeddings", "rerank
 
 
 def _fingerprint(settings: TierSettings, model: ModelFile, signature: object) -> str:
-    library = {"llamacpp": "llama-cpp-python", "mlx": "mlx", "flag": "torch"}.get(settings.backend, "")
+    library = {"llamacpp": "llama-cpp-python", "mlx": "mlx", "flag": "torch"}.get(
+        settings.backend, ""
+    )
     release = ""
     with suppress(PackageNotFoundError):
         release = version(library) if library else ""

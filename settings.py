@@ -122,7 +122,9 @@ class TierSettings(BaseSettings):
 
     model_path: str = ""
     backend: Literal["llamacpp", "mlx", "flag", "fake"] = Field(
-        default_factory=lambda given: "mlx" if _is_folder(given.get("model_path", "")) else "llamacpp"
+        default_factory=lambda given: (
+            "mlx" if _is_folder(given.get("model_path", "")) else "llamacpp"
+        )
     )
     aliases: CommaSeparated = []
 

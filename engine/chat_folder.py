@@ -15,10 +15,11 @@ FLOAT_BYTES = 2 if sys.platform == "darwin" else 4  # of activations: CPUs are s
 _HALVES = ("F16", "BF16")
 _MAX_BYTES = 256 << 20  # of one of the JSON files, or of a header
 _UNBOUNDED = 1 << 20  # tokens, for models without a longest context
-# Ends of texts and turns that llama.cpp takes for such, whatever a model's files say.
+# Ends of texts, turns and infilled middles that llama.cpp takes for such, whatever files say.
 _ENDS = frozenset(
     "<|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|> <end_of_turn> </s> <eos> "
-    "<end_of_utterance> <｜end▁of▁sentence｜>".split()
+    "<end_of_utterance> <｜end▁of▁sentence｜> <|fim_pad|> <fim-pad> <fim_pad> <PAD> <|fim_repo|> "
+    "<|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>".split()
 )
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
@@ -119,7 +120,9 @@ def end_tokens(path: Path, tokenizer: TokenizerFile, settings: TokenizerConfig) 
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
             config = _decoded(path / name, dict[str, Any])
-            found = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+            found = config.get(
+                "eos_token_id", (config.get("text_config") or {}).get("eos_token_id")
+            )
             ends.update(found if isinstance(found, list) else [found])
     names = {_content(settings.eos_token), *_ENDS}
     ends.update(token.id for token in tokenizer.added_tokens if token.content in names)
@@ -189,7 +192,9 @@ def _tensor_bytes(path: Path, file: Path) -> int:
                 if key != "__metadata__":
                     start, stop = tensor["data_offsets"]
                     end = max(end, 8 + n_header + stop)
-                    total += (stop - start) * (FLOAT_BYTES // 2 if tensor["dtype"] in _HALVES else 1)
+                    total += (stop - start) * (
+                        FLOAT_BYTES // 2 if tensor["dtype"] in _HALVES else 1
+                    )
             is_whole = end <= file.stat().st_size
     except (OSError, struct.error, msgspec.DecodeError, LookupError, TypeError, ValueError):
         _fail(path, f"has a {file.name} that cannot be read; download it again")

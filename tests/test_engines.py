@@ -43,7 +43,6 @@ def test_a_conversation_that_goes_on_says_the_same_with_and_without_reuse(
     assert generate(first, {3: longer}, 20)[3] == generate(second, {3: longer}, 20)[3]
 
 
-
 def test_when_the_cells_run_out_everybody_still_gets_the_whole_answer(
     model: Path, load: Callable[..., Engine]
 ) -> None:
@@ -53,9 +52,7 @@ def test_when_the_cells_run_out_everybody_still_gets_the_whole_answer(
     assert generate(crowded, prompts, 60) == generate(roomy, prompts, 60)
 
 
-def test_sampling_follows_its_seed_and_its_rules(
-    model: Path, load: Callable[..., Engine]
-) -> None:
+def test_sampling_follows_its_seed_and_its_rules(model: Path, load: Callable[..., Engine]) -> None:
     engine = load(model)
     prompt = ids(engine, "one two three")
 
@@ -202,5 +199,3 @@ def test_an_answer_does_not_end_before_it_may(model: Path, load: Callable[..., E
     answer = say(min_tokens=5)
     assert (len(answer), answer.index(end)) == (6, 5)
     assert end not in say(ignore_eos=True)
-
-

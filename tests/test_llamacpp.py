@@ -304,9 +304,7 @@ def test_plain_text_has_its_usual_ids_and_no_control_tokens(
         assert b"".join(map(tokenizer.piece, ids)).decode().strip() == f"what {literal} is"
 
 
-def test_a_control_token_is_written_by_its_name(
-    spm: Path, load: Callable[..., Engine]
-) -> None:
+def test_a_control_token_is_written_by_its_name(spm: Path, load: Callable[..., Engine]) -> None:
     tokenizer = load(spm).tokenizer
     (end,) = tokenizer.tokenize("<|im_end|>", parse_special=True, continues=True)
     assert (tokenizer.piece(end), tokenizer.literal(end)) == (b"", b"<|im_end|>")

@@ -88,7 +88,9 @@ def _loaded(mx: Any, facts: ModelFile, progress: ReportProgress) -> Any:
         if mx.default_device() == mx.Device(mx.cpu):
             # halves are up to 50 times slower there, and weights stay quantised
             model.set_dtype(mx.float32)
-        parameters = [weights for _, weights in import_module("mlx.utils").tree_flatten(model.parameters())]
+        parameters = [
+            weights for _, weights in import_module("mlx.utils").tree_flatten(model.parameters())
+        ]
         size = max(len(parameters) // N_LOADS, 1)
         for start in range(0, len(parameters), size):
             mx.eval(parameters[start : start + size])

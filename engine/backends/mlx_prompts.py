@@ -37,13 +37,17 @@ class Prompts:
 
     def n_known(self, wanted: Tokens) -> int:
         """How many tokens the longest remembered beginning of `wanted` has."""
-        return max((n_usable(entry.tokens, entry.cache, wanted) for entry in self._entries), default=0)
+        return max(
+            (n_usable(entry.tokens, entry.cache, wanted) for entry in self._entries), default=0
+        )
 
     def recall(self, wanted: Tokens) -> tuple[int, Cache] | None:
         """The longest remembered beginning of `wanted`, and a cache with just that, which is the
         caller's own. Whoever asks leaves the last token of a prompt out: it has to be computed."""
         best = max(
-            self._entries, key=lambda entry: n_usable(entry.tokens, entry.cache, wanted), default=None
+            self._entries,
+            key=lambda entry: n_usable(entry.tokens, entry.cache, wanted),
+            default=None,
         )
         n = n_usable(best.tokens, best.cache, wanted) if best else 0
         if best is None or n == 0:
@@ -106,5 +110,3 @@ def beginning(cache: Cache, n_tokens: int, n: int) -> Cache:
 
 def as_tokens(tokens: Any) -> Tokens:
     return np.array(tokens, np.int32)
-
-

@@ -14,8 +14,9 @@ class Rows(Protocol):
 
     n_most: int
 
-    def add(self, number: int, tokens: list[int], cached: Cache | None, n_cached: int,
-            chooser: Chooser) -> None:
+    def add(
+        self, number: int, tokens: list[int], cached: Cache | None, n_cached: int, chooser: Chooser
+    ) -> None:
         """A sequence joins; the first `n_cached` of its tokens are in `cached`, which is taken over.
         At least one is not."""  # fmt: skip
 
