@@ -158,11 +158,11 @@ def _template(path: Path, settings: TokenizerConfig) -> str | None:
     named = settings.chat_template
     if isinstance(named, list):
         by_name = {one.get("name"): one.get("template") for one in named}
-        return by_name.get("tool_use") or by_name.get("default")
+        return by_name.get("default")  # others want tools or documents
     older = path / "chat_template.json"
     if named is None and older.is_file():
-        return _decoded(older, dict[str, str]).get("chat_template")
-    return named
+        named = _decoded(older, TokenizerConfig).chat_template
+    return named if isinstance(named, str) else None
 
 
 def _weight_bytes(path: Path) -> int:

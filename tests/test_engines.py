@@ -1,9 +1,13 @@
 """What every engine that runs a model does, on llama.cpp and on MLX: the same weights in both."""
 
+import asyncio
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,7 +15,11 @@ from engine import wire
 from engine.backends.base import Engine
 from engine.grammar import Compiler
 from engine.types import Sampled, SamplingParams
+from errors import QueueFull
+from model_manager import ModelManager
+from settings import TierSettings
 from tests.engines import GREEDY, generate, ids, needs_mlx, next_logits
+from tests.serving import settings
 
 pytestmark = pytest.mark.real
 
@@ -199,3 +207,58 @@ def test_an_answer_does_not_end_before_it_may(model: Path, load: Callable[..., E
     answer = say(min_tokens=5)
     assert (len(answer), answer.index(end)) == (6, 5)
     assert end not in say(ignore_eos=True)
+
+
+# the worker
+
+
+REQUEST = wire.Generate([1000, 1001], True, GREEDY, [], 1500)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_hangs_costs_only_its_streams(model: Path, fault: int) -> None:
+    async def main() -> None:
+        tier = TierSettings(model_path=str(model), n_threads=1, n_parallel=2, n_ctx=2048)
+        async with ModelManager(settings({"watchdog_s": 2}, light=tier)) as manager:
+            light = manager.tiers["light"]
+            with light.submit(REQUEST) as generation:
+                await generation.started()
+                outs = aiter(generation)
+                await anext(outs)
+                assert light._worker
+                os.kill(light._worker.pid, fault)
+                with pytest.raises(Exception, match="killed by SIGKILL"):
+                    async for _ in outs:
+                        pass
+            short = msgspec.structs.replace(REQUEST, max_tokens=5)
+            with light.submit(short) as generation:
+                await generation.started()
+                *_, last = [out async for out in generation]
+            assert last.done
+            assert last.done.n_tokens == 5
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_stream_makes_room_and_a_full_queue_is_told(model: Path) -> None:
+    """And the process ends in order."""
+
+    async def main() -> None:
+        tier = TierSettings(
+            model_path=str(model), n_threads=1, n_parallel=1, n_ctx=2048, queue_size=1
+        )
+        async with ModelManager(settings(light=tier)) as manager:
+            light = manager.tiers["light"]
+            with light.submit(REQUEST) as first:
+                await first.started()
+                with light.submit(REQUEST) as second:
+                    with pytest.raises(QueueFull), light.submit(REQUEST):
+                        pass
+                    light.drop(first)
+                    await second.started()
+                    assert light._worker
+                    handle = light._worker._handle
+            await light.unload()
+            assert await handle.wait() == "exit code 0"
+
+    asyncio.run(main())

@@ -1,6 +1,5 @@
 """The llama.cpp backend on real and on generated models. One thread: two collapse on a busy box."""
 
-import asyncio
 import json
 import random
 import re
@@ -23,11 +22,10 @@ from engine.grammar import Compiler
 from engine.model_file import read_model_file
 from engine.types import SamplingParams
 from errors import ModelLoadFailed
-from model_manager import ModelManager
 from settings import TierSettings
 from tests import gguf_fixtures
 from tests.engines import GREEDY, engine_of, generate, ids, next_logits
-from tests.serving import events, fake, serving, settings
+from tests.serving import events, serving, settings
 from worker import prepare
 
 pytestmark = pytest.mark.real
@@ -426,26 +424,3 @@ def test_a_tier_with_a_broken_file_says_so_and_the_others_serve(
         again = service.chat("What is 2 and 2?", temperature=0, max_tokens=12).json()
         n_prompt = again["usage"]["prompt_tokens"]
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == n_prompt - 1
-
-
-def test_killing_a_worker_of_llama_cpp_costs_only_its_streams(tiny: Path) -> None:
-    async def main() -> None:
-        tier = TierSettings(model_path=str(tiny), n_threads=1, n_parallel=2, n_ctx=2048)
-        async with ModelManager(settings(light=tier, heavy=fake())) as manager:
-            light = manager.tiers["light"]
-            request = wire.Generate([1000, 1001], True, GREEDY, [], 1500)
-            with light.submit(request) as generation:
-                await generation.started()
-                assert light._worker
-                light._worker._handle.kill()
-                with pytest.raises(Exception, match="killed by SIGKILL"):
-                    async for _ in generation:
-                        pass
-            short = wire.Generate([1000, 1001], True, GREEDY, [], 5)
-            with light.submit(short) as generation:
-                await generation.started()
-                outs = [out async for out in generation]
-            assert outs[-1].done
-            assert outs[-1].done.n_tokens == 5
-
-    asyncio.run(main())

@@ -17,8 +17,8 @@ class Rows(Protocol):
     def add(
         self, number: int, tokens: list[int], cached: Cache | None, n_cached: int, chooser: Chooser
     ) -> None:
-        """A sequence joins; the first `n_cached` of its tokens are in `cached`, which is taken over.
-        At least one is not."""  # fmt: skip
+        """A sequence joins; the first `n_cached` of its tokens, and never all, are in `cached`,
+        which is taken over."""
 
     def step(self, n_prefill: int) -> tuple[list[tuple[int, int]], int]:
         """One token for each row that is past its prompt, by number; and by how many tokens prompts

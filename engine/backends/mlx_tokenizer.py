@@ -35,7 +35,7 @@ class FolderTokenizer:
         self._plain.encode_special_tokens = True
         by_text: dict[str, int] = self._plain.get_vocab()
         self._texts = {token: text for text, token in by_text.items()}
-        self._added = {
+        self._added: dict[int, str] = {
             number: token.content
             for number, token in self._plain.get_added_tokens_decoder().items()
         }
