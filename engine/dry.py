@@ -14,7 +14,7 @@ MOST_EXPONENT = 80.0  # of the base, or a long repetition would be beyond floats
 class Dry:
     """Follows one sequence's tokens. As llama.cpp's sampler of that name: a token that would make
     a repetition of n tokens longer is lowered by multiplier * base ** (n - allowed_length), where
-    n is that or more. Nothing is repeated across a breaker."""
+    n is that or more. Nothing is repeated across a breaker, and no breaker is lowered."""
 
     def __init__(
         self, sampling: SamplingParams, prompt: Iterable[int], piece: Callable[[int], bytes]
@@ -41,11 +41,14 @@ class Dry:
         self._tokens.append(token)
         self._n_whole += 1
         self._tail += self._piece(token)
-        if any(breaker in self._tail for breaker in self._breakers):
+        if self._breaks(self._tail):
             self._n_whole = 0
             self._tail = b""
         longest = max(map(len, self._breakers), default=1)
         self._tail = self._tail[len(self._tail) - longest + 1 :] if longest > 1 else b""
+
+    def _breaks(self, text: bytes) -> bool:
+        return any(breaker in text for breaker in self._breakers)
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
         allowed = self._sampling.dry_allowed_length
@@ -57,8 +60,8 @@ class Dry:
         lengths = _overlaps(back)
         for at in range(1, len(back)):
             n = min(lengths[at], limit)
-            if n >= allowed:
-                following = back[at - 1]
+            following = back[at - 1]
+            if n >= allowed and not self._breaks(self._piece(following)):
                 most[following] = max(most.get(following, 0), n)
         base = self._sampling.dry_base
         most_exponent = MOST_EXPONENT / np.log(base) if base > 1 else np.inf
