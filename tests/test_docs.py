@@ -207,7 +207,8 @@ def test_the_settings_in_the_readmes_examples_load(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     for block, tiers in zip(
         blocks,
-        (["light", "heavy"], ["light", "medium", "heavy", "embedding"]),  # as the text below says
+        # as the text below says
+        (["light", "medium"], ["light", "heavy"], ["light", "medium", "heavy", "embedding"]),
         strict=True,
     ):
         path.write_text(block)
