@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -247,12 +248,12 @@ def test_a_prompt_that_is_cancelled_in_the_middle_is_remembered_so_far(
     assert said[2] == generate(load(tiny_mlx), {1: prompt}, 4)[1]
 
 
-@pytest.mark.parametrize("reason", ["recurrent", "not mergeable"])
+@pytest.mark.parametrize("reason", ["mamba", "gemma3_text", "not mergeable"])
 def test_models_whose_memory_cannot_be_cut_or_merged_answer_too(
     reason: str, tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if reason == "recurrent":
-        model = write_mamba(tmp_path / "mamba", tiny_mlx)
+    if reason in FAMILIES:
+        model = write_random(tmp_path / reason, reason, tokenizer_of=tiny_mlx)
     else:
         model = tiny_mlx
         monkeypatch.setattr("engine.backends.mlx_rows._can_merge", lambda _: False)
@@ -269,20 +270,31 @@ def test_models_whose_memory_cannot_be_cut_or_merged_answer_too(
     assert said[9] == generate(fresh, {9: longer}, 4)[9]
 
 
-def write_mamba(folder: Path, tokenizer_of: Path) -> Path:
-    """Two layers of random weights with a state in place of cells."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mamba": {
+        "intermediate_size": 64, "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4,
+        "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,
+    },  # a state in place of cells
+    "gemma3_text": {
+        "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 2, "head_dim": 16,
+        "num_key_value_heads": 1, "sliding_window": 16, "query_pre_attn_scalar": 16,
+        "max_position_embeddings": 1024,
+    },  # cells behind a window are written again
+}  # fmt: skip
+
+
+def write_random(folder: Path, family: str, *, tokenizer_of: Path) -> Path:
+    """A small model of random weights."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from mlx_lm.models import mamba
 
     config = {
-        "model_type": "mamba", "vocab_size": 49152, "hidden_size": 32, "intermediate_size": 64,
-        "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4, "use_bias": False,
-        "use_conv_bias": True, "time_step_rank": 4, "architectures": ["MambaForCausalLM"],
-        "tie_word_embeddings": True,
+        "model_type": family, "vocab_size": 49152, "hidden_size": 32,
+        "architectures": ["AnyForCausalLM"], "tie_word_embeddings": True, **FAMILIES[family],
     }  # fmt: skip
     mx.random.seed(7)
-    model = mamba.Model(mamba.ModelArgs.from_dict(config))
+    library = import_module(f"mlx_lm.models.{family}")
+    model = library.Model(library.ModelArgs.from_dict(config))
     folder.mkdir()
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((tokenizer_of / file).read_bytes())
