@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from engine import chat_folder
 from engine.chat_folder import end_tokens, read_chat_folder, read_tokenizer
 from errors import ModelLoadFailed
+from tests.engines import engine_of
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
 
@@ -149,10 +151,16 @@ def test_a_file_is_no_directory(folder: Path) -> None:
         read_chat_folder(folder / "config.json")
 
 
-def test_a_vocabulary_of_sentencepiece_spells_texts_exactly(folder: Path) -> None:
-    from engine.backends.mlx_tokenizer import FolderTokenizer
+def test_without_mlx_it_says_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    with pytest.raises(ModelLoadFailed, match=r"is not installed .*: \./setup\.sh --mlx, or pip"):
+        engine_of(folder)
 
-    tokenizer = FolderTokenizer(read_chat_folder(folder))
+
+def test_a_vocabulary_of_sentencepiece_spells_texts_exactly(folder: Path) -> None:
+    from engine.backends.mlx_tokenizer import MlxTokenizer
+
+    tokenizer = MlxTokenizer(read_chat_folder(folder))
     assert (tokenizer.bos, tokenizer.n_vocab) == (1, 265)
 
     def ids(text: str, parse_special: bool = False, continues: bool = True) -> list[int]:

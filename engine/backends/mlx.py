@@ -21,7 +21,7 @@ from engine.backends.base import Constraint, Engine, ReportProgress, Tokenizer
 from engine.backends.mlx_prompts import Cache, Prompts, beginning, can_cut, n_usable
 from engine.backends.mlx_rows import Rows, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
-from engine.backends.mlx_tokenizer import FolderTokenizer
+from engine.backends.mlx_tokenizer import MlxTokenizer
 from engine.cells import view
 from engine.chat_folder import read_chat_folder
 from engine.model_file import ModelFile
@@ -36,6 +36,7 @@ logger = logging.getLogger("worker.mlx")
 INSTALL = "./setup.sh --mlx, or pip install -r requirements-mlx.txt"
 MAX_FAILED_STEPS = 3  # in a row; then the model is taken to be broken
 WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
+CPU_PREFILL = 64  # prompt tokens of a step whose pace is not measured, or it may take minutes
 N_LOADS = 16  # parts in which weights are read, to tell how far it is
 _QUIET = {
     "HF_HUB_OFFLINE": "1",  # what is not in the directory is not fetched either
@@ -50,7 +51,7 @@ def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     progress(0.0)
     mx = import_mlx(spec)
     check_room(mx, facts)
-    return MlxEngine(spec, facts, _loaded(mx, facts, progress), FolderTokenizer(facts))
+    return MlxEngine(spec, facts, _loaded(mx, facts, progress), MlxTokenizer(facts))
 
 
 def import_mlx(spec: WorkerSpec) -> Any:
@@ -123,7 +124,7 @@ class MlxEngine:
     """Implements `engine.backends.base.Engine` over a model of mlx-lm."""
 
     def __init__(
-        self, spec: WorkerSpec, facts: ModelFile, model: Any, tokenizer: FolderTokenizer
+        self, spec: WorkerSpec, facts: ModelFile, model: Any, tokenizer: MlxTokenizer
     ) -> None:
         self.tokenizer: Tokenizer = tokenizer
         self.n_ctx = min(spec.n_ctx, facts.n_ctx_train)
@@ -131,6 +132,8 @@ class MlxEngine:
         self._model: Any = model
         self._spec = spec
         self._mx = import_module("mlx.core")
+        is_cpu = self._mx.default_device() == self._mx.Device(self._mx.cpu)
+        self._n_alone = min(spec.n_batch, CPU_PREFILL) if is_cpu else spec.n_batch
         self._can_cut = can_cut(import_module("mlx_lm.models.cache").make_prompt_cache(model))
         self._rows = self._new_rows()
         self.n_parallel = spec.n_parallel
@@ -174,9 +177,9 @@ class MlxEngine:
         if not self._running:
             return result
         n_decodes = sum(live.is_decoding for live in self._running)
-        n_prefill = self._spec.n_batch
+        n_prefill = self._n_alone
         if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time
-            n_prefill = min(n_prefill, self._pace.n_prefill(n_decodes))
+            n_prefill = min(self._spec.n_batch, self._pace.n_prefill(n_decodes))
         started_at = time.perf_counter()
         try:
             told, n_prefilled = self._rows.step(n_prefill)

@@ -1,6 +1,7 @@
 """The tokenizer of a Hugging Face directory, for a model that generates."""
 
 import re
+import threading
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -13,31 +14,24 @@ from errors import ModelLoadFailed
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a single byte
 
 
-class FolderTokenizer:
-    """Implements `engine.backends.base.Tokenizer`. There are two of the library's, since what is
-    special is a state of theirs, and any thread may ask."""
+class MlxTokenizer:
+    """Implements `engine.backends.base.Tokenizer`."""
 
     def __init__(self, facts: ModelFile) -> None:
         library = import_module("tokenizers")
         path = facts.path
         file, settings = read_tokenizer(path)
-        self._with_special = _read(library, path)
-        missing = [
-            token
-            for token in settings.added_tokens_decoder.values()
-            if self._with_special.token_to_id(token.content) is None
-        ]
-        self._plain = _read(library, path)
-        for tokenizer in (self._with_special, self._plain):
-            for token in missing:
+        self._tokenizer = tokenizer = _read(library, path)
+        self._lock = threading.Lock()  # whether specials count is a state of the tokenizer
+        for token in settings.added_tokens_decoder.values():
+            if tokenizer.token_to_id(token.content) is None:
                 added = library.AddedToken(token.content, special=token.special, normalized=False)
                 (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([added])
-        self._plain.encode_special_tokens = True
-        by_text: dict[str, int] = self._plain.get_vocab()
+        by_text: dict[str, int] = self._tokenizer.get_vocab()
         self._texts = {token: text for text, token in by_text.items()}
         self._added: dict[int, str] = {
             number: token.content
-            for number, token in self._plain.get_added_tokens_decoder().items()
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
         }
         self._control = frozenset(by_text[text] for text in facts.control_tokens if text in by_text)
         self.n_vocab = min(max(self._texts) + 1, facts.n_vocab)
@@ -47,12 +41,11 @@ class FolderTokenizer:
         self._is_byte_level = is_byte_level(file)
         self._pieces: dict[int, bytes] = {}
         # vocabularies of SentencePiece may put a space before a text
-        first = self._plain.encode("a", add_special_tokens=False).ids[:1]
+        first = self._encode("a", parse_special=False)[:1]
         self._adds_space = any(self.piece(token)[:1] == b" " for token in first)
 
     def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
-        tokenizer = self._with_special if parse_special else self._plain
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._encode(text, parse_special)
         if not parse_special and not self._control.isdisjoint(ids):
             return self._spell(text.encode())  # merges have put one together
         if continues and self._adds_space and ids and self.piece(ids[0])[:1] == b" ":
@@ -75,6 +68,11 @@ class FolderTokenizer:
     def ends(self) -> list[int]:
         """Every token that ends a generation."""
         return sorted(self._ends)
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        with self._lock:
+            self._tokenizer.encode_special_tokens = not parse_special
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _read_piece(self, token: int) -> bytes:
         if token in self._control:
