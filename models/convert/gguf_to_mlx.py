@@ -36,7 +36,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CONTROL, _USER_DEFINED = 3, 4  # types of tokens
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # types of tokens
 Splitters = Callable[[Any], list[Any]]  # the pre-tokenizers, out of the module that has them
 _SPLITTERS: dict[str, Splitters] = {
     "default": lambda of: [of.ByteLevel(add_prefix_space=False)],
@@ -100,8 +100,8 @@ class Header:
             self.fail(f"is of the architecture {self.get('general.architecture')}, not llama")
         if self.get("llama.expert_count", 0):
             self.fail("is a mixture of experts")
-        if self.get("tokenizer.ggml.model") != "gpt2":
-            self.fail("has a SentencePiece vocabulary, and only BPE is converted")
+        if self.get("tokenizer.ggml.model") not in ("gpt2", "llama"):
+            self.fail(f"has a vocabulary of the type {self.get('tokenizer.ggml.model')}")
 
     def fail(self, reason: str) -> NoReturn:
         raise ModelLoadFailed(f"{self._name} {reason}; take the model as its authors publish it.")
@@ -188,32 +188,64 @@ def _config(header: Header, weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(header: Header, tokenizers: Any) -> Any:
-    splitters = _SPLITTERS.get(header.get("tokenizer.ggml.pre", "default"))
-    if splitters is None:
-        header.fail(f"splits text as {header.get('tokenizer.ggml.pre')!r}, which is not known here")
     tokens, types = header.tokens, header.must("tokenizer.ggml.token_type")
-    merges = [tuple(pair.split(" ")) for pair in header.must("tokenizer.ggml.merges")]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
-    of = tokenizers.pre_tokenizers
-    tokenizer.pre_tokenizer = of.Sequence(splitters(of))
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    is_spm = header.get("tokenizer.ggml.model") == "llama"
+    new = _sentencepiece if is_spm else _byte_level
+    tokenizer = new(header, tokenizers, vocabulary)
     for token, kind in zip(tokens, types, strict=True):
-        if kind in (_CONTROL, _USER_DEFINED):
-            is_special = kind == _CONTROL
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            is_special = kind != _USER_DEFINED
             added = tokenizers.AddedToken(token, special=is_special, normalized=False)
             add = tokenizer.add_special_tokens if is_special else tokenizer.add_tokens
             add([added])
     bos = header.special("bos")
-    if bos is not None and header.get("tokenizer.ggml.add_bos_token", _adds_bos(header)):
+    adds_bos = is_spm or header.get("tokenizer.ggml.pre") == "llama-bpe"
+    if bos is not None and header.get("tokenizer.ggml.add_bos_token", adds_bos):
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     return tokenizer
 
 
-def _adds_bos(header: Header) -> bool:
-    return bool(header.get("tokenizer.ggml.pre") == "llama-bpe")
+def _byte_level(header: Header, tokenizers: Any, vocabulary: dict[str, int]) -> Any:
+    splitters = _SPLITTERS.get(header.get("tokenizer.ggml.pre", "default"))
+    if splitters is None:
+        header.fail(f"splits text as {header.get('tokenizer.ggml.pre')!r}, which is not known here")
+    merges = [tuple(pair.split(" ")) for pair in header.must("tokenizer.ggml.merges")]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    of = tokenizers.pre_tokenizers
+    tokenizer.pre_tokenizer = of.Sequence(splitters(of))
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(header: Header, tokenizers: Any, vocabulary: dict[str, int]) -> Any:
+    """SentencePiece joins the two neighbours whose piece has the best score: that is the order of
+    the merges."""
+    scores = header.must("tokenizer.ggml.scores")
+    ranked = sorted(vocabulary.items(), key=lambda item: -scores[item[1]])
+    merges = [
+        (piece[:at], piece[at:])
+        for piece, _ in ranked
+        for at in range(1, len(piece))
+        if piece[:at] in vocabulary and piece[at:] in vocabulary
+    ]
+    unknown = header.special("unknown")
+    model = tokenizers.models.BPE(
+        vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True,
+        unk_token=None if unknown is None else header.tokens[unknown],
+    )  # fmt: skip
+    tokenizer = tokenizers.Tokenizer(model)
+    spaces = tokenizers.normalizers.Replace(" ", "▁")
+    if header.get("tokenizer.ggml.add_space_prefix", True):
+        spaces = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), spaces])
+    tokenizer.normalizer = spaces
+    of = tokenizers.decoders
+    tokenizer.decoder = of.Sequence(
+        [of.Replace("▁", " "), of.ByteFallback(), of.Fuse(), of.Strip(" ", 1, 0)]
+    )
+    return tokenizer
 
 
 def _tokenizer_config(header: Header) -> dict[str, Any]:
