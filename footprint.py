@@ -7,7 +7,7 @@ from engine.wire import WorkerSpec
 
 MB = 1 << 20
 # Measured on x86-64 Linux: an idle worker of each backend, with the libraries that it loads.
-PROCESS_BYTES = {"llamacpp": 52 * MB, "mlx": 230 * MB, "flag": 550 * MB, "fake": 42 * MB}
+PROCESS_BYTES = {"llamacpp": 52 * MB, "mlx": 140 * MB, "flag": 550 * MB, "fake": 42 * MB}
 VOCABULARY_BYTES = 450  # for each token: texts, ids by text, scores
 # An encoder on mlx does without mlx-lm, and its tokenizer keeps XLM-R's pieces in a large trie.
 MLX_ENCODER_BYTES, MLX_ENCODER_VOCABULARY_BYTES = 55 * MB, 1200

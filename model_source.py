@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from engine.chat_folder import read_chat_folder
 from engine.model_file import Kind, ModelFile, read_model_file
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
@@ -126,6 +127,8 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
         from engine.backends import fake
 
         return fake.model_file(settings.model_path and settings.path, wanted)
+    if settings.backend == "mlx" and wanted == "chat":
+        return read_chat_folder(settings.path)
     is_folder = settings.backend in FOLDER_BACKENDS
     model = read_model_folder(settings.path) if is_folder else read_model_file(settings.path)
     is_told = settings.embedding_mode or settings.pooling != "auto"

@@ -104,6 +104,14 @@ _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)", re.IGNORECASE)
 MemoryLimit = Annotated[str, BeforeValidator(_memory_limit)]
 
 
+def _is_folder(model_path: object) -> bool:
+    """There is a directory with a model as Hugging Face has it."""
+    if not isinstance(model_path, str) or not model_path or "\0" in model_path:
+        return False
+    folder = ROOT / Path(model_path).expanduser()
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
 class SettingsError(Exception):
     """The configuration cannot be used; the message says which keys and why, a line each."""
 
@@ -185,6 +193,13 @@ class TierSettings(BaseSettings):
     def _names_a_model(cls, path: str) -> str:
         parse(path)
         return path
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_folders(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """A model directory without a BACKEND is MLX's."""
+        is_folder = "backend" not in given and _is_folder(given.get("model_path"))
+        return given | {"backend": "mlx"} if is_folder else given
 
     @model_validator(mode="after")
     def _fits(self) -> "TierSettings":

@@ -207,7 +207,8 @@ def test_the_settings_in_the_readmes_examples_load(tmp_path: Path) -> None:
     path = tmp_path / ".env"
     for block, tiers in zip(
         blocks,
-        (["light", "heavy"], ["light", "medium", "heavy", "embedding"]),  # as the text below says
+        # as the text below says
+        (["light", "medium"], ["light", "heavy"], ["light", "medium", "heavy", "embedding"]),
         strict=True,
     ):
         path.write_text(block)
@@ -314,6 +315,7 @@ MAY_IMPORT = {
         "worker_spec",
     },
     "model_source": {
+        "engine.chat_folder",
         "engine.model_file",
         "engine.model_folder",
         "engine.backends.fake",
@@ -407,7 +409,7 @@ ONLY_IN = {
         "bench.encoders",
     },
     "gguf": {"models"},
-    "mlx": {"engine.backends.mlx_bert"},
+    "mlx": {"engine.backends.mlx", "engine.backends.mlx_bert", "engine.backends.mlx_rows"},
     "huggingface_hub": {"hub"},
 }
 

@@ -126,6 +126,20 @@ def test_only_configured_tiers_exist(load: Load) -> None:
     assert list(load("MEDIUM_MODEL_PATH=a.gguf\nLIGHT_N_CTX=512").tiers) == ["medium"]
 
 
+def test_a_model_directory_is_mlxs_unless_another_backend_is_named(
+    load: Load, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    backend = f"LIGHT_MODEL_PATH={folder}\n"
+    assert load(backend).tiers["light"].backend == "llamacpp", "it is empty"
+    (folder / "config.json").touch()
+    (folder / "model.safetensors").touch()
+    assert load(backend).tiers["light"].backend == "mlx"
+    assert load(f"{backend}LIGHT_BACKEND=\n").tiers["light"].backend == "mlx"
+    assert load(f"{backend}LIGHT_BACKEND=flag\n").tiers["light"].backend == "flag"
+
+
 def test_the_fake_backend_needs_no_model_to_configure_a_tier(load: Load) -> None:
     assert list(load("HEAVY_BACKEND=fake").tiers) == ["heavy"]
 

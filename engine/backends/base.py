@@ -198,6 +198,10 @@ def load_engine(spec: WorkerSpec, progress: ReportProgress) -> Engine:
         from engine.backends import llamacpp
 
         return llamacpp.load(spec, progress)
+    if spec.backend == "mlx":
+        from engine.backends import mlx
+
+        return mlx.load(spec, progress)
     if spec.backend == "fake":
         from engine.backends import fake
 
