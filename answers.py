@@ -11,10 +11,10 @@ says all of it again for every form of reply, whole or streamed.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -26,8 +26,10 @@ from generating import Generation, interleaved
 from tier import Tier
 
 KIND = "answer"
+CONVERSION = "conversion"
 LARGE_BYTES = 1 << 18  # what is more is not hashed or decoded on the event loop
 BREATH_ITEMS = 64  # that are read before others have their turn
+T = TypeVar("T", int, str)
 Policy = Literal["off", "repeatable", "all"]
 
 
@@ -111,6 +113,43 @@ class Answers:
                 if reader.n_read % BREATH_ITEMS == 0:
                     await asyncio.sleep(0)
                 yield item
+
+    async def n_tokens(self, prompt: Sequence[wire.Segment], tier: Tier, caching: Caching) -> int:
+        """How many tokens a prompt has, remembered too: who needs it to find an answer is not to
+        need the model for that. Raises ServiceError."""
+
+        async def count() -> int:
+            return len((await tier.tokenize(prompt, add_bos=True)).ids)
+
+        return await self._converted("length", prompt, tier, caching, count, int)
+
+    async def text(self, ids: Sequence[int], tier: Tier, caching: Caching) -> str:
+        """The text of tokens, in the same way."""
+        return await self._converted("text", ids, tier, caching, lambda: tier.detokenize(ids), str)
+
+    async def _converted(
+        self,
+        what: str,
+        of: Sequence[wire.Segment | int],
+        tier: Tier,
+        caching: Caching,
+        convert: Callable[[], Awaitable[T]],
+        type_: type[T],
+    ) -> T:
+        cache, identity = self._cache, tier.identity
+        if cache is None or not caching.writes:
+            return await convert()
+        name = await asyncio.to_thread(key, CONVERSION, identity, caching.owner, what, of)
+        entry = None
+        if caching.reads:
+            entry = await cache.get(CONVERSION, name, caching.max_age_s)
+        if entry is not None:
+            with suppress(msgspec.MsgspecError):
+                return msgspec.msgpack.decode(entry.value, type=type_)
+        value = await convert()
+        if tier.is_still(identity):
+            cache.put(CONVERSION, name, _encode(value))
+        return value
 
     def _may_keep(self, requests: Sequence[wire.Generate], is_seeded: bool) -> bool:
         """Another try would give the same, or it does not matter."""

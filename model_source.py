@@ -19,6 +19,10 @@ from settings import ENCODER_TIERS, TierName, TierSettings
 from worker_spec import effective_n_ctx, worker_spec
 
 Signature = tuple[int, int]  # when a file was written, in ns, and its size
+LIBRARIES = {  # that compute
+    "llamacpp": ["llama-cpp-python"],
+    "flag": ["torch", "transformers", "FlagEmbedding"],
+}
 HEADER_BYTES = 1 << 20  # of a model's file, that are compared byte for byte
 # Of what a worker is told: how fast and for how many it answers, not what.
 NOT_DECISIVE = {
@@ -164,10 +168,8 @@ def _identity(
 
 
 def _release(settings: TierSettings) -> list[str]:
-    """Of the libraries that compute."""
-    names = {"llamacpp": ["llama-cpp-python"], "flag": ["torch", "transformers", "FlagEmbedding"]}
     releases = []
-    for name in names.get(settings.backend, ()):
+    for name in LIBRARIES.get(settings.backend, ()):
         with suppress(PackageNotFoundError):
             releases.append(version(name))
     return releases

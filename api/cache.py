@@ -15,7 +15,7 @@ from cache import Cache, CacheStats
 
 router = APIRouter()
 
-Kind = Literal["answer", "dense", "sparse", "colbert", "tokens", "score"]
+Kind = Literal["answer", "dense", "sparse", "colbert", "tokens", "score", "conversion"]
 
 
 @router.get("/v1/cache")

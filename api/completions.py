@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -104,7 +104,14 @@ async def create_completion(
             priority=body.effective_priority, watch=watch,
         )  # fmt: skip
         if body.echo:
-            answer.outs = _echoed(answer.outs, answer.n_choices, tier, prompts)
+            caching = services.caching(request)
+
+            async def text_of(prompt: str | list[int]) -> str:
+                if isinstance(prompt, str):
+                    return prompt
+                return await services.answers.text(prompt, tier, caching)
+
+            answer.outs = _echoed(answer.outs, answer.n_choices, prompts, text_of)
         head = generation.head("cmpl", "text_completion", tier, body.service_tier)
         headers.update({"X-Seed": str(answer.seed)} | answer.headers())
         return answer, head
@@ -229,12 +236,15 @@ def _segments(
 
 
 async def _echoed(
-    answer: generation.Outs, n_choices: int, tier: Tier, prompts: Sequence[str | list[int]]
+    answer: generation.Outs,
+    n_choices: int,
+    prompts: Sequence[str | list[int]],
+    text_of: Callable[[str | list[int]], Awaitable[str]],
 ) -> generation.Outs:
     """What an answer says, each choice after the text of its prompt."""
     n = n_choices // len(prompts)
     async with aclosing(answer) as outs:
-        texts = [p if isinstance(p, str) else await tier.detokenize(p) for p in prompts]
+        texts = [await text_of(prompt) for prompt in prompts]
         for index in range(n_choices):
             yield index, wire.TokenOut(0, texts[index // n])
         async for indexed in outs:
