@@ -393,7 +393,7 @@ MAY_IMPORT = {
     "models": {"models", "engine.heads", "engine.tensors", "engine.torch_file", "errors"},
     "test_api": set(),
     "bench": {"bench.own_service"},
-    "bench.cache": {"cache", "cache_disk"},
+    "bench.cache": {"bench.own_service", "cache", "cache_disk"},
     "bench.encoders": {"bench.own_service", "engine", "settings", "worker_spec"},
     "examples": set(),
     "bench.engine": {"chat", "engine"},
