@@ -28,9 +28,9 @@ from tests.serving import (
     fake,
     in_threads,
     named_events,
+    remembering,
     script,
     serving,
-    settings,
     wait_until,
 )
 
@@ -63,7 +63,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def service(path: str) -> Iterator[Service]:
     tiers = {"light": fake(path), "medium": fake(path, temperature=0), "embedding": fake()}
-    with serving(settings(reranker=fake(), **tiers)) as service:
+    with serving(remembering(reranker=fake(), **tiers)) as service:
         yield service
 
 
@@ -192,7 +192,7 @@ def test_only_answers_that_another_try_would_repeat_are_remembered(service: Serv
 
 
 def test_by_the_policy_all_what_was_drawn_is_remembered_with_its_seed(path: str) -> None:
-    with serving(settings({"cache_policy": "all"}, light=fake(path))) as service:
+    with serving(remembering({"cache_policy": "all"}, light=fake(path))) as service:
         first, again = service.chat("dice"), service.chat("dice")
         assert (outcome(first), outcome(again)) == ("MISS", "HIT")
         assert first.headers["x-seed"] == again.headers["x-seed"]
@@ -204,7 +204,7 @@ def test_by_the_policy_all_what_was_drawn_is_remembered_with_its_seed(path: str)
 
 @pytest.mark.parametrize("of", [{"cache_policy": "off"}, {"cache_max_mb": 0}])
 def test_without_a_cache_everything_is_made_for_its_request(of: dict[str, Any]) -> None:
-    with serving(settings(of, light=fake(), embedding=fake())) as service:
+    with serving(remembering(of, light=fake(), embedding=fake())) as service:
         for _ in range(2):
             assert outcome(service.chat(temperature=0)) == "BYPASS"
             assert outcome(service.embed()) == "BYPASS"
@@ -259,7 +259,7 @@ def test_cache_control_is_obeyed(service: Service, ask: Callable[..., httpx.Resp
 def test_clients_with_different_keys_have_results_of_their_own() -> None:
     for is_shared, expected in [(False, "MISS"), (True, "HIT")]:
         of = {"api_keys": "one,two", "cache_shared": is_shared}
-        with serving(settings(of, light=fake(), embedding=fake(), reranker=fake())) as service:
+        with serving(remembering(of, light=fake(), embedding=fake(), reranker=fake())) as service:
             for ask in (
                 lambda s: s.chat(temperature=0),
                 lambda s: s.embed(),
@@ -316,7 +316,7 @@ def test_a_kind_alone_can_be_forgotten(service: Service) -> None:
 
 
 def test_who_may_not_change_the_service_may_not_clear_it() -> None:
-    with serving(settings({"api_keys": "user", "admin_api_keys": "admin"})) as service:
+    with serving(remembering({"api_keys": "user", "admin_api_keys": "admin"})) as service:
         for key, status in [("user", 403), ("admin", 200)]:
             headers = {"Authorization": f"Bearer {key}"}
             assert service.http.delete("/v1/cache", headers=headers).status_code == status
@@ -364,7 +364,7 @@ def test_what_is_alike_in_a_request_is_computed_once_and_counted_each_time(
 
 def test_forms_of_a_vector_share_what_is_remembered(path: str) -> None:
     tier = fake(path, matryoshka=True, query_prefix="ask: ")
-    with serving(settings(embedding=tier)) as service:
+    with serving(remembering(embedding=tier)) as service:
         everything = {"return_sparse": True, "return_colbert": True, "return_tokens": True}
         (first,) = service.embed("a b", **everything).json()["data"]
         for fields in (
@@ -458,7 +458,7 @@ ALL: list[Callable[[Service], httpx.Response]] = [
 
 def on_disk(folder: Path, path: str = "", **server: Any) -> Settings:
     of = {"cache_dir": str(folder), **server}
-    return settings(of, light=fake(path), embedding=fake(), reranker=fake())
+    return remembering(of, light=fake(path), embedding=fake(), reranker=fake())
 
 
 def test_a_hit_after_a_restart_needs_no_model(tmp_path: Path, path: str) -> None:
@@ -527,7 +527,7 @@ def test_what_would_change_answers_makes_a_miss(
     file.write_text(json.dumps({"rules": [{"match": "", "answer": "Yes"}]}))
 
     def of(**tier: Any) -> Settings:
-        return settings({"cache_dir": str(tmp_path / "cache")}, light=fake(str(file), **tier))
+        return remembering({"cache_dir": str(tmp_path / "cache")}, light=fake(str(file), **tier))
 
     with serving(of()) as service:
         assert outcome(service.chat(seed=1)) == "MISS"
@@ -540,7 +540,7 @@ def test_what_would_change_answers_makes_a_miss(
 def test_a_model_file_that_changes_under_the_service_is_another_model(tmp_path: Path) -> None:
     file = tmp_path / "model.json"
     file.write_text(json.dumps({"rules": [{"match": "", "answer": "old"}]}))
-    with serving(settings(light=fake(str(file)))) as service:
+    with serving(remembering(light=fake(str(file)))) as service:
         for answer in ("old", "newer"):
             file.write_text(json.dumps({"rules": [{"match": "", "answer": answer}]}))
             service.http.post("/v1/models/light/unload")
@@ -559,7 +559,7 @@ def test_what_another_file_than_the_keys_has_answered_is_not_remembered(tmp_path
         file.write_text(json.dumps({"rules": [{"match": "", "answer": "newer"}]}))
         return await in_threads(sock)
 
-    of = settings(light=fake(str(file)), embedding=fake(str(file)))
+    of = remembering(light=fake(str(file)), embedding=fake(str(file)))
     with serving(of, launch=replace_and_launch) as service:
         for ask in (lambda: service.chat(temperature=0), service.embed):
             assert outcome(ask()) == "MISS"
@@ -611,7 +611,7 @@ def test_a_service_that_is_killed_while_it_writes_has_what_was_written(tmp_path:
             for n in itertools.count(20):
                 ask(url, n)
         process.wait()
-    with serving(settings({"cache_dir": str(tmp_path)}, light=fake())) as service:
+    with serving(remembering({"cache_dir": str(tmp_path)}, light=fake())) as service:
         assert [ask(service.url, n) for n in range(20)] == ["HIT"] * 20
         assert ask(service.url, -1) == "MISS"
 
@@ -691,7 +691,7 @@ def test_identical_vectors_on_their_way_are_computed_once(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     slow = fake(script(tmp_path_factory.mktemp("slow"), step_ms=100))
-    with serving(settings(embedding=slow)) as service:
+    with serving(remembering(embedding=slow)) as service:
         service.embed("warm")
         seen = batches(service)
 

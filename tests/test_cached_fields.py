@@ -16,7 +16,7 @@ from api.messages_request import MessagesRequest
 from api.rerank import RerankRequest, ScoreRequest
 from api.responses_request import ResponsesRequest
 from api.tei import EmbedRequest, SparseRequest
-from tests.serving import THINKING_TEMPLATE, Service, fake, script, serving, settings
+from tests.serving import THINKING_TEMPLATE, Service, fake, remembering, script, serving
 from tests.test_docs import fates, read
 
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
@@ -237,7 +237,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     path = script(tmp_path_factory.mktemp("fields"), template=THINKING_TEMPLATE)
     encoder = fake(aliases=["vectors"], matryoshka=True, query_prefix="ask: ")
     with serving(
-        settings(
+        remembering(
             light=fake(path),
             medium=fake(path, top_p=0.9),
             embedding=encoder,
