@@ -17,6 +17,7 @@ from engine.backends.base import Ids, Interrupted, Tokenizer
 from engine.batcher import Batcher
 from engine.types import Method, Output, Truncate
 from errors import BadRequest, ContextLengthExceeded, InternalError, ServiceError
+from lengths import check_colbert
 from rerankers import EQUAL_WEIGHTS, BGEReranker, EmbeddingReranker, Reranker
 
 logger = logging.getLogger("worker.encoder_jobs")
@@ -35,6 +36,7 @@ class Text:
 
     ids: Ids
     n_cut: int
+    n_cut_query: int = 0  # of a pair
 
 
 class Job(ABC):
@@ -68,7 +70,8 @@ class Job(ABC):
         if fitting is None:
             raise ContextLengthExceeded(
                 f"{_named(what, at)} has {len(framed):,} tokens; tier '{self._tier}' takes "
-                f'{n_ctx:,} ({self._tier.upper()}_N_CTX). Shorten it, or send truncate: "end".',
+                f"{n_ctx:,} ({self._tier.upper()}_N_CTX). Shorten it, or send `truncate` to have "
+                "it cut.",
                 param=what,
                 n_prompt_tokens=len(framed),
                 n_ctx=n_ctx,
@@ -89,13 +92,18 @@ class EmbedJob(Job):
             if output not in embedder.outputs:
                 raise BadRequest(embedder.missing(output), param=f"return_{output}")
         self.outputs = frozenset(request.outputs)
+        self._n_numbers = 0  # of ColBERT vectors
 
     def tokenize(self, index: int) -> Text:
-        text = self._request.inputs[index]
-        _check_input(text, self._embedder.encoder.tokenizer, "input", index)
-        framed = self._embedder.frame(text, self._request.role)
+        given = self._request.inputs[index]
+        _check_input(given, self._embedder.encoder.tokenizer, "input", index)
+        framed = self._embedder.frame(given, self._request.role)
         n_ctx = self._embedder.encoder.n_ctx
-        return self._fit(framed, n_ctx, self._request.truncate, "input", index)
+        text = self._fit(framed, n_ctx, self._request.truncate, "input", index)
+        if "colbert" in self.outputs:
+            self._n_numbers += len(text.ids) * self._embedder.n_colbert
+        check_colbert(self._n_numbers, self._request.max_colbert)
+        return text
 
     def take(self, index: int, result: Result | ServiceError) -> list[Item]:
         text = self.texts[index]
@@ -161,7 +169,7 @@ class PairJob(ScoreJob):
     def tokenize(self, index: int) -> Text:
         request = self._request
         query, document = request.pairs[index]
-        framed, n_cut = self._cross_encoder.frame(
+        framed, n_cut, n_cut_query = self._cross_encoder.frame(
             request.queries[query],
             request.documents[document],
             max_tokens=request.max_tokens,
@@ -173,15 +181,14 @@ class PairJob(ScoreJob):
             what, at = "query", query
         text = self._fit(framed, n_ctx, request.truncate, what, at)
         text.n_cut += n_cut
+        text.n_cut_query = n_cut_query
         return text
 
     def take(self, index: int, result: Result | ServiceError) -> list[Item]:
         text = self.texts[index]
-        n_tokens = len(text.ids)
-        if isinstance(result, ServiceError):
-            return [wire.Scored(index, n_tokens, text.n_cut, fault=_fault(result))]
-        assert isinstance(result, float)
-        return [wire.Scored(index, n_tokens, text.n_cut, result)]
+        score, fault = (0.0, _fault(result)) if isinstance(result, ServiceError) else (result, None)
+        assert isinstance(score, float)
+        return [wire.Scored(index, len(text.ids), text.n_cut, score, fault, text.n_cut_query)]
 
 
 class SimilarityJob(ScoreJob):
@@ -232,14 +239,13 @@ class SimilarityJob(ScoreJob):
             if query not in self._counted:
                 self._counted.add(query)
                 n_tokens += len(of_query.ids)
-            n_cut = of_query.n_cut + text.n_cut
             fault = next((r for r in (ours, result) if isinstance(r, ServiceError)), None)
             score = 0.0
             if isinstance(ours, Embedded) and isinstance(result, Embedded):
                 score = EmbeddingReranker.score(ours, result, self._method, self._weights)
-            items.append(
-                wire.Scored(pair, n_tokens, n_cut, score, _fault(fault) if fault else None)
-            )
+            told = _fault(fault) if fault else None
+            numbers = of_query.n_cut, len(of_query.ids), len(text.ids)
+            items.append(wire.Scored(pair, n_tokens, text.n_cut, score, told, *numbers))
         return items
 
 

@@ -38,6 +38,7 @@ class Encoding(Generic[Item]):
     def __init__(self, owner: Owner, request: wire.Embed | wire.Score) -> None:
         self.on_end: Callable[[], None] = lambda: None
         self.request = request  # what is left of it when it is handed to a worker
+        self.n_before = 0  # requests that were to be served before it when it came
         self.queued_at = self.handed_at = time.monotonic()  # to the worker, for the last time
         self.has_answered = False  # nothing that a second try would contradict
         self.n_crashes = 0

@@ -1,13 +1,26 @@
 """What is certainly too long for a model, found without tokenising, which would keep its worker
 busy for nothing."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine import wire
 from errors import BadRequest, ContextLengthExceeded
 
+_COUNTS_FOR_NOTHING = re.compile(r"\W+")  # for some tokenizers: spaces, accents, hidden hyphens
 MOST_TO_CUT = 16  # times the longest text that could fit: all of it is tokenised before the cut
+
+
+def check_colbert(n_numbers: int, most: int | None) -> None:
+    """Of all ColBERT vectors of a reply. Raises BadRequest."""
+    if most is not None and n_numbers > most:
+        raise BadRequest(
+            f"The ColBERT vectors of these texts have more than {most:,} numbers, the most that a "
+            "reply has in this form. Send fewer texts at once, or take them as base64, which may "
+            "have more.",
+            param="encoding_format",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +50,8 @@ class Lengths:
             )
 
     def check_texts(self, request: wire.Embed | wire.Score) -> None:
-        """The same for texts, of which spaces and accents may not count. Raises BadRequest."""
+        """The same for texts, of which only letters and digits are sure to count. Raises
+        BadRequest."""
         fields: dict[str, Sequence[str | list[int]]]
         if isinstance(request, wire.Embed):
             fields = {"input": request.inputs}
@@ -50,7 +64,7 @@ class Lengths:
     def _check_text(self, text: str | list[int], what: str, index: int, *, may_cut: bool) -> None:
         least = len(text)
         if least > self.n_ctx and isinstance(text, str):
-            least = len("".join(text.split())) // (4 * self.max_token_bytes)
+            least = len(_COUNTS_FOR_NOTHING.sub("", text)) // (4 * self.max_token_bytes)
         if least > self.n_ctx and not may_cut:
             raise ContextLengthExceeded(
                 f"{what}[{index}] has more than {least:,} tokens; tier '{self.tier}' "

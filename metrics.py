@@ -42,9 +42,7 @@ class Metrics:
         self.generated_tokens = self._counter("generated_tokens_total", "Tokens of answers")
         self.loads = self._counter("model_loads_total", "Workers that were started")
         self.deaths = self._counter("worker_deaths_total", "Workers that died")
-        self.evictions = self._counter(
-            "model_evictions_total", "Models that made way, for others or by request"
-        )
+        self.evictions = self._counter("model_evictions_total", "Models that made way for others")
 
     def of(self, tier: str) -> "TierMetrics":
         return TierMetrics(self, tier)

@@ -1,6 +1,7 @@
 """The configured tiers, the memory that they share, and which of them a request means."""
 
 import asyncio
+import sys
 from collections.abc import Mapping
 
 from engine.client import Launcher, launch_process
@@ -8,8 +9,9 @@ from engine.machine import total_bytes
 from engine.types import Method
 from errors import BadRequest, ModelNotFound
 from metrics import Metrics
+from progress import ProgressLine, ProgressLog
 from room import Room
-from settings import ENCODER_TIERS, Settings, TierName
+from settings import ENCODER_TIERS, ServerSettings, Settings, TierName
 from tier import Tier, stopping
 
 
@@ -20,12 +22,22 @@ class ModelManager:
         server = settings.server
         self.metrics = Metrics()
         self.room = Room(server.memory_limit_bytes(total_bytes()), patience_s=server.swap_wait_s)
+        progress = _progress(server)
         self.tiers: Mapping[TierName, Tier] = {
-            name: Tier(name, tier, server, room=self.room, metrics=self.metrics, launch=launch)
+            name: Tier(
+                name,
+                tier,
+                server,
+                room=self.room,
+                metrics=self.metrics,
+                launch=launch,
+                progress_log=progress,
+            )
             for name, tier in settings.tiers.items()
         }
         for tier in self.tiers.values():
             self.room.enter(tier)
+        self.stand_in_aliases = settings.reranker_aliases
 
     def resolve(self, model: str) -> Tier:
         """The tier that a request names: by tier, alias or file stem, in this order. Without a
@@ -33,17 +45,22 @@ class ModelManager:
         for tier in self.tiers.values():
             if tier.name == model:
                 return tier
-        if model == "reranker" and self.stand_in is not None:
+        if self.stand_in is not None and self.means_reranker(model):
             return self.stand_in
         for tier in self.tiers.values():
             if model in tier.aliases:
                 return tier
         names = [n for t in self.tiers.values() for n in (t.name, *t.aliases)]
-        names += ["reranker"] if self.stand_in is not None else []
+        names += ["reranker", *self.stand_in_aliases] if self.stand_in is not None else []
         known = ", ".join(dict.fromkeys(names))
         raise ModelNotFound(
             f"The model '{model}' does not exist here. Known: {known}.", param="model"
         )
+
+    def means_reranker(self, model: str) -> bool:
+        """Whether a request that names this wants `reranker`, also where another stands in."""
+        is_alias = model in self.stand_in_aliases and model not in self.tiers
+        return model == "reranker" or is_alias
 
     @property
     def stand_in(self) -> Tier | None:
@@ -87,3 +104,9 @@ class ModelManager:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(tier.close() for tier in self.tiers.values()))
+
+
+def _progress(server: ServerSettings) -> ProgressLog:
+    """People who look on see a line that moves; logs are not for that."""
+    is_watched = server.log_format == "text" and server.log_level in ("DEBUG", "INFO")
+    return ProgressLine(sys.stderr) if is_watched and sys.stderr.isatty() else ProgressLog()

@@ -64,24 +64,24 @@ class BGEReranker(Reranker):
 
     def frame(
         self, query: str, document: str, *, max_tokens: int | None = None, may_cut: bool = True
-    ) -> tuple[Framed, int]:
+    ) -> tuple[Framed, int, int]:
         """A pair as its model was trained on it, and how many tokens of it are already cut: of the
-        document what is beyond `max_tokens`, of the query what is beyond its share."""
+        document those beyond `max_tokens`, of the query those beyond its share."""
         if self.encoder.template is not None:
             return self._prompt(self.encoder.template, query, document, max_tokens)
         specials, n_ctx = self.encoder.specials, self.encoder.n_ctx
         query_ids, ids = self.tokenize(query), self.tokenize(document)
         n_query = n_ctx * QUERY_SHARE[0] // QUERY_SHARE[1] if may_cut else len(query_ids)
         n_document = len(ids) if max_tokens is None else max_tokens
-        n_cut = max(len(query_ids) - n_query, 0) + max(len(ids) - n_document, 0)
         begin = [] if specials.begin is None else [specials.begin]
         end = [] if specials.end is None else [specials.end]
         head = [*begin, *query_ids[:n_query], *specials.between]
-        return Framed(head, ids[:n_document], end), n_cut
+        framed = Framed(head, ids[:n_document], end)
+        return framed, max(len(ids) - n_document, 0), max(len(query_ids) - n_query, 0)
 
     def _prompt(
         self, template: str, query: str, document: str, max_tokens: int | None
-    ) -> tuple[Framed, int]:
+    ) -> tuple[Framed, int, int]:
         """A pair in a template. As one text where that is harmless: merges cross the borders."""
         tokenizer = self.encoder.tokenizer
         given = {"{query}": query, "{document}": document}
@@ -96,7 +96,7 @@ class BGEReranker(Reranker):
             text = "".join(given.get(part, part) for part in parts)
             whole = bos + tokenizer.tokenize(text, parse_special=True, continues=False)
             if len(whole) <= self.encoder.n_ctx:
-                return Framed(whole, [], []), 0
+                return Framed(whole, [], []), 0, 0
         pieces = [
             ids[:n_document]
             if part == "{document}"
@@ -107,7 +107,7 @@ class BGEReranker(Reranker):
         ]
         at = parts.index("{document}")
         head, tail = [*bos, *chain(*pieces[:at])], [*chain(*pieces[at + 1 :])]
-        return Framed(head, pieces[at], tail), max(len(ids) - n_document, 0)
+        return Framed(head, pieces[at], tail), max(len(ids) - n_document, 0), 0
 
     def prove(self) -> None:
         """Raises ModelLoadFailed where the model scores nonsense as high as an answer."""
@@ -129,9 +129,9 @@ class BGEReranker(Reranker):
         fits = []
         for query, _ in pairs:
             for _, answer in pairs:
-                framed, n_cut = self.frame(query, answer)
+                framed, *n_cut = self.frame(query, answer)
                 fit = framed.fit(self.encoder.n_ctx, "none")
-                if n_cut or fit is None:
+                if any(n_cut) or fit is None:
                     return None
                 fits.append(fit[0])
         scores = np.array([self.score([ids])[0] for ids in fits], float).reshape(len(pairs), -1)

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import uvicorn
@@ -18,8 +18,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 import logs
+from answers import Answers
 from api import (
     admin,
+    cache,
     chat,
     completions,
     descriptors,
@@ -35,11 +37,16 @@ from api import (
 from api.connections import Connection
 from api.deps import Services
 from api.middleware import MAX_HEADER_BYTES, Faults, Gate, RequestLog, is_loopback
+from cache import Cache
+from cache_disk import DiskStore
 from engine.client import Launcher, launch_process
 from errors import ModelLoadFailed
+from lookups import Lookups
 from model_manager import ModelManager
 from settings import CHAT_TIERS, LOCAL_ORIGINS, ServerSettings, Settings, SettingsError
 from tier import Tier
+
+logger = logging.getLogger("quintet")
 
 EXIT_FAULTY, EXIT_USAGE = 1, 2
 EXPOSED_HEADERS = [
@@ -53,6 +60,9 @@ EXPOSED_HEADERS = [
     "X-Queue-Time-Ms",
     "X-Prompt-Time-Ms",
     "X-Generation-Time-Ms",
+    "X-Cache",
+    "X-Cached-Inputs",
+    "Age",
     "Retry-After",
 ]
 
@@ -60,11 +70,12 @@ EXPOSED_HEADERS = [
 def create_app(settings: Settings, *, launch: Launcher = launch_process) -> FastAPI:
     """The application. Its tiers live from the start of its lifespan to the end."""
     manager = ModelManager(settings, launch=launch)
+    results = _cache(settings.server)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerSettings]]:
         room = {"max_connections": descriptors.room_for(settings.server.max_connections)}
-        async with manager:
+        async with results or nullcontext(), manager:
             with descriptors.Spare():
                 yield {"settings": settings.server.model_copy(update=room)}  # for Connection
 
@@ -82,14 +93,26 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
             Middleware(Gate, settings=settings.server),
         ],
     )
-    app.state.services = Services(settings, manager)
+    answers = Answers(results, settings.server.cache_policy)
+    app.state.services = Services(settings, manager, results, answers, Lookups(results))
     manager.metrics.add(admin.TierGauges(manager))
     errors.install(app)
     for part in (
         chat, responses, messages, completions, embeddings, rerank, tei, tokens, admin, models,
+        cache,
     ):  # fmt: skip
         app.include_router(part.router)
     return app
+
+
+def _cache(settings: ServerSettings) -> Cache | None:
+    if settings.cache_policy == "off" or not settings.cache_max_mb:
+        return None
+    disk = None
+    if settings.cache_path is not None:
+        max_bytes = settings.cache_disk_max_mb << 20
+        disk = DiskStore(settings.cache_path, max_bytes=max_bytes, ttl_s=settings.cache_ttl_s)
+    return Cache(max_bytes=settings.cache_max_mb << 20, ttl_s=settings.cache_ttl_s, disk=disk)
 
 
 def _cors(settings: ServerSettings) -> dict[str, Any]:
@@ -97,7 +120,7 @@ def _cors(settings: ServerSettings) -> dict[str, Any]:
     if not settings.cors_origins:
         origins = {"allow_origin_regex": LOCAL_ORIGINS}
     return origins | {
-        "allow_methods": ["GET", "POST"],
+        "allow_methods": ["GET", "POST", "DELETE"],
         "allow_headers": ["*"],
         "expose_headers": EXPOSED_HEADERS,
     }
@@ -108,16 +131,24 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(f"module 'server' has no attribute '{name}'")
     try:
-        settings = Settings.load()
+        settings = load_settings()
     except SettingsError as error:
         sys.exit(f"The settings cannot be used:\n{error}")
-    configure_logging(settings.server.log_level)
     app = globals()["app"] = create_app(settings)
     return app
 
 
-def configure_logging(level: str) -> None:
-    logs.configure(level, "%(asctime)s %(levelname)s %(name)s: %(message)s")
+def load_settings() -> Settings:
+    """All settings; the log is from now on as they say. Raises SettingsError."""
+    with logs.held():
+        settings = Settings.load()
+        configure_logging(settings.server)
+    return settings
+
+
+def configure_logging(server: ServerSettings) -> None:
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logs.configure(server.log_level, line, server.log_format)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     # its lines hold queries; quintet.access says the rest, and the request's id
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
@@ -137,7 +168,11 @@ class Server(uvicorn.Server):
             for listener in self.servers[0].sockets:
                 descriptors.lengthen_queue(listener.fileno())
             port = self.servers[0].sockets[0].getsockname()[1]
-            print(banner(self._services, self.config.host, port), flush=True)
+            if self._services.settings.server.log_format == "json":
+                logger.info("Serving", extra={"fields": {"host": self.config.host, "port": port}})
+                return
+            with suppress(OSError):  # a full disk behind it is no reason not to serve
+                print(banner(self._services, self.config.host, port), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         grace_s = self._services.settings.server.shutdown_grace_s
@@ -222,7 +257,7 @@ def main() -> None:
               "from the environment and from .env.", file=sys.stderr)  # fmt: skip
         sys.exit(EXIT_USAGE)
     try:
-        settings = Settings.load()
+        settings = load_settings()
     except SettingsError as error:
         print(f"The settings cannot be used:\n{error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
@@ -231,7 +266,6 @@ def main() -> None:
         report, is_well = check_config(ModelManager(settings))
         print(report)
         sys.exit(0 if is_well else EXIT_FAULTY)
-    configure_logging(server.log_level)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the banner says it better
     if not (server.keys or server.allow_insecure or is_loopback(server.host)):
         print(

@@ -7,7 +7,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_CHAT_MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"  # setup.sh puts both there
 DEFAULT_EMBEDDING_MODEL = "models/multilingual-e5-small-F32.gguf"
 
+InputType = Literal["query", "search_query", "passage", "document", "search_document", "none"]
 ReasoningField = Literal["reasoning_content", "reasoning", "both", "none"]
 TierName = Literal["light", "medium", "heavy", "embedding", "reranker"]
 CHAT_TIERS: tuple[TierName, ...] = ("light", "medium", "heavy")
@@ -156,6 +157,7 @@ class TierSettings(BaseSettings):
     pooling: Literal["auto", "cls", "mean", "last"] = "auto"  # auto: as the file says
     query_prefix: str = ""
     passage_prefix: str = ""
+    input_type: InputType | None = None  # of texts whose request does not say; None: none
     sparse_head_path: str = ""  # empty: beside the model
     colbert_head_path: str = ""
     token_ids: Literal["refuse", "own", "cl100k"] = "refuse"  # as input: whose they are
@@ -239,6 +241,7 @@ class ServerSettings(BaseSettings):
     receive_timeout_s: float = Field(30, gt=0)  # for a head, and between pieces of a body
     send_timeout_s: float = Field(60, gt=0)  # in which a client reads nothing
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
     shutdown_grace_s: float = Field(10, ge=0)  # for streams to finish
     watchdog_s: float = Field(120, gt=0)  # a step that takes longer hangs
     memory_limit: MemoryLimit = "80%"  # of all workers together
@@ -246,6 +249,12 @@ class ServerSettings(BaseSettings):
     queue_timeout_s: float = Field(600, gt=0)  # that a request may wait
     comment_after_s: float = Field(10, ge=0)  # that a stream has waited
     request_timeout_s: float = Field(3600, gt=0)  # that it may take in all
+    cache_max_mb: int = Field(256, ge=0)  # of memory, for results; 0: nothing is remembered
+    cache_ttl_s: float = Field(86400, ge=0)  # that a result lives; 0: for ever
+    cache_dir: str = ""  # empty: none are on disk
+    cache_disk_max_mb: int = Field(1024, ge=16)
+    cache_policy: Literal["off", "repeatable", "all"] = "repeatable"  # which are remembered
+    cache_shared: bool = False  # between the clients of all keys
 
     # of the Hugging Face hub, by the names that its own programs have for them
     hf_token: SecretStr = SecretStr("")  # empty: whom `hf auth login` has logged in
@@ -269,6 +278,11 @@ class ServerSettings(BaseSettings):
         return [*self.api_keys, *self.api_keys_file, *self.admin_api_keys]
 
     @property
+    def cache_path(self) -> Path | None:
+        """CACHE_DIR; a relative path starts at the project."""
+        return ROOT / Path(self.cache_dir).expanduser() if self.cache_dir else None
+
+    @property
     def hub(self) -> Hub:
         """Where models come from that a path names as hf:…, and where they are kept."""
         caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -288,6 +302,7 @@ class Settings:
 
     server: ServerSettings
     tiers: Mapping[TierName, TierSettings]
+    reranker_aliases: Sequence[str] = ()  # where it has no model, and `embedding` stands in
 
     @classmethod
     def load(cls, env_file: Path | None = ROOT / ".env") -> "Settings":
@@ -306,7 +321,9 @@ class Settings:
             for field in sorted(GENERATING & tiers[name].model_fields_set):
                 key = f"{name}_{field}".upper()
                 logger.warning("The setting %s does nothing: no text is generated there", key)
-        return cls(server, _configured(tiers))
+        configured = _configured(tiers)
+        aliases = () if "reranker" in configured else tiers["reranker"].aliases
+        return cls(server, configured, aliases)
 
 
 def known_keys() -> list[str]:
@@ -358,5 +375,7 @@ def _configured(tiers: dict[TierName, TierSettings]) -> dict[TierName, TierSetti
         "model_path": DEFAULT_EMBEDDING_MODEL,
         "query_prefix": tiers["embedding"].query_prefix or "query: ",
         "passage_prefix": tiers["embedding"].passage_prefix or "passage: ",
+        # it was trained on no text without a prefix
+        "input_type": tiers["embedding"].input_type or "document",
     }
     return {**defaults, "embedding": tiers["embedding"].model_copy(update=e5)}

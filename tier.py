@@ -56,6 +56,7 @@ from hub_model import FOLDER_BACKENDS
 from lengths import Lengths
 from metrics import Metrics
 from model_source import ModelSource, Signature
+from progress import ProgressLog
 from room import Occupant, Room
 from settings import ENCODER_TIERS, ServerSettings, TierName, TierSettings
 from waiting import WaitingLine
@@ -86,6 +87,7 @@ class Tier:
         room: Room,
         metrics: Metrics,
         launch: Launcher,
+        progress_log: ProgressLog,
     ) -> None:
         self.name = name
         self.settings = settings
@@ -96,6 +98,7 @@ class Tier:
         self._room = room
         self.metrics = metrics.of(name)
         self._launch = launch
+        self._progress_log = progress_log
         self._source = ModelSource(name, settings, server.hub)
         self._fetching: asyncio.Task[None] | None = None
         self._worker: Worker | None = None
@@ -187,6 +190,21 @@ class Tier:
         self.model()
         return self._source.fingerprint
 
+    @property
+    def identity(self) -> str:
+        """Stands for all of the model, its library and its settings that decides what a request is
+        answered. Raises ModelLoadFailed."""
+        self.model()
+        return self._source.identity
+
+    def is_still(self, identity: str) -> bool:
+        """What has just answered was that for certain, and not a file that was put in its place."""
+        return self._source.identity == identity and self._source.is_unchanged()
+
+    def check_texts(self, request: wire.Embed | wire.Score) -> None:
+        """Raises BadRequest for texts that are certainly too long."""
+        self._lengths().check_texts(request)
+
     @contextmanager
     def lease(self) -> Iterator[None]:
         """While somebody has one, the worker is not stopped for being idle."""
@@ -204,6 +222,7 @@ class Tier:
         None leaves it as it is."""
         if seconds is not None:
             self._keep_alive_s = seconds
+            self._wakeup.set()
 
     @property
     def is_wanted(self) -> bool:
@@ -247,7 +266,7 @@ class Tier:
         return self._footprint
 
     def _spec(self, model: ModelFile) -> wire.WorkerSpec:
-        return worker_spec(self.name, self._source.settings, model, self._server.log_level)
+        return worker_spec(self.name, self._source.settings, model, self._server)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -280,6 +299,7 @@ class Tier:
     async def _fetch(self) -> None:
         loop = asyncio.get_running_loop()
         before, self.state = self.state, "downloading"
+        started_at = time.monotonic()
         logger.info("Tier %s: downloading %s", self.name, self.settings.model_path)
 
         def on_progress(fraction: float) -> None:
@@ -291,12 +311,15 @@ class Tier:
         try:
             await asyncio.to_thread(self._source.fetch, on_progress, is_wanted)
             self.reason = None
+            seconds = time.monotonic() - started_at
+            logger.info("Tier %s: downloaded after %.1f s", self.name, seconds)
         except ModelLoadFailed as error:
             self.reason = error.message
             logger.error("Tier %s: %s", self.name, error.message)
             raise
         finally:
             self.state = before
+            self._progress_log.end(self.name)
 
     async def load(self) -> None:
         """Load the model, if it is not. Raises ServiceError."""
@@ -309,9 +332,15 @@ class Tier:
             for job in [*self._running.values()]:
                 self.drop(job)
                 job.fail(TierUnavailable("The model was unloaded by force.", retry_after_s=1))
-        await self.make_way()
+        await self._leave()
 
     async def make_way(self) -> None:
+        """Stop the worker for another's. Returns when it has ended what was in it."""
+        if self._worker is not None:
+            self.metrics.evictions.inc()
+        await self._leave()
+
+    async def _leave(self) -> None:
         """Returns when the worker has ended what was in it and is stopped. Meanwhile it gets
         nothing new."""
         self._n_making_way += 1
@@ -403,7 +432,7 @@ class Tier:
     ) -> None:
         self._check_room_for_texts()
         self._encodings.add(encoding)
-        self._waiting.join(encoding, priority, time.monotonic())
+        encoding.n_before = self._waiting.join(encoding, priority, time.monotonic())
         self._expire(encoding)
         self._wakeup.set()
 
@@ -533,8 +562,6 @@ class Tier:
                 logger.exception("Tier %s: its requests fail by a fault of ours", self.name)
                 self._fail_waiting(InternalError("The tier failed. The log has the reason."))
             if self._n_making_way and not self._is_busy:
-                if self._worker is not None:
-                    self.metrics.evictions.inc()
                 await self._stop_worker()
                 self._has_stopped.set()
             try:
@@ -632,13 +659,16 @@ class Tier:
             self.state, self.progress = "starting", 0.0
             started_at = time.monotonic()
             logger.info("Tier %s: loading %s", self.name, model.name)
-            self._worker = await Worker.start(
-                spec,
-                launch=self._launch,
-                on_progress=self._on_progress,
-                on_lost=self._on_lost,
-                timeout_s=self._server.watchdog_s,
-            )
+            try:
+                self._worker = await Worker.start(
+                    spec,
+                    launch=self._launch,
+                    on_progress=self._on_progress,
+                    on_lost=self._on_lost,
+                    timeout_s=self._server.watchdog_s,
+                )
+            finally:
+                self._progress_log.end(self.name)
         except InsufficientMemory:
             self.state, self._is_to_load = "stopped", False
             raise
@@ -672,6 +702,7 @@ class Tier:
 
     def _on_progress(self, fraction: float) -> None:
         self.progress = fraction
+        self._progress_log.tell(self.name, self.waits_for(None), time.monotonic())
 
     def _fail_for_a_while(self, reason: str) -> None:
         self.state, self.reason = "failed", reason

@@ -247,11 +247,16 @@ class Receiver(threading.Thread):
             return failure(request.job, error)
 
 
-def serve(sock: socket.socket, on_disconnect: Callable[[], None] = lambda: None) -> int:
+def serve(
+    sock: socket.socket,
+    on_disconnect: Callable[[], None] = lambda: None,
+    on_load: Callable[[wire.WorkerSpec], None] = lambda _: None,
+) -> int:
     """Serve one server on `sock` until it says Shutdown or goes. Returns the exit code."""
     load = wire.receive(sock)
     if not isinstance(load, wire.Load):
         return EXIT_OK
+    on_load(load.spec)
     for name in LOGGERS:
         logging.getLogger(name).setLevel(load.spec.log_level)
     receiver = Receiver(sock, on_disconnect)
@@ -490,15 +495,20 @@ class Jobs:
             del self._jobs[job.request.job]
 
 
+def _configure_logging(spec: wire.WorkerSpec | None = None) -> None:
+    line = "%(levelname)s %(name)s[%(process)d]: %(message)s"
+    logs.configure("WARNING", line, spec.log_format if spec else "text")
+
+
 def main() -> None:
-    logs.configure("WARNING", "%(levelname)s %(name)s[%(process)d]: %(message)s")
+    _configure_logging()
     # a terminal or a supervisor signals the whole group; the server decides when its workers end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sock = socket.socket(fileno=int(sys.argv[1]))
     # without its server a worker has nobody to serve, whatever it is doing
     try:
-        code = serve(sock, on_disconnect=lambda: os._exit(EXIT_OK))
+        code = serve(sock, lambda: os._exit(EXIT_OK), on_load=_configure_logging)
     except Exception:
         logger.critical("The worker ends by a fault of ours", exc_info=True)
         code = EXIT_ENGINE_FAILED

@@ -7,7 +7,7 @@ import psutil
 from engine import wire
 from engine.machine import total_bytes
 from engine.model_file import ModelFile
-from settings import TierSettings
+from settings import ServerSettings, TierSettings
 
 DEFAULT_N_CTX = 8192
 KV_SHARE_OF_MEMORY = 1 / 64  # for one tier; each cell is cleared at the start, which takes time
@@ -15,7 +15,7 @@ PREFIX_CACHE_SHARE_OF_MEMORY = 1 / 32  # where PREFIX_CACHE_MB is not set
 
 
 def worker_spec(
-    name: str, settings: TierSettings, model: ModelFile, log_level: str
+    name: str, settings: TierSettings, model: ModelFile, server: ServerSettings
 ) -> wire.WorkerSpec:
     """What a worker is told, with the values that depend on the model and the machine decided."""
     n_ctx = effective_n_ctx(settings, model)
@@ -44,7 +44,8 @@ def worker_spec(
         prefix_cache_bytes=int(total_bytes() * PREFIX_CACHE_SHARE_OF_MEMORY)
         if settings.prefix_cache_mb is None
         else settings.prefix_cache_mb << 20,
-        log_level=log_level,
+        log_level=server.log_level,
+        log_format=server.log_format,
         encoder=encoder,
     )
 

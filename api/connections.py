@@ -134,7 +134,9 @@ class Limited(asyncio.Protocol):
             self._cut("sends what is no request")
             return
         request_id = new_request_id()
-        logger.info("- - - %d %s %s", error.status, error.code, request_id)
+        fields = {"request_id": request_id, "status": error.status, "code": error.code}
+        said = error.status, error.code, request_id
+        logger.info("- - - %d %s %s", *said, extra={"fields": fields})
         reply = response(error, {"path": ""})
         reply.headers["Connection"] = "close"
         reply.headers.update(common_headers(request_id))

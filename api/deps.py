@@ -9,10 +9,14 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from starlette.types import Receive
 
+from answers import Answers
+from cache import Cache
+from caching import Caching
 from chat.format import ChatFormat
 from engine.model_file import ModelFile
 from engine.types import Method
 from errors import BadRequest, Forbidden, ServiceError
+from lookups import Lookups
 from model_manager import ModelManager
 from settings import CHAT_TIERS, Settings, TierName
 from tier import Tier
@@ -33,6 +37,9 @@ class Services:
 
     settings: Settings
     manager: ModelManager
+    cache: Cache | None
+    answers: Answers
+    lookups: Lookups
     _formats: dict[TierName, tuple[ModelFile, ChatFormat]] = field(default_factory=dict)
 
     def chat_tier(self, model: str | None) -> Tier:
@@ -53,7 +60,7 @@ class Services:
     def embedding_tier(self, model: str) -> Tier:
         """The tier that a request for vectors names. Raises ModelNotFound or BadRequest."""
         tier = self.manager.resolve(model)
-        if tier.name != "embedding" or model == "reranker":  # for which it only stands in
+        if tier.name != "embedding" or self.manager.means_reranker(model):
             raise BadRequest(f"The model '{model}' makes no vectors.", param="model")
         _tier_of_request.set(tier.name)
         return tier
@@ -73,8 +80,14 @@ class Services:
             self._formats[tier.name] = known
         return known[1]
 
+    def caching(self, request: Request) -> Caching:
+        """What the client wants of the cache. It has the results of its key, unless all share
+        theirs."""
+        owner = None if self.settings.server.cache_shared else request.scope["key_id"]
+        return Caching.of(",".join(request.headers.getlist("cache-control")), owner)
 
-def _services(request: Request) -> Services:
+
+async def _services(request: Request) -> Services:  # a plain function would run in a thread
     services: Services = request.app.state.services
     return services
 
@@ -82,7 +95,7 @@ def _services(request: Request) -> Services:
 ServicesDep = Annotated[Services, Depends(_services)]
 
 
-def _admin(request: Request) -> None:
+async def _admin(request: Request) -> None:
     if not request.scope["is_admin"]:
         raise Forbidden("This changes the service, and wants one of ADMIN_API_KEYS.")
 

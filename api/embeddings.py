@@ -11,19 +11,22 @@ from starlette.responses import Response
 
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
+from api.generation import queue_headers
 from api.keep_alive import KeepAlive
 from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
-from api.vectors import Form, item
+from api.vectors import Form, encoded, item
 from engine import wire
 from engine.types import Output, Role, Truncate
 from errors import BadRequest, UnsupportedParameter
+from settings import InputType
 from tier import Tier
 
 router = APIRouter()
 
 MAX_INPUTS = 2048  # OpenAI's limit
 OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
-InputType = Literal["query", "search_query", "passage", "document", "search_document"]
+# numbers of the ColBERT vectors in a reply: of BGE-M3's longest text, and of four of them
+MAX_COLBERT_NUMBERS = {"float": 8 << 20, "base64": 32 << 20}
 # whose first numbers are a vector too, by what their files are called
 MATRYOSHKA = (
     "nomic-embed-text-v1.5", "nomic-embed-text-v2", "mxbai-embed-large", "qwen3-embedding",
@@ -78,13 +81,9 @@ class EmbeddingRequest(BaseModel):
             if (flag := getattr(self, f"return_{kind}")) is not None:
                 (wanted.add if flag else wanted.discard)(kind)
         if not wanted:
-            raise BadRequest("No kind of vector is asked for.", param="return_dense")
+            refused = (self.embedding_type or ["dense"])[0]
+            raise BadRequest("No kind of vector is asked for.", param=f"return_{refused}")
         return [kind for kind in OUTPUTS if kind in wanted]
-
-    def role(self) -> Role:
-        if self.input_type is None:
-            return "none"
-        return "query" if self.input_type.endswith("query") else "passage"
 
 
 @router.post("/v1/embeddings")
@@ -94,39 +93,53 @@ async def create_embeddings(
     tier = services.embedding_tier(body.model)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     await fetched(request.receive, tier)
-    tier.keep_alive(body.keep_alive)
     outputs = body.outputs()
     dimensions = dimensions_of(tier, body.dimensions, outputs)
-    inputs = await asyncio.to_thread(inputs_for, each_text(body.input), tier.settings.token_ids)
+    inputs = await inputs_for(each_text(body.input), tier.settings.token_ids)
     asked = wire.Embed(
         inputs=inputs,
         outputs=outputs,
         truncate=body.truncate or "none",
-        role=body.role(),
+        role=role_of(tier, body.input_type),
         return_tokens=body.return_tokens,
+        max_colbert=MAX_COLBERT_NUMBERS[body.encoding_format or "float"],
     )
     names = {f"^return_{kind}$": "embedding_type" for kind in body.embedding_type or ()}
-    with client_names(names), tier.lease(), tier.embed(asked) as encoding:
-        vectors = await while_connected(request.receive, encoding.all())
+    caching = services.caching(request)
+    with client_names(names):
+        work = services.lookups.vectors(tier, asked, caching)
+        found = await while_connected(request.receive, work)
+    tier.keep_alive(body.keep_alive)
+    vectors = [vector.item for vector in found]
+    headers |= caching.headers() | queue_headers(caching)
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {
-        "object": "list",
         "model": tier.name,
         "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
     }
     if cut := [{"index": v.index, "n_tokens_cut": v.n_cut} for v in vectors if v.n_cut]:
         reply["truncated"] = cut
     form = Form(body.encoding_format == "base64", dimensions, body.colbert_dtype)
-    n_colbert = tier.encoder.n_colbert if tier.encoder else 0
-    content = await asyncio.to_thread(_content, reply, vectors, n_colbert, form)
+    n_colbert = found[0].n_colbert
+    content = await encoded(vectors, lambda: _content(reply, vectors, n_colbert, form))
     return Response(content, media_type="application/json", headers=headers)
 
 
 def _content(
     reply: dict[str, Any], vectors: Sequence[wire.Vector], n_colbert: int, form: Form
 ) -> bytes:
-    data = [item(vector, n_colbert, form) for vector in vectors]
-    return msgspec.json.encode({"object": "list", "data": data} | reply)
+    """A piece at a time, since none lets the event loop go on before it is done."""
+    encode = msgspec.json.encode
+    data = b",".join([encode(item(vector, n_colbert, form)) for vector in vectors])
+    return b"".join((b'{"object":"list","data":[', data, b"],", encode(reply)[1:]))
+
+
+def role_of(tier: Tier, input_type: InputType | None) -> Role:
+    """Whose prefix a text gets: as the request says, or else INPUT_TYPE."""
+    input_type = input_type or tier.settings.input_type or "none"
+    if input_type == "none":
+        return "none"
+    return "query" if input_type.endswith("query") else "passage"
 
 
 def dimensions_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> int | None:
@@ -155,7 +168,7 @@ def dimensions_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> i
     return dimensions
 
 
-def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:
+async def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:
     """Texts, or this model's token ids. Raises BadRequest for ids that may be another model's."""
     if isinstance(inputs[0], str) or setting == "own":
         return list(inputs)
@@ -165,6 +178,10 @@ def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:
             "(LangChain: check_embedding_ctx_length=False), or set EMBEDDING_TOKEN_IDS.",
             param="input",
         )
+    return await asyncio.to_thread(_texts_of, inputs)
+
+
+def _texts_of(inputs: Sequence[Any]) -> list[str | list[int]]:
     try:
         import tiktoken
 

@@ -94,7 +94,10 @@ def as_service_error(error: Exception, request_id: str) -> ServiceError:
     """The error that a client is told of; a fault of ours goes to the log with its traceback."""
     if isinstance(error, ServiceError):
         return error
-    logger.error("Request %s failed by a fault of ours", request_id, exc_info=error)
+    logger.error(
+        "Request %s failed by a fault of ours", request_id, exc_info=error,
+        extra={"fields": {"request_id": request_id}},
+    )  # fmt: skip
     return InternalError("A fault of the service. Its log has the reason under the request's id.")
 
 

@@ -48,7 +48,7 @@ async def create_message(
 
     async def start() -> turn.Turn:
         with client_names(body.names):
-            return await turn.start(request.receive, services, tier, body.chat(), watch)
+            return await turn.start(request, services, tier, body.chat(), watch)
 
     if body.stream:
 
@@ -58,7 +58,7 @@ async def create_message(
             return EventStream(events, headers | started.headers(), last=b"")
 
         patience_s = services.settings.server.comment_after_s
-        return await begun(stream(), waits_for=watch, patience_s=patience_s)
+        return await begun(stream(), waits_for=watch, patience_s=patience_s, last=b"")
     started = await start()
     reply = _Reply(started, tier.name)
     await while_connected(request.receive, reply.finish())

@@ -15,6 +15,7 @@ from api.chat_request import (
     ToolName,
     read_text,
 )
+from api.keep_alive import KeepAlive
 from api.sampling import StopList, Switch, TopK, UnitInterval
 from api.transcript import Transcript
 from errors import BadRequest, UnsupportedParameter
@@ -241,8 +242,9 @@ class MessagesRequest(PromptRequest):
     top_k: TopK | None = None
     stream: Switch = False
     service_tier: Literal["auto", "standard_only"] | None = None
+    keep_alive: KeepAlive | None = None
 
     def _fields(self) -> dict[str, Any]:
-        names = ("max_tokens", "temperature", "top_p", "top_k", "stream")
+        names = ("max_tokens", "temperature", "top_p", "top_k", "stream", "keep_alive")
         own = {name: getattr(self, name) for name in names}
         return super()._fields() | own | {"stop": self.stop_sequences}

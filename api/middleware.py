@@ -38,6 +38,12 @@ MAX_HEADERS = 100
 MAX_HEADER_BYTES = 64 << 10  # of all; cookies of everything that runs on localhost come along
 _HOST = re.compile(r"(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<name>[\w.-]+))(:\d*)?", re.ASCII | re.I)
 PUBLIC_PATHS = ("/health", "/ready")  # without a key, so that a supervisor can ask
+# what a reply's headers say of its times, and the fields of the log for them
+TIMES = {
+    "x-queue-time-ms": "queue_ms",
+    "x-prompt-time-ms": "prompt_ms",
+    "x-generation-time-ms": "generation_ms",
+}
 READING = ("GET", "HEAD", "OPTIONS")  # methods that neither run a model nor change anything
 
 
@@ -98,12 +104,16 @@ class RequestLog(HttpMiddleware):
         scope["request_id"] = request_id
         started_at = time.perf_counter()
         status = 0
+        times: dict[str, float] = {}
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).update(common_headers(request_id))
+                headers = MutableHeaders(scope=message)
+                headers.update(common_headers(request_id))
+                known = {field: headers.get(name) for name, field in TIMES.items()}
+                times.update((field, float(ms)) for field, ms in known.items() if ms)
             await send(message)
 
         try:
@@ -126,6 +136,19 @@ class RequestLog(HttpMiddleware):
                 f"{tier} " if (tier := tier_of_request()) else "",
                 seconds * 1e3,
                 request_id,
+                extra={
+                    "fields": {
+                        "request_id": request_id,
+                        "client": _client(scope),
+                        "method": scope["method"],
+                        "route": route,
+                        "status": int(code),
+                        "tier": tier_of_request() or None,
+                        "key_id": scope.get("key_id"),
+                        "duration_ms": round(seconds * 1e3, 1),
+                        **times,
+                    }
+                },
             )
 
 
@@ -245,13 +268,13 @@ class Gate(HttpMiddleware):
 
         async def limited() -> Message:
             nonlocal n_bytes, is_whole
-            timeout_s = max(ends_at - time.monotonic(), 0)
+            left_s = timeout_s = max(ends_at - time.monotonic(), 0)
             if not is_whole:  # after it the next thing is that the client leaves
                 timeout_s = min(timeout_s, self._settings.receive_timeout_s)
             try:
                 message = await asyncio.wait_for(receive(), timeout_s)
             except asyncio.TimeoutError:  # another class than the built-in one in Python 3.10
-                if time.monotonic() < ends_at:
+                if timeout_s < left_s:  # not by the clock: a timer may be a little early
                     raise HTTPException(
                         408, f"Nothing of the body came for {timeout_s:g} s (RECEIVE_TIMEOUT_S)."
                     ) from None

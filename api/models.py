@@ -1,5 +1,6 @@
 """GET /v1/models, GET /v1/models/{id} and GET /health: what is configured, and how it is."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,15 +26,17 @@ def list_models(services: ServicesDep) -> Response:
     manager = services.manager
     models = [describe(tier) for tier in manager.tiers.values()]
     if (stand_in := manager.stand_in) is not None:
-        models.append(_stand_in(stand_in))
+        models.append(_stand_in(stand_in, manager.stand_in_aliases))
     return JSONResponse({"object": "list", "data": models})
 
 
 @router.get("/v1/models/{model:path}")
 def retrieve_model(model: str, services: ServicesDep) -> Response:
-    tier = services.manager.resolve(model)
-    is_stand_in = model == "reranker" and tier.name != model
-    return JSONResponse(_stand_in(tier) if is_stand_in else describe(tier))
+    manager = services.manager
+    tier = manager.resolve(model)
+    if tier is manager.stand_in and manager.means_reranker(model):
+        return JSONResponse(_stand_in(tier, manager.stand_in_aliases))
+    return JSONResponse(describe(tier))
 
 
 @router.get("/health")
@@ -72,13 +75,13 @@ def describe(tier: Tier) -> dict[str, Any]:
     return about | state_of(tier)
 
 
-def _stand_in(tier: Tier) -> dict[str, Any]:
+def _stand_in(tier: Tier, aliases: Sequence[str]) -> dict[str, Any]:
     """`reranker` where it has no model of its own."""
     names: dict[str, Any] = {
         "id": "reranker",
         "tier": "reranker",
         "served_by": tier.name,
-        "aliases": [],
+        "aliases": aliases,
     }
     return describe(tier) | names | {"capabilities": CAPABILITIES["reranker"]}
 

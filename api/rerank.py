@@ -10,12 +10,13 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from api.deps import ServicesDep, while_connected
+from api.deps import Services, ServicesDep, while_connected
 from api.errors import client_names
-from api.generation import new_id
+from api.generation import new_id, queue_headers
 from api.keep_alive import KeepAlive
 from api.sampling import Switch, WholeText, ignored_params
 from api.vectors import truncated_header
+from caching import Caching
 from engine import wire
 from engine.types import Method, Scale, Truncate
 from errors import BadRequest
@@ -58,10 +59,6 @@ class ScoringFields(BaseModel):
     truncate: Annotated[Truncate | None, BeforeValidator(_cut)] = None
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"  # TEI's
 
-    def called(self, tier: Tier) -> str:
-        """The name of the tier that scores; `reranker` is it also where another stands in."""
-        return DEFAULT_MODEL if self.model == DEFAULT_MODEL else tier.name
-
     def read_truncate(self) -> Truncate:
         """Documents are cut unless that is not wanted."""
         is_left = self.truncation_direction.lower() == "left"
@@ -101,15 +98,19 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     pairs = [(0, n) for n in range(len(documents))]
     names = {} if body.texts is None else {r"^documents": "texts"}
+    caching = services.caching(request)
     with client_names(names):
         scores = await while_connected(
-            request.receive, _score(tier, body, [body.query], documents, pairs)
+            request.receive,
+            _score(services, caching, tier, body, [body.query], documents, pairs),
         )
+    headers |= caching.headers() | queue_headers(caching)
     # by the score before it is rounded; the first come first where they are equal
     best = sorted(scores.items, key=lambda item: (-item.score, item.index))[: body.top_n]
     wants_text = body.return_documents or body.return_text
     if body.texts is not None:
-        headers |= truncated_header((item.index, item.n_cut) for item in scores.items)
+        texts = ((str(item.index), item.n_cut) for item in scores.items)
+        headers |= truncated_header([("query", scores.n_cut_query), *texts])
         reply: Any = [
             {"index": item.index, "score": scores.shown(item)}
             | ({"text": documents[item.index]} if wants_text else {})
@@ -121,19 +122,17 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
         | ({"document": {"text": documents[item.index]}} if wants_text else {})
         for item in best
     ]
+    cut = [("query", scores.n_cut_query)]
+    cut += [(f"documents[{item.index}]", item.n_cut) for item in scores.items]
     meta: dict[str, Any] = {
         "api_version": {"version": "2"},
         "billed_units": {"search_units": 1},
-        "warnings": [
-            f"documents[{item.index}]: {item.n_cut} tokens were cut, of it or of the query."
-            for item in scores.items
-            if item.n_cut
-        ],
+        "warnings": [f"{what}: {n_cut} tokens were cut." for what, n_cut in cut if n_cut],
     }
     reply = {
         "id": new_id("rerank-"),
         "object": "list",
-        "model": body.called(tier),
+        "model": DEFAULT_MODEL if services.manager.means_reranker(body.model) else tier.name,
         "results": results,
         "meta": meta,
         **scores.about(),
@@ -187,11 +186,14 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
     left, right, pairs = body.read_pairs()
     tier = services.scoring_tier(body.model, body.method)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
+    caching = services.caching(request)
     names = {r"^query$": "queries"}
     if body.text_1 is not None:
         names = {r"^query$": "text_1", r"^documents": "text_2"}
     with client_names(names):
-        scores = await while_connected(request.receive, _score(tier, body, left, right, pairs))
+        work = _score(services, caching, tier, body, left, right, pairs)
+        scores = await while_connected(request.receive, work)
+    headers |= caching.headers() | queue_headers(caching)
     data = [
         {"index": item.index, "object": "score", "score": scores.shown(item)}
         for item in scores.items
@@ -200,11 +202,15 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
         "id": new_id("score-"),
         "object": "list",
         "created": int(time.time()),
-        "model": body.called(tier),
+        "model": DEFAULT_MODEL if services.manager.means_reranker(body.model) else tier.name,
         "data": data,
         **scores.about(),
     }
-    if cut := [{"index": i.index, "n_tokens_cut": i.n_cut} for i in scores.items if i.n_cut]:
+    if cut := [
+        {"index": item.index, "n_tokens_cut": n_cut}
+        for item in scores.items
+        if (n_cut := item.n_cut + item.n_cut_query)
+    ]:
         reply["truncated"] = cut
     return JSONResponse(reply, headers=headers)
 
@@ -225,6 +231,11 @@ class Scores:
             return item.score
         return 1 / (1 + math.exp(-max(min(item.score, 700.0), -700.0)))
 
+    @property
+    def n_cut_query(self) -> int:
+        """Tokens of the only query."""
+        return max(item.n_cut_query for item in self.items)
+
     def about(self) -> dict[str, Any]:
         n_tokens = sum(item.n_tokens for item in self.items)
         is_sigmoid = self.scale == "logit" and not self.is_raw
@@ -239,6 +250,8 @@ class Scores:
 
 
 async def _score(
+    services: Services,
+    caching: Caching,
     tier: Tier,
     fields: ScoringFields,
     queries: list[str],
@@ -255,16 +268,13 @@ async def _score(
         truncate=fields.read_truncate(),
     )
     await tier.fetched()
+    scores = await services.lookups.scores(tier, asked, caching)
     tier.keep_alive(fields.keep_alive)
-    with tier.lease(), tier.score(asked) as encoding:
-        items = await encoding.all()
-        assert encoding.method is not None
-        assert encoding.scale is not None
-        is_hybrid = encoding.method == "hybrid"
-        return Scores(
-            items,
-            encoding.method,
-            encoding.scale,
-            fields.raw_scores,
-            (fields.weights or EQUAL_WEIGHTS) if is_hybrid else None,
-        )
+    method, scale = scores[0].method, scores[0].scale
+    return Scores(
+        [score.item for score in scores],
+        method,
+        scale,
+        fields.raw_scores,
+        (fields.weights or EQUAL_WEIGHTS) if method == "hybrid" else None,
+    )

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -54,7 +55,7 @@ async def create_response(
 
     async def start() -> turn.Turn:
         with client_names(NAMES):
-            return await turn.start(request.receive, services, tier, body.chat(), watch)
+            return await turn.start(request, services, tier, body.chat(), watch)
 
     if body.stream:
 
@@ -65,7 +66,10 @@ async def create_response(
             return EventStream(reply.stream(), all_headers, failed=reply.failed, last=b"")
 
         patience_s = services.settings.server.comment_after_s
-        return await begun(stream(), waits_for=watch, patience_s=patience_s)
+        failed = partial(_never_begun, body, tier)
+        return await begun(
+            stream(), waits_for=watch, patience_s=patience_s, failed=failed, last=b""
+        )
     started = await start()
     reply = _Reply(started, _head(body, tier))
     await while_connected(request.receive, reply.finish())
@@ -188,15 +192,7 @@ class _Reply(BlockReply):
         yield self._event(f"response.{_status(is_whole)}", response=self.response)
 
     def failed(self, error: ServiceError) -> bytes:
-        """The events of a reply that breaks off: OpenAI's last one, and one that its SDK raises."""
-        fault = error.body()["error"]
-        told = {name: fault[name] for name in ("code", "message", "param")}
-        self.response |= {
-            "status": "failed",
-            "error": {"code": "server_error", "message": error.message},
-        }
-        last = self._event("response.failed", response=self.response)
-        return event(last) + event(self._event("error", **told, error=fault))
+        return _failed(self.response, self._n_events, error)
 
     def _usage(self, end: turn.End) -> dict[str, Any]:
         usage = self._started.usage([end])
@@ -210,7 +206,7 @@ class _Reply(BlockReply):
 
     def _event(self, kind: str, **fields: Any) -> Data:
         self._n_events += 1
-        return {"type": kind, "sequence_number": self._n_events - 1, **fields}
+        return _event(kind, self._n_events - 1, **fields)
 
     def _item_event(self, kind: str) -> Data:
         return self._event(kind, output_index=len(self._output) - 1, item=self._output[-1])
@@ -221,6 +217,28 @@ class _Reply(BlockReply):
 
     def _part_event(self, kind: str, **fields: Any) -> Data:
         return self._delta_event(kind, content_index=0, **fields)
+
+
+def _event(kind: str, number: int, **fields: Any) -> Data:
+    return {"type": kind, "sequence_number": number, **fields}
+
+
+def _failed(response: Data, number: int, error: ServiceError) -> bytes:
+    """The events of a reply that breaks off: OpenAI's last one, and one that its SDK raises."""
+    fault = error.body()["error"]
+    told = {name: fault[name] for name in ("code", "message", "param")}
+    response |= {
+        "status": "failed",
+        "error": {"code": "server_error", "message": error.message},
+    }
+    last = _event("response.failed", number, response=response)
+    return event(last) + event(_event("error", number + 1, **told, error=fault))
+
+
+def _never_begun(body: ResponsesRequest, tier: Tier, error: ServiceError) -> bytes:
+    """All events of a reply that waited for its beginning in vain."""
+    head = _head(body, tier)
+    return event(_event("response.created", 0, response=head)) + _failed(head, 1, error)
 
 
 def _status(is_whole: bool) -> str:

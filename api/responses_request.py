@@ -16,6 +16,7 @@ from api.chat_request import (
     FunctionName,
     read_text,
 )
+from api.keep_alive import KeepAlive
 from api.sampling import (
     ServiceTier,
     StreamOptions,
@@ -36,7 +37,7 @@ REASONING_TEXT = ("reasoning_text", "summary_text")
 
 # fields that are the same in a chat
 SAME = ("model", "stream", "stream_options", "temperature", "top_p", "top_logprobs",
-        "parallel_tool_calls", "service_tier")  # fmt: skip
+        "parallel_tool_calls", "service_tier", "keep_alive")  # fmt: skip
 # what the others are called here, by what they are called in a chat
 NAMES = {
     r"^messages": "input",
@@ -175,6 +176,7 @@ class ResponsesRequest(Extensible):
     service_tier: ServiceTier | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     user: Any = None
+    keep_alive: KeepAlive | None = None
 
     @property
     def format(self) -> TextFormat | None:

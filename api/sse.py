@@ -16,6 +16,8 @@ from errors import ServiceError
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
+Failed = Callable[[ServiceError], bytes]  # the events of a stream that breaks off
+
 _encode = msgspec.json.Encoder().encode
 
 
@@ -27,7 +29,8 @@ def event(data: Mapping[str, Any]) -> bytes:
 
 class LateStream(Response):
     """The reply to a stream that takes long to start: comments that say what it waits for, then its
-    events. Its status is sent already, so what goes wrong now is an event."""
+    events. Its status is sent already, so what goes wrong now is an event, or what `failed` makes
+    of it, and `last`."""
 
     media_type = "text/event-stream"
 
@@ -36,12 +39,16 @@ class LateStream(Response):
         starting: "asyncio.Future[EventStream]",
         waits_for: Callable[[], str],
         interval_s: float,
+        failed: Failed | None,
+        last: bytes,
     ) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._starting = starting
         self._waits_for = waits_for
         self._interval_s = interval_s
+        self._failed = failed
+        self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
@@ -56,8 +63,8 @@ class LateStream(Response):
             scope["client_left"] = True
         except Exception as exception:
             error = as_service_error(exception, scope["request_id"])
-            last = b"" if "type" in envelope(error, scope) else DONE
-            body = event(envelope(error, scope)) + last
+            told = self._failed(error) if self._failed else event(envelope(error, scope))
+            body = told + self._last
             await send({"type": "http.response.body", "body": body, "more_body": False})
         finally:
             self._starting.cancel()
@@ -69,6 +76,8 @@ async def begun(
     waits_for: Callable[[], str],
     patience_s: float,
     interval_s: float = 2.0,
+    failed: Failed | None = None,
+    last: bytes = DONE,
 ) -> Response:
     """The stream, once it has started. What goes wrong until `patience_s` are over is an HTTP
     status; from then on the client hears what its request waits for."""
@@ -78,7 +87,7 @@ async def begun(
     except BaseException:
         task.cancel()
         raise
-    return task.result() if done else LateStream(task, waits_for, interval_s)
+    return task.result() if done else LateStream(task, waits_for, interval_s, failed, last)
 
 
 class EventStream(Response):
@@ -95,7 +104,7 @@ class EventStream(Response):
         events: AsyncGenerator[bytes, None],
         headers: dict[str, str] | None = None,
         *,
-        failed: Callable[[ServiceError], bytes] | None = None,
+        failed: Failed | None = None,
         last: bytes = DONE,
     ) -> None:
         super().__init__(headers=HEADERS | (headers or {}))

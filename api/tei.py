@@ -1,7 +1,6 @@
 """Embeddings in the form of text-embeddings-inference: POST /embed, POST /embed_sparse, GET /info.
 It knows one model: here the embedding tier."""
 
-import asyncio
 from typing import Annotated, Literal
 
 import msgspec
@@ -10,14 +9,16 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from api.deps import ServicesDep, fetched, while_connected
-from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of
+from api.deps import Services, ServicesDep, fetched, while_connected
+from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of, role_of
 from api.errors import client_names
+from api.generation import queue_headers
 from api.sampling import Switch, ignored_params
-from api.vectors import shortened, sparse, truncated_header
+from api.vectors import encoded, shortened, sparse, truncated_header
 from engine import wire
 from engine.types import Output, Truncate
 from errors import UnsupportedParameter
+from settings import InputType
 from tier import Tier
 
 router = APIRouter()
@@ -31,6 +32,7 @@ class SparseRequest(BaseModel):
     inputs: OneOrMore
     truncate: Switch = False
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
+    prompt_name: InputType | None = None  # by which the model's own prompts are called
 
     def read_truncate(self) -> Truncate:
         if not self.truncate:
@@ -50,14 +52,15 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
     if body.normalize is False:
         raise UnsupportedParameter("Vectors always have length 1.", param="normalize")
     dimensions = dimensions_of(tier, body.dimensions, ["dense"])
-    vectors = await _vectors(tier, body, "dense", request)
+    vectors = await _vectors(services, tier, body, "dense", request, headers)
 
     def content() -> bytes:
         dense = [np.frombuffer(vector.dense or b"", "<f4") for vector in vectors]
-        return msgspec.json.encode([shortened(row, dimensions).tolist() for row in dense])
+        rows = [msgspec.json.encode(shortened(row, dimensions).tolist()) for row in dense]
+        return b"[" + b",".join(rows) + b"]"
 
-    packed = await asyncio.to_thread(content)
-    headers |= truncated_header((vector.index, vector.n_cut) for vector in vectors)
+    packed = await encoded(vectors, content)
+    headers |= truncated_header((str(vector.index), vector.n_cut) for vector in vectors)
     return Response(packed, media_type="application/json", headers=headers)
 
 
@@ -65,14 +68,14 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
 async def embed_sparse(body: SparseRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.embedding_tier(TIER)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
-    vectors = await _vectors(tier, body, "sparse", request)
+    vectors = await _vectors(services, tier, body, "sparse", request, headers)
 
     def content() -> bytes:
         pairs = (zip(*sparse(vector), strict=True) for vector in vectors)
         return msgspec.json.encode([[{"index": i, "value": w} for i, w in of] for of in pairs])
 
-    packed = await asyncio.to_thread(content)
-    headers |= truncated_header((vector.index, vector.n_cut) for vector in vectors)
+    packed = await encoded(vectors, content)
+    headers |= truncated_header((str(vector.index), vector.n_cut) for vector in vectors)
     return Response(packed, media_type="application/json", headers=headers)
 
 
@@ -90,12 +93,25 @@ def info(services: ServicesDep) -> Response:
 
 
 async def _vectors(
-    tier: Tier, body: SparseRequest, output: Output, request: Request
+    services: Services,
+    tier: Tier,
+    body: SparseRequest,
+    output: Output,
+    request: Request,
+    headers: dict[str, str],
 ) -> list[wire.Vector]:
+    """The vectors of the request; adds to its headers what it had of the cache."""
     await fetched(request.receive, tier)
     asked = wire.Embed(
-        inputs=[*body.inputs], outputs=[output], truncate=body.read_truncate(), role="none"
+        inputs=[*body.inputs],
+        outputs=[output],
+        truncate=body.read_truncate(),
+        role=role_of(tier, body.prompt_name),
     )
     names = {r"^input$": "inputs", r"^return_sparse$": "inputs"}
-    with client_names(names), tier.lease(), tier.embed(asked) as encoding:
-        return await while_connected(request.receive, encoding.all())
+    caching = services.caching(request)
+    with client_names(names):
+        work = services.lookups.vectors(tier, asked, caching)
+        found = await while_connected(request.receive, work)
+    headers |= caching.headers() | queue_headers(caching)
+    return [vector.item for vector in found]

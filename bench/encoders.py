@@ -10,6 +10,8 @@
 3. Dense, sparse and ColBERT vectors in one request, beside dense ones alone. The heads are made up,
    which costs what real ones cost.
 4. With --llama-server that server, on the same file and over HTTP, with 1 and 2.
+5. With --flag FlagEmbedding's own encode on a Hugging Face directory of the same model, with 1 and
+   2, and a service with the backend flag, with 1. It wants `./setup.sh --flag`.
 
 It starts a service of its own on a free port. All take turns in each round, forwards and backwards,
 with texts that no round had before; what counts is the median of the rounds' ratios.
@@ -148,20 +150,53 @@ class Service:
         return content
 
 
+class Flag:
+    """FlagEmbedding as its users call it, for dense vectors."""
+
+    def __init__(self, folder: Path, n_ctx: int, n_threads: int) -> None:
+        import torch
+        from FlagEmbedding import BGEM3FlagModel
+
+        torch.set_num_threads(n_threads)
+        self._model = BGEM3FlagModel(str(folder), use_fp16=False, devices="cpu")
+        self._n_ctx = n_ctx
+
+    async def bulk(self, texts: Sequence[str]) -> float:
+        return self._timed([list(texts)])
+
+    async def singles(self, texts: Sequence[str]) -> float:
+        return self._timed([[text] for text in texts])
+
+    def _timed(self, calls: Sequence[list[str]]) -> float:
+        started_at = time.perf_counter()
+        for texts in calls:
+            self._model.encode(texts, max_length=self._n_ctx)
+        seconds = time.perf_counter() - started_at
+        ids = self._model.tokenizer(
+            [text for texts in calls for text in texts], max_length=self._n_ctx, truncation=True
+        )["input_ids"]
+        return sum(map(len, ids)) / seconds
+
+
 @contextmanager
 def serving(model: Path, n_ctx: int, n_threads: int) -> Iterator[str]:
     """The URL of a service with this model and made heads."""
     with tempfile.TemporaryDirectory() as folder:
         heads = write_heads(Path(folder), read_model_file(model).n_embd)
-        settings = {
-            "LOG_LEVEL": "WARNING",
-            "EMBEDDING_MODEL_PATH": str(model.resolve()), "EMBEDDING_BACKEND": "llamacpp",
-            "EMBEDDING_PRELOAD": "true", "EMBEDDING_N_CTX": str(n_ctx),
-            "EMBEDDING_N_THREADS": str(n_threads), "EMBEDDING_BATCH_TOKENS": str(BATCH_TOKENS),
+        settings = _settings(model, "llamacpp", n_ctx, n_threads) | {
             "EMBEDDING_SPARSE_HEAD_PATH": str(heads), "EMBEDDING_COLBERT_HEAD_PATH": str(heads),
         }  # fmt: skip
         with service(settings, _answers) as (url, _):
             yield url
+
+
+def _settings(model: Path, backend: str, n_ctx: int, n_threads: int) -> dict[str, str]:
+    return {
+        "LOG_LEVEL": "WARNING",
+        "EMBEDDING_MODEL_PATH": str(model.resolve()), "EMBEDDING_BACKEND": backend,
+        "EMBEDDING_PRELOAD": "true", "EMBEDDING_N_CTX": str(n_ctx),
+        "EMBEDDING_N_THREADS": str(n_threads), "EMBEDDING_BATCH_TOKENS": str(BATCH_TOKENS),
+    }  # fmt: skip
 
 
 @contextmanager
@@ -201,7 +236,14 @@ def _answers(url: str) -> bool:
 
 
 async def measure(
-    url: str, bare: Bare, *, n_texts: int, n_singles: int, rounds: int, peer: str | None = None
+    url: str,
+    bare: Bare,
+    *,
+    n_texts: int,
+    n_singles: int,
+    rounds: int,
+    peer: str | None = None,
+    flag: tuple[Flag, str] | None = None,
 ) -> dict[str, list[float]]:
     """Tokens/s by turn, a number a round."""
     service = Service(url, truncate="end")
@@ -215,6 +257,11 @@ async def measure(
     if peer is not None:
         turns["bulk, llama-server"] = Service(peer).bulk, n_texts
         turns["singles, llama-server"] = Service(peer).singles, n_singles
+    if flag is not None:
+        flag_embedding, with_flag = flag
+        turns["bulk, FlagEmbedding"] = flag_embedding.bulk, n_texts
+        turns["singles, FlagEmbedding"] = flag_embedding.singles, n_singles
+        turns["bulk, backend flag"] = Service(with_flag, truncate="end").bulk, n_texts
     for turn, _ in turns.values():
         await turn(mixed_texts("warm-up", 4))
     speeds: dict[str, list[float]] = {name: [] for name in turns}
@@ -234,12 +281,15 @@ COMPARED = (
     ("dense + sparse + colbert / dense", "triple", "bulk"),
     ("one request / llama-server", "bulk", "bulk, llama-server"),
     ("single requests / llama-server", "singles", "singles, llama-server"),
+    ("one request / FlagEmbedding", "bulk", "bulk, FlagEmbedding"),
+    ("single requests / FlagEmbedding", "singles", "singles, FlagEmbedding"),
+    ("backend flag / FlagEmbedding", "bulk, backend flag", "bulk, FlagEmbedding"),
 )
 
 
 def report(speeds: dict[str, list[float]]) -> Iterator[str]:
     for what, ours, others in COMPARED:
-        if others not in speeds:
+        if ours not in speeds or others not in speeds:
             continue
         pairs = list(zip(speeds[ours], speeds[others], strict=True))
         ratios = sorted(a / b for a, b in pairs)
@@ -259,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--n-ctx", type=int, default=512, metavar="N")
     add("--threads", type=int, default=default_n_threads(), metavar="N")
     add("--llama-server", type=Path, metavar="FILE", help="the binary")
+    add("--flag", type=Path, metavar="DIR", help="the same model as Hugging Face has it")
     options = parser.parse_args(argv)
     # idle threads of one side that spin would take the cores from the other; as workers have it
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -270,12 +321,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             peer = stack.enter_context(
                 llama_server(options.llama_server, options.model, n_ctx, options.threads)
             )
+        flag = None
+        if options.flag is not None:
+            settings = _settings(options.flag, "flag", n_ctx, options.threads)
+            with_flag, _ = stack.enter_context(service(settings, _answers))
+            flag = Flag(options.flag, n_ctx, options.threads), with_flag
         bare = Bare(options.model, n_ctx, options.threads)
         try:
             speeds = asyncio.run(
                 measure(
                     url, bare, n_texts=options.texts, n_singles=options.singles,
-                    rounds=options.rounds, peer=peer,
+                    rounds=options.rounds, peer=peer, flag=flag,
                 )
             )  # fmt: skip
         finally:

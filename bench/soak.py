@@ -4,10 +4,11 @@
     python -m bench.soak --seconds 60
 
 Five tiers of the fake backend, of which three fit into memory, are asked for chats, completions,
-vectors and scores, whole and streamed. Meanwhile clients leave, workers are killed, and a model
-cannot be loaded now and then. Every answer must be right or a documented error, none may take
-longer than its limit; at the end nothing is held. Prints JSON; exit status 1 when something was not
-so. Memory is watched from the end of the warm-up on.
+vectors and scores, whole and streamed, some again and again. Meanwhile clients leave, workers are
+killed, and now and then a model cannot be loaded, or the cache's disk be written. Every answer must
+be right or a documented error, none may take longer than its limit; at the end nothing is held.
+Prints JSON; exit status 1 when something was not so. Memory is watched from the end of the warm-up
+on.
 """
 
 import argparse
@@ -53,6 +54,7 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     kills: int = 0
     bad_loads: int = 0
+    full_disks: int = 0
 
 
 class Client:
@@ -66,7 +68,7 @@ class Client:
     async def run(self, ends_at: float) -> None:
         ways = [self._chat, self._stream, self._complete, self._embed, self._rerank]
         while time.monotonic() < ends_at:
-            word = f"{self._dice.randrange(10**6)}"
+            word = f"{self._dice.randrange(self._dice.choice((20, 10**6)))}"
             way = self._dice.choice(ways)
             try:
                 await asyncio.wait_for(way(word), LIMIT_S)
@@ -141,6 +143,7 @@ class Client:
             "model": self._dice.choice(CHAT_TIERS),
             "messages": [{"role": "user", "content": word}],
             "service_tier": self._dice.choice(("default", "flex", "priority")),
+            "temperature": self._dice.choice((0, 1)),  # the first are remembered
         }
 
     def _is_answer(self, reply: httpx.Response) -> bool:
@@ -160,23 +163,42 @@ class Client:
             self._tally.wrong.append(what)
 
 
-async def break_things(
-    server: psutil.Process, script: Path, tally: Tally, dice: random.Random, ends_at: float
-) -> None:
-    """Kills a worker now and then, and for a moment lets no model of a tier be loaded."""
-    fine = json.dumps(FINE)
-    while time.monotonic() < ends_at:
-        await asyncio.sleep(dice.uniform(0.5, 3))
-        if dice.random() < 0.7:
-            workers = server.children()
-            if workers:
-                tally.kills += 1
-                dice.choice(workers).send_signal(signal.SIGKILL)
-        else:
-            tally.bad_loads += 1
-            await asyncio.to_thread(script.write_text, json.dumps({"fault": "load"}))
-            await asyncio.sleep(0.3)
-            await asyncio.to_thread(script.write_text, fine)
+class Breaker:
+    """Breaks one thing after the other. A further kind of fault is a further method, in `run`."""
+
+    def __init__(
+        self, server: psutil.Process, script: Path, tally: Tally, dice: random.Random
+    ) -> None:
+        self._server = server
+        self._script = script
+        self._tally = tally
+        self._dice = dice
+
+    async def run(self, ends_at: float) -> None:
+        faults = [self._kill_worker] * 6 + [self._spoil_loads] * 2 + [self._fill_disk] * 2
+        while time.monotonic() < ends_at:
+            await asyncio.sleep(self._dice.uniform(0.5, 3))
+            await self._dice.choice(faults)()
+
+    async def _kill_worker(self) -> None:
+        if workers := self._server.children():
+            self._tally.kills += 1
+            self._dice.choice(workers).send_signal(signal.SIGKILL)
+
+    async def _spoil_loads(self) -> None:
+        """For a moment no model of a tier can be loaded."""
+        self._tally.bad_loads += 1
+        await asyncio.to_thread(self._script.write_text, json.dumps({"fault": "load"}))
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(self._script.write_text, json.dumps(FINE))
+
+    async def _fill_disk(self) -> None:
+        """For a moment the server can write no file: to its cache."""
+        self._tally.full_disks += 1
+        before = self._server.rlimit(psutil.RLIMIT_FSIZE)
+        self._server.rlimit(psutil.RLIMIT_FSIZE, (0, before[1]))
+        await asyncio.sleep(1)
+        self._server.rlimit(psutil.RLIMIT_FSIZE, before)
 
 
 async def watch(server: psutil.Process, seconds: list[float], sizes: list[float]) -> None:
@@ -216,9 +238,9 @@ async def soak(url: str, server: psutil.Process, script: Path, seconds: float, s
         async def traffic(for_s: float) -> None:
             ends_at = time.monotonic() + for_s
             clients = [Client(http, tally, random.Random(seed + n)) for n in range(N_CLIENTS)]
-            dice = random.Random(seed)
+            breaker = Breaker(server, script, tally, random.Random(seed))
             await asyncio.gather(
-                break_things(server, script, tally, dice, ends_at),
+                breaker.run(ends_at),
                 *(client.run(ends_at) for client in clients),
             )
 
@@ -229,6 +251,7 @@ async def soak(url: str, server: psutil.Process, script: Path, seconds: float, s
         await traffic(seconds - warm_up_s)
         watching.cancel()
         still |= await held(http)
+        kinds = (await http.get("/v1/cache")).json()["kinds"]
         more = server.num_fds() - n_descriptors
     slope = linear_regression(times, sizes).slope * 60
     return {
@@ -239,6 +262,9 @@ async def soak(url: str, server: psutil.Process, script: Path, seconds: float, s
         "n_wrong": len(tally.wrong),
         "workers_killed": tally.kills,
         "loads_spoiled": tally.bad_loads,
+        "disks_full": tally.full_disks,
+        "cache_hits": sum(kind["hits"] for kind in kinds.values()),
+        "cache_joins": sum(kind["joins"] for kind in kinds.values()),
         "held_at_the_end": still,
         "more_file_descriptors": more,
         "memory_mb": round(sizes[-1], 1),
@@ -255,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         script = Path(folder) / "script.json"
         script.write_text(json.dumps(FINE), encoding="utf-8")
         environment = {"MEMORY_LIMIT": "150M", "SWAP_WAIT_S": "1"}
+        environment |= {"CACHE_DIR": str(Path(folder) / "cache"), "CACHE_MAX_MB": "1"}
         for tier in TIERS:
             environment[f"{tier.upper()}_BACKEND"] = "fake"
             environment[f"{tier.upper()}_MODEL_PATH"] = str(script)

@@ -221,12 +221,16 @@ class _Process:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.pid = process.pid
         self._process = process
+        self._is_killed = False  # by us
 
     async def wait(self) -> EndReason:
         code = await self._process.wait()
+        if code == -signal.SIGKILL and not self._is_killed:  # the kernel says no more than that
+            return "killed by SIGKILL, probably because memory ran out: see MEMORY_LIMIT"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:
+        self._is_killed = True
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 

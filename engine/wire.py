@@ -54,6 +54,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_stall_s: float = 0.2  # that a prompt may hold up running streams
     prefix_cache_bytes: int = 0  # for cells of ended sequences, in memory of the host
     log_level: str = "INFO"
+    log_format: Literal["text", "json"] = "text"
     encoder: EncoderSpec | None = None  # None: it generates
 
 
@@ -148,6 +149,7 @@ class Embed(Message, frozen=True):
     truncate: Truncate = "none"  # none: a text that is too long fails the request
     role: Role = "none"
     return_tokens: bool = False
+    max_colbert: int | None = None  # numbers of all ColBERT vectors; more fail the request
     job: int = 0  # given by the tier
 
 
@@ -295,9 +297,13 @@ class Vectors(Message, frozen=True):
 class Scored(msgspec.Struct, frozen=True, array_like=True):
     index: int  # of the pair
     n_tokens: int  # of query and document, with those that the model adds
-    n_cut: int = 0  # of the document, and of the query if that alone is too long
+    n_cut: int = 0  # of the document
     score: float = 0.0
     fault: Fault | None = None  # then the score means nothing
+    n_cut_query: int = 0
+    # tokens of query and document where each is read once for all its pairs
+    n_query: int = 0
+    n_document: int = 0
 
 
 class Scores(Message, frozen=True):

@@ -8,7 +8,7 @@ import pytest
 from settings import DEFAULT_CHAT_MODEL, DEFAULT_EMBEDDING_MODEL, ROOT, known_keys
 from tests import gguf_fixtures
 
-# for test_fuzz.py, test_cache*.py and test_flights.py: pytest --hypothesis-profile=deep
+# for test_fuzz*.py, test_cache*.py and test_flights.py: pytest --hypothesis-profile=deep
 hypothesis.settings.register_profile("deep", max_examples=3334)
 
 

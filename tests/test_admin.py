@@ -1,21 +1,45 @@
 """What tells how the service is, and what changes it: over HTTP, on the fake backend."""
 
+import asyncio
+import socket
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
+from api.middleware import Gate
+from engine.client import Handle
+from errors import RequestTimeout
 from model_manager import ModelManager
 from server import check_config
 from settings import ServerSettings, TierSettings
 from tests import gguf_fixtures
 from tests.hub_imitation import Repo, hub_imitation
-from tests.serving import Service, events, fake, script, serving, settings
+from tests.serving import (
+    Service,
+    events,
+    fake,
+    in_threads,
+    script,
+    serving,
+    settings,
+    wait_until,
+)
 from tests.test_model_manager import Launches
+
+WAYS = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/completions": {"prompt": "Hi"},
+    "/v1/responses": {"input": "Hi"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50},
+}
 
 
 @pytest.fixture
@@ -56,6 +80,16 @@ def test_a_model_is_loaded_and_unloaded_when_somebody_says_so(service: Service) 
     assert service.http.post("/v1/models/light/unload", json={"force": "x"}).status_code == 400
 
 
+def test_only_models_that_make_way_for_others_count_as_evicted() -> None:
+    with serving(settings({"memory_limit": "50M"}, light=fake(), heavy=fake())) as service:
+        name = 'quintet_model_evictions_total{tier="light"}'
+        assert service.chat().status_code == 200
+        assert service.http.post("/v1/models/light/unload").status_code == 200
+        assert samples(service)[name] == 0
+        assert service.chat().status_code == service.chat(model="heavy").status_code == 200
+        assert samples(service)[name] == 1
+
+
 def test_only_admins_may_do_that_where_there_are_any() -> None:
     server = {"api_keys": ["user"], "admin_api_keys": ["admin"]}
     with serving(settings(server)) as service:
@@ -80,6 +114,47 @@ def test_ready_says_which_tier_is_not(tmp_path: Path) -> None:
 def test_a_model_leaves_as_soon_as_the_request_says(service: Service, value: object) -> None:
     assert service.chat(keep_alive=value).status_code == 200
     wait_for_state(service, "stopped")
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_other_forms_of_a_chat_say_so_too(service: Service, path: str) -> None:
+    reply = service.http.post(path, json={"model": "light", "keep_alive": 0, **WAYS[path]})
+    assert reply.status_code == 200
+    assert "keep_alive" not in reply.headers.get("X-Ignored-Params", "")
+    wait_for_state(service, "stopped")
+    reply = service.http.post(path, json={"model": "light", "keep_alive": "soon", **WAYS[path]})
+    assert reply.status_code == 400
+    assert "keep_alive" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("/v1/completions", {"prompt": "Hi", "echo": True, "logprobs": 1}),
+        ("/v1/completions", {"prompt": "x" * 9000}),
+        ("/v1/chat/completions", {**WAYS["/v1/chat/completions"], "grammar": "start: ("}),
+        ("/v1/responses", {"input": "x" * 9000}),
+        ("/v1/embeddings", {"model": "embedding", "input": "Hi", "dimensions": 3}),
+        ("/v1/embeddings", {"model": "embedding", "input": "x " * 9000}),
+        (
+            "/v1/rerank",
+            {"model": "reranker", "query": "x " * 9000, "documents": ["Hi"], "truncate": "none"},
+        ),
+    ],
+)
+def test_a_request_that_is_refused_does_not_say_how_long_a_model_stays(
+    service: Service, path: str, fault: dict[str, object]
+) -> None:
+    def use() -> None:
+        assert service.chat().status_code == service.embed().status_code == 200
+
+    use()
+    reply = service.http.post(path, json={"model": "light", "keep_alive": 0} | fault)
+    assert reply.status_code == 400
+    use()
+    use()
+    loads = {name: n for name, n in samples(service).items() if "model_loads_total{" in name}
+    assert list(loads.values()) == [1, 1]
 
 
 def test_a_model_stays_as_long_as_the_request_says() -> None:
@@ -159,8 +234,59 @@ def test_a_request_that_takes_too_long_is_ended_and_its_place_is_free(tmp_path: 
         assert service.chat("Hi").json()["choices"][0]["message"]["content"] == "You said: Hi"
 
 
+def test_a_timer_that_is_a_little_early_does_not_make_it_a_client_that_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def early(work: Any, timeout_s: float) -> None:
+        work.close()
+        raise asyncio.TimeoutError
+
+    async def receive() -> Message:
+        raise AssertionError("nobody waits for it")
+
+    async def send(message: Message) -> None: ...
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        monkeypatch.setattr(asyncio, "wait_for", early)
+        with pytest.raises(RequestTimeout):
+            await receive()
+        asked.append(1)
+
+    asked: list[int] = []
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+    gate = Gate(app, ServerSettings(request_timeout_s=20, receive_timeout_s=30))
+    asyncio.run(gate(scope, receive, send))
+    assert asked
+
+
 def test_how_many_were_before_it_is_told(service: Service) -> None:
     assert service.chat().headers["x-queue-position"] == "0"
+
+
+def test_so_it_is_with_vectors_and_scores() -> None:
+    all_wait = threading.Event()
+
+    async def launch(sock: socket.socket) -> Handle:
+        await asyncio.to_thread(all_wait.wait, 10)
+        return await in_threads(sock)
+
+    served = serving(settings(embedding=fake()), launch=launch)
+    with served as service, ThreadPoolExecutor(3) as pool:
+        asked: list[Future[httpx.Response]] = []
+        for ask in (
+            service.embed,
+            lambda: service.rerank("a", ["b"]),
+            lambda: service.http.post("/v1/score", json={"text_1": "a", "text_2": "c"}),
+        ):
+            asked.append(pool.submit(ask))
+            wait_until(lambda: service.manager.tiers["embedding"].n_waiting == len(asked))
+        time.sleep(0.01)
+        all_wait.set()
+        replies = [reply.result() for reply in asked]
+        assert [reply.headers["x-queue-position"] for reply in replies] == ["0", "1", "2"]
+        waited_ms = [float(reply.headers["x-queue-time-ms"]) for reply in replies]
+        assert waited_ms == sorted(waited_ms, reverse=True)
+        assert 10 <= min(waited_ms) < max(waited_ms) < 30_000
 
 
 def test_the_configuration_is_checked_without_loading_anything(tmp_path: Path) -> None:
@@ -221,19 +347,11 @@ def test_a_model_comes_from_the_hub_at_its_first_request(tmp_path: Path) -> None
             assert service.http.get("/health").status_code == 200
 
 
-WAYS = {
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
-    "/v1/completions": {"prompt": "Hi"},
-    "/v1/responses": {"input": "Hi"},
-    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50},
-}
-
-
 @pytest.mark.parametrize("path", WAYS)
 def test_a_stream_that_waits_says_for_what(tmp_path: Path, path: str) -> None:
-    light = fake(script(tmp_path, load_s=0.3))
+    light = fake(script(tmp_path, load_s=0.6))
     body = {"model": "light", "stream": True, **WAYS[path]}
-    with serving(settings({"comment_after_s": 0.05}, light=light)) as service:
+    with serving(settings({"comment_after_s": 0.25}, light=light)) as service:
         text = service.http.post(path, json=body).text
         assert text.startswith(": loading light ")
         again = service.http.post(path, json=body).text
@@ -241,10 +359,23 @@ def test_a_stream_that_waits_says_for_what(tmp_path: Path, path: str) -> None:
         assert not again.startswith(":"), "it did not wait"
 
 
+def test_openais_sdk_raises_a_fault_after_a_comment(tmp_path: Path) -> None:
+    light = fake(script(tmp_path, load_s=0.3, fault="load"))
+    with (
+        serving(settings({"comment_after_s": 0.05}, light=light)) as service,
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="none") as client,
+        client.responses.stream(model="light", input="Hi") as stream,
+    ):
+        assert next(stream).type == "response.created"
+        assert next(stream).type == "response.failed"
+        with pytest.raises(openai.APIError, match="told to fail"):
+            next(stream)
+
+
 def test_a_place_in_the_queue_is_said(tmp_path: Path) -> None:
-    path = script(tmp_path, {"match": "long", "answer": "x" * 100}, step_ms=3)
+    path = script(tmp_path, {"match": "long", "answer": "x" * 100}, step_ms=6)
     light = fake(path, n_parallel=1)
-    served = serving(settings({"comment_after_s": 0.05}, light=light))
+    served = serving(settings({"comment_after_s": 0.25}, light=light))
     with served as service, ThreadPoolExecutor(3) as pool:
         replies = [pool.submit(service.chat, "long", stream=True) for _ in range(3)]
         texts = sorted(reply.result().text.split("\n")[0][:8] for reply in replies)
@@ -259,6 +390,10 @@ def test_a_fault_after_a_comment_is_an_event(tmp_path: Path, path: str) -> None:
         reply = service.http.post(path, json=body)
         assert reply.status_code == 200
         assert reply.text.startswith(": loading light ")
+        *_, last, end = reply.text.split("\n\n")
+        assert end == ""
+        is_named = path in ("/v1/responses", "/v1/messages")  # whose streams have no [DONE]
+        assert last.startswith("event: error\n" if is_named else "data: [DONE]")
         assert '"error"' in reply.text
     with serving(settings(light=light)) as service:
         assert service.http.post(path, json=body).status_code == 500, "in time it is a status"

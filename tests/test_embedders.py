@@ -168,6 +168,15 @@ def test_scores_are_flagembeddings() -> None:
     assert score(QUERY, DOCUMENT, "hybrid", (1, 0, 3)) == pytest.approx((0.6 + 2.4) / 4)
 
 
+def test_a_similarity_does_not_pass_1_by_rounding() -> None:
+    long = np.array([1.0000002, 0], np.float32)  # of length 1 but for rounding
+    for sign, wanted in ((1, 1.0), (-1, -1.0)):
+        query, document = Embedded(dense=long), Embedded(dense=sign * long)
+        assert EmbeddingReranker.score(query, document, "dense") == wanted
+        query, document = Embedded(colbert=long[None]), Embedded(colbert=sign * long[None])
+        assert EmbeddingReranker.score(query, document, "colbert") == wanted
+
+
 def test_nothing_in_common_is_a_score_of_zero() -> None:
     assert sparse_score((ids(4), floats(1)), (ids(5), floats(1))) == 0
     assert sparse_score((ids(), floats()), (ids(5), floats(1))) == 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from api import embeddings
 from engine.backends.fake_encoder import N_EMBD, N_VOCAB
 from tests.serving import Service, fake, script, serving, settings, wait_until
 
@@ -275,7 +276,7 @@ def test_a_text_that_is_too_long_is_refused_with_both_numbers(small: Service) ->
     assert (error["n_prompt_tokens"], error["n_ctx"], error["index"]) == (32, 16, 1)
     assert error["param"] == "input"
     assert "EMBEDDING_N_CTX" in error["message"]
-    assert 'truncate: "end"' in error["message"]
+    assert "`truncate`" in error["message"]
 
 
 @pytest.mark.parametrize("end", ["start", "end"])
@@ -297,6 +298,19 @@ def test_a_text_is_cut_where_that_is_wanted_and_the_reply_says_so(small: Service
 )  # fmt: skip
 def test_the_prefix_of_a_role(small: Service, input_type: str | None, text: str) -> None:
     assert items(small.embed("a", input_type=input_type)) == items(small.embed(text))
+    body = {"inputs": "a", "prompt_name": input_type}
+    assert small.http.post("/embed", json=body).json() == [items(small.embed(text))[0]["embedding"]]
+
+
+def test_a_setting_says_what_texts_are_whose_request_does_not(tmp_path: Path) -> None:
+    prefixes = {"query_prefix": "ask: ", "passage_prefix": "text: "}
+    tier = fake(script(tmp_path), input_type="document", **prefixes)
+    with serving(settings(embedding=tier)) as service:
+        plain = items(service.embed("text: a", input_type="none"))
+        assert items(service.embed("a")) == plain
+        assert service.http.post("/embed", json={"inputs": "a"}).json() == [plain[0]["embedding"]]
+        asked = items(service.embed("a", input_type="query"))
+        assert asked == items(service.embed("ask: a", input_type="none"))
 
 
 # what is refused
@@ -325,6 +339,31 @@ def test_input_that_is_none(service: Service, asked: object, param: str) -> None
 )  # fmt: skip
 def test_the_field_at_fault_is_named(service: Service, field: str, value: object) -> None:
     assert fault(service.embed("a", **{field: value}))["param"].startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"return_dense": False}, "return_dense"),
+     ({"embedding_type": "sparse", "return_sparse": False}, "return_sparse")],
+)  # fmt: skip
+def test_no_kind_of_vector_names_the_field_that_took_the_last(
+    service: Service, fields: dict[str, Any], param: str
+) -> None:
+    assert fault(service.embed("a", **fields))["param"] == param
+
+
+def test_a_reply_of_too_many_numbers_is_refused_before_they_are_computed(
+    monkeypatch: pytest.MonkeyPatch, service: Service
+) -> None:
+    (item,) = items(service.embed("a b", embedding_type="colbert"))
+    n_numbers = sum(map(len, item["colbert_vecs"]))
+    monkeypatch.setitem(embeddings.MAX_COLBERT_NUMBERS, "float", 4 * n_numbers - 1)
+    error = fault(service.embed(["a b"] * 4, embedding_type="colbert"))
+    assert (error["param"], "base64" in error["message"]) == ("encoding_format", True)
+    assert len(items(service.embed(["a b"] * 3, embedding_type="colbert"))) == 3
+    packed = {"embedding_type": "colbert", "encoding_format": "base64"}
+    assert len(items(service.embed(["a b"] * 4, **packed))) == 4
+    assert len(items(service.embed(["a b"] * 4))) == 4
 
 
 def test_fields_that_nobody_knows_are_named(service: Service) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import openai
 import pytest
 import tiktoken
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
 from langchain_openai import OpenAIEmbeddings
 
 from tests.serving import Service, fake, serving, settings
@@ -157,3 +159,11 @@ def test_coheres_first_version(service: Service) -> None:
     assert [item.document.text for item in reply.results if item.document] == [
         TEXTS[2], TEXTS[0], TEXTS[1],
     ]  # fmt: skip
+
+
+def test_the_client_of_text_embeddings_inference(service: Service) -> None:
+    with InferenceClient(model=f"{service.url}/embed", token="any") as client:
+        found = client.feature_extraction(TEXTS[0], prompt_name="query", truncate=True)
+        assert found.tolist() == vectors(service, TEXTS[:1])
+        with pytest.raises(HfHubHTTPError, match="prompt_name"):
+            client.feature_extraction(TEXTS[0], prompt_name="image")

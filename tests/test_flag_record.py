@@ -1,16 +1,20 @@
-"""The reference and llama.cpp against what FlagEmbedding said (record_flag.py)."""
+"""The reference and the service against what FlagEmbedding said (record_flag.py)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from engine.backends.base import Encoder, load_encoder
 from models.convert.bge_m3 import convert
+from rerankers import BGEReranker, max_sim
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS, FileType
-from tests.plain_encoder import FLASH_ON, Encoder, cosine
+from tests.own_encoder import embed, embedder_of, pairs_of, scores_of, sequences, spec
+from tests.plain_encoder import cosine
 from tests.record_flag import (
     PAIR_LENGTHS,
     REAL_PAIR_LENGTHS,
@@ -25,9 +29,10 @@ from tests.record_flag import (
 real = pytest.mark.real
 
 
-def differences(
-    model: tiny.Bert, hidden: list[Any], part: dict[str, Any]
-) -> tuple[float, float, float]:
+Found = tuple[float, float, float]
+
+
+def differences(model: tiny.Bert, hidden: list[Any], part: dict[str, Any]) -> Found:
     """From the record, at most: dense (1 - cosine), sparse weights, MaxSim."""
     dense = max(
         1 - cosine(model.dense(rows), vector)
@@ -60,44 +65,72 @@ def test_the_references_logits_are_flag_rerankers(length: int, key: str) -> None
 
 
 # From FlagEmbedding, which rounds nothing: dense (1 - cosine), sparse, MaxSim.
-FROM_FLAG: dict[FileType, tuple[float, float, float]] = {
+FROM_FLAG: dict[FileType, Found] = {
     "F32": (1e-5, 2e-3, 1e-3),
     "F16": (1e-5, 2e-3, 1e-3),
     "Q8_0": (3e-3, 2e-2, 1e-2),
 }
 
 
+Load = Callable[..., Encoder]
+
+
+@pytest.fixture
+def load() -> Iterator[Load]:
+    """Loads the service's own encoders, with flash attention; closes them after the test."""
+    with ExitStack() as loaded:
+
+        def start(path: Path, n_ctx: int = 512) -> Encoder:
+            encoder = load_encoder(spec(path, n_ctx, flash_attention=True), lambda _: None)
+            loaded.callback(encoder.close)
+            return encoder
+
+        yield start
+
+
+def differences_of_own(encoder: Encoder, texts: Sequence[str], part: dict[str, Any]) -> Found:
+    """The same for what the service answers."""
+    embedder = embedder_of(encoder)
+    assert [ids.tolist() for ids in sequences(embedder, texts)] == part["ids"]
+    found = embed(embedder, texts)
+    dense = max(
+        1 - cosine(ours.dense, vector) for ours, vector in zip(found, part["dense"], strict=True)
+    )
+    sparse = 0.0
+    for ours, right in zip(found, part["sparse"], strict=True):
+        weights = dict(zip(*(values.tolist() for values in ours.sparse), strict=True))
+        for token in weights | right:
+            sparse = max(sparse, abs(weights.get(token, 0) - right.get(token, 0)))
+    late = [ours.colbert for ours in found]
+    scores = np.array([[max_sim(query, document) for document in late] for query in late])
+    return dense, sparse, float(abs(scores - np.array(part["max_sim"])).max())
+
+
 @real
 @pytest.mark.parametrize("file_type", FROM_FLAG)
-def test_llama_cpp_with_flash_attention_is_close_to_flag_embedding(
-    file_type: FileType, load_encoder: Callable[..., Encoder], tmp_path: Path
+def test_the_services_vectors_are_close_to_flag_embeddings(
+    file_type: FileType, load: Load, tmp_path: Path
 ) -> None:
-    path = tiny.write_embedder(tmp_path / "m3.gguf", file_type)
-    encoder = load_encoder(path, pooling=0, flash=FLASH_ON)
-    part = recorded()["tiny"]
-    assert [encoder.ids(text) for text in TEXTS] == part["ids"]
-    hidden = [encoder.run(ids) for ids in part["ids"]]
-    found = differences(tiny.tiny_embedder(), hidden, part)
+    tiny.write_heads(tmp_path)
+    encoder = load(tiny.write_embedder(tmp_path / "embedder.gguf", file_type))
+    found = differences_of_own(encoder, TEXTS, recorded()["tiny"])
     assert np.less(found, FROM_FLAG[file_type]).all(), found
 
 
 @real
 @pytest.mark.parametrize(("file_type", "off"), [("F32", 3e-2), ("F16", 3e-2), ("Q8_0", 0.5)])
-def test_logits_and_their_order_are_flag_rerankers(
-    file_type: FileType, off: float, load_encoder: Callable[..., Encoder], tmp_path: Path
+def test_the_services_scores_are_flag_rerankers(
+    file_type: FileType, off: float, load: Load, tmp_path: Path
 ) -> None:
-    encoder = load_encoder(tiny.write_reranker(tmp_path / "rr.gguf", file_type), flash=FLASH_ON)
+    reranker = BGEReranker(load(tiny.write_reranker(tmp_path / "reranker.gguf", file_type)))
     record = recorded()["reranker"]
-    for length in PAIR_LENGTHS:
-        pairs = [encoder.pair(*pair, length) for pair in PAIRS]
-        assert pairs == record["pair_ids"][str(length)]
-    logits = [float(encoder.run(encoder.pair(*pair))[0]) for pair in PAIRS]
+    logits = scores_of(reranker, PAIRS)
     assert logits == pytest.approx(record["logits"], abs=off)
     if file_type != "Q8_0":
         for start in range(0, len(PAIRS), len(TEXTS)):
-            found = np.argsort(logits[start : start + len(TEXTS)])[::-1][:10]
-            right = np.argsort(record["logits"][start : start + len(TEXTS)])[::-1][:10]
-            assert found.tolist() == right.tolist()
+            of_query = slice(start, start + len(TEXTS))
+            found = np.argsort(logits[of_query])[::-1][:10]
+            assert found.tolist() == np.argsort(record["logits"][of_query])[::-1][:10].tolist()
 
 
 # Real weights and the real vocabulary
@@ -109,56 +142,56 @@ def e5_with_heads() -> tiny.Bert:
 
 
 def without_last(part: dict[str, Any]) -> dict[str, Any]:
+    """Without the text that is known to be off by up to 2e-2 in Q8_0, alone of all texts."""
+    assert REAL_TEXTS[-1] == "."
     shorter = {name: values[:-1] for name, values in part.items()}
     return shorter | {"max_sim": [scores[:-1] for scores in shorter["max_sim"]]}
 
 
 @real
 @pytest.mark.parametrize("file_type", ["F32", "Q8_0"])
-def test_real_weights_give_what_flag_embedding_gives(
-    file_type: FileType,
-    e5: Path,
-    e5_with_heads: tiny.Bert,
-    load_encoder: Callable[..., Encoder],
-    tmp_path: Path,
+def test_the_services_vectors_of_real_weights_are_flag_embeddings(
+    file_type: FileType, e5: Path, e5_with_heads: tiny.Bert, load: Load, tmp_path: Path
 ) -> None:
-    path = e5
-    if file_type != "F32":
+    path, texts, part = tmp_path / "e5.gguf", [*REAL_TEXTS], recorded()["real"]
+    if file_type == "F32":
+        path.symlink_to(e5)
+        tiny.write_heads(tmp_path, e5_with_heads)
+    else:
         tiny.write_hf(tmp_path / "hf", e5_with_heads, tiny.vocabulary_in(e5))
-        path = tmp_path / "e5.gguf"
         convert(tmp_path / "hf", path, file_type)
-    encoder = load_encoder(path, pooling=0, flash=FLASH_ON)
-    part = recorded()["real"]
-    assert [encoder.ids(text) for text in REAL_TEXTS] == part["ids"]
-    hidden = [encoder.run(ids) for ids in part["ids"]]
-    if file_type == "Q8_0":
-        assert REAL_TEXTS[-1] == "."  # known to be off by up to 2e-2, alone of all texts
-        hidden, part = hidden[:-1], without_last(part)
-    found = differences(e5_with_heads, hidden, part)
+        texts, part = texts[:-1], without_last(part)
+    found = differences_of_own(load(path), texts, part)
     assert np.less(found, FROM_FLAG[file_type]).all(), found
 
 
 @real
-def test_strings_of_forty_languages_are_split_alike(
-    e5: Path, load_encoder: Callable[..., Encoder]
-) -> None:
-    encoder = load_encoder(e5)
+def test_strings_of_forty_languages_are_split_alike(e5: Path, load: Load) -> None:
     texts, record = strings(), recorded()["strings"]
     different = {
         text
-        for text, right in zip(texts, record, strict=True)
-        if fingerprint(encoder.ids(text)) != right
+        for text, ids, right in zip(
+            texts, sequences(embedder_of(load(e5)), texts), record, strict=True
+        )
+        if fingerprint(ids.tolist()) != right
     }
     assert len(texts) > 1000
     assert different == set()
 
 
 @real
+@pytest.mark.parametrize("length", PAIR_LENGTHS)
+def test_pairs_are_put_together_alike(length: int, load: Load, tmp_path: Path) -> None:
+    path = tiny.write_reranker(tmp_path / "reranker.gguf")
+    found = pairs_of(BGEReranker(load(path, n_ctx=length)), PAIRS)
+    assert [ids.tolist() for ids in found] == recorded()["reranker"]["pair_ids"][str(length)]
+
+
+@real
 @pytest.mark.parametrize("length", REAL_PAIR_LENGTHS)
-def test_pairs_are_put_together_alike(
-    length: int, e5: Path, load_encoder: Callable[..., Encoder]
+def test_pairs_of_the_real_vocabulary_are_put_together_alike(
+    length: int, e5: Path, load: Load
 ) -> None:
-    encoder = load_encoder(e5)
-    found = [fingerprint(encoder.pair(*pair, length)) for pair in pairs()]
-    assert found == recorded()["pairs"][str(length)]
-    assert any(len(encoder.pair(*pair, 4096)) > length for pair in pairs())
+    found = pairs_of(BGEReranker(load(e5, n_ctx=length)), pairs())
+    assert [fingerprint(ids.tolist()) for ids in found] == recorded()["pairs"][str(length)]
+    assert max(map(len, found)) == length, "some had to be cut"

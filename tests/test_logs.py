@@ -13,7 +13,8 @@ import httpx
 import pytest
 from starlette.responses import StreamingResponse
 
-from logs import Formatter
+from api.middleware import key_of
+from logs import Formatter, JsonFormatter
 from tests.serving import fake, script, serving, settings, wait_until
 from tests.test_server import command, url_in
 from tier import Tier
@@ -150,6 +151,55 @@ def test_nothing_that_was_said_is_printed(tmp_path: Path, arguments: list[str]) 
     assert SECRET not in text
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["server.py"],
+        "-m uvicorn server:app --port 0 --http api.connections:Connection".split(),
+    ],
+)
+def test_as_json_every_line_is_an_object_and_a_request_has_its_fields(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    path = script(tmp_path, *RULES)
+    environment = {"LIGHT_MODEL_PATH": path, "API_KEYS": KEY, "LOG_FORMAT": "json",
+                   "LIGHT_COLOUR": "red"}  # fmt: skip
+    with command(*arguments, **environment) as process:
+        found: list[dict[str, Any]] = []
+        assert process.stdout
+        for line in process.stdout:
+            if arguments == ["server.py"] or found or line.startswith("{"):
+                found.append(json.loads(line))  # uvicorn says something before it loads us
+            if "Serving" in line or "running on" in line:
+                break
+        last = found[-1]
+        port = last.get("port") or last["message"].partition("127.0.0.1:")[2].partition(" ")[0]
+        reader = threading.Thread(
+            target=lambda: found.extend(map(json.loads, read(process).splitlines()))
+        )
+        reader.start()
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            assert ask(http, CHAT, chat()) == 200
+            assert http.get("/v1/models").status_code == 401
+            assert ask(http, CHAT, chat(f"fails {SECRET}")) == 500
+            assert ask(http, CHAT, chat(f"dies {SECRET}")) == 500
+        process.terminate()
+        reader.join(20)
+    assert SECRET not in json.dumps(found)
+    assert all({"time", "level", "logger", "message", "process"} <= line.keys() for line in found)
+    asked, stranger, *_ = (line for line in found if line["logger"] == "quintet.access")
+    assert asked["request_id"].startswith("req-")
+    assert asked["duration_ms"] >= asked["queue_ms"] + asked["prompt_ms"] + asked["generation_ms"]
+    told = {name: asked[name] for name in ("method", "route", "tier", "status", "key_id")}
+    key_id = key_of(KEY, is_admin=False).id
+    assert list(told.values()) == ["POST", CHAT, "light", 200, key_id]
+    assert (stranger["status"], stranger["key_id"], stranger["tier"]) == (401, None, None)
+    assert any("LIGHT_COLOUR" in line["message"] for line in found), "also what came before"
+    (failed,) = (line for line in found if "A step failed" in line["message"])
+    assert "RuntimeError: LOG_LEVEL=DEBUG" in failed["exception"], "the worker's too"
+    assert failed["process"] != asked["process"]
+
+
 def read(process: "subprocess.Popen[str]") -> str:
     assert process.stdout
     return process.stdout.read()
@@ -180,6 +230,23 @@ def test_what_led_to_a_fault_is_told_first_without_its_message_too() -> None:
     assert SECRET not in text
     assert text.index("ValueError") < text.index("which led to this") < text.index("RuntimeError")
     assert "raise ValueError(SECRET)" in text, "where it was raised"
+
+
+def test_a_record_as_json_has_its_fields_and_no_message_of_a_fault() -> None:
+    record = logging.makeLogRecord(
+        {"name": "test_logs.x", "levelname": "ERROR", "msg": "It\n%s", "args": ("failed",),
+         "exc_info": (KeyError, KeyError(SECRET), None), "fields": {"n": 1, "at": Path("/x")}}
+    )  # fmt: skip
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    said = json.loads(line)
+    assert (said["level"], said["message"], said["n"], said["at"]) == (
+        "ERROR",
+        "It\nfailed",
+        1,
+        "/x",
+    )
+    assert said["exception"].endswith("KeyError: LOG_LEVEL=DEBUG shows the message")
 
 
 def test_of_a_file_that_is_not_there_the_name_is_told() -> None:

@@ -292,6 +292,17 @@ def test_an_idle_worker_is_stopped_and_started_again(tmp_path: Path) -> None:
     assert len(launches.handles) == 2
 
 
+def test_how_long_a_model_stays_may_be_said_when_nobody_uses_it() -> None:
+    async def test(manager: ModelManager) -> None:
+        light = manager.tiers["light"]
+        assert await ask(light) == "You said: Hi"
+        await until(lambda: not light._wakeup.is_set())  # it waits for IDLE_TTL_S to be over
+        light.keep_alive(0)
+        await until(lambda: light.state == "stopped")
+
+    run(test, light=fake())
+
+
 def test_a_lease_keeps_the_worker(tmp_path: Path) -> None:
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]

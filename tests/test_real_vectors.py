@@ -11,7 +11,7 @@ import pytest
 
 from engine.backends.base import load_encoder
 from engine.model_file import read_model_file
-from settings import Settings
+from settings import ServerSettings, Settings
 from tests.serving import Service, serving, settings
 from worker_spec import worker_spec
 
@@ -78,7 +78,7 @@ def test_room_for_logits_that_nobody_computes_is_given_back(e5: Path) -> None:
     """512 tokens of a vocabulary of 250,000 have logits of 512 MB."""
     of = Settings.load(None).tiers["embedding"]
     encoder = load_encoder(
-        worker_spec("embedding", of, read_model_file(of.path), "WARNING"), lambda _: None
+        worker_spec("embedding", of, read_model_file(of.path), ServerSettings()), lambda _: None
     )
     before = psutil.Process().memory_info().rss
     rows = encoder.encode([np.full(512, 1000, np.int32)])

@@ -1,5 +1,6 @@
 """POST /v1/rerank and /v1/score on the fake encoder: a cross-encoder, and an embedding model."""
 
+import dataclasses
 import json
 import math
 import threading
@@ -256,10 +257,34 @@ def test_max_tokens_per_doc_cuts_and_says_so(service: Service) -> None:
 def test_a_document_that_does_not_fit_is_cut_at_its_end(service: Service) -> None:
     long = " ".join(["rain", *(f"w{i}" for i in range(40))])
     body = answer(service.rerank("rain", [long], raw_scores=True))
-    assert body["meta"]["warnings"] == ["documents[0]: 14 tokens were cut, of it or of the query."]
+    assert body["meta"]["warnings"] == ["documents[0]: 14 tokens were cut."]
     score = body["results"][0]["relevance_score"]
     at_start = scored(service, "rain", [long], raw_scores=True, truncate="start")[0]
     assert score > 0 > at_start, "the word was at the start"
+
+
+def test_a_query_that_had_to_be_cut_is_told_once(service: Service) -> None:
+    long = "rain " * 40
+    body = answer(service.rerank(long, ["a", "b"]))
+    assert body["meta"]["warnings"] == ["query: 16 tokens were cut."]
+    reply = service.http.post("/rerank", json={"query": long, "texts": ["a"], "truncate": True})
+    assert reply.headers["x-truncated-inputs"] == "query=16"
+    body = answer(service.http.post("/v1/score", json={"text_1": long, "text_2": ["a", "b " * 40]}))
+    assert body["truncated"][0] == {"index": 0, "n_tokens_cut": 16}
+    assert body["truncated"][1]["n_tokens_cut"] > 16
+
+
+def test_a_stand_in_answers_to_the_names_of_the_reranker() -> None:
+    of = dataclasses.replace(settings(embedding=fake()), reranker_aliases=["bge-reranker", "light"])
+    with serving(of) as service:
+        for model in ("bge-reranker", "reranker"):
+            assert answer(service.rerank("a", ["b"], model=model))["model"] == "reranker"
+            assert answer(service.http.get(f"/v1/models/{model}"))["served_by"] == "embedding"
+            assert fault(service.embed(model=model))["param"] == "model"
+        listed = answer(service.http.get("/v1/models"))["data"]
+        assert [model["aliases"] for model in listed if model["id"] == "reranker"] == [
+            ["bge-reranker", "light"]
+        ]
 
 
 @pytest.mark.parametrize("truncate", ["none", False])

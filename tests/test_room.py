@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from engine import wire
 from engine.client import launch_process
 from errors import InsufficientMemory, QueueFull, QueueTimeout
 from model_manager import ModelManager
@@ -134,7 +135,7 @@ def test_waiting_in_line_has_an_end(tmp_path: Any) -> None:
 def test_four_tiers_in_random_order_never_have_more_than_the_limit() -> None:
     """Of 200 requests none is cut, and models change places far less often than they could."""
     launches = Launches()
-    names = ("light", "medium", "heavy")
+    names = ("light", "medium", "heavy", "embedding")
     dice = random.Random(5)
 
     async def test(manager: ModelManager) -> None:
@@ -153,14 +154,18 @@ def test_four_tiers_in_random_order_never_have_more_than_the_limit() -> None:
         async def one(n: int) -> None:
             async with gate:
                 tier: Tier = manager.tiers[dice.choice(names)]
-                assert await ask(tier, f"{n}") == f"You said: {n}"
+                if tier.name == "embedding":
+                    with tier.lease(), tier.embed(wire.Embed([f"{n}"], ["dense"])) as encoding:
+                        assert len(await encoding.all()) == 1
+                else:
+                    assert await ask(tier, f"{n}") == f"You said: {n}"
 
         await asyncio.gather(*(one(n) for n in range(200)))
         watching.cancel()
         assert FAKE <= most <= 100 << 20
 
-    run(test, launches, TWO, light=fake(), medium=fake(), heavy=fake())
-    assert 3 <= len(launches.handles) < 100
+    run(test, launches, TWO, light=fake(), medium=fake(), heavy=fake(), embedding=fake())
+    assert 4 <= len(launches.handles) < 100
 
 
 def test_a_model_is_unloaded_when_its_requests_have_ended_or_by_force(tmp_path: Any) -> None:

@@ -124,6 +124,34 @@ def opened(source: str) -> list[str]:
     )
 
 
+CALENDAR = {"time.time", "time.time_ns", "datetime.datetime.now", "datetime.datetime.utcnow"}
+# what clients or files are told; everything else measures, and a clock that is set would upset it
+TELLS_THE_TIME = {
+    "api/generation.py", "api/prompt.py", "api/rerank.py", "api/responses.py", "cache.py",
+    "cache_disk.py", "cache_file.py",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_measures_time_does_not_look_at_the_calendar(path: Path) -> None:
+    if path.relative_to(ROOT).as_posix() not in TELLS_THE_TIME:
+        assert not dates(path.read_text(encoding="utf-8"))
+
+
+def test_who_looks_at_the_calendar_is_found() -> None:
+    for source in ("import time\nt = time.time", "from time import time\ntime()"):
+        assert dates(source)
+    assert dates("from datetime import datetime\ndatetime.now()")
+    assert not dates("import time\ntime.monotonic()")
+
+
+def dates(source: str) -> set[str]:
+    tree = ast.parse(source)
+    names = {name: full for node in ast.walk(tree) for name, full in imported(node)}
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute))
+    return {full_name(node, names) for node in nodes} & CALENDAR
+
+
 def test_all_sources_are_looked_at() -> None:
     found = {str(path.relative_to(ROOT)) for path in SOURCES}
     assert {"server.py", "engine/torch_file.py", "models/convert/bge_m3.py"} <= found

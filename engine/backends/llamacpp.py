@@ -448,7 +448,6 @@ def reason_of(spec: WorkerSpec, log: "LlamaLog") -> str:
 class LlamaLog:
     """Sends llama.cpp's log to `logging`, and remembers the reason of a failure."""
 
-    _in_force: "ClassVar[LlamaLog]"
     # ggml.h: 1 debug, 2 info, 3 warning, 4 error, 5 goes on with the line before
     LEVELS: ClassVar = {3: logging.WARNING, 4: logging.ERROR}  # its info is chatter: DEBUG
     KNOWN = (
@@ -457,12 +456,13 @@ class LlamaLog:
         "model vocab missing newline token",  # encoders need none
     )
 
+    _in_use: ClassVar[Any] = None  # of the process: llama.cpp may call it at any time from now on
+
     def __init__(self) -> None:
         self.is_muted = False  # while what it says is of our doing
         self.reason: str | None = None  # the first error; the later ones only say that it failed
-        self._callback = lib.llama_log_callback(self._write)
-        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
-        LlamaLog._in_force = self  # must live until another is set, for all models of the process
+        LlamaLog._in_use = lib.llama_log_callback(self._write)
+        lib.llama_log_set(LlamaLog._in_use, ctypes.c_void_p(0))
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode(errors="replace").rstrip()

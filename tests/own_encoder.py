@@ -1,0 +1,58 @@
+"""The service's own encoders, as its worker loads and uses them, without the worker."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedders import Embedded, SimpleEmbedder, new_embedder
+from engine import wire
+from engine.backends.base import Encoder
+from rerankers import BGEReranker
+
+ALL: frozenset[Any] = frozenset({"dense", "sparse", "colbert"})
+
+
+def spec(path: Path, n_ctx: int = 512, **values: Any) -> wire.WorkerSpec:
+    kind = "reranker" if "reranker" in path.name else "embedding"
+    encoder = wire.EncoderSpec(**{"kind": kind, "flash_attention": False} | values)
+    return wire.WorkerSpec(
+        name="embedding", backend="llamacpp", model_path=str(path), n_ctx=n_ctx, n_parallel=8,
+        kv_tokens=512, n_batch=512, n_threads=1, n_gpu_layers=0, encoder=encoder,
+    )  # fmt: skip
+
+
+def embedder_of(encoder: Encoder, **values: Any) -> SimpleEmbedder:
+    embedder = new_embedder(encoder, wire.EncoderSpec(kind="embedding", **values))
+    assert isinstance(embedder, SimpleEmbedder)
+    return embedder
+
+
+def sequences(embedder: SimpleEmbedder, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    fitting = [embedder.frame(text, "none").fit(embedder.encoder.n_ctx, "end") for text in texts]
+    return [fit[0] for fit in fitting if fit is not None]
+
+
+def embed(embedder: SimpleEmbedder, texts: Sequence[str], size: int = 4) -> list[Embedded]:
+    """All kinds of vectors, `size` texts at a time."""
+    ids = sequences(embedder, texts)
+    found = []
+    for at in range(0, len(ids), size):
+        batch = ids[at : at + size]
+        found += embedder.embed(batch, [ALL & embedder.outputs] * len(batch), lambda: True)
+    return found
+
+
+def pairs_of(reranker: BGEReranker, pairs: Sequence[tuple[str, str]]) -> list[NDArray[np.int32]]:
+    framed = [reranker.frame(query, document)[0] for query, document in pairs]
+    fitting = [pair.fit(reranker.encoder.n_ctx, "end") for pair in framed]
+    return [fit[0] for fit in fitting if fit is not None]
+
+
+def scores_of(
+    reranker: BGEReranker, pairs: Sequence[tuple[str, str]], size: int = 4
+) -> list[float]:
+    ids = pairs_of(reranker, pairs)
+    return [s for at in range(0, len(ids), size) for s in reranker.score(ids[at : at + size])]
