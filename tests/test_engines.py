@@ -126,7 +126,7 @@ def test_mirostat_follows_its_seed_and_aims_at_its_surprise(say: Say, version: i
         return [sampled.token for sampled in say(**values)]
 
     def surprise(tau: float) -> float:
-        said = say(n_tokens=60, **wanted, mirostat_tau=tau, seed=1, n_logprobs=0)
+        said = say(n_tokens=40, **wanted, mirostat_tau=tau, seed=1, n_logprobs=0)
         return float(np.mean([-(sampled.logprob or 0.0) for sampled in said]))
 
     wanted: dict[str, Any] = {"temperature": 1.0, "mirostat": version}
@@ -219,7 +219,7 @@ REQUEST = wire.Generate([1000, 1001], True, GREEDY, [], 1500)
 def test_a_worker_that_dies_or_hangs_costs_only_its_streams(model: Path, fault: int) -> None:
     async def main() -> None:
         tier = TierSettings(model_path=str(model), n_threads=1, n_parallel=2, n_ctx=2048)
-        async with ModelManager(settings({"watchdog_s": 2}, light=tier)) as manager:
+        async with ModelManager(settings({"watchdog_s": 3}, light=tier)) as manager:
             light = manager.tiers["light"]
             with light.submit(REQUEST) as generation:
                 await generation.started()

@@ -137,7 +137,14 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
 BACKENDS = [
     "fake",
     pytest.param("tiny", marks=pytest.mark.real),
-    pytest.param("tiny_mlx", marks=[pytest.mark.real, needs_mlx]),
+    pytest.param(
+        "tiny_mlx",
+        marks=[
+            pytest.mark.real,
+            needs_mlx,
+            pytest.mark.skipif(settings().max_examples <= 100, reason="long: the profile deep"),
+        ],
+    ),
 ]
 
 

@@ -1,8 +1,10 @@
 """The llama.cpp backend on real and on generated models. One thread: two collapse on a busy box."""
 
+import gc
 import json
 import random
 import re
+import weakref
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +18,7 @@ from chat.infill import FAMILIES, Marks, infill, marks_of
 from chat.template import ChatTemplate
 from engine import wire
 from engine.backends.base import Engine
-from engine.backends.llamacpp import LlamaTokenizer
+from engine.backends.llamacpp import LlamaLog, LlamaTokenizer
 from engine.client import launch_process
 from engine.grammar import Compiler
 from engine.model_file import read_model_file
@@ -364,6 +366,16 @@ def test_a_middle_has_the_models_own_marks_and_the_clients_text(
 
 
 # loading
+
+
+def test_the_log_that_llama_cpp_writes_to_is_kept() -> None:
+    """It is the process's, and whoever loaded a model last may have gone."""
+    log = weakref.ref(LlamaLog())
+    gc.collect()
+    assert log() is not None
+    LlamaLog()
+    gc.collect()
+    assert log() is None
 
 
 def test_the_context_is_never_longer_than_the_model_was_trained_for(

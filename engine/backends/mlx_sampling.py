@@ -284,7 +284,7 @@ def _sorted(logits: Row, top_k: int) -> npt.NDArray[np.intp]:
     """Ids of the likeliest tokens, best first; none that is forbidden, but if all are."""
     n = len(logits)
     ids = np.argpartition(logits, n - top_k)[n - top_k :] if 0 < top_k < n else np.arange(n)
-    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    ids = ids[np.argsort(-logits[ids])]
     allowed = ids[logits[ids] > -np.inf]
     return allowed if len(allowed) else ids[:1]
 
