@@ -46,6 +46,7 @@ class Answer:
         self.n_before = 0  # requests that were to be served before it when it came
         self.n_prompt = 0
         self.n_cached = 0  # of these tokens
+        self.n_guessed = self.n_right = 0  # tokens of the answers; those that were right
         # by the monotonic clock; of several prompts the last time counts
         self.queued_at = self.handed_at = self.first_at = self.last_at = time.monotonic()
         self.outs: Outs = self._generate(tier, requests, priority)
@@ -71,6 +72,9 @@ class Answer:
                 async for index, out in outs:
                     self.last_at = time.monotonic()
                     self.first_at = self.first_at or self.last_at
+                    if out.done:
+                        self.n_guessed += out.done.n_guessed
+                        self.n_right += out.done.n_right
                     yield index, out
 
     def headers(self) -> dict[str, str]:
@@ -91,6 +95,8 @@ class Answer:
             "cache_n": self.n_cached,
             **_rates("prompt", n_prompt, self.first_at - self.handed_at),
             **_rates("predicted", n_predicted, self.last_at - self.first_at),
+            "draft_n": self.n_guessed,
+            "draft_n_accepted": self.n_right,
         }
 
 
