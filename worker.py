@@ -479,9 +479,11 @@ class Jobs:
                 job.has_started = True
                 messages.append(wire.Started(job.request.job, len(job.prompt), n_cached))
         for number, n_guesses in result.guessed:
-            self._answers[number].n_guessed += n_guesses
+            if answer := self._answers.get(number):
+                answer.n_guessed += n_guesses
         for number in result.right:
-            self._answers[number].n_right += 1
+            if answer := self._answers.get(number):
+                answer.n_right += 1
         outs = []
         for number, sampled in result.tokens:
             answer = self._answers.get(number)

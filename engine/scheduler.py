@@ -326,19 +326,20 @@ class Scheduler:
     def _plan_guesses(self, batch: Batch) -> None:
         if not self._speculation or self._is_full or len(batch.chunks) < len(self._running):
             return
-        hopeful = []
+        guessing = []
         for chunk in batch.chunks:
             sequence = chunk.sequence
             if not sequence.reuses:  # has the same numbers only in the same batches
                 continue
             sequence.guesses = sequence.guesses or Guesses()
             sequence.guesses.follow(sequence.tokens)
-            if sequence.guesses.is_hopeful:
-                hopeful.append(chunk)
+            if sequence.guesses.exist:
+                guessing.append(chunk)
         n_room = min(self._n_batch, self._cells.n_free) - batch.n_tokens
-        n_others = len(batch.chunks) - len(hopeful)
-        trusts = [chunk.sequence.guesses.trust for chunk in hopeful]
-        for chunk, n in zip(hopeful, self._speculation.plan(trusts, n_others, n_room), strict=True):
+        n_others = len(batch.chunks) - len(guessing)
+        trusts = [chunk.sequence.guesses.trust for chunk in guessing]
+        numbers = self._speculation.plan(trusts, n_others, n_room)
+        for chunk, n in zip(guessing, numbers, strict=True):
             if n:
                 batch.guess(chunk, chunk.sequence.guesses.next(chunk.sequence.tokens, n))
 

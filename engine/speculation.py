@@ -36,8 +36,8 @@ class Guesses:
         self._n_seen = 0
 
     @property
-    def is_hopeful(self) -> bool:
-        return self._at is not None and self.trust >= LEAST
+    def exist(self) -> bool:
+        return self._at is not None
 
     def follow(self, tokens: "array[int]") -> None:
         """Hear what the sequence has said."""
@@ -92,6 +92,8 @@ class Speculation:
         plain_s = self._seconds(n_sequences)
         expected, best_rate = float(n_sequences), n_sequences / plain_s
         for i in sorted(range(len(trusts)), key=lambda i: -trusts[i]):
+            if trusts[i] < LEAST:
+                break
             gained, n_best, expected_best = 0.0, 0, expected
             wanted = best_rate * GAIN
             for n in range(1, min(MOST, n_room) + 1):
