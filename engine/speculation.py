@@ -11,12 +11,13 @@ import numpy as np
 
 from engine.prefix import Tokens
 
-SHORTEST = 3  # tokens that must be as they were somewhere before
+SHORTEST = 2  # tokens that must be as they were somewhere before
 LONGEST = 16  # of which the longest match is taken; of equal ones the last
 MOST = 16  # guesses in one step
+ROUND = 4  # only multiples: kernels compute so many tokens for the price of one less
 LEAST = 0.3  # trust with which it is asked whether guesses pay
-RATE = 0.2  # weight of the newest token in a sequence's trust
-GAIN = 1.05  # that a step with guesses must promise
+RATE = 0.15  # weight of the newest token in a sequence's trust
+GAIN = 1.1  # that a step with guesses must promise
 BESIDE = 1.25  # times as long may a step take for guesses where it serves several sequences
 UNKNOWN = 0.25  # of a token's share in a step: what one more is taken to cost, unless measured
 SMOOTHING = 0.3  # weight of the newest measurement
@@ -33,6 +34,7 @@ class Guesses:
     def __init__(self) -> None:
         self.trust = 0.0  # the probability that the next one is right
         self._at: int | None = None  # the index of the token that is guessed to come next
+        self._n_wrong = 0  # the last so many guesses from there
         self._n_seen = 0
 
     @property
@@ -42,13 +44,17 @@ class Guesses:
     def follow(self, tokens: "array[int]") -> None:
         """Hear what the sequence has said."""
         for token in tokens[self._n_seen :] if self._n_seen else ():
-            is_right = self._at is not None and tokens[self._at] == token
             if self._at is not None:
+                is_right = tokens[self._at] == token
                 self.trust += RATE * (is_right - self.trust)
-            self._at = self._at + 1 if self._at is not None and is_right else None
+                self._at += 1
+                self._n_wrong = 0 if is_right else self._n_wrong + 1
         self._n_seen = len(tokens)
-        if self._at is None:
-            self._at = _continuation(np.frombuffer(tokens, np.int32))
+        if self._at is None or self._n_wrong:
+            found = _continuation(np.frombuffer(tokens, np.int32))
+            # else one token may have been put in the place of another
+            if found is not None or self._n_wrong > 1:
+                self._at, self._n_wrong = found, 0
 
     def next(self, tokens: "array[int]", n: int) -> "array[int]":
         """So many guesses, or none."""
@@ -96,11 +102,13 @@ class Speculation:
                 break
             gained, n_best, expected_best = 0.0, 0, expected
             wanted = best_rate * GAIN
-            for n in range(1, min(MOST, n_room) + 1):
+            for n in range(1, min(MOST - n_tokens % ROUND, n_room) + 1):
+                gained += trusts[i] ** n
+                if (n_tokens + n) % ROUND:
+                    continue
                 seconds = self._seconds(n_tokens + n)
                 if n_sequences > 1 and seconds > BESIDE * plain_s:
                     break
-                gained += trusts[i] ** n
                 if (expected + gained) / seconds > wanted:
                     n_best, expected_best = n, expected + gained
                     wanted = best_rate = expected_best / seconds
