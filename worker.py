@@ -119,9 +119,7 @@ class Answer:
             mean = self._logprob / max(self._n_tokens, 1)
         is_valid = self._grammar.is_complete if self._grammar else None
         stop = self._text.stop
-        done = wire.Done(
-            finish, self._n_tokens, mean, is_valid, stop, self.n_guessed, self.n_right
-        )
+        done = wire.Done(finish, self._n_tokens, mean, is_valid, stop, self.n_guessed, self.n_right)
         return self._out(text, done)
 
     def _out(self, text: str, done: wire.Done | None) -> wire.TokenOut:

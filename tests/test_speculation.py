@@ -121,7 +121,8 @@ def test_neighbours_are_not_kept_waiting() -> None:
     assert taught(half).plan([1.0], 0, 100)[0] > 0
     assert taught(half).plan([1.0], 3, 100) == [0]
     (n,) = taught(CHEAP).plan([1.0], 3, 100)
-    assert 0 < n and CHEAP[4 + n] <= BESIDE * CHEAP[4]
+    assert n > 0
+    assert CHEAP[4 + n] <= BESIDE * CHEAP[4]
 
 
 def test_several_sequences_share_what_a_step_may_take() -> None:
@@ -247,9 +248,7 @@ def engine_with(rule: dict[str, Any], n_guesses: int) -> BatchEngine:
     return engine
 
 
-def heard(
-    engine: BatchEngine, requests: list[wire.Generate]
-) -> dict[tuple[int, int], list[Any]]:
+def heard(engine: BatchEngine, requests: list[wire.Generate]) -> dict[tuple[int, int], list[Any]]:
     """What the worker would send for each job and answer, without the counts of guesses."""
     jobs, compiler = worker.Jobs(engine), Compiler(engine.tokenizer)
     for request in requests:
