@@ -19,6 +19,8 @@ from engine.grammar import Compiler
 from engine.speculation import BESIDE, LEAST, MEMORY, MOST, Guesses, Speculation
 from engine.types import Batch, SamplingParams
 from tests.scheduling import Bench, FixedSpeculation, answer_to, repetitive_token, tokens
+from tests.serving import fake, script, serving
+from tests.serving import settings as settings_of
 from tests.test_llamacpp import GREEDY, differ_by_rounding, engine_of, generate, ids
 from tests.test_worker import generate as request_for
 from tests.test_worker import spec
@@ -317,6 +319,22 @@ def test_a_failure_that_is_scripted_comes_also_where_its_place_is_guessed() -> N
     engine = engine_with({"answer": "abc" * 20, "fault": "step", "after": 30}, 8)
     (outs,) = heard(engine, [request_for("Hi")]).values()
     assert isinstance(outs[-1], wire.Failed)
+
+
+@pytest.mark.parametrize("speculation", [True, False])
+def test_a_tier_guesses_where_that_pays_and_unless_it_is_told_not_to(
+    speculation: bool, tmp_path: Path
+) -> None:
+    path = script(tmp_path, {"answer": "abcdef" * 30}, step_ms=3)  # so a token more costs nothing
+    with serving(settings_of(light=fake(path, speculation=speculation))) as service:
+        body = service.chat(timings=True).json()
+        metrics = service.http.get("/metrics").text
+    assert body["choices"][0]["message"]["content"] == "abcdef" * 30
+    assert body["usage"]["completion_tokens"] == 181
+    n_guessed, n_right = body["timings"]["draft_n"], body["timings"]["draft_n_accepted"]
+    assert (n_guessed >= n_right > 50) if speculation else (n_guessed == n_right == 0)
+    assert f'quintet_draft_tokens_total{{tier="light"}} {n_guessed:.1f}' in metrics
+    assert f'quintet_draft_tokens_accepted_total{{tier="light"}} {n_right:.1f}' in metrics
 
 
 # on a real model
