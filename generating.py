@@ -88,6 +88,8 @@ class Generation:
             self._heard[message.index] = now, message.n_tokens
             n_new = message.n_tokens - n_before
             self._owner.metrics.answered(now - since, n_new, is_first=not n_before)
+            if message.done:
+                self._owner.metrics.guessed(message.done.n_guessed, message.done.n_right)
             self.n_open -= message.done is not None
             if self.n_open == 0:
                 self._owner.drop(self)

@@ -44,6 +44,7 @@ class Answer:
         self.n_prompt = 0
         self.n_cached = 0  # of these tokens
         self.seed = 0
+        self.n_guessed = self.n_right = 0  # tokens of the answers; those that were right
         # by the monotonic clock; of several prompts the last time counts
         self.queued_at = self.handed_at = self.first_at = self.last_at = time.monotonic()
         self.outs: Outs = self._read(items)
@@ -64,6 +65,9 @@ class Answer:
                 else:
                     self.last_at = time.monotonic()
                     self.first_at = self.first_at or self.last_at
+                    if done := item[1].done:
+                        self.n_guessed += done.n_guessed
+                        self.n_right += done.n_right
                     yield item
 
     def headers(self) -> dict[str, str]:
@@ -84,6 +88,8 @@ class Answer:
             "cache_n": self.n_cached,
             **_rates("prompt", n_prompt, self.first_at - self.handed_at),
             **_rates("predicted", n_predicted, self.last_at - self.first_at),
+            "draft_n": self.n_guessed,
+            "draft_n_accepted": self.n_right,
         }
 
 

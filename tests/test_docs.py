@@ -380,6 +380,7 @@ MAY_IMPORT = {
         "engine.cells",
         "engine.pace",
         "engine.prefix",
+        "engine.speculation",
         "engine.types",
     },
     "engine.cells": {"engine.backends.base", "engine.prefix"},
@@ -387,6 +388,7 @@ MAY_IMPORT = {
     "engine.machine": set(),
     "engine.prefix": set(),
     "engine.pace": set(),
+    "engine.speculation": {"engine.prefix"},
     "engine.heads": {"engine.model_file", "engine.tensors", "engine.torch_file", "errors"},
     "engine.tensors": {"engine.torch_file", "errors"},
     "engine.torch_file": set(),
@@ -397,6 +399,7 @@ MAY_IMPORT = {
     "bench.encoders": {"bench.own_service", "engine", "settings", "worker_spec"},
     "examples": set(),
     "bench.engine": {"chat", "engine"},
+    "bench.speculation": {"engine"},
 }
 # Libraries that only some modules may import.
 ONLY_IN = {
@@ -407,6 +410,7 @@ ONLY_IN = {
         "engine.backends.llamacpp",
         "engine.backends.llama_encoder",
         "bench.encoders",
+        "bench.speculation",
     },
     "gguf": {"models"},
     "mlx": {"engine.backends.mlx", "engine.backends.mlx_bert", "engine.backends.mlx_rows"},

@@ -123,8 +123,8 @@ class Decoder(Memory, Protocol):
         """Compute one batch. Raises CacheFull, or anything else when the batch failed."""
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
-        """The next token of the sequence whose logits are the batch's `row`-th wanted ones. An
-        exception is the sequence's own fault."""
+        """The next token of the sequence whose logits are the batch's `row`-th wanted ones; behind
+        guesses only after those were right. An exception is the sequence's own fault."""
 
     def close(self) -> None: ...
 

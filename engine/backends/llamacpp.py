@@ -369,13 +369,15 @@ class _BatchArrays:
         self._wanted[: batch.n_tokens] = 0
         at = 0
         for chunk in batch.chunks:
-            end = at + chunk.n_tokens
-            self._token[at:end] = chunk.sequence.tokens[chunk.start : chunk.end]
-            self._pos[at:end] = np.arange(chunk.start, chunk.end)
+            tokens = chunk.tokens
+            end = at + len(tokens)
+            self._token[at:end] = tokens
+            self._pos[at:end] = np.arange(chunk.start, chunk.start + len(tokens))
             self._slot[at:end] = chunk.slot
             if chunk.wants_logits:
-                self._wanted[end - 1] = 1
-                self.logits_at.append(end - 1)
+                rows = range(at + chunk.n_tokens - 1, end)
+                self._wanted[rows.start : rows.stop] = 1
+                self.logits_at += rows
             at = end
         self._batch.n_tokens = batch.n_tokens
         return self._batch
