@@ -41,8 +41,8 @@ def serving(n_streams: int, step_ms: float) -> Iterator[tuple[str, psutil.Proces
         script.write_text(json.dumps({"step_ms": step_ms}))
         settings = {
             "LIGHT_BACKEND": "fake", "LIGHT_MODEL_PATH": str(script), "LIGHT_PRELOAD": "true",
-            "LIGHT_N_PARALLEL": str(n_streams), "LIGHT_N_CTX": "16384",
-            "LIGHT_KV_TOKENS": str(16384 * n_streams),
+            "LIGHT_N_PARALLEL": str(n_streams), "LIGHT_N_CTX": "4096",
+            "LIGHT_KV_TOKENS": str(4096 * n_streams),
         }  # fmt: skip
         with service(settings) as (url, process):
             yield url, psutil.Process(process.pid)
@@ -54,7 +54,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 class Streams:
-    """Endless answers, of whose tokens only the number is kept."""
+    """Long answers to short prompts, of whose tokens only the number is kept."""
 
     def __init__(self, url: str, n: int) -> None:
         self._at = urlsplit(url)
@@ -82,8 +82,8 @@ class Streams:
 
     async def _read(self, number: int) -> None:
         body = {
-            "model": "light", "stream": True, "max_tokens": 16000, "ignore_eos": True,
-            "messages": [{"role": "user", "content": f"{number} goes on and on. " * 40}],
+            "model": "light", "stream": True, "max_tokens": 2000, "ignore_eos": True,
+            "messages": [{"role": "user", "content": f"Go on, {number}"}],
         }  # fmt: skip
         while True:
             reader, writer = await asyncio.open_connection(self._at.hostname, self._at.port)
