@@ -98,8 +98,8 @@ def _sources(report: Report) -> Iterator[str]:
         software = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         yield (
             f"- {', '.join(names)}: {about['date']}, medians of {n_rounds} rounds; {hardware}, "
-            f"{where['system']}; {about['model']}, {about['threads']} threads, {about['slots']} sequences, "
-            f"{about['cells']:,} cells; {software}."
+            f"{where['system']}; {about['model']}, {about['threads']} threads, "
+            f"{about['slots']} sequences, {about['cells']:,} cells; {software}."
         )
 
 
