@@ -60,12 +60,17 @@ class Streams:
         self._at = urlsplit(url)
         self._n = n
         self.n_tokens = 0
+        self._begun: set[int] = set()  # who has had a token
+        self._all_run = asyncio.Event()
 
     async def measure(self, process: psutil.Process, seconds: float) -> tuple[float, float]:
         """Tokens/s, and seconds of CPU that the process takes a token."""
         tasks = [asyncio.create_task(self._read(number)) for number in range(self._n)]
         try:
-            await asyncio.sleep(0.3 * seconds)  # all have started, and run evenly
+            begun = asyncio.create_task(self._all_run.wait())
+            await asyncio.wait({begun, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            begun.cancel()
+            await asyncio.sleep(0.3 * seconds)  # until they run evenly
             n_before, cpu_before, started_at = self.n_tokens, cpu_s(process), time.perf_counter()
             await asyncio.sleep(seconds)
             wall_s = time.perf_counter() - started_at
@@ -89,8 +94,15 @@ class Streams:
             reader, writer = await asyncio.open_connection(self._at.hostname, self._at.port)
             try:
                 writer.write(post(PATH, body))
+                status = await reader.readline()
+                if b" 200 " not in status:
+                    raise NoMeasurement(status.decode(errors="replace"))
                 while data := await reader.read(1 << 16):
-                    self.n_tokens += data.count(TOKEN)
+                    if n := data.count(TOKEN):
+                        self.n_tokens += n
+                        self._begun.add(number)
+                        if len(self._begun) == self._n:
+                            self._all_run.set()
             finally:
                 writer.close()
 

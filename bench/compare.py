@@ -40,26 +40,26 @@ Round = dict[str, dict[str, float]]  # by server, then by metric
 
 def over_http(
     names: Sequence[str], setup: Setup, binary: Path | None, sizes: Sizes, seeds: Sequence[str]
-) -> dict[str, list[Round]]:
-    """The scenarios' rounds, with all servers there are."""
-    rounds: dict[str, list[Round]] = {name: [] for name in names}
+) -> Iterator[tuple[str, list[Round]]]:
+    """Each scenario's rounds, with all servers there are."""
     with serving(setup, binary) as urls:
         clients = {server: Client(url) for server, url in urls.items()}
 
-        async def measure() -> None:
+        async def measure(name: str) -> list[Round]:
+            rounds = []
             for client in clients.values():
                 await client.chat(asking("warm-up", 8), 4)
             for number, seed in enumerate(seeds):
-                for name in names:
-                    found: Round = {}
-                    for server in list(clients)[:: -1 if number % 2 else 1]:
-                        run = SCENARIOS[name].run(clients[server], f"{seed}/{name}", sizes)
-                        found[server] = await run
-                        print(f"{number + 1} {name} {server} {found[server]}", file=sys.stderr)
-                    rounds[name].append(found)
+                found: Round = {}
+                for server in list(clients)[:: -1 if number % 2 else 1]:
+                    run = SCENARIOS[name].run(clients[server], f"{seed}/{name}", sizes)
+                    found[server] = await run
+                    print(f"{number + 1} {name} {server} {found[server]}", file=sys.stderr)
+                rounds.append(found)
+            return rounds
 
-        asyncio.run(measure())
-    return rounds
+        for name in names:
+            yield name, asyncio.run(measure(name))
 
 
 def engine_round(setup: Setup, sizes: Sizes) -> Round:
@@ -125,7 +125,7 @@ def measured(
     seeds: Sequence[str],
 ) -> Iterator[tuple[str, list[Round]]]:
     if asked := [name for name in names if name in SCENARIOS]:
-        yield from over_http(asked, setup, binary, sizes, seeds).items()
+        yield from over_http(asked, setup, binary, sizes, seeds)
     for name in names:
         if name in FIGURES and (name != "engine" or setup.model is not None):
             yield name, alone(name, setup, binary, sizes, seeds)
@@ -159,12 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name, rounds in measured(names, setup, args.llama_server, sizes, seeds):
             report[name] = {"about": about, "rounds": rounds}
+            if args.write:  # each at once: the others may take long
+                performance_page.write(ROOT / "docs", {name: report[name]})
     except NoMeasurement as fault:
         print(f"no measurement: {fault}", file=sys.stderr)
         return 1
     print(json.dumps(report, indent=1))
-    if args.write:
-        performance_page.write(ROOT / "docs", report)
     return 0
 
 

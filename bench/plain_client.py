@@ -47,6 +47,7 @@ class Reply:
             for line in lines:
                 if line.startswith(b"data: {"):
                     self._observe(msgspec.json.decode(line[6:]), at_s)
+        self.n_tokens = self.n_tokens or len(self.text_at_s)  # not every server counts
         return self
 
     def _observe(self, event: dict[str, Any], at_s: float) -> None:
