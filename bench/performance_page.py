@@ -20,8 +20,9 @@ def write(docs: Path, report: Report) -> None:
     store = docs / "performance.json"
     known: Report = json.loads(store.read_text()) if store.exists() else {}
     order = [*SCENARIOS, *FIGURES]
-    known = dict(sorted((known | report).items(), key=lambda item: order.index(item[0])))
-    store.write_text(json.dumps(_rounded(known), indent=1) + "\n")
+    known = {name: (known | report)[name] for name in order if name in known | report}
+    known = _rounded(known)
+    store.write_text(json.dumps(known, indent=1) + "\n")
     page = docs / "performance.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
