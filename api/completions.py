@@ -28,7 +28,7 @@ from api.sampling import (
     kind_of_texts,
     validity,
 )
-from api.sse import EventStream, begun, event
+from api.sse import Chunks, EventStream, begun
 from chat.infill import Marks, infill, marks_of
 from engine import wire
 from errors import BadRequest, UnsupportedParameter
@@ -186,23 +186,24 @@ def _logprobs(
 async def _events(
     answer: generation.Answer, head: dict[str, Any], body: CompletionRequest
 ) -> AsyncGenerator[bytes, None]:
-    more: dict[str, Any] = {"usage": None} if body.include_usage else {}
+    chunks = Chunks(head, include_usage=body.include_usage)
     n_completion = n_done = 0
     offsets = [0] * answer.n_choices
     async with aclosing(answer.outs) as outs:
         async for index, out in outs:
+            more: dict[str, Any] = {}
             if out.done:
                 n_done += 1
                 n_completion += out.done.n_tokens
                 if body.timings and n_done == answer.n_choices:
-                    more |= {"timings": answer.timings(n_completion)}
+                    more = {"timings": answer.timings(n_completion)}
             if out.text or out.done:
                 logprobs = _logprobs(out.logprobs, offsets[index], body.logprobs)
                 offsets[index] += len(out.text)
                 choice = _choice(index, out.text, out.done, logprobs)
-                yield event(head | {"choices": [choice]} | more)
+                yield chunks.of(choice, **more)
     if body.include_usage:
-        yield event(head | {"choices": [], "usage": generation.usage(answer, n_completion)})
+        yield chunks.usage(generation.usage(answer, n_completion))
 
 
 def _marks(tier: Tier) -> Marks:

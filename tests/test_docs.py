@@ -57,6 +57,7 @@ DOCUMENTS = [
     "docs/architecture.md",
     "docs/api.md",
     "docs/licences.md",
+    "docs/performance.md",
 ]
 
 
@@ -397,6 +398,16 @@ MAY_IMPORT = {
     "bench": {"bench.own_service"},
     "bench.cache": {"bench.own_service", "cache", "cache_disk"},
     "bench.encoders": {"bench.own_service", "engine", "settings", "worker_spec"},
+    "bench.compare": {"bench", "settings", "worker_spec"},
+    "bench.performance_page": {"bench.scenarios", "bench.servers"},
+    "bench.scenarios": {"bench.http", "bench.plain_client"},
+    "bench.api_cost": {"bench.own_service", "bench.plain_client"},
+    "bench.start": {
+        "bench.own_service",
+        "bench.plain_client",
+        "bench.scenarios",
+        "bench.servers",
+    },
     "examples": set(),
     "bench.engine": {"chat", "engine"},
     "bench.speculation": {"engine"},
