@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.scenarios import FIGURES, SCENARIOS, Metric, Sizes
+from bench.scenarios import FIGURES, LEVELS, SCENARIOS, Metric, Sizes
 from bench.servers import LLAMA_CPP_PYTHON, LLAMA_SERVER, OURS
 
 BEGIN, END = "<!-- what bench/compare.py wrote -->", "<!-- its end -->"
@@ -124,7 +124,7 @@ def draw(folder: Path, report: Report) -> None:
 def _draw_streams(path: Path, rounds: list[dict[str, dict[str, float]]]) -> None:
     lines = {}
     for server in (OURS, LLAMA_SERVER, LLAMA_CPP_PYTHON):
-        points = {n: values(rounds, server, f"streams_{n}") for n in Sizes().levels}
+        points = {n: values(rounds, server, f"streams_{n}") for n in LEVELS}
         lines[server] = {n: median(found) for n, found in points.items() if found}
     _plot(path, lines, "streams at once", "tokens/s together")
 
