@@ -40,6 +40,10 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens_total", "Tokens of prompts")
         self.cached_tokens = self._counter("cached_tokens_total", "Of prompts: not computed again")
         self.generated_tokens = self._counter("generated_tokens_total", "Tokens of answers")
+        self.guessed_tokens = self._counter(
+            "draft_tokens_total", "Computed before they were chosen, in answers that ended"
+        )
+        self.right_tokens = self._counter("draft_tokens_accepted_total", "Of these: chosen")
         self.loads = self._counter("model_loads_total", "Workers that were started")
         self.deaths = self._counter("worker_deaths_total", "Workers that died")
         self.evictions = self._counter("model_evictions_total", "Models that made way for others")
@@ -78,6 +82,8 @@ class TierMetrics:
         self._prompt_tokens = metrics.prompt_tokens.labels(tier)
         self._cached_tokens = metrics.cached_tokens.labels(tier)
         self._generated_tokens = metrics.generated_tokens.labels(tier)
+        self._guessed_tokens = metrics.guessed_tokens.labels(tier)
+        self._right_tokens = metrics.right_tokens.labels(tier)
 
     def started(self, n_prompt: int, n_cached: int) -> None:
         """A request has got its place; of its prompt so many tokens are not computed again."""
@@ -89,6 +95,11 @@ class TierMetrics:
         kind = self._first_token_seconds if is_first else self._token_gap_seconds
         kind.observe(seconds)
         self._generated_tokens.inc(n_tokens)
+
+    def guessed(self, n_tokens: int, n_right: int) -> None:
+        """An answer has ended for which so many tokens were guessed."""
+        self._guessed_tokens.inc(n_tokens)
+        self._right_tokens.inc(n_right)
 
 
 def gauge(name: str, about: str, values: Iterable[tuple[str, float]]) -> GaugeMetricFamily:

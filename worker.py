@@ -73,6 +73,7 @@ class Answer:
         if thinking := job.request.thinking:
             self._thoughts = Thoughts(thinking, self._piece, job.ending, self._grammar)
         self._text = TextStream([] if self._thoughts else job.request.stop)
+        self.n_guessed = self.n_right = 0
         self._n_tokens = 0
         self._logprob = 0.0
         self._held: deque[tuple[int, wire.TokenLogprob]] = deque()  # with where their text begins
@@ -117,7 +118,9 @@ class Answer:
         if self.job.request.sampling.n_logprobs is not None:
             mean = self._logprob / max(self._n_tokens, 1)
         is_valid = self._grammar.is_complete if self._grammar else None
-        return self._out(text, wire.Done(finish, self._n_tokens, mean, is_valid, self._text.stop))
+        stop = self._text.stop
+        done = wire.Done(finish, self._n_tokens, mean, is_valid, stop, self.n_guessed, self.n_right)
+        return self._out(text, done)
 
     def _out(self, text: str, done: wire.Done | None) -> wire.TokenOut:
         self._n_bytes_out += len(text.encode())
@@ -473,6 +476,12 @@ class Jobs:
                 job = answer.job
                 job.has_started = True
                 messages.append(wire.Started(job.request.job, len(job.prompt), n_cached))
+        for number, n_guesses in result.guessed:
+            if answer := self._answers.get(number):
+                answer.n_guessed += n_guesses
+        for number in result.right:
+            if answer := self._answers.get(number):
+                answer.n_right += 1
         outs = []
         for number, sampled in result.tokens:
             answer = self._answers.get(number)

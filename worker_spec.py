@@ -44,6 +44,7 @@ def worker_spec(
         prefix_cache_bytes=int(total_bytes() * PREFIX_CACHE_SHARE_OF_MEMORY)
         if settings.prefix_cache_mb is None
         else settings.prefix_cache_mb << 20,
+        speculates=settings.speculation,
         log_level=server.log_level,
         log_format=server.log_format,
         encoder=encoder,

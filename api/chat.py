@@ -40,7 +40,7 @@ async def create_chat_completion(
     server = services.settings.server
     headers = ignored_params(body, UNSUPPORTED, strict=server.strict_params, parts=body.inner())
     watch = generation.Watch(tier)
-    starting = turn.start(request.receive, services, tier, body, watch)
+    starting = turn.start(request, services, tier, body, watch)
     if body.stream:
 
         async def stream() -> EventStream:

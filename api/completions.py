@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -99,13 +99,21 @@ async def create_completion(
     async def start() -> tuple[generation.Answer, dict[str, Any]]:
         await fetched(request.receive, tier)
         answer = await generation.start(
-            request.receive, tier, requests, priority=body.effective_priority, watch=watch
-        )
+            request, services, tier, requests, is_seeded=body.seed is not None,
+            priority=body.effective_priority, watch=watch,
+        )  # fmt: skip
         tier.keep_alive(body.keep_alive)
         if body.echo:
-            answer.outs = _echoed(answer.outs, answer.n_choices, tier, prompts)
+            caching = services.caching(request)
+
+            async def text_of(prompt: str | list[int]) -> str:
+                if isinstance(prompt, str):
+                    return prompt
+                return await services.answers.text(prompt, tier, caching)
+
+            answer.outs = _echoed(answer.outs, answer.n_choices, prompts, text_of)
         head = generation.head("cmpl", "text_completion", tier, body.service_tier)
-        headers.update({"X-Seed": str(asked.sampling.seed)} | answer.headers())
+        headers.update({"X-Seed": str(answer.seed)} | answer.headers())
         return answer, head
 
     if body.stream:
@@ -229,12 +237,15 @@ def _segments(
 
 
 async def _echoed(
-    answer: generation.Outs, n_choices: int, tier: Tier, prompts: Sequence[str | list[int]]
+    answer: generation.Outs,
+    n_choices: int,
+    prompts: Sequence[str | list[int]],
+    text_of: Callable[[str | list[int]], Awaitable[str]],
 ) -> generation.Outs:
     """What an answer says, each choice after the text of its prompt."""
     n = n_choices // len(prompts)
     async with aclosing(answer) as outs:
-        texts = [p if isinstance(p, str) else await tier.detokenize(p) for p in prompts]
+        texts = [await text_of(prompt) for prompt in prompts]
         for index in range(n_choices):
             yield index, wire.TokenOut(0, texts[index // n])
         async for indexed in outs:

@@ -8,7 +8,8 @@ from engine.backends.base import CacheFull, Constraint, Decoder
 from engine.pace import Pace
 from engine.prefix import PrefixTree
 from engine.scheduler import Scheduler
-from engine.types import SamplingParams, Sequence, StepResult
+from engine.speculation import Speculation
+from engine.types import Chunk, SamplingParams, Sequence, StepResult
 from engine.wire import WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ class BatchEngine:
             n_batch=n_batch,
             pace=Pace(spec.max_stall_s),
             tree=PrefixTree(spec.prefix_cache_bytes),
+            speculation=Speculation() if spec.speculates else None,
         )
+        self._right: list[tuple[int, Chunk]] = []  # rows after guesses that were right
         self._n_failed_steps = 0
 
     @property
@@ -58,16 +61,30 @@ class BatchEngine:
         self._scheduler.cancel(id)
 
     def step(self) -> StepResult:
+        """Every step gives a sequence one token at most, so that whoever called hears of each
+        before there is another, and may end the sequence. Where a guess was right the next step has
+        nothing to compute."""
+        rows = [(row, chunk) for row, chunk in self._right if chunk.sequence.slot is not None]
+        self._right = []
+        if rows:
+            result = StepResult()
+            for row, chunk in rows:
+                self._sample(row, chunk, result)
+            return result
         batch, started = self._scheduler.plan()
         result = StepResult(started=[(s.id, s.n_cached) for s in started])
         if not batch.chunks:
             return result
-        wanting = [chunk.sequence for chunk in batch.chunks if chunk.wants_logits]
+        rows, n_rows = [], 0
+        for chunk in batch.chunks:
+            if chunk.wants_logits:
+                rows.append((n_rows, chunk))
+                n_rows += 1 + len(chunk.guesses)
         started_at = time.perf_counter()
         try:
             self._decoder.decode(batch)
         except CacheFull as error:
-            if not self._scheduler.lack_cells():
+            if not self._scheduler.lack_cells(batch):
                 result.failed = [(s.id, error) for s in self._scheduler.fail(batch)]
             return result
         except Exception as error:
@@ -80,19 +97,23 @@ class BatchEngine:
         self._n_failed_steps = 0
         seconds = time.perf_counter() - started_at
         self._scheduler.commit(batch, seconds)
-        for row, sequence in enumerate(wanting):
-            self._sample(row, sequence, result)
+        result.guessed = [(c.sequence.id, len(c.guesses)) for c in batch.chunks if c.guesses]
+        for row, chunk in rows:
+            self._sample(row, chunk, result)
         return result
 
-    def _sample(self, row: int, sequence: Sequence, result: StepResult) -> None:
+    def _sample(self, row: int, chunk: Chunk, result: StepResult) -> None:
+        sequence = chunk.sequence
         try:
             sampled = self._decoder.sample(row, sequence)
         except Exception as error:
             result.failed.append((sequence.id, error))
             self._scheduler.cancel(sequence.id)
         else:
-            sequence.tokens.append(sampled.token)
             result.tokens.append((sequence.id, sampled))
+            if self._scheduler.take(chunk, sampled.token):
+                result.right.append(sequence.id)
+                self._right.append((row + 1, chunk))
 
     def close(self) -> None:
         self._decoder.close()

@@ -13,7 +13,9 @@ memory that is passed in is touched. A plan is made so:
 3. Every sequence that is past its prompt gets one token. Where cells are missing, those of ended
    sequences move out at once, least recently used first; then the last of those that run is put
    off, by rank and age.
-4. Prompts share what the pace allows beside the running streams: the shortest first, and a prompt
+4. Where there is no prompt to compute, sequences get guesses of their next tokens beside that one,
+   as far as that pays.
+5. Prompts share what the pace allows beside the running streams: the shortest first, and a prompt
    counts as shorter the longer it has been here, and the lower its rank is.
 """
 
@@ -24,7 +26,8 @@ from engine.backends.base import Memory
 from engine.cells import Cells, view
 from engine.pace import Pace
 from engine.prefix import Match, PrefixTree, Tokens, n_common
-from engine.types import Batch, Sequence
+from engine.speculation import Guesses, Speculation
+from engine.types import Batch, Chunk, Sequence
 
 WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
 NOT_WORTH_RECALLING = 8  # tokens in the prefix tree: they are as fast computed
@@ -60,10 +63,12 @@ class Scheduler:
         n_batch: int,
         pace: Pace,
         tree: PrefixTree,
+        speculation: Speculation | None = None,
     ) -> None:
         self._cells = Cells(memory, tree, n_slots=n_slots, n_cells=n_cells)
         self._n_batch = n_batch
         self._pace = pace
+        self._speculation = speculation if self._cells.can_share else None
         self._slots = [Slot(i) for i in range(n_slots)]
         self._waiting: list[Sequence] = []  # both by rank, then by age: ids grow with arrival
         self._running: list[Sequence] = []
@@ -98,17 +103,34 @@ class Scheduler:
         while True:
             batch = Batch()
             self._plan_decodes(batch)
+            self._plan_guesses(batch)
             self._plan_prefills(batch)
             if batch.chunks or not self._running or not self._make_room():
                 return batch, started
 
     def commit(self, batch: Batch, seconds: float) -> None:
         """The batch was computed in so many seconds. Each sequence whose chunk wanted logits must
-        get a token, or be cancelled, before the next plan."""
-        self._pace.observe(batch.n_decodes, batch.n_tokens - batch.n_decodes, seconds)
+        get a token by `take`, or be cancelled, before the next plan."""
+        n_prefill = batch.n_tokens - batch.n_decodes - batch.n_guesses
+        if not batch.n_guesses:
+            self._pace.observe(batch.n_decodes, n_prefill, seconds)
+        if self._speculation and not n_prefill:
+            self._speculation.observe(batch.n_tokens, seconds)
         for chunk in batch.chunks:
-            self._cells.extend(chunk.slot, chunk.sequence.tokens[chunk.start : chunk.end])
+            self._cells.extend(chunk.slot, chunk.tokens)
             chunk.sequence.n_past = chunk.end
+
+    def take(self, chunk: Chunk, token: int) -> bool:
+        """A sequence gets its next token. True where that was guessed: then the logits after it
+        are there too. Else the cells of what was guessed are dropped."""
+        sequence = chunk.sequence
+        sequence.tokens.append(token)
+        n_right = len(sequence.tokens) - 1 - chunk.end
+        if n_right < len(chunk.guesses) and chunk.guesses[n_right] == token:
+            sequence.n_past += 1
+            return True
+        self._drop_guesses(sequence)
+        return False
 
     def fail(self, batch: Batch) -> list[Sequence]:
         """The batch could not be computed: its sequences end and their cells are freed."""
@@ -118,11 +140,11 @@ class Scheduler:
         self._is_full = False
         return failed
 
-    def lack_cells(self) -> bool:
-        """The memory had no room for a batch that should have fitted: something is given up, and
-        nobody joins until somebody ends. False if there is nothing to give up."""
+    def lack_cells(self, batch: Batch) -> bool:
+        """The memory had no room for a batch that should have fitted: its guesses are given up, or
+        something else, and nobody joins until somebody ends. False if there is nothing."""
         self._is_full = True
-        return self._make_room()
+        return batch.n_guesses > 0 or self._make_room()
 
     # 1. slots
 
@@ -263,6 +285,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> Slot:
         assert sequence.slot is not None
+        self._drop_guesses(sequence)
         slot = self._slots[sequence.slot]
         slot.sequence = None
         slot.last_used = self._n_plans
@@ -298,7 +321,35 @@ class Scheduler:
         self._put_off_last()
         return True
 
-    # 4. prompts
+    # 4. guesses
+
+    def _plan_guesses(self, batch: Batch) -> None:
+        if not self._speculation or self._is_full or len(batch.chunks) < len(self._running):
+            return
+        guessing = []
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            if not sequence.reuses:  # has the same numbers only in the same batches
+                continue
+            sequence.guesses = sequence.guesses or Guesses()
+            sequence.guesses.follow(sequence.tokens)
+            if sequence.guesses.exist:
+                guessing.append(chunk)
+        n_room = min(self._n_batch, self._cells.n_free) - batch.n_tokens
+        n_others = len(batch.chunks) - len(guessing)
+        trusts = [chunk.sequence.guesses.trust for chunk in guessing]
+        numbers = self._speculation.plan(trusts, n_others, n_room)
+        for chunk, n in zip(guessing, numbers, strict=True):
+            if n:
+                batch.guess(chunk, chunk.sequence.guesses.next(chunk.sequence.tokens, n))
+
+    def _drop_guesses(self, sequence: Sequence) -> None:
+        """Cells hold no more than what was said."""
+        assert sequence.slot is not None
+        self._cells.truncate(sequence.slot, sequence.n_past)
+        sequence.n_past = len(self._cells.tokens[sequence.slot])
+
+    # 5. prompts
 
     def _plan_prefills(self, batch: Batch) -> None:
         prefilling = [s for s in self._running if s.n_pending > 1]

@@ -71,6 +71,7 @@ class Sequence:
     reuses: bool = True  # begins with what others have computed, and so with their rounding
     rank: float = 0.0  # the least goes first, and puts off others where there is no place
     admitted_at: int = 0  # the plan in which it got its slot
+    guesses: Any = None  # engine.speculation.Guesses, made when first wanted
     n_prompt: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,11 +84,13 @@ class Sequence:
 
 @dataclass(slots=True)
 class Chunk:
-    """`n_tokens` tokens of one sequence in a batch, from its position `start`."""
+    """`n_tokens` tokens of one sequence in a batch, from its position `start`, and guesses of what
+    comes after them."""
 
     sequence: Sequence
     start: int
     n_tokens: int
+    guesses: "array[int]" = field(default_factory=lambda: array("i"))
 
     @property
     def end(self) -> int:
@@ -97,6 +100,11 @@ class Chunk:
     def wants_logits(self) -> bool:
         """The chunk reaches the end of what is known, so the next token is to be sampled."""
         return self.end == len(self.sequence.tokens)
+
+    @property
+    def tokens(self) -> "array[int]":
+        """All that is computed."""
+        return self.sequence.tokens[self.start : self.end] + self.guesses
 
     @property
     def slot(self) -> int:
@@ -109,13 +117,20 @@ class Batch:
     """What one decode call computes: at most one chunk per sequence."""
 
     chunks: list[Chunk] = field(default_factory=list)
-    n_tokens: int = 0
+    n_tokens: int = 0  # with guesses
     n_decodes: int = 0  # chunks of sequences that are past their prompts
+    n_guesses: int = 0
 
     def add(self, sequence: Sequence, n_tokens: int) -> None:
         self.n_decodes += sequence.n_pending == 1
         self.chunks.append(Chunk(sequence, sequence.n_past, n_tokens))
         self.n_tokens += n_tokens
+
+    def guess(self, chunk: Chunk, guesses: "array[int]") -> None:
+        """Compute these too, behind a chunk that wants logits, and the logits after each."""
+        chunk.guesses = guesses
+        self.n_tokens += len(guesses)
+        self.n_guesses += len(guesses)
 
 
 class Sampled(NamedTuple):
@@ -134,3 +149,5 @@ class StepResult:
     started: list[tuple[int, int]] = field(default_factory=list)  # id, prompt tokens reused
     tokens: list[tuple[int, Sampled]] = field(default_factory=list)  # id, token sampled
     failed: list[tuple[int, Exception]] = field(default_factory=list)
+    guessed: list[tuple[int, int]] = field(default_factory=list)  # id, guesses computed
+    right: list[int] = field(default_factory=list)  # ids whose token was guessed

@@ -53,6 +53,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     n_gpu_layers: int  # negative: all
     max_stall_s: float = 0.2  # that a prompt may hold up running streams
     prefix_cache_bytes: int = 0  # for cells of ended sequences, in memory of the host
+    speculates: bool = False  # guesses tokens from what was said before, where that pays
     log_level: str = "INFO"
     log_format: Literal["text", "json"] = "text"
     encoder: EncoderSpec | None = None  # None: it generates
@@ -219,6 +220,8 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     mean_logprob: float | None = None  # of its tokens, where the sampling asked for it
     is_valid: bool | None = None  # the answer is a whole one by its grammar, where it has one
     stop: str | None = None  # the stop string that ended it
+    n_guessed: int = 0  # tokens that were computed before they were chosen
+    n_right: int = 0  # of these: that were chosen
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -301,6 +304,9 @@ class Scored(msgspec.Struct, frozen=True, array_like=True):
     score: float = 0.0
     fault: Fault | None = None  # then the score means nothing
     n_cut_query: int = 0
+    # tokens of query and document where each is read once for all its pairs
+    n_query: int = 0
+    n_document: int = 0
 
 
 class Scores(Message, frozen=True):

@@ -1,6 +1,7 @@
 """A scheduler on cells that are lists of tokens, for tests that are lists of calls."""
 
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from engine.pace import Pace
 from engine.prefix import PrefixTree
 from engine.scheduler import Scheduler
-from engine.types import Batch, Sequence
+from engine.speculation import Speculation
+from engine.types import Batch, Chunk, Sequence
 
 
 class Memory:
@@ -57,7 +59,7 @@ class Memory:
         for chunk in batch.chunks:
             cells = self.slots[chunk.slot]
             assert len(cells) == chunk.start, "a chunk begins where the cells of its slot end"
-            cells += [[token] for token in chunk.sequence.tokens[chunk.start : chunk.end]]
+            cells += [[token] for token in chunk.tokens]
         assert self.n_used <= self.n_cells
 
 
@@ -74,12 +76,32 @@ class FixedPace(Pace):
         assert n_decodes == 0 or n_prefill <= self.n_tokens
 
 
+class FixedSpeculation(Speculation):
+    """So many guesses for each sequence, whatever they cost."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def plan(self, trusts: list[float], n_others: int, n_room: int) -> list[int]:
+        n_each = max(min(self.n, n_room // max(len(trusts), 1)), 0)
+        return [n_each] * len(trusts)
+
+
 def next_token(cells: list[int]) -> int:
     """Depends on every cell and its position, so that a wrong cell gives a wrong answer."""
     return hash(tuple(cells)) % 1000
 
 
-def answer_to(prompt: list[int], n_tokens: int) -> list[int]:
+def repetitive_token(cells: list[int]) -> int:
+    """The same, but mostly what stood three before."""
+    surprise = hash(tuple(cells))
+    return cells[-3] if surprise % 4 and len(cells) > 3 else surprise % 3
+
+
+def answer_to(
+    prompt: list[int], n_tokens: int, next_token: Callable[[list[int]], int] = next_token
+) -> list[int]:
     tokens = list(prompt)
     for _ in range(n_tokens):
         tokens.append(next_token(tokens))
@@ -98,7 +120,10 @@ class Bench:
         n_prefill: int = 1000,
         tree_bytes: int = 1 << 20,  # four for each token
         is_cells: bool = True,
+        speculation: Speculation | None = None,
+        next_token: Callable[[list[int]], int] = next_token,
     ) -> None:
+        self.next_token = next_token
         self.memory = Memory(n_slots, n_cells, is_cells=is_cells)
         self.n_batch = n_batch
         self.tree = PrefixTree(tree_bytes)
@@ -109,9 +134,11 @@ class Bench:
             n_batch=n_batch,
             pace=FixedPace(n_prefill),
             tree=self.tree,
+            speculation=speculation,
         )
         self.tree_bytes = tree_bytes
         self.n_decoded = 0  # prompt tokens
+        self.n_guessed = self.n_right = 0
         self.sequences: dict[int, Sequence] = {}  # what was added and has not ended
         self.wanted: dict[int, int] = {}
         self.answers: dict[int, list[int]] = {}  # of those that got all they wanted
@@ -139,12 +166,12 @@ class Bench:
         """Number of tokens that each sequence had in the batch, by id."""
         batch = self.plan()
         self.commit(batch)
-        return {chunk.sequence.id: chunk.n_tokens for chunk in batch.chunks}
+        return {c.sequence.id: c.n_tokens + len(c.guesses) for c in batch.chunks}
 
     def plan(self) -> Batch:
         batch, started = self.scheduler.plan()
         self.started += [sequence.id for sequence in started]
-        assert batch.n_tokens == sum(chunk.n_tokens for chunk in batch.chunks) <= self.n_batch
+        assert batch.n_tokens == sum(len(chunk.tokens) for chunk in batch.chunks) <= self.n_batch
         assert all(chunk.n_tokens > 0 for chunk in batch.chunks)
         ids = [chunk.sequence.id for chunk in batch.chunks]
         assert len(ids) == len(set(ids)), "one chunk for each sequence"
@@ -152,18 +179,25 @@ class Bench:
 
     def commit(self, batch: Batch, seconds: float = 0.1) -> None:
         self.memory.decode(batch)
-        wanting = [chunk.sequence for chunk in batch.chunks if chunk.wants_logits]
-        sampled = [next_token(self.cells_of(sequence)) for sequence in wanting]
-        self.n_decoded += batch.n_tokens - batch.n_decodes
+        wanting = [chunk for chunk in batch.chunks if chunk.wants_logits]
+        self.n_decoded += batch.n_tokens - batch.n_decodes - batch.n_guesses
+        self.n_guessed += batch.n_guesses
         self.scheduler.commit(batch, seconds)
-        for sequence, token in zip(wanting, sampled, strict=True):
-            sequence.tokens.append(token)
-        for sequence in wanting:
+        for chunk in wanting:
+            self.take(chunk)
+        self.check()
+
+    def take(self, chunk: Chunk) -> None:
+        """Tokens for one sequence, while its guesses are right and it wants more."""
+        sequence, is_right = chunk.sequence, True
+        while is_right and sequence.id in self.sequences:
+            token = self.next_token(self.cells_of(sequence)[: len(sequence.tokens)])
+            is_right = self.scheduler.take(chunk, token)
+            self.n_right += is_right
             answer = list(sequence.tokens[sequence.n_prompt :])
             if len(answer) >= self.wanted[sequence.id]:
                 self.answers[sequence.id] = answer
                 self.cancel(sequence.id)
-        self.check()
 
     def check(self) -> None:
         held = set()

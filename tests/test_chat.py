@@ -840,6 +840,7 @@ def test_timings_are_told_on_request(service: Service) -> None:
         assert timings["prompt_n"] == usage["prompt_tokens"] - n_cached
         assert timings["predicted_n"] == usage["completion_tokens"] - 1
         assert timings["predicted_ms"] > 0
+        assert timings["draft_n"] >= timings["draft_n_accepted"] >= 0
         rate = timings["predicted_n"] / timings["predicted_ms"] * 1e3
         assert timings["predicted_per_second"] == pytest.approx(rate, rel=0.01)
         *chunks, last = events(ask_for("Hi", timings=True, stream=True, n=2))

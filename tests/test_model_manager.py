@@ -39,7 +39,7 @@ def request(text: str = "Hi", max_tokens: int | None = None) -> wire.Generate:
 
 
 async def ask(tier: Tier, text: str = "Hi") -> str:
-    with tier.submit(request(text)) as generation:
+    with tier.lease(), tier.submit(request(text)) as generation:
         await generation.started()
         return "".join([out.text async for out in generation])
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from engine.pace import MIN_TOKENS, Pace
 from engine.scheduler import AGEING
-from tests.scheduling import Bench, answer_to, tokens
+from engine.types import Batch
+from tests.scheduling import Bench, FixedSpeculation, answer_to, repetitive_token, tokens
 
 # continuous batching
 
@@ -243,20 +244,20 @@ def test_a_preempted_sequence_does_not_compute_its_cells_again() -> None:
 
 def test_a_memory_that_lacks_cells_takes_from_the_idle_then_from_the_youngest() -> None:
     bench = Bench()
-    assert not bench.scheduler.lack_cells()
+    assert not bench.scheduler.lack_cells(Batch())
     bench = Bench()
     bench.talk(1, tokens(1000, 5))
-    assert bench.scheduler.lack_cells()
-    assert not bench.scheduler.lack_cells()
+    assert bench.scheduler.lack_cells(Batch())
+    assert not bench.scheduler.lack_cells(Batch())
     bench = Bench()
     bench.add(1, tokens(1000, 5))
     bench.step()
-    assert not bench.scheduler.lack_cells()
+    assert not bench.scheduler.lack_cells(Batch())
     bench = Bench()
     for id in (1, 2):
         bench.add(id, tokens(1000 * id, 5))
     bench.step()
-    assert bench.scheduler.lack_cells()
+    assert bench.scheduler.lack_cells(Batch())
     assert bench.sequences[2].slot is None
 
 
@@ -348,7 +349,8 @@ Prompt = st.builds(
     n_prefill=st.integers(5, 300),
     tree_bytes=st.sampled_from([0, 100, 3000, 100_000]),
     is_cells=st.booleans(),
-    prompts=st.lists(st.tuples(Prompt, st.integers(1, 4)), min_size=1, max_size=12),
+    n_guesses=st.sampled_from([0, 1, 3, 8]),
+    prompts=st.lists(st.tuples(Prompt, st.integers(1, 12)), min_size=1, max_size=12),
     rng=st.randoms(use_true_random=False),
 )
 def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_alone(
@@ -358,6 +360,7 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
     n_prefill: int,
     tree_bytes: int,
     is_cells: bool,
+    n_guesses: int,
     prompts: list[tuple[list[int], int]],
     rng: random.Random,
 ) -> None:
@@ -368,9 +371,11 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
         n_prefill=n_prefill,
         tree_bytes=tree_bytes,
         is_cells=is_cells,
+        speculation=FixedSpeculation(n_guesses),
+        next_token=repetitive_token,
     )
     todo = dict(enumerate(prompts))
-    expected = {id: answer_to(prompt, n_wanted) for id, (prompt, n_wanted) in todo.items()}
+    expected = {id: answer_to(*asked, repetitive_token) for id, asked in todo.items()}
     while todo or not bench.scheduler.idle:
         action = rng.random()
         if todo and action < 0.4:
@@ -381,7 +386,7 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
             bench.cancel(id)
             del expected[id]
         elif action < 0.52:
-            bench.scheduler.lack_cells()
+            bench.scheduler.lack_cells(Batch())
         elif action < 0.55:
             for sequence in bench.scheduler.fail(bench.plan()):
                 del bench.sequences[sequence.id], expected[sequence.id]

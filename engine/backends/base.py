@@ -123,8 +123,8 @@ class Decoder(Memory, Protocol):
         """Compute one batch. Raises CacheFull, or anything else when the batch failed."""
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
-        """The next token of the sequence whose logits are the batch's `row`-th wanted ones. An
-        exception is the sequence's own fault."""
+        """The next token of the sequence whose logits are the batch's `row`-th wanted ones; behind
+        guesses only after those were right. An exception is the sequence's own fault."""
 
     def close(self) -> None: ...
 
@@ -177,6 +177,10 @@ def load_encoder(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
         from engine.backends import llama_encoder
 
         return llama_encoder.load(spec, progress)
+    if spec.backend == "mlx":
+        from engine.backends import mlx_encoder
+
+        return mlx_encoder.load(spec, progress)
     if spec.backend == "flag":
         from engine.backends import flag_encoder
 
@@ -194,6 +198,10 @@ def load_engine(spec: WorkerSpec, progress: ReportProgress) -> Engine:
         from engine.backends import llamacpp
 
         return llamacpp.load(spec, progress)
+    if spec.backend == "mlx":
+        from engine.backends import mlx
+
+        return mlx.load(spec, progress)
     if spec.backend == "fake":
         from engine.backends import fake
 

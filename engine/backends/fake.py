@@ -215,11 +215,11 @@ class FakeDecoder:
             cells = self.cells[chunk.slot]
             if len(cells) != chunk.start:
                 raise ValueError(f"slot {chunk.slot} has {len(cells)} cells, not {chunk.start}")
-            cells += [[token] for token in chunk.sequence.tokens[chunk.start : chunk.end]]
+            cells += [[token] for token in chunk.tokens]
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
         assert sequence.slot is not None
-        cells = self.tokens(sequence.slot)
+        cells = self.tokens(sequence.slot)[: len(sequence.tokens)]  # guesses lie behind
         turn = _last_turn(cells[: sequence.n_prompt])
         answer = self._script.rule(turn).answer
         sampling: SamplingParams = sequence.sampler
@@ -246,7 +246,8 @@ class FakeDecoder:
     def _maybe_fault(self, chunk: Chunk) -> None:
         sequence = chunk.sequence
         rule = self._script.rule(_last_turn(list(sequence.tokens[: sequence.n_prompt])))
-        if rule.fault is None or chunk.end != sequence.n_prompt + rule.after:
+        at = sequence.n_prompt + rule.after
+        if rule.fault is None or not chunk.end <= at <= chunk.end + len(chunk.guesses):
             return
         if rule.fault == "crash":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -369,13 +369,15 @@ class _BatchArrays:
         self._wanted[: batch.n_tokens] = 0
         at = 0
         for chunk in batch.chunks:
-            end = at + chunk.n_tokens
-            self._token[at:end] = chunk.sequence.tokens[chunk.start : chunk.end]
-            self._pos[at:end] = np.arange(chunk.start, chunk.end)
+            tokens = chunk.tokens
+            end = at + len(tokens)
+            self._token[at:end] = tokens
+            self._pos[at:end] = np.arange(chunk.start, chunk.start + len(tokens))
             self._slot[at:end] = chunk.slot
             if chunk.wants_logits:
-                self._wanted[end - 1] = 1
-                self.logits_at.append(end - 1)
+                rows = range(at + chunk.n_tokens - 1, end)
+                self._wanted[rows.start : rows.stop] = 1
+                self.logits_at += rows
             at = end
         self._batch.n_tokens = batch.n_tokens
         return self._batch
@@ -456,11 +458,13 @@ class LlamaLog:
         "model vocab missing newline token",  # encoders need none
     )
 
+    _in_use: ClassVar[Any] = None  # of the process: llama.cpp may call it at any time from now on
+
     def __init__(self) -> None:
         self.is_muted = False  # while what it says is of our doing
         self.reason: str | None = None  # the first error; the later ones only say that it failed
-        self._callback = lib.llama_log_callback(self._write)  # must live as long as it is set
-        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
+        LlamaLog._in_use = lib.llama_log_callback(self._write)
+        lib.llama_log_set(LlamaLog._in_use, ctypes.c_void_p(0))
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode(errors="replace").rstrip()
