@@ -12,6 +12,10 @@ from bench.servers import LLAMA_CPP_PYTHON, LLAMA_SERVER, OURS
 
 BEGIN, END = "<!-- what bench/compare.py wrote -->", "<!-- its end -->"
 MAX_PICTURE_BYTES = 60_000
+PICTURES = {
+    "streams.svg": "Tokens/s by the number of streams",
+    "growth.svg": "The first token by the length of the prompt",
+}
 Report = dict[str, Any]  # by scenario: `about` and `rounds`
 
 
@@ -26,9 +30,9 @@ def write(docs: Path, report: Report) -> None:
     page = docs / "performance.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    tables = "\n".join(table_rows(known))
-    page.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
     draw(docs / "pictures", known)
+    shown = "\n".join([*table_rows(known), *picture_rows(docs)])
+    page.write_text(f"{before}{BEGIN}\n\n{shown}\n\n{END}{after}", encoding="utf-8")
 
 
 def _rounded(value: Any) -> Any:
@@ -104,6 +108,13 @@ def _sources(report: Report) -> Iterator[str]:
         )
 
 
+def picture_rows(docs: Path) -> Iterator[str]:
+    """Those that have been drawn."""
+    for name, about in PICTURES.items():
+        if (docs / "pictures" / name).exists():
+            yield f"\n![{about}](pictures/{name})"
+
+
 def draw(folder: Path, report: Report) -> None:
     """The pictures, where matplotlib is there."""
     try:
@@ -114,7 +125,8 @@ def draw(folder: Path, report: Report) -> None:
     matplotlib.use("svg")
     # text stays text; nothing random or of today, so that the same numbers give the same file
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "performance"}
-    folder.mkdir(exist_ok=True)
+    if report.keys() & {"streams", "growth"}:
+        folder.mkdir(exist_ok=True)
     if "streams" in report:
         _draw_streams(folder / "streams.svg", report["streams"]["rounds"])
     if "growth" in report:

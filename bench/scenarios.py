@@ -218,7 +218,7 @@ FIGURES: dict[str, dict[str, Metric]] = {
         ),
         "us_per_token": Metric("its CPU for a token of these, µs"),
         "most_tokens_per_s": Metric("most tokens/s through 64 streams", more_is_better=True),
-        "us_per_token_at_most": Metric("its CPU for a token of these, µs"),
+        "us_per_token_at_most": Metric("its CPU for a token at that rate, µs"),
         "us_per_request": Metric("its CPU for a request of one token on a new connection, µs"),
     },
     "start": {
