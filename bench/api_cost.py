@@ -41,6 +41,8 @@ def serving(n_streams: int, step_ms: float) -> Iterator[tuple[str, psutil.Proces
         script.write_text(json.dumps({"step_ms": step_ms}))
         settings = {
             "LIGHT_BACKEND": "fake", "LIGHT_MODEL_PATH": str(script), "LIGHT_PRELOAD": "true",
+            # each token is to take its step, and each request its way
+            "LIGHT_SPECULATION": "false", "CACHE_MAX_MB": "0",
             "LIGHT_N_PARALLEL": str(n_streams), "LIGHT_N_CTX": "4096",
             "LIGHT_KV_TOKENS": str(4096 * n_streams),
         }  # fmt: skip

@@ -30,7 +30,7 @@ import psutil
 
 from bench import api_cost, engine, performance_page, start
 from bench.plain_client import Client, NoMeasurement
-from bench.scenarios import FIGURES, QUICK, SCENARIOS, Sizes, asking, growth
+from bench.scenarios import FIGURES, LEVELS, QUICK, SCENARIOS, Sizes, asking, growth
 from bench.servers import OURS, Setup, default_binary, serving, versions
 from settings import DEFAULT_CHAT_MODEL, ROOT
 from worker_spec import default_n_threads
@@ -50,11 +50,11 @@ def over_http(
             for client in clients.values():
                 await client.chat(asking("warm-up", 8), 4)
             for number, seed in enumerate(seeds):
-                found: Round = {}
-                for server in list(clients)[:: -1 if number % 2 else 1]:
-                    run = SCENARIOS[name].run(clients[server], f"{seed}/{name}", sizes)
-                    found[server] = await run
-                    print(f"{number + 1} {name} {server} {found[server]}", file=sys.stderr)
+                found: Round = {server: {} for server in clients}
+                for run in SCENARIOS[name].runs:
+                    for server in list(clients)[:: -1 if number % 2 else 1]:
+                        found[server] |= await run(clients[server], f"{seed}/{name}", sizes)
+                print(f"{number + 1} {name} {found}", file=sys.stderr)
                 rounds.append(found)
             return rounds
 
@@ -62,10 +62,10 @@ def over_http(
             yield name, asyncio.run(measure(name))
 
 
-def engine_round(setup: Setup, sizes: Sizes) -> Round:
+def engine_round(setup: Setup) -> Round:
     """Of the time of a step, how much is llama_decode."""
     found = {}
-    for n in sizes.levels:
+    for n in LEVELS:
         bench = engine.Bench(str(setup.model), setup.n_threads)
         _, found[f"engine_share_{n}"] = bench.decode_tokens(n, 48)
         bench.engine.close()
@@ -87,7 +87,7 @@ def alone(
     """The rounds of what starts its servers itself."""
     n_streams, seconds, n_requests = (4, 0.5, 20) if sizes is QUICK else (64, 5.0, 300)
     turns: dict[str, Callable[[str], Round]] = {
-        "engine": lambda _: engine_round(setup, sizes),
+        "engine": lambda _: engine_round(setup),
         "api": lambda _: {OURS: api_cost.measure(n_streams, seconds, n_requests)},
         "start": lambda seed: start.measure(setup, binary, seed),
         "growth": lambda seed: growth_round(setup, seed, sizes),

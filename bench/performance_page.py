@@ -7,11 +7,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.scenarios import FIGURES, SCENARIOS, Metric, Sizes
+from bench.scenarios import FIGURES, LEVELS, SCENARIOS, Metric, Sizes
 from bench.servers import LLAMA_CPP_PYTHON, LLAMA_SERVER, OURS
 
 BEGIN, END = "<!-- what bench/compare.py wrote -->", "<!-- its end -->"
 MAX_PICTURE_BYTES = 60_000
+PICTURES = {
+    "streams.svg": "Tokens/s by the number of streams",
+    "growth.svg": "The first token by the length of the prompt",
+}
 Report = dict[str, Any]  # by scenario: `about` and `rounds`
 
 
@@ -26,9 +30,9 @@ def write(docs: Path, report: Report) -> None:
     page = docs / "performance.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    tables = "\n".join(table_rows(known))
-    page.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
     draw(docs / "pictures", known)
+    shown = "\n".join([*table_rows(known), *picture_rows(docs)])
+    page.write_text(f"{before}{BEGIN}\n\n{shown}\n\n{END}{after}", encoding="utf-8")
 
 
 def _rounded(value: Any) -> Any:
@@ -104,6 +108,13 @@ def _sources(report: Report) -> Iterator[str]:
         )
 
 
+def picture_rows(docs: Path) -> Iterator[str]:
+    """Those that have been drawn."""
+    for name, about in PICTURES.items():
+        if (docs / "pictures" / name).exists():
+            yield f"\n![{about}](pictures/{name})"
+
+
 def draw(folder: Path, report: Report) -> None:
     """The pictures, where matplotlib is there."""
     try:
@@ -114,7 +125,8 @@ def draw(folder: Path, report: Report) -> None:
     matplotlib.use("svg")
     # text stays text; nothing random or of today, so that the same numbers give the same file
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "performance"}
-    folder.mkdir(exist_ok=True)
+    if report.keys() & {"streams", "growth"}:
+        folder.mkdir(exist_ok=True)
     if "streams" in report:
         _draw_streams(folder / "streams.svg", report["streams"]["rounds"])
     if "growth" in report:
@@ -124,7 +136,7 @@ def draw(folder: Path, report: Report) -> None:
 def _draw_streams(path: Path, rounds: list[dict[str, dict[str, float]]]) -> None:
     lines = {}
     for server in (OURS, LLAMA_SERVER, LLAMA_CPP_PYTHON):
-        points = {n: values(rounds, server, f"streams_{n}") for n in Sizes().levels}
+        points = {n: values(rounds, server, f"streams_{n}") for n in LEVELS}
         lines[server] = {n: median(found) for n, found in points.items() if found}
     _plot(path, lines, "streams at once", "tokens/s together")
 

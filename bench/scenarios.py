@@ -12,6 +12,7 @@ from bench.http import WORDS
 from bench.plain_client import Client, Message, Reply
 
 Found = dict[str, float]  # by the metric's name
+LEVELS = (1, 4, 8, 16)  # of streams at once, and of sequences
 Run = Callable[[Client, str, "Sizes"], Awaitable[Found]]
 
 
@@ -19,7 +20,6 @@ Run = Callable[[Client, str, "Sizes"], Awaitable[Found]]
 class Sizes:
     """Words are about as many tokens."""
 
-    levels: tuple[int, ...] = (1, 4, 8, 16)
     n_answer: int = 40
     n_cold_words: int = 600
     n_prefix_words: int = 450
@@ -31,7 +31,7 @@ class Sizes:
 
 
 # for a test: everything once, on whatever model, in no time
-QUICK = Sizes(levels=(1, 4), n_answer=8, n_cold_words=20, n_prefix_words=20, n_users=2, n_turns=2,
+QUICK = Sizes(n_answer=8, n_cold_words=20, n_prefix_words=20, n_users=2, n_turns=2,
               n_intruder_words=40, n_watched=2, prompts=(128, 256))  # fmt: skip
 
 
@@ -48,9 +48,10 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Of each server."""
+    """Of each server. The servers take turns after each of `runs`: the shorter a turn is, the more
+    alike is what else the machine does meanwhile."""
 
-    run: Run
+    runs: tuple[Run, ...]
     metrics: dict[str, Metric]
 
 
@@ -64,17 +65,18 @@ def asking(seed: str, n: int, system: str = "") -> list[Message]:
     return [*messages, {"role": "user", "content": f"{words(seed, n)}. Tell a story of it."}]
 
 
-async def streams(client: Client, seed: str, sizes: Sizes) -> Found:
+def streams(n: int) -> Run:
     """So many short prompts at once: tokens/s from the first request to the last token."""
-    found = {}
-    for n in sizes.levels:
+
+    async def run(client: Client, seed: str, sizes: Sizes) -> Found:
         started_at = time.perf_counter()
         replies = await asyncio.gather(
             *(client.chat(asking(f"{seed}/{n}/{i}", 24), sizes.n_answer) for i in range(n))
         )
         seconds = time.perf_counter() - started_at
-        found[f"streams_{n}"] = sum(reply.n_tokens for reply in replies) / seconds
-    return found
+        return {f"streams_{n}": sum(reply.n_tokens for reply in replies) / seconds}
+
+    return run
 
 
 async def cold(client: Client, seed: str, sizes: Sizes) -> Found:
@@ -149,26 +151,26 @@ async def gap(client: Client, seed: str, sizes: Sizes) -> Found:
 _GOALS = {1: 0.97, 4: 1.05}  # of more streams it is 1.1
 SCENARIOS = {
     "streams": Scenario(
-        streams,
+        tuple(map(streams, LEVELS)),
         {
             f"streams_{n}": Metric(
                 f"{n} stream{'s' if n > 1 else ''}, tokens/s", _GOALS.get(n, 1.1), True, 1
             )
-            for n in Sizes().levels
+            for n in LEVELS
         },
     ),
     "cold": Scenario(
-        cold, {"cold_first_token_ms": Metric("600-token prompt, first token, ms", 1.05)}
+        (cold,), {"cold_first_token_ms": Metric("600-token prompt, first token, ms", 1.05)}
     ),
     "prefix": Scenario(
-        prefix,
+        (prefix,),
         {
             "prefix_wall_s": Metric("8 requests with one prefix, wall, s", 0.15, digits=2),
             "prefix_first_token_ms": Metric("8 requests with one prefix, first token, ms", 0.15),
         },
     ),
     "conversations": Scenario(
-        conversations,
+        (conversations,),
         {
             "turns_first_token_ms": Metric("4-turn conversations of 6 users, first token, ms", 1.0),
             "turns_reused_percent": Metric(
@@ -177,7 +179,7 @@ SCENARIOS = {
         },
     ),
     "gap": Scenario(
-        gap,
+        (gap,),
         {
             "gap_p99_ms": Metric(
                 "gap between tokens while a 3,000-token prompt arrives, p99, ms", 0.3
@@ -208,7 +210,7 @@ FIGURES: dict[str, dict[str, Metric]] = {
             True,
             3,
         )
-        for n in Sizes().levels
+        for n in LEVELS
     },
     "api": {
         "core_share_at_1000": Metric(
@@ -216,7 +218,7 @@ FIGURES: dict[str, dict[str, Metric]] = {
         ),
         "us_per_token": Metric("its CPU for a token of these, µs"),
         "most_tokens_per_s": Metric("most tokens/s through 64 streams", more_is_better=True),
-        "us_per_token_at_most": Metric("its CPU for a token of these, µs"),
+        "us_per_token_at_most": Metric("its CPU for a token at that rate, µs"),
         "us_per_request": Metric("its CPU for a request of one token on a new connection, µs"),
     },
     "start": {
