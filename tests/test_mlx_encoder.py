@@ -28,6 +28,7 @@ from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS
 from tests.record_flag import REAL_TEXTS, real_model, recorded
 from tests.serving import Service, serving
+from tests.test_mlx_fields import fate, written
 from tests.test_model_manager import Launches, run
 from tests.torch_files import write_pt
 
@@ -419,6 +420,7 @@ def service(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         for name, folder in (("EMBEDDING", folders / "embedder"), ("RERANKER", path)):
             environment.setenv(f"{name}_BACKEND", "mlx")
             environment.setenv(f"{name}_MODEL_PATH", str(folder))
+        environment.setenv("EMBEDDING_MATRYOSHKA", "true")
         of = Settings.load(None)
     with serving(of, launch=launch_process) as service:
         yield service
@@ -456,6 +458,36 @@ def test_an_answer_is_ranked_before_others(service: Service) -> None:
     assert results[0]["index"] == 2
     found = [item["relevance_score"] for item in results]
     assert found == pytest.approx([4, -4, -4], abs=0.1)
+
+
+VECTORS: dict[str, Any] = {
+    "input": ["a"], "model": "embedding", "encoding_format": "base64", "dimensions": 8,
+    "user": "me", "embedding_type": "sparse", "return_dense": True, "return_sparse": True,
+    "return_colbert": True, "keep_alive": "5m", "return_tokens": True, "colbert_dtype": "float16",
+    "input_type": "query", "truncate": "end",
+}  # fmt: skip
+RANKED: dict[str, Any] = {
+    "query": "b", "documents": ["a", "b"], "texts": ["a"], "model": "reranker", "top_n": 1,
+    "return_documents": True, "return_text": True, "raw_scores": True, "method": "hybrid",
+    "weights": [1, 2, 3], "max_tokens_per_doc": 2, "truncate": "start",
+    "truncation_direction": "left", "keep_alive": "5m",
+}  # fmt: skip
+BESIDE = {"texts": {"documents": None}, "weights": {"method": "hybrid"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "fields"),
+    [
+        ("/v1/embeddings", {"model": "embedding", "input": "a b"}, VECTORS),
+        ("/v1/rerank", {"query": "a", "documents": ["a", "b"]}, RANKED),
+    ],
+)
+def test_the_fate_of_a_field_is_what_a_run_gives(
+    path: str, body: dict[str, Any], fields: dict[str, Any], service: Service
+) -> None:
+    asked = {name: {**body, **BESIDE.get(name, {}), name: value} for name, value in fields.items()}
+    found = {name: fate(service.http.post(path, json=of), name) for name, of in asked.items()}
+    assert found == written(path)
 
 
 @pytest.mark.real

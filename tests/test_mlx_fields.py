@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from engine.client import launch_process
@@ -57,6 +58,16 @@ def written(path: str) -> dict[str, str]:
     return {name: row[2] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
 
 
+def fate(reply: httpx.Response, name: str) -> str:
+    """What became of a field."""
+    assert reply.status_code in (200, 400), reply.text
+    if reply.status_code == 400:
+        assert reply.json()["error"]["param"] == name, reply.text
+        return "refused"
+    is_ignored = name in reply.headers.get("x-ignored-params", "") or name == "user"
+    return "ignored" if is_ignored else "works"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "fields"),
     [
@@ -72,14 +83,7 @@ def test_the_fate_of_a_field_is_what_a_run_gives(
         asked = {"model": "light", "max_tokens": 2, **body, **BESIDE.get(name, {}), name: value}
         if name == "max_completion_tokens":
             del asked["max_tokens"]
-        reply = service.http.post(path, json=asked)
-        is_ignored = name in reply.headers.get("x-ignored-params", "") or name == "user"
-        assert reply.status_code in (200, 400), reply.text
-        if reply.status_code == 200:
-            found[name] = "ignored" if is_ignored else "works"
-        else:
-            assert reply.json()["error"]["param"] == name, reply.text
-            found[name] = "refused"
+        found[name] = fate(service.http.post(path, json=asked), name)
     column = written(path)
     assert found == {name: column[name] for name in found}
     assert len(found) > len(column) * 0.8
