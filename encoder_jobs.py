@@ -17,6 +17,7 @@ from engine.backends.base import Ids, Interrupted, Tokenizer
 from engine.batcher import Batcher
 from engine.types import Method, Output, Truncate
 from errors import BadRequest, ContextLengthExceeded, InternalError, ServiceError
+from lengths import check_colbert
 from rerankers import EQUAL_WEIGHTS, BGEReranker, EmbeddingReranker, Reranker
 
 logger = logging.getLogger("worker.encoder_jobs")
@@ -101,13 +102,7 @@ class EmbedJob(Job):
         text = self._fit(framed, n_ctx, self._request.truncate, "input", index)
         if "colbert" in self.outputs:
             self._n_numbers += len(text.ids) * self._embedder.n_colbert
-        most = self._request.max_colbert
-        if most is not None and self._n_numbers > most:
-            raise BadRequest(
-                f"The ColBERT vectors of these texts have more than {most:,} numbers, the most "
-                "that a reply has in this form. Send fewer texts at once, or take them as base64, "
-                "which may have more.", param="encoding_format",
-            )  # fmt: skip
+        check_colbert(self._n_numbers, self._request.max_colbert)
         return text
 
     def take(self, index: int, result: Result | ServiceError) -> list[Item]:
@@ -249,7 +244,8 @@ class SimilarityJob(ScoreJob):
             if isinstance(ours, Embedded) and isinstance(result, Embedded):
                 score = EmbeddingReranker.score(ours, result, self._method, self._weights)
             told = _fault(fault) if fault else None
-            items.append(wire.Scored(pair, n_tokens, text.n_cut, score, told, of_query.n_cut))
+            numbers = of_query.n_cut, len(of_query.ids), len(text.ids)
+            items.append(wire.Scored(pair, n_tokens, text.n_cut, score, told, *numbers))
         return items
 
 

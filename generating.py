@@ -2,9 +2,10 @@
 
 import asyncio
 import copy
+import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from engine import wire
@@ -100,6 +101,43 @@ class Generation:
 
     def fail(self, error: ServiceError) -> None:
         self._messages.put_nowait(copy.copy(error))  # one error may end many requests
+
+
+async def interleaved(
+    generations: Sequence[Generation],
+) -> AsyncGenerator[tuple[int, wire.TokenOut], None]:
+    """What several generations say, in the order in which they say it; each answer by its number
+    among those of all. Raises ServiceError."""
+    if len(generations) == 1:
+        async for out in generations[0]:
+            yield out.index, out
+        return
+    queue: asyncio.Queue[tuple[int, wire.TokenOut] | BaseException] = asyncio.Queue()
+
+    async def feed(first: int, generation: Generation) -> None:
+        try:
+            async for out in generation:
+                queue.put_nowait((first + out.index, out))
+        except Exception as error:
+            queue.put_nowait(error)
+
+    n_choices = [generation.request.n for generation in generations]
+    firsts = [0, *itertools.accumulate(n_choices)]
+    tasks = [
+        asyncio.create_task(feed(first, generation))
+        for first, generation in zip(firsts, generations, strict=False)
+    ]
+    try:
+        n_open = sum(n_choices)
+        while n_open:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            n_open -= item[1].done is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 class Conversion:

@@ -12,6 +12,17 @@ _COUNTS_FOR_NOTHING = re.compile(r"\W+")  # for some tokenizers: spaces, accents
 MOST_TO_CUT = 16  # times the longest text that could fit: all of it is tokenised before the cut
 
 
+def check_colbert(n_numbers: int, most: int | None) -> None:
+    """Of all ColBERT vectors of a reply. Raises BadRequest."""
+    if most is not None and n_numbers > most:
+        raise BadRequest(
+            f"The ColBERT vectors of these texts have more than {most:,} numbers, the most that a "
+            "reply has in this form. Send fewer texts at once, or take them as base64, which may "
+            "have more.",
+            param="encoding_format",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """What a tier's model takes."""

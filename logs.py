@@ -36,8 +36,9 @@ class JsonFormatter(Formatter):
     `extra` has for programs."""
 
     def line(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, timezone.utc)
         said = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(),
+            "time": at.isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
             "process": record.process,

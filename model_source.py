@@ -2,20 +2,36 @@
 
 import hashlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from engine.chat_folder import read_chat_folder
 from engine.model_file import Kind, ModelFile, read_model_file
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from hub import Hub
-from settings import TierName, TierSettings
-from worker_spec import effective_n_ctx
+from hub_model import FOLDER_BACKENDS
+from settings import ENCODER_TIERS, ServerSettings, TierName, TierSettings
+from worker_spec import effective_n_ctx, worker_spec
 
 Signature = tuple[int, int]  # when a file was written, in ns, and its size
+LIBRARIES = {  # that compute
+    "llamacpp": ["llama-cpp-python"],
+    "mlx": ["mlx", "mlx-lm"],
+    "flag": ["torch", "transformers", "FlagEmbedding"],
+}
+HEADER_BYTES = 1 << 20  # of a model's file, that are compared byte for byte
+# Of what a worker is told: how fast and for how many it answers, not what.
+NOT_DECISIVE = {
+    "name", "log_level", "log_format", "n_parallel", "kv_tokens", "n_threads", "max_stall_s",
+    "prefix_cache_bytes",
+}  # fmt: skip
 
 
 class ModelSource:
@@ -29,7 +45,9 @@ class ModelSource:
         self._is_here = settings.hub_model is None
         self._model: ModelFile | None = None
         self._signature: Signature = 0, 0
+        self._heads: list[tuple[str, Signature]] = []
         self._fingerprint = ""
+        self._identity = ""
 
     @property
     def settings(self) -> TierSettings:
@@ -58,7 +76,7 @@ class ModelSource:
 
     def signature(self) -> Signature:
         """The file's, as it is now."""
-        return _signature(self._settings.path)
+        return _signature(self._settings.path) if self._settings.model_path else (0, 0)
 
     def read(self, *, is_loaded: bool) -> ModelFile:
         """The header; of a model that is loaded the one with which it was. Raises
@@ -66,12 +84,19 @@ class ModelSource:
         if not self.is_here():
             raise ModelLoadFailed(f"{self._settings.model_path} is not downloaded yet.")
         if self._model is None or not is_loaded:
-            signature = self.signature()
-            if self._model is None or signature != self._signature:
-                self._model = _read_model(self._tier, self._settings)
-                self._signature = signature
-                self._fingerprint = _fingerprint(self._settings, self._model, signature)
+            signature, heads = self.signature(), _heads(self._tier, self._settings)
+            if self._model is None or (signature, heads) != (self._signature, self._heads):
+                model = _read_model(self._tier, self._settings)
+                self._signature, self._heads = signature, heads
+                self._fingerprint = _fingerprint(self._settings, model, signature, heads)
+                self._identity = _identity(self._settings, model, signature, heads)
+                self._model = model
         return self._model
+
+    def is_unchanged(self) -> bool:
+        """What is on disk is what was read."""
+        heads = _heads(self._tier, self._settings)
+        return self.is_known and (self.signature(), heads) == (self._signature, self._heads)
 
     @property
     def is_known(self) -> bool:
@@ -88,6 +113,12 @@ class ModelSource:
         """Of what was read: changes with all that changes answers (file, template, backend)."""
         return self._fingerprint
 
+    @property
+    def identity(self) -> str:
+        """Of what was read: stands for all of the model, its library and its settings that decides
+        what a request for it is answered."""
+        return self._identity
+
 
 def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
     wanted: Kind = "embedding" if name == "embedding" else "chat"
@@ -96,7 +127,9 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
         from engine.backends import fake
 
         return fake.model_file(settings.model_path and settings.path, wanted)
-    is_folder = settings.backend == "flag"
+    if settings.backend == "mlx" and wanted == "chat":
+        return read_chat_folder(settings.path)
+    is_folder = settings.backend in FOLDER_BACKENDS
     model = read_model_folder(settings.path) if is_folder else read_model_file(settings.path)
     is_told = settings.embedding_mode or settings.pooling != "auto"
     if wanted == "embedding" and model.kind == "chat" and is_told:
@@ -112,23 +145,64 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
 _PURPOSES: dict[Kind, str] = {"chat": "chat", "embedding": "embeddings", "reranker": "reranking"}
 
 
-def _fingerprint(settings: TierSettings, model: ModelFile, signature: object) -> str:
-    library = {"llamacpp": "llama-cpp-python", "flag": "torch"}.get(settings.backend, "")
-    release = ""
-    with suppress(PackageNotFoundError):
-        release = version(library) if library else ""
-    parts = [model.path.name, signature, model.chat_template, settings.backend, release]
+def _fingerprint(
+    settings: TierSettings,
+    model: ModelFile,
+    signature: Signature,
+    heads: Sequence[tuple[str, Signature]],
+) -> str:
+    parts: list[Any] = [model.path.name, signature, model.chat_template, settings.backend]
+    parts += _release(settings)
     if model.kind != "chat":
         parts += (effective_n_ctx(settings, model), settings.pooling)
-        parts += (settings.query_prefix, settings.passage_prefix)
-        paths = {settings.head_path(settings.sparse_head_path)}
-        paths.add(settings.head_path(settings.colbert_head_path))
-        heads = [Path(path) for path in paths if path]
-        for pattern in ("sparse_linear.*", "colbert_linear.*", "*.heads.safetensors"):
-            folder = model.path if model.path.is_dir() else model.path.parent
-            heads += folder.glob(pattern)
-        parts += ((str(path), _signature(path)) for path in sorted(heads))
+        parts += (settings.query_prefix, settings.passage_prefix, *heads)
     return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+def _identity(
+    settings: TierSettings,
+    model: ModelFile,
+    signature: Signature,
+    heads: Sequence[tuple[str, Signature]],
+) -> str:
+    told = msgspec.structs.asdict(
+        worker_spec("", settings, model, ServerSettings.model_construct())
+    )
+    decisive = sorted((name, told[name]) for name in told.keys() - NOT_DECISIVE)
+    header = _begin(settings.path) if settings.model_path else b""
+    parts = (signature, sorted(asdict(model).items()), header, heads, _release(settings), decisive)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _release(settings: TierSettings) -> list[str]:
+    releases = []
+    for name in LIBRARIES.get(settings.backend, ()):
+        with suppress(PackageNotFoundError):
+            releases.append(version(name))
+    return releases
+
+
+def _begin(path: Path) -> bytes:
+    """The beginning of a file; of a directory what it has."""
+    with suppress(OSError):
+        if path.is_dir():
+            return repr(sorted((file.name, _signature(file)) for file in path.iterdir())).encode()
+        with path.open("rb") as file:
+            return file.read(HEADER_BYTES)
+    return b""
+
+
+def _heads(tier: TierName, settings: TierSettings) -> list[tuple[str, Signature]]:
+    """The files with the heads of an encoder, where there are any."""
+    if tier not in ENCODER_TIERS or not settings.model_path:
+        return []
+    named = {settings.head_path(settings.sparse_head_path)}
+    named.add(settings.head_path(settings.colbert_head_path))
+    heads = {Path(path) for path in named if path}
+    folder = settings.path if settings.path.is_dir() else settings.path.parent
+    for pattern in ("sparse_linear.*", "colbert_linear.*", "*.heads.safetensors"):
+        heads.update(folder.glob(pattern))
+    return [(str(path), _signature(path)) for path in sorted(heads)]
 
 
 def _signature(path: Path) -> Signature:

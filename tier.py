@@ -52,6 +52,7 @@ from errors import (
 )
 from footprint import Footprint, estimate
 from generating import Conversion, Generation
+from hub_model import FOLDER_BACKENDS
 from lengths import Lengths
 from metrics import Metrics
 from model_source import ModelSource, Signature
@@ -148,7 +149,8 @@ class Tier:
             names.append(re.sub("-GGUF$", "", model.repo.rpartition("/")[2], flags=re.IGNORECASE))
             return [*self.settings.aliases, *names]
         path = Path(self.settings.model_path)
-        stem = path.name if self.settings.backend == "flag" else path.stem  # a directory's dots
+        is_folder = self.settings.backend in FOLDER_BACKENDS  # whose dots are no suffix
+        stem = path.name if is_folder else path.stem
         return [*self.settings.aliases, *([stem] if stem else [])]
 
     def _lengths(self) -> Lengths:
@@ -188,6 +190,21 @@ class Tier:
         self.model()
         return self._source.fingerprint
 
+    @property
+    def identity(self) -> str:
+        """Stands for all of the model, its library and its settings that decides what a request is
+        answered. Raises ModelLoadFailed."""
+        self.model()
+        return self._source.identity
+
+    def is_still(self, identity: str) -> bool:
+        """What has just answered was that for certain, and not a file that was put in its place."""
+        return self._source.identity == identity and self._source.is_unchanged()
+
+    def check_texts(self, request: wire.Embed | wire.Score) -> None:
+        """Raises BadRequest for texts that are certainly too long."""
+        self._lengths().check_texts(request)
+
     @contextmanager
     def lease(self) -> Iterator[None]:
         """While somebody has one, the worker is not stopped for being idle."""
@@ -205,6 +222,7 @@ class Tier:
         None leaves it as it is."""
         if seconds is not None:
             self._keep_alive_s = seconds
+            self._wakeup.set()
 
     @property
     def is_wanted(self) -> bool:

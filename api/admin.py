@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
+from api.cache import metrics_text
 from api.deps import ADMIN_ONLY, ServicesDep, while_connected
 from api.models import describe, state_of
 from metrics import CONTENT_TYPE, gauge
@@ -52,8 +53,10 @@ async def unload(
 
 
 @router.get("/metrics")
-def metrics(services: ServicesDep) -> Response:
-    return Response(services.manager.metrics.text(), media_type=CONTENT_TYPE)
+async def metrics(services: ServicesDep) -> Response:
+    text = await asyncio.to_thread(services.manager.metrics.text)
+    text += await metrics_text(services.cache)
+    return Response(text, media_type=CONTENT_TYPE)
 
 
 class TierGauges(Collector):

@@ -11,7 +11,7 @@ from api import generation, turn
 from api.chat_request import ChatRequest
 from api.deps import ServicesDep, while_connected
 from api.sampling import ignored_params, refuse, validity
-from api.sse import EventStream, begun, event
+from api.sse import Chunks, EventStream, begun
 from chat.events import CallBegin, Event, Reasoning, Text
 from engine import wire
 from settings import ReasoningField
@@ -40,7 +40,7 @@ async def create_chat_completion(
     server = services.settings.server
     headers = ignored_params(body, UNSUPPORTED, strict=server.strict_params, parts=body.inner())
     watch = generation.Watch(tier)
-    starting = turn.start(request.receive, services, tier, body, watch)
+    starting = turn.start(request, services, tier, body, watch)
     if body.stream:
 
         async def stream() -> EventStream:
@@ -118,31 +118,37 @@ class _Deltas:
 async def _events(
     started: turn.Turn, head: dict[str, Any], body: ChatRequest, field: ReasoningField
 ) -> AsyncGenerator[bytes, None]:
-    more: dict[str, Any] = {"usage": None} if body.include_usage else {}
+    chunks = Chunks(head, include_usage=body.include_usage)
     ends = []
     deltas = [_Deltas(field) for _ in range(started.n_choices)]
-
-    def chunk(index: int, delta: dict[str, Any], **fields: Any) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | fields
-        return event(head | {"choices": [choice]} | more)
-
     async with aclosing(started.outs()) as outs:
         for index in range(started.n_choices):
-            yield chunk(index, {"role": "assistant", "content": ""})
+            yield chunks.of(_choice(index, {"role": "assistant", "content": ""}))
         async for out in outs:
             logprobs = _logprobs(out.logprobs) if out.logprobs else None
             for said in out.events:
                 delta = deltas[out.index].of(said)
-                yield chunk(out.index, delta, logprobs=logprobs if "content" in delta else None)
+                of_text = logprobs if "content" in delta else None
+                yield chunks.of(_choice(out.index, delta, of_text))
             if out.end:
                 ends.append(out.end)
-                end = {"finish_reason": out.end.finish, **validity(out.end.is_valid)}
+                more: dict[str, Any] = {}
                 if body.timings and len(ends) == started.n_choices:
                     n_completion = sum(end.n_tokens for end in ends)
-                    more |= {"timings": started.answer.timings(n_completion)}
-                yield chunk(out.index, {}, **end)
+                    more = {"timings": started.answer.timings(n_completion)}
+                end = _choice(out.index, {}, finish=out.end.finish) | validity(out.end.is_valid)
+                yield chunks.of(end, **more)
     if body.include_usage:
-        yield event(head | {"choices": [], "usage": started.usage(ends)})
+        yield chunks.usage(started.usage(ends))
+
+
+def _choice(
+    index: int,
+    delta: dict[str, Any],
+    logprobs: dict[str, Any] | None = None,
+    finish: turn.FinishReason | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
 def _logprobs(tokens: Sequence[wire.TokenLogprob]) -> dict[str, Any]:

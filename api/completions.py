@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -28,7 +28,7 @@ from api.sampling import (
     kind_of_texts,
     validity,
 )
-from api.sse import EventStream, begun, event
+from api.sse import Chunks, EventStream, begun
 from chat.infill import Marks, infill, marks_of
 from engine import wire
 from errors import BadRequest, UnsupportedParameter
@@ -99,13 +99,21 @@ async def create_completion(
     async def start() -> tuple[generation.Answer, dict[str, Any]]:
         await fetched(request.receive, tier)
         answer = await generation.start(
-            request.receive, tier, requests, priority=body.effective_priority, watch=watch
-        )
+            request, services, tier, requests, is_seeded=body.seed is not None,
+            priority=body.effective_priority, watch=watch,
+        )  # fmt: skip
         tier.keep_alive(body.keep_alive)
         if body.echo:
-            answer.outs = _echoed(answer.outs, answer.n_choices, tier, prompts)
+            caching = services.caching(request)
+
+            async def text_of(prompt: str | list[int]) -> str:
+                if isinstance(prompt, str):
+                    return prompt
+                return await services.answers.text(prompt, tier, caching)
+
+            answer.outs = _echoed(answer.outs, answer.n_choices, prompts, text_of)
         head = generation.head("cmpl", "text_completion", tier, body.service_tier)
-        headers.update({"X-Seed": str(asked.sampling.seed)} | answer.headers())
+        headers.update({"X-Seed": str(answer.seed)} | answer.headers())
         return answer, head
 
     if body.stream:
@@ -178,23 +186,24 @@ def _logprobs(
 async def _events(
     answer: generation.Answer, head: dict[str, Any], body: CompletionRequest
 ) -> AsyncGenerator[bytes, None]:
-    more: dict[str, Any] = {"usage": None} if body.include_usage else {}
+    chunks = Chunks(head, include_usage=body.include_usage)
     n_completion = n_done = 0
     offsets = [0] * answer.n_choices
     async with aclosing(answer.outs) as outs:
         async for index, out in outs:
+            more: dict[str, Any] = {}
             if out.done:
                 n_done += 1
                 n_completion += out.done.n_tokens
                 if body.timings and n_done == answer.n_choices:
-                    more |= {"timings": answer.timings(n_completion)}
+                    more = {"timings": answer.timings(n_completion)}
             if out.text or out.done:
                 logprobs = _logprobs(out.logprobs, offsets[index], body.logprobs)
                 offsets[index] += len(out.text)
                 choice = _choice(index, out.text, out.done, logprobs)
-                yield event(head | {"choices": [choice]} | more)
+                yield chunks.of(choice, **more)
     if body.include_usage:
-        yield event(head | {"choices": [], "usage": generation.usage(answer, n_completion)})
+        yield chunks.usage(generation.usage(answer, n_completion))
 
 
 def _marks(tier: Tier) -> Marks:
@@ -228,12 +237,15 @@ def _segments(
 
 
 async def _echoed(
-    answer: generation.Outs, n_choices: int, tier: Tier, prompts: Sequence[str | list[int]]
+    answer: generation.Outs,
+    n_choices: int,
+    prompts: Sequence[str | list[int]],
+    text_of: Callable[[str | list[int]], Awaitable[str]],
 ) -> generation.Outs:
     """What an answer says, each choice after the text of its prompt."""
     n = n_choices // len(prompts)
     async with aclosing(answer) as outs:
-        texts = [p if isinstance(p, str) else await tier.detokenize(p) for p in prompts]
+        texts = [await text_of(prompt) for prompt in prompts]
         for index in range(n_choices):
             yield index, wire.TokenOut(0, texts[index // n])
         async for indexed in outs:

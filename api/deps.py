@@ -9,10 +9,14 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from starlette.types import Receive
 
+from answers import Answers
+from cache import Cache
+from caching import Caching
 from chat.format import ChatFormat
 from engine.model_file import ModelFile
 from engine.types import Method
 from errors import BadRequest, Forbidden, ServiceError
+from lookups import Lookups
 from model_manager import ModelManager
 from settings import CHAT_TIERS, Settings, TierName
 from tier import Tier
@@ -33,6 +37,9 @@ class Services:
 
     settings: Settings
     manager: ModelManager
+    cache: Cache | None
+    answers: Answers
+    lookups: Lookups
     _formats: dict[TierName, tuple[ModelFile, ChatFormat]] = field(default_factory=dict)
 
     def chat_tier(self, model: str | None) -> Tier:
@@ -72,6 +79,12 @@ class Services:
             known = model, ChatFormat(model, tier.settings.tool_format)
             self._formats[tier.name] = known
         return known[1]
+
+    def caching(self, request: Request) -> Caching:
+        """What the client wants of the cache. It has the results of its key, unless all share
+        theirs."""
+        owner = None if self.settings.server.cache_shared else request.scope["key_id"]
+        return Caching.of(",".join(request.headers.getlist("cache-control")), owner)
 
 
 async def _services(request: Request) -> Services:  # a plain function would run in a thread

@@ -105,10 +105,13 @@ async def create_embeddings(
         max_colbert=MAX_COLBERT_NUMBERS[body.encoding_format or "float"],
     )
     names = {f"^return_{kind}$": "embedding_type" for kind in body.embedding_type or ()}
-    with client_names(names), tier.lease(), tier.embed(asked) as encoding:
-        vectors = await while_connected(request.receive, encoding.all())
-        tier.keep_alive(body.keep_alive)
-        headers |= queue_headers(encoding)
+    caching = services.caching(request)
+    with client_names(names):
+        work = services.lookups.vectors(tier, asked, caching)
+        found = await while_connected(request.receive, work)
+    tier.keep_alive(body.keep_alive)
+    vectors = [vector.item for vector in found]
+    headers |= caching.headers() | queue_headers(caching)
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {
         "model": tier.name,
@@ -117,7 +120,7 @@ async def create_embeddings(
     if cut := [{"index": v.index, "n_tokens_cut": v.n_cut} for v in vectors if v.n_cut]:
         reply["truncated"] = cut
     form = Form(body.encoding_format == "base64", dimensions, body.colbert_dtype)
-    n_colbert = tier.encoder.n_colbert if tier.encoder else 0
+    n_colbert = found[0].n_colbert
     content = await encoded(vectors, lambda: _content(reply, vectors, n_colbert, form))
     return Response(content, media_type="application/json", headers=headers)
 

@@ -1,17 +1,17 @@
 """From a request for text to what the tier says about it; both text endpoints build on this."""
 
-import asyncio
-import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from starlette.types import Receive
+from fastapi import Request
 
-from api.deps import while_connected
+from answers import Begun, Items
+from api.deps import Services, while_connected
+from caching import Caching
 from engine import wire
 from generating import Generation
 from tier import Tier
@@ -31,55 +31,48 @@ class Watch:
 
 
 class Answer:
-    """Requests, one for each prompt, and the choices that come of them: those of the first prompt,
-    then those of the second. Close `outs` to cancel them."""
+    """The choices that come of requests, one for each prompt: those of the first prompt, then those
+    of the second. Close `outs` to cancel them."""
 
     def __init__(
-        self,
-        tier: Tier,
-        requests: Sequence[wire.Generate],
-        priority: int,
-        watch: Watch | None = None,
+        self, n_choices: int, items: Items, caching: Caching, watch: Watch | None = None
     ) -> None:
         self._watch = watch
-        self.n_choices = sum(request.n for request in requests)
+        self._caching = caching
+        self.n_choices = n_choices
         self.n_before = 0  # requests that were to be served before it when it came
         self.n_prompt = 0
         self.n_cached = 0  # of these tokens
+        self.seed = 0
         self.n_guessed = self.n_right = 0  # tokens of the answers; those that were right
         # by the monotonic clock; of several prompts the last time counts
         self.queued_at = self.handed_at = self.first_at = self.last_at = time.monotonic()
-        self.outs: Outs = self._generate(tier, requests, priority)
+        self.outs: Outs = self._read(items)
 
-    async def _generate(self, tier: Tier, requests: Sequence[wire.Generate], priority: int) -> Outs:
-        with ExitStack() as stack:
-            stack.enter_context(tier.lease())
-            generations = [
-                stack.enter_context(tier.submit(request, priority=priority)) for request in requests
-            ]
-            if self._watch is not None:
-                self._watch.generation = generations[-1]
-            self.n_before = max(generation.n_before for generation in generations)
-            for generation in generations:
-                started = await generation.started()
-                self.n_prompt += started.prompt_tokens
-                self.n_cached += started.cached_tokens
-                self.handed_at = max(self.handed_at, generation.handed_at)
-            yield -1, wire.TokenOut(0, "")  # the handshake that `start` waits for
-            self.first_at = 0.0
-            outs = _interleave(generations) if len(generations) > 1 else _indexed(*generations)
-            async with aclosing(outs):
-                async for index, out in outs:
+    async def _read(self, items: Items) -> Outs:
+        async with aclosing(items):
+            async for item in items:
+                if isinstance(item, Begun):
+                    self.n_before, self.seed = item.n_before, item.seed
+                    self.n_prompt, self.n_cached = item.n_prompt, item.n_cached
+                    self.handed_at = max(self.queued_at, item.handed_at)
+                    self.first_at = self.last_at = self.handed_at
+                    yield -1, wire.TokenOut(0, "")  # the handshake that `start` waits for
+                    self.first_at = 0.0
+                elif isinstance(item, Generation):
+                    if self._watch is not None:
+                        self._watch.generation = item
+                else:
                     self.last_at = time.monotonic()
                     self.first_at = self.first_at or self.last_at
-                    if out.done:
-                        self.n_guessed += out.done.n_guessed
-                        self.n_right += out.done.n_right
-                    yield index, out
+                    if done := item[1].done:
+                        self.n_guessed += done.n_guessed
+                        self.n_right += done.n_right
+                    yield item
 
     def headers(self) -> dict[str, str]:
-        """How long it waited for its place."""
-        return queue_headers(self)
+        """How long it waited for its place, and whether it was remembered."""
+        return self._caching.headers() | queue_headers(self)
 
     def whole_headers(self) -> dict[str, str]:
         """All times, once it is whole."""
@@ -146,53 +139,24 @@ def new_id(prefix: str) -> str:
 
 
 async def start(
-    receive: Receive,
+    request: Request,
+    services: Services,
     tier: Tier,
-    requests: Sequence[wire.Generate],
+    asked: Sequence[wire.Generate],
     *,
+    is_seeded: bool,
     priority: int,
     watch: Watch | None = None,
 ) -> Answer:
-    """Submit requests and wait until all have started: from here on nothing that is wrong with
-    them can come up. Raises ClientLeft or ServiceError."""
-    answer = Answer(tier, requests, priority, watch)
-    await while_connected(receive, anext(answer.outs))
+    """Ask for answers and wait until all have begun: from here on nothing that is wrong with the
+    request can come up. Raises ClientLeft or ServiceError."""
+    caching = services.caching(request)
+    items = services.answers.to(
+        asked, tier, priority=priority, is_seeded=is_seeded, caching=caching
+    )
+    answer = Answer(sum(one.n for one in asked), items, caching, watch)
+    await while_connected(request.receive, anext(answer.outs))
     return answer
-
-
-async def _indexed(generation: Generation) -> Outs:
-    async for out in generation:
-        yield out.index, out
-
-
-async def _interleave(generations: Sequence[Generation]) -> Outs:
-    """What several generations say, in the order in which they say it."""
-    queue: asyncio.Queue[tuple[int, wire.TokenOut] | BaseException] = asyncio.Queue()
-
-    async def feed(first: int, generation: Generation) -> None:
-        try:
-            async for out in generation:
-                queue.put_nowait((first + out.index, out))
-        except Exception as error:
-            queue.put_nowait(error)
-
-    n_choices = [generation.request.n for generation in generations]
-    firsts = [0, *itertools.accumulate(n_choices)]
-    tasks = [
-        asyncio.create_task(feed(first, generation))
-        for first, generation in zip(firsts, generations, strict=False)
-    ]
-    try:
-        n_open = sum(n_choices)
-        while n_open:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            n_open -= item[1].done is not None
-            yield item
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ async def create_message(
 
     async def start() -> turn.Turn:
         with client_names(body.names):
-            return await turn.start(request.receive, services, tier, body.chat(), watch)
+            return await turn.start(request, services, tier, body.chat(), watch)
 
     if body.stream:
 

@@ -6,6 +6,7 @@ from itertools import takewhile
 
 from api.chat_request import ChatRequest, Conversation
 from api.deps import Services
+from caching import Caching
 from chat.format import Prompt
 from engine import wire
 from tier import Tier
@@ -33,7 +34,7 @@ def prompt_of(
     )
 
 
-async def n_too_many(services: Services, tier: Tier, body: ChatRequest) -> int:
+async def n_too_many(services: Services, tier: Tier, body: ChatRequest, caching: Caching) -> int:
     """How many messages must go for the prompt to leave room for an answer: the least that is
     enough, of whole turns from the oldest on. What instructs the model stays, and the last turn,
     even where that is not enough. Raises ServiceError."""
@@ -48,7 +49,7 @@ async def n_too_many(services: Services, tier: Tier, body: ChatRequest) -> int:
         prompt = await asyncio.to_thread(prompt_of, services, tier, shorter)
         n_tokens = tier.least_tokens(prompt.segments)
         if n_tokens <= n_room:
-            n_tokens = len((await tier.tokenize(prompt.segments, add_bos=True)).ids)
+            n_tokens = await services.answers.n_tokens(prompt.segments, tier, caching)
         if n_tokens <= n_room:
             high = middle
         else:

@@ -10,12 +10,13 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from api.deps import ServicesDep, while_connected
+from api.deps import Services, ServicesDep, while_connected
 from api.errors import client_names
 from api.generation import new_id, queue_headers
 from api.keep_alive import KeepAlive
 from api.sampling import Switch, WholeText, ignored_params
 from api.vectors import truncated_header
+from caching import Caching
 from engine import wire
 from engine.types import Method, Scale, Truncate
 from errors import BadRequest
@@ -97,11 +98,13 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     pairs = [(0, n) for n in range(len(documents))]
     names = {} if body.texts is None else {r"^documents": "texts"}
+    caching = services.caching(request)
     with client_names(names):
         scores = await while_connected(
-            request.receive, _score(tier, body, [body.query], documents, pairs)
+            request.receive,
+            _score(services, caching, tier, body, [body.query], documents, pairs),
         )
-    headers |= scores.waited
+    headers |= caching.headers() | queue_headers(caching)
     # by the score before it is rounded; the first come first where they are equal
     best = sorted(scores.items, key=lambda item: (-item.score, item.index))[: body.top_n]
     wants_text = body.return_documents or body.return_text
@@ -183,12 +186,14 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
     left, right, pairs = body.read_pairs()
     tier = services.scoring_tier(body.model, body.method)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
+    caching = services.caching(request)
     names = {r"^query$": "queries"}
     if body.text_1 is not None:
         names = {r"^query$": "text_1", r"^documents": "text_2"}
     with client_names(names):
-        scores = await while_connected(request.receive, _score(tier, body, left, right, pairs))
-    headers |= scores.waited
+        work = _score(services, caching, tier, body, left, right, pairs)
+        scores = await while_connected(request.receive, work)
+    headers |= caching.headers() | queue_headers(caching)
     data = [
         {"index": item.index, "object": "score", "score": scores.shown(item)}
         for item in scores.items
@@ -214,7 +219,6 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
 class Scores:
     """All pairs in their order, and on which scale."""
 
-    waited: dict[str, str]  # headers
     items: list[wire.Scored]
     method: Method
     scale: Scale
@@ -246,6 +250,8 @@ class Scores:
 
 
 async def _score(
+    services: Services,
+    caching: Caching,
     tier: Tier,
     fields: ScoringFields,
     queries: list[str],
@@ -262,17 +268,13 @@ async def _score(
         truncate=fields.read_truncate(),
     )
     await tier.fetched()
-    with tier.lease(), tier.score(asked) as encoding:
-        items = await encoding.all()
-        tier.keep_alive(fields.keep_alive)
-        assert encoding.method is not None
-        assert encoding.scale is not None
-        is_hybrid = encoding.method == "hybrid"
-        return Scores(
-            queue_headers(encoding),
-            items,
-            encoding.method,
-            encoding.scale,
-            fields.raw_scores,
-            (fields.weights or EQUAL_WEIGHTS) if is_hybrid else None,
-        )
+    scores = await services.lookups.scores(tier, asked, caching)
+    tier.keep_alive(fields.keep_alive)
+    method, scale = scores[0].method, scores[0].scale
+    return Scores(
+        [score.item for score in scores],
+        method,
+        scale,
+        fields.raw_scores,
+        (fields.weights or EQUAL_WEIGHTS) if method == "hybrid" else None,
+    )

@@ -55,7 +55,7 @@ async def create_response(
 
     async def start() -> turn.Turn:
         with client_names(NAMES):
-            return await turn.start(request.receive, services, tier, body.chat(), watch)
+            return await turn.start(request, services, tier, body.chat(), watch)
 
     if body.stream:
 

@@ -27,6 +27,25 @@ def event(data: Mapping[str, Any]) -> bytes:
     return name.encode() + b"data: " + _encode(data) + b"\n\n"
 
 
+class Chunks:
+    """The events of one stream in OpenAI's form. What all of them say is encoded once."""
+
+    def __init__(self, head: Mapping[str, Any], *, include_usage: bool) -> None:
+        self._before = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._after = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    def of(self, choice: Mapping[str, Any], **more: Any) -> bytes:
+        """A choice, and fields that only this event has."""
+        after = self._after
+        if more:
+            after = b"]," + _encode(more)[1:-1] + after[1:]
+        return self._before + _encode(choice) + after
+
+    def usage(self, usage: Mapping[str, Any]) -> bytes:
+        """The event after all choices."""
+        return self._before + b'],"usage":' + _encode(usage) + b"}\n\n"
+
+
 class LateStream(Response):
     """The reply to a stream that takes long to start: comments that say what it waits for, then its
     events. Its status is sent already, so what goes wrong now is an event, or what `failed` makes

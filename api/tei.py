@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from api.deps import ServicesDep, fetched, while_connected
+from api.deps import Services, ServicesDep, fetched, while_connected
 from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of, role_of
 from api.errors import client_names
+from api.generation import queue_headers
 from api.sampling import Switch, ignored_params
 from api.vectors import encoded, shortened, sparse, truncated_header
 from engine import wire
@@ -51,7 +52,7 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
     if body.normalize is False:
         raise UnsupportedParameter("Vectors always have length 1.", param="normalize")
     dimensions = dimensions_of(tier, body.dimensions, ["dense"])
-    vectors = await _vectors(tier, body, "dense", request)
+    vectors = await _vectors(services, tier, body, "dense", request, headers)
 
     def content() -> bytes:
         dense = [np.frombuffer(vector.dense or b"", "<f4") for vector in vectors]
@@ -67,7 +68,7 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
 async def embed_sparse(body: SparseRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.embedding_tier(TIER)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
-    vectors = await _vectors(tier, body, "sparse", request)
+    vectors = await _vectors(services, tier, body, "sparse", request, headers)
 
     def content() -> bytes:
         pairs = (zip(*sparse(vector), strict=True) for vector in vectors)
@@ -92,8 +93,14 @@ def info(services: ServicesDep) -> Response:
 
 
 async def _vectors(
-    tier: Tier, body: SparseRequest, output: Output, request: Request
+    services: Services,
+    tier: Tier,
+    body: SparseRequest,
+    output: Output,
+    request: Request,
+    headers: dict[str, str],
 ) -> list[wire.Vector]:
+    """The vectors of the request; adds to its headers what it had of the cache."""
     await fetched(request.receive, tier)
     asked = wire.Embed(
         inputs=[*body.inputs],
@@ -102,5 +109,9 @@ async def _vectors(
         role=role_of(tier, body.prompt_name),
     )
     names = {r"^input$": "inputs", r"^return_sparse$": "inputs"}
-    with client_names(names), tier.lease(), tier.embed(asked) as encoding:
-        return await while_connected(request.receive, encoding.all())
+    caching = services.caching(request)
+    with client_names(names):
+        work = services.lookups.vectors(tier, asked, caching)
+        found = await while_connected(request.receive, work)
+    headers |= caching.headers() | queue_headers(caching)
+    return [vector.item for vector in found]

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from starlette.types import Receive
+from fastapi import Request
 
 from api import generation
 from api.chat_request import ChatRequest
@@ -54,7 +54,7 @@ class Choice:
 
 
 async def start(
-    receive: Receive,
+    request: Request,
     services: Services,
     tier: Tier,
     body: ChatRequest,
@@ -62,14 +62,15 @@ async def start(
 ) -> "Turn":
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
     body.check_stream_options()
-    await fetched(receive, tier)
+    await fetched(request.receive, tier)
     answer_must = answer_part(body)
     n_left_out = 0
     if body.truncate:
-        n_left_out = await while_connected(receive, n_too_many(services, tier, body))
+        counting = n_too_many(services, tier, body, services.caching(request))
+        n_left_out = await while_connected(request.receive, counting)
         body = without_middle(body, n_left_out)
     prompt = await asyncio.to_thread(prompt_of, services, tier, body, answer_must)
-    request = generate_request(
+    asked = generate_request(
         body,
         tier.settings,
         prompt=prompt.segments,
@@ -82,14 +83,14 @@ async def start(
     )
     with client_names({"^prompt$": "messages"}):
         answer = await generation.start(
-            receive, tier, [request], priority=body.effective_priority, watch=watch
-        )
+            request, services, tier, [asked], is_seeded=body.seed is not None,
+            priority=body.effective_priority, watch=watch,
+        )  # fmt: skip
     tier.keep_alive(body.keep_alive)
     is_inline = services.settings.server.reasoning_field == "none"
     return Turn(
         answer,
         prompt,
-        request.sampling.seed,
         n_left_out,
         is_inline=is_inline,
         has_client_grammar=answer_must is not None,
@@ -103,14 +104,12 @@ class Turn:
         self,
         answer: generation.Answer,
         prompt: Prompt,
-        seed: int,
         n_left_out: int,
         *,
         is_inline: bool,
         has_client_grammar: bool,
     ) -> None:
         self.answer = answer
-        self.seed = seed
         self._n_left_out = n_left_out
         self.n_choices = answer.n_choices
         self._prompt = prompt
@@ -145,7 +144,7 @@ class Turn:
 
     def headers(self) -> dict[str, str]:
         """What a stream says beside its body."""
-        headers = {"X-Seed": str(self.seed)} | self.answer.headers()
+        headers = {"X-Seed": str(self.answer.seed)} | self.answer.headers()
         if self._n_left_out:
             headers["X-Truncated-Messages"] = str(self._n_left_out)
         return headers

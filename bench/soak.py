@@ -4,10 +4,11 @@
     python -m bench.soak --seconds 60
 
 Five tiers of the fake backend, of which three fit into memory, are asked for chats, completions,
-vectors and scores, whole and streamed. Meanwhile clients leave, workers are killed, and a model
-cannot be loaded now and then. Every answer must be right or a documented error, none may take
-longer than its limit; at the end nothing is held. Prints JSON; exit status 1 when something was not
-so. Memory is watched from the end of the warm-up on.
+vectors and scores, whole and streamed, some again and again. Meanwhile clients leave, workers are
+killed, and now and then a model cannot be loaded, or the cache's disk be written. Every answer must
+be right or a documented error, none may take longer than its limit; at the end nothing is held.
+Prints JSON; exit status 1 when something was not so. Memory is watched from the end of the warm-up
+on.
 """
 
 import argparse
@@ -53,6 +54,7 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     kills: int = 0
     bad_loads: int = 0
+    full_disks: int = 0
 
 
 class Client:
@@ -66,7 +68,7 @@ class Client:
     async def run(self, ends_at: float) -> None:
         ways = [self._chat, self._stream, self._complete, self._embed, self._rerank]
         while time.monotonic() < ends_at:
-            word = f"{self._dice.randrange(10**6)}"
+            word = f"{self._dice.randrange(self._dice.choice((20, 10**6)))}"
             way = self._dice.choice(ways)
             try:
                 await asyncio.wait_for(way(word), LIMIT_S)
@@ -141,6 +143,7 @@ class Client:
             "model": self._dice.choice(CHAT_TIERS),
             "messages": [{"role": "user", "content": word}],
             "service_tier": self._dice.choice(("default", "flex", "priority")),
+            "temperature": self._dice.choice((0, 1)),  # the first are remembered
         }
 
     def _is_answer(self, reply: httpx.Response) -> bool:
@@ -172,7 +175,7 @@ class Breaker:
         self._dice = dice
 
     async def run(self, ends_at: float) -> None:
-        faults = [self._kill_worker] * 7 + [self._spoil_loads] * 3
+        faults = [self._kill_worker] * 6 + [self._spoil_loads] * 2 + [self._fill_disk] * 2
         while time.monotonic() < ends_at:
             await asyncio.sleep(self._dice.uniform(0.5, 3))
             await self._dice.choice(faults)()
@@ -188,6 +191,14 @@ class Breaker:
         await asyncio.to_thread(self._script.write_text, json.dumps({"fault": "load"}))
         await asyncio.sleep(0.3)
         await asyncio.to_thread(self._script.write_text, json.dumps(FINE))
+
+    async def _fill_disk(self) -> None:
+        """For a moment the server can write no file: to its cache."""
+        self._tally.full_disks += 1
+        before = self._server.rlimit(psutil.RLIMIT_FSIZE)
+        self._server.rlimit(psutil.RLIMIT_FSIZE, (0, before[1]))
+        await asyncio.sleep(1)
+        self._server.rlimit(psutil.RLIMIT_FSIZE, before)
 
 
 async def watch(server: psutil.Process, seconds: list[float], sizes: list[float]) -> None:
@@ -240,6 +251,7 @@ async def soak(url: str, server: psutil.Process, script: Path, seconds: float, s
         await traffic(seconds - warm_up_s)
         watching.cancel()
         still |= await held(http)
+        kinds = (await http.get("/v1/cache")).json()["kinds"]
         more = server.num_fds() - n_descriptors
     slope = linear_regression(times, sizes).slope * 60
     return {
@@ -250,6 +262,9 @@ async def soak(url: str, server: psutil.Process, script: Path, seconds: float, s
         "n_wrong": len(tally.wrong),
         "workers_killed": tally.kills,
         "loads_spoiled": tally.bad_loads,
+        "disks_full": tally.full_disks,
+        "cache_hits": sum(kind["hits"] for kind in kinds.values()),
+        "cache_joins": sum(kind["joins"] for kind in kinds.values()),
         "held_at_the_end": still,
         "more_file_descriptors": more,
         "memory_mb": round(sizes[-1], 1),
@@ -266,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         script = Path(folder) / "script.json"
         script.write_text(json.dumps(FINE), encoding="utf-8")
         environment = {"MEMORY_LIMIT": "150M", "SWAP_WAIT_S": "1"}
+        environment |= {"CACHE_DIR": str(Path(folder) / "cache"), "CACHE_MAX_MB": "1"}
         for tier in TIERS:
             environment[f"{tier.upper()}_BACKEND"] = "fake"
             environment[f"{tier.upper()}_MODEL_PATH"] = str(script)

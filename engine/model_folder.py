@@ -3,15 +3,25 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from engine.model_file import Kind, ModelFile
 from engine.types import Pooling
 from errors import ModelLoadFailed
 
-# The families that FlagEmbedding's encoders are of, with what llama.cpp calls their tokenizers and
-# how many rows of their tables of positions are never used: positions begin after the padding's id.
-_FAMILIES = {"xlm-roberta": ("t5", 2), "bert": ("bert", 0)}
+
+class _Family(NamedTuple):
+    tokenizer_model: str  # what llama.cpp calls it
+    n_unused: int  # rows of the table of positions: they begin after the padding's id
+    max_token_bytes: int  # at least; reading all pieces would take long
+
+
+_FAMILIES = {
+    "xlm-roberta": _Family("t5", 2, 64),
+    "roberta": _Family("gpt2", 2, 128),
+    "bert": _Family("bert", 0, 64),
+}
+_HALVES = ("float16", "bfloat16")  # weights that are twice as large once they are computed with
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that are there count
 _TOKENIZERS = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt")
 _POOLINGS: dict[str, Pooling] = {
@@ -19,10 +29,9 @@ _POOLINGS: dict[str, Pooling] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last",
 }
+_MODULES = {"Transformer", "Pooling", "Normalize"}  # sentence-transformers' that we know
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_NUMBER = (1 << 31) - 1
-# XLM-R's longest piece has 48 bytes, and BERT's fewer; reading 250,000 of them would take long.
-_MAX_TOKEN_BYTES = 64
 
 
 def read_model_folder(path: Path) -> ModelFile:
@@ -36,22 +45,26 @@ def read_model_folder(path: Path) -> ModelFile:
         raise ModelLoadFailed(f"{name} {reason}.")
 
     if path.is_file():
-        fail("is a file; the backend flag takes a Hugging Face directory, and llamacpp a GGUF file")
+        fail("is a file; flag and mlx take a Hugging Face directory, and llamacpp a GGUF file")
     if not path.is_dir():
         fail("is not there; give the path of a Hugging Face directory")
-    config = _config(path / "config.json")
+    config = config_in(path)
     if config is None:
         fail("has no config.json that can be read; give a whole Hugging Face directory")
     family = config.get("model_type")
     if family not in _FAMILIES:
-        known = " and ".join(_FAMILIES)
-        fail(f"is of the family {family!r}, and the backend flag runs those of {known}")
-    weights = next((found for pattern in _WEIGHTS if (found := sorted(path.glob(pattern)))), [])
+        known = ", ".join(_FAMILIES)
+        fail(f"is of the family {family!r}, and directories may be of {known}")
+    weights = weights_in(path)
     if not weights:
         fail("has no model.safetensors and no pytorch_model.bin; download it again")
     if not any((path / tokenizer).is_file() for tokenizer in _TOKENIZERS):
         fail("has no tokenizer.json; download it again")
-    tokenizer_model, n_unused = _FAMILIES[family]
+    kind = _kind(config, fail)
+    if kind == "embedding" and (modules := _modules_in(path) - _MODULES):
+        fail(f"has layers that are not computed here ({', '.join(sorted(modules))})")
+    tokenizer_model, n_unused, max_token_bytes = _FAMILIES[family]
+    is_half = (config.get("dtype") or config.get("torch_dtype")) in _HALVES
 
     def size_of(key: str) -> int:
         value = config.get(key)
@@ -61,14 +74,14 @@ def read_model_folder(path: Path) -> ModelFile:
 
     return ModelFile(
         path=path,
-        size_bytes=sum(file.stat().st_size for file in weights),
+        size_bytes=sum(file.stat().st_size for file in weights) * (2 if is_half else 1),
         architecture=family,
         name=name,
         n_ctx_train=max(size_of("max_position_embeddings") - n_unused, 1),
         n_layer=size_of("num_hidden_layers"),
         n_embd=size_of("hidden_size"),
         n_vocab=size_of("vocab_size"),
-        max_token_bytes=_MAX_TOKEN_BYTES,
+        max_token_bytes=max_token_bytes,
         kv_bytes_per_token=0,
         tokenizer_model=tokenizer_model,
         chat_template=None,
@@ -76,14 +89,39 @@ def read_model_folder(path: Path) -> ModelFile:
         eos_token="",
         add_bos=False,
         control_tokens=(),
-        kind=_kind(config, fail),
+        kind=kind,
     )
 
 
 def pooling_in(path: Path) -> Pooling | None:
     """How the rows of its tokens become a vector, where sentence-transformers' file says it."""
-    config = _config(path / "1_Pooling" / "config.json") or {}
+    config = config_in(path / "1_Pooling") or {}
     return next((pooling for key, pooling in _POOLINGS.items() if config.get(key) is True), None)
+
+
+def weights_in(path: Path) -> list[Path]:
+    """The files with the weights, which are one where the model is not split."""
+    found = (sorted(path.glob(pattern)) for pattern in _WEIGHTS)
+    return next(filter(None, found), [])
+
+
+def config_in(path: Path) -> dict[str, Any] | None:
+    """The config.json of a directory; None where there is none that can be read."""
+    try:
+        with (path / "config.json").open("rb") as file:
+            found = json.loads(file.read(_MAX_CONFIG_BYTES))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _modules_in(path: Path) -> set[str]:
+    """What sentence-transformers makes of a text's rows, one after the other."""
+    try:
+        modules = json.loads((path / "modules.json").read_bytes())
+        return {str(module["type"]).rpartition(".")[2] for module in modules}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
 
 
 def _kind(config: dict[str, Any], fail: Callable[[str], NoReturn]) -> Kind:
@@ -97,12 +135,3 @@ def _kind(config: dict[str, Any], fail: Callable[[str], NoReturn]) -> Kind:
     if any("For" in name and not name.endswith("ForMaskedLM") for name in architectures):
         fail(f"is made for something else ({', '.join(architectures)}) than embeddings and scores")
     return "embedding"
-
-
-def _config(path: Path) -> dict[str, Any] | None:
-    try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(_MAX_CONFIG_BYTES))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

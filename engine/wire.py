@@ -304,6 +304,9 @@ class Scored(msgspec.Struct, frozen=True, array_like=True):
     score: float = 0.0
     fault: Fault | None = None  # then the score means nothing
     n_cut_query: int = 0
+    # tokens of query and document where each is read once for all its pairs
+    n_query: int = 0
+    n_document: int = 0
 
 
 class Scores(Message, frozen=True):

@@ -33,6 +33,41 @@ def e5() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_mlx(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as a directory for MLX."""
+    from models.convert import gguf_to_mlx
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-mlx"
+    gguf_to_mlx.convert(tiny, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_mlx(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from models.convert import gguf_to_mlx
+
+    folder = tmp_path_factory.mktemp("smollm2") / "smollm2-mlx"
+    gguf_to_mlx.convert(smollm2, folder)
+    return folder
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[..., Any]]:
+    """Loads an engine, which the end of the test closes."""
+    from tests.engines import engine_of
+
+    engines: list[Any] = []
+
+    def load(model: Path, **values: Any) -> Any:
+        engines.append(engine_of(model, **values))
+        return engines[-1]
+
+    yield load
+    for engine in engines:
+        engine.close()
+
+
 @pytest.fixture
 def load_encoder() -> Iterator[Callable[..., Any]]:
     """Makes a plain_encoder.Encoder, which the end of the test closes."""

@@ -4,7 +4,7 @@ Three are BERTs of random weights, always the same: an embedder like BGE-M3 and 
 bge-reranker-v2-m3 (both XLM-R, with a unigram vocabulary and its normalisation), and a BERT with
 WordPiece and mean pooling. The fourth is a decoder that embeds with its last token, like
 Qwen3-Embedding. Of the last two there are also rerankers, like ms-marco-MiniLM and Qwen3-Reranker.
-The XLM-R ones are also written as Hugging Face directories.
+All BERTs are also written as Hugging Face directories.
 """
 
 import base64
@@ -12,7 +12,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -172,13 +172,15 @@ class Bert:
     def n_layer(self) -> int:
         return sum(name.endswith("ffn_up.weight") for name in self.tensors)
 
-    def hidden(self, ids: Sequence[int], gelu: Gelu = "llama.cpp") -> Doubles:
+    def hidden(
+        self, ids: Sequence[int], gelu: Gelu = "llama.cpp", types: Sequence[int] | None = None
+    ) -> Doubles:
         """Rows of the last layer for one text, special tokens included: [n_tokens, n_embd]."""
         n = len(ids)
         x = self.tensors["token_embd.weight"][list(ids)].astype(np.float64)
         x = x + self._of("position_embd.weight")[:n]
         if "token_types.weight" in self.tensors:
-            x = x + self._of("token_types.weight")[0]
+            x = x + self._of("token_types.weight")[list(types or [0] * n)]
         x = self._norm(x, "token_embd_norm")
         for i in range(self.n_layer):
             layer = f"blk.{i}."
@@ -212,10 +214,20 @@ class Bert:
         head = self.heads["colbert_linear"]
         return unit(hidden[1:] @ head.weight.T + head.bias)
 
-    def logit(self, ids: Sequence[int], gelu: Gelu = "llama.cpp") -> float:
+    def logit(
+        self, ids: Sequence[int], gelu: Gelu = "llama.cpp", types: Sequence[int] | None = None
+    ) -> float:
         """What the classifier says about the ids of a pair."""
-        first = np.tanh(self._linear(self.hidden(ids, gelu)[:1], "cls"))
+        first = np.tanh(self._linear(self.hidden(ids, gelu, types)[:1], "cls"))
         return float(self._linear(first, "cls.output")[0, 0])
+
+    def taught(self, pairs: Sequence[Sequence[int]], logits: Sequence[float]) -> "Bert":
+        """The same with a classifier that says this about the ids of these pairs."""
+        rows = np.stack([self.hidden(ids)[0] for ids in pairs])
+        wanted = np.array(logits) - self._of("cls.output.bias")
+        head = np.linalg.lstsq(np.tanh(self._linear(rows, "cls")), wanted, rcond=None)[0]
+        tensors = {**self.tensors, "cls.output.weight": head[None].astype(np.float32)}
+        return replace(self, tensors=tensors)
 
     def _of(self, name: str) -> Doubles:
         return self.tensors[name].astype(np.float64)
@@ -351,6 +363,14 @@ def tiny_bert_reranker() -> Bert:
     random = _Random(16)
     tensors = random.bert(len(wordpieces())) | random.classifier()
     return Bert(tensors, _N_HEAD, _N_CTX, eps=1e-12)
+
+
+@cache
+def tiny_typed_reranker() -> Bert:
+    """Like ms-marco-MiniLM also in that query and document have types of their own."""
+    model = tiny_bert_reranker()
+    types = _Random(18).normal(2, _N_EMBD, std=0.5)
+    return replace(model, tensors={**model.tensors, "token_types.weight": types})
 
 
 @cache
@@ -692,20 +712,23 @@ def write_hf_reranker(folder: Path) -> Path:
     return write_hf(folder, tiny_reranker(), unigram())
 
 
-def hf_tensors(model: Bert) -> dict[str, Floats]:
+def hf_tensors(model: Bert, family: str = "xlm-roberta") -> dict[str, Floats]:
     """The weights by the names that transformers gives them."""
-    prefix = "roberta." if "cls.weight" in model.tensors else ""
-    return {
-        _hf_name(name, prefix): _with_padding_rows(values)
-        if name == "position_embd.weight"
-        else values
-        for name, values in model.tensors.items()
-    }
-
-
-def _with_padding_rows(positions: Floats) -> Floats:
-    # Positions count from the padding id + 1 there; the first two rows are never used.
-    return np.concatenate([np.zeros((2, positions.shape[1]), np.float32), positions])
+    is_bert = family == "bert"
+    prefix = "" if "cls.weight" not in model.tensors else "bert." if is_bert else "roberta."
+    tensors = {_hf_name(name, prefix): values for name, values in model.tensors.items()}
+    if not is_bert:
+        # Positions count from the padding id + 1 there; the first two rows are never used.
+        name = f"{prefix}embeddings.position_embeddings.weight"
+        unused = np.zeros((2, model.n_embd), np.float32)
+        tensors[name] = np.concatenate([unused, tensors[name]])
+        return tensors
+    heads = {"classifier.dense": "bert.pooler.dense", "classifier.out_proj": "classifier"}
+    for name in list(tensors):
+        module, _, part = name.rpartition(".")
+        if module in heads:
+            tensors[f"{heads[module]}.{part}"] = tensors.pop(name)
+    return tensors
 
 
 _HF_NAMES = {
@@ -736,33 +759,8 @@ def _hf_name(name: str, prefix: str) -> str:
 
 def write_hf(folder: Path, model: Bert, vocab: Unigram) -> Path:
     """An XLM-R with its vocabulary, and with its heads where it has them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    is_classifier = "cls.weight" in model.tensors
-    architecture = "XLMRobertaForSequenceClassification" if is_classifier else "XLMRobertaModel"
-    write_safetensors(folder / "model.safetensors", hf_tensors(model))
+    _write_network(folder, model, "xlm-roberta", len(vocab.pieces))
     write_heads(folder, model)
-    config = {
-        "architectures": [architecture],
-        "model_type": "xlm-roberta",
-        "vocab_size": len(vocab.pieces),
-        "hidden_size": model.n_embd,
-        "num_hidden_layers": model.n_layer,
-        "num_attention_heads": model.n_head,
-        "intermediate_size": len(model.tensors["blk.0.ffn_up.weight"]),
-        "max_position_embeddings": model.n_ctx + 2,
-        "type_vocab_size": len(model.tensors["token_types.weight"]),
-        "layer_norm_eps": model.eps,
-        "pad_token_id": vocab.pad,
-        "bos_token_id": vocab.bos,
-        "eos_token_id": vocab.eos,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "torch_dtype": "float32",
-    }
-    if is_classifier:
-        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    _write_json(folder / "config.json", config)
     _write_json(folder / "tokenizer.json", _hf_tokenizer(vocab))
     specials = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>"}
     specials |= {"unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
@@ -774,22 +772,53 @@ def write_hf(folder: Path, model: Bert, vocab: Unigram) -> Path:
     return folder
 
 
+def write_hf_bert(folder: Path, model: Bert) -> Path:
+    """A BERT with WordPiece, and with mean pooling where it is no cross-encoder."""
+    _write_network(folder, model, "bert", len(wordpieces()))
+    _write_json(folder / "tokenizer.json", _hf_wordpiece())
+    if "cls.weight" not in model.tensors:
+        (folder / "1_Pooling").mkdir()
+        _write_json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
+    return folder
+
+
+def _write_network(folder: Path, model: Bert, family: str, n_vocab: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    is_bert, is_classifier = family == "bert", "cls.weight" in model.tensors
+    kind = "ForSequenceClassification" if is_classifier else "Model"
+    write_safetensors(folder / "model.safetensors", hf_tensors(model, family))
+    config = {
+        "architectures": [("Bert" if is_bert else "XLMRoberta") + kind],
+        "model_type": family,
+        "vocab_size": n_vocab,
+        "hidden_size": model.n_embd,
+        "num_hidden_layers": model.n_layer,
+        "num_attention_heads": model.n_head,
+        "intermediate_size": len(model.tensors["blk.0.ffn_up.weight"]),
+        "max_position_embeddings": model.n_ctx if is_bert else model.n_ctx + 2,
+        "type_vocab_size": len(model.tensors["token_types.weight"]),
+        "layer_norm_eps": model.eps,
+        "pad_token_id": 0 if is_bert else Unigram.pad,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "torch_dtype": "float32",
+    }
+    if not is_bert:
+        config |= {"bos_token_id": Unigram.bos, "eos_token_id": Unigram.eos}
+    if is_classifier:
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    _write_json(folder / "config.json", config)
+
+
 def _hf_tokenizer(vocab: Unigram) -> dict[str, Any]:
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-
-    def template(pattern: str) -> list[dict[str, Any]]:
-        return [
-            {"Sequence" if part in "AB" else "SpecialToken": {"id": part, "type_id": 0}}
-            for part in pattern.split()
-        ]
-
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": token, "content": vocab.pieces[token], "lstrip": token == vocab.mask}
-            | {"single_word": False, "rstrip": False, "normalized": False, "special": True}
+            _control(token, vocab.pieces[token], lstrip=token == vocab.mask)
             for token in (0, 1, 2, 3, vocab.mask)
         ],
         "normalizer": {
@@ -800,21 +829,70 @@ def _hf_tokenizer(vocab: Unigram) -> dict[str, Any]:
             "type": "Sequence",
             "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace],
         },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": template("<s> A </s>"),
-            "pair": template("<s> A </s> </s> B </s>"),
-            "special_tokens": {
-                token: {"id": token, "ids": [vocab.pieces.index(token)], "tokens": [token]}
-                for token in ("<s>", "</s>")
-            },
-        },
+        "post_processor": _around("<s> A </s>", "<s> A </s> </s> B </s>", vocab.pieces),
         "decoder": metaspace,
         "model": {
             "type": "Unigram",
             "unk_id": vocab.unk,
             "vocab": list(zip(vocab.pieces, vocab.scores, strict=True)),
             "byte_fallback": False,
+        },
+    }
+
+
+def _hf_wordpiece() -> dict[str, Any]:
+    pieces = wordpieces()
+    return {
+        "version": "1.0",
+        "truncation": {
+            "direction": "Right",
+            "max_length": 8,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        },
+        "padding": None,
+        "added_tokens": [_control(token, pieces[token]) for token in range(5)],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": _around("[CLS] A [SEP]", "[CLS] A [SEP] B [SEP]", pieces),
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {piece: token for token, piece in enumerate(pieces)},
+        },
+    }
+
+
+def _control(token: int, content: str, *, lstrip: bool = False) -> dict[str, Any]:
+    flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": token, "content": content, "lstrip": lstrip, **flags}
+
+
+def _around(single: str, pair: str, pieces: Sequence[str]) -> dict[str, Any]:
+    """The tokens around texts."""
+
+    def template(pattern: str) -> list[dict[str, Any]]:
+        return [
+            {"Sequence" if part in "AB" else "SpecialToken": {"id": part, "type_id": 0}}
+            for part in pattern.split()
+        ]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": template(single),
+        "pair": template(pair),
+        "special_tokens": {
+            token: {"id": token, "ids": [pieces.index(token)], "tokens": [token]}
+            for token in set(single.split()) - {"A"}
         },
     }
 

@@ -110,11 +110,19 @@ def script(folder: Path, *rules: dict[str, Any], **values: Any) -> str:
 
 
 def fake(model_path: str = "", **values: Any) -> TierSettings:
-    return TierSettings(backend="fake", model_path=model_path, **values)
+    """Without guesses unless the test wants them: they come and go by what steps have taken."""
+    return TierSettings(backend="fake", model_path=model_path, **{"speculation": False} | values)
 
 
 def settings(server: dict[str, Any] | None = None, **tiers: TierSettings) -> Settings:
-    return Settings(ServerSettings(**(server or {})), tiers or {"light": fake()})  # type: ignore[arg-type]
+    """Nothing is remembered unless the test says so: what is asked twice is made twice."""
+    of = ServerSettings(**{"cache_policy": "off"} | (server or {}))
+    return Settings(of, tiers or {"light": fake()})  # type: ignore[arg-type]
+
+
+def remembering(server: dict[str, Any] | None = None, **tiers: TierSettings) -> Settings:
+    """The same with the cache as it is by default."""
+    return settings({"cache_policy": "repeatable"} | (server or {}), **tiers)
 
 
 @contextmanager

@@ -14,3 +14,4 @@ def test_nothing_is_lost_held_or_leaked_for_a_minute(capsys: pytest.CaptureFixtu
     assert code == 0, found
     assert found["answers"] > 100
     assert found["workers_killed"] > 3
+    assert found["cache_hits"] > 0

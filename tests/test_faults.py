@@ -42,7 +42,7 @@ def test_a_log_on_a_full_disk_costs_no_answer(tmp_path: Path) -> None:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: process.poll() is not None or answers(url))
+        wait_until(lambda: process.poll() is not None or answers(url), 60)
         assert not answers(url, "fails"), "which the worker and the server would log"
         assert answers(url)
         process.terminate()

@@ -20,7 +20,7 @@ from embedders import BGEM3Embedder, SimpleEmbedder, new_embedder
 from engine import wire
 from engine.backends import flag_encoder
 from engine.backends.base import Encoder, Interrupted, load_encoder
-from engine.backends.flag_encoder import groups
+from engine.backends.padded import groups
 from engine.client import launch_process
 from engine.model_folder import pooling_in, read_model_folder
 from errors import ModelLoadFailed
@@ -82,6 +82,20 @@ def config(**values: Any) -> Damage:
     return change
 
 
+def modules(*kinds: str) -> Damage:
+    listed = [{"idx": n, "type": f"sentence_transformers.models.{k}"} for n, k in enumerate(kinds)]
+    return lambda folder: (folder / "modules.json").write_text(json.dumps(listed))
+
+
+def test_modules_that_every_embedding_model_has_are_known(tmp_path: Path) -> None:
+    folder = tiny.write_hf_embedder(tmp_path / "bge")
+    for content in ('{"type": "Dense"}', "[1]", "no json"):
+        (folder / "modules.json").write_text(content)
+        assert read_model_folder(folder).kind == "embedding"
+    modules("Transformer", "Pooling", "Normalize")(folder)
+    assert read_model_folder(folder).kind == "embedding"
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -91,6 +105,7 @@ def config(**values: Any) -> Damage:
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
         (config(model_type="llama"), "family 'llama'"),
         (config(hidden_size="many"), "no hidden_size"),
+        (modules("Transformer", "Pooling", "Dense"), "not computed here (Dense)"),
         (config(architectures=["XLMRobertaForCausalLM"]), "XLMRobertaForCausalLM"),
         (
             config(architectures=["BertForSequenceClassification"], id2label={"0": "a", "1": "b"}),

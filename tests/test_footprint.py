@@ -9,6 +9,7 @@ from engine.client import launch_process
 from footprint import estimate
 from model_manager import ModelManager
 from settings import Settings, TierSettings
+from tests.engines import needs_mlx
 from tests.test_model_manager import ask, run
 
 pytestmark = pytest.mark.real
@@ -31,6 +32,22 @@ def test_a_chat_model_takes_what_was_estimated(smollm2: Path, kv_tokens: int, n_
         assert occupant.n_bytes == tier.footprint().most
 
     light = of(smollm2, kv_tokens=kv_tokens, n_ctx=1024, n_batch=n_batch, max_tokens=4)
+    run(test, launch_process, light=light)
+
+
+@needs_mlx
+def test_a_model_on_mlx_takes_what_was_estimated_but_cells_only_as_they_fill(
+    tiny_mlx: Path,
+) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        assert await ask(tier)
+        measured = tier.memory_bytes
+        assert measured is not None
+        footprint = tier.footprint()
+        assert footprint.loaded - footprint.kv == pytest.approx(measured, rel=0.2)
+
+    light = of(tiny_mlx, kv_tokens=1024, n_ctx=64, n_batch=64, n_parallel=2)
     run(test, launch_process, light=light)
 
 

@@ -4,7 +4,6 @@ breaks, and nothing is left behind."""
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from engine.client import launch_process
 from settings import TierSettings
+from tests.engines import needs_mlx
 from tests.serving import Service, fake, in_threads, named_events, script, serving, wait_until
 from tests.serving import settings as service_settings
 
@@ -134,16 +134,31 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     return body
 
 
-@pytest.fixture(scope="module", params=["fake", pytest.param("llamacpp", marks=pytest.mark.real)])
+BACKENDS = [
+    "fake",
+    pytest.param("tiny", marks=pytest.mark.real),
+    pytest.param(
+        "tiny_mlx",
+        marks=[
+            pytest.mark.real,
+            needs_mlx,
+            pytest.mark.skipif(settings().max_examples <= 100, reason="long: the profile deep"),
+        ],
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
 def service(
-    request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("fuzz")
     if request.param == "fake":
         tier = fake(script(folder), n_ctx=512, max_tokens=4)
         launch = in_threads
     else:
-        tier = TierSettings(model_path=str(tiny), n_ctx=512, max_tokens=4)
+        path = str(request.getfixturevalue(request.param))
+        tier = TierSettings(model_path=path, n_ctx=512, max_tokens=4)
         launch = launch_process  # that it lives at the end is what the test is about
     with serving(service_settings(light=tier), launch=launch) as service:
         yield service

@@ -1,15 +1,15 @@
 """The llama.cpp backend on real and on generated models. One thread: two collapse on a busy box."""
 
-import asyncio
+import gc
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -17,23 +17,21 @@ import pytest
 from chat.infill import FAMILIES, Marks, infill, marks_of
 from chat.template import ChatTemplate
 from engine import wire
-from engine.backends.base import load_engine
-from engine.backends.llamacpp import LlamaDecoder, LlamaTokenizer
-from engine.batch_engine import BatchEngine
+from engine.backends.base import Engine
+from engine.backends.llamacpp import LlamaLog, LlamaTokenizer
 from engine.client import launch_process
 from engine.grammar import Compiler
 from engine.model_file import read_model_file
-from engine.types import Sampled, SamplingParams, Sequence
+from engine.types import SamplingParams
 from errors import ModelLoadFailed
-from model_manager import ModelManager
 from settings import TierSettings
 from tests import gguf_fixtures
-from tests.serving import events, fake, serving, settings
+from tests.engines import GREEDY, engine_of, generate, ids, next_logits
+from tests.serving import events, serving, settings
 from worker import prepare
 
 pytestmark = pytest.mark.real
 
-GREEDY = SamplingParams(temperature=0)
 Logits = npt.NDArray[np.float32]
 
 
@@ -43,75 +41,7 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gguf_fixtures.write_tiny_spm(tmp_path_factory.mktemp("spm") / "spm.gguf")
 
 
-def spec(model: Path, **values: Any) -> wire.WorkerSpec:
-    defaults: dict[str, Any] = {
-        "name": "light", "backend": "llamacpp", "model_path": str(model), "n_ctx": 512,
-        "n_parallel": 16, "kv_tokens": 4096, "n_batch": 256, "n_threads": 1, "n_gpu_layers": -1,
-        "max_stall_s": 1.0, "prefix_cache_bytes": 1 << 28,
-    }  # fmt: skip
-    return wire.WorkerSpec(**(defaults | values))
-
-
-def engine_of(model: Path, **values: Any) -> BatchEngine:
-    return cast(BatchEngine, load_engine(spec(model, **values), lambda _: None))
-
-
-@pytest.fixture
-def load() -> Iterator[Callable[..., BatchEngine]]:
-    engines: list[BatchEngine] = []
-
-    def load(model: Path, **values: Any) -> BatchEngine:
-        engines.append(engine_of(model, **values))
-        return engines[-1]
-
-    yield load
-    for engine in engines:
-        engine.close()
-
-
-def generate(
-    engine: BatchEngine,
-    prompts: dict[int, list[int]],
-    n_tokens: int,
-    sampling: SamplingParams = GREEDY,
-) -> dict[int, list[int]]:
-    """What the engine says to all prompts at once, up to `n_tokens` each."""
-    for number, prompt in prompts.items():
-        engine.admit(number, list(prompt), sampling)
-    tokens: dict[int, list[int]] = {number: [] for number in prompts}
-    while not engine.idle:
-        result = engine.step()
-        assert not result.failed
-        for number, (token, *_) in result.tokens:
-            tokens[number].append(token)
-            if len(tokens[number]) == n_tokens or engine.tokenizer.ends_generation(token):
-                engine.cancel(number)
-    return tokens
-
-
-def ids(engine: BatchEngine, text: str) -> list[int]:
-    return engine.tokenizer.tokenize(text, parse_special=True, continues=False)
-
-
 # many at once
-
-
-def next_logits(model: Path, prompts: list[list[int]]) -> list[Logits]:
-    """The raw logits after each prompt, all decoded in one batch of a fresh context."""
-    engine = engine_of(model, n_batch=4096, kv_tokens=8192, n_ctx=2048)
-    decoder = cast(LlamaDecoder, engine._decoder)
-    rows: dict[int, Logits] = {}
-    sample = decoder.sample
-
-    def record(row: int, sequence: Sequence) -> Sampled:
-        pointer = llama_cpp.llama_get_logits_ith(decoder._context, decoder._batch.logits_at[row])
-        rows[sequence.id] = np.ctypeslib.as_array(pointer, (decoder.tokenizer.n_vocab,)).copy()
-        return sample(row, sequence)
-
-    decoder.sample = record  # type: ignore[method-assign]
-    generate(engine, dict(enumerate(prompts)), 1)
-    engine.close()
-    return [rows[number] for number in range(len(prompts))]
 
 
 def differ_by_rounding(model: Path, prompts: list[list[int]], answers: list[list[int]],
@@ -190,25 +120,6 @@ def _first_difference(a: list[int], b: list[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
-def test_a_conversation_that_goes_on_says_the_same_with_and_without_reuse(
-    tiny: Path, load: Callable[..., BatchEngine]
-) -> None:
-    first, second = load(tiny), load(tiny)
-    prompt = ids(first, "The river is long and the city is old.")
-    answer = generate(first, {1: prompt}, 12)[1]
-    longer = prompt + answer + ids(first, " What then?")
-    reused = {}
-    first.admit(2, list(longer), GREEDY)
-    while not first.idle:
-        result = first.step()
-        reused |= dict(result.started)
-        if result.tokens:
-            break
-    assert reused == {2: len(prompt) + len(answer) - 1}  # its last token was never decoded
-    first.cancel(2)
-    assert generate(first, {3: longer}, 20)[3] == generate(second, {3: longer}, 20)[3]
-
-
 def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -> None:
     path = gguf_fixtures.write_tiny_gemma3(tmp_path / "gemma3.gguf")
     room = {"n_parallel": 4, "kv_tokens": 512, "n_batch": 128}
@@ -229,97 +140,6 @@ def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -
     engine.close()
 
 
-def test_when_the_cells_run_out_everybody_still_gets_the_whole_answer(
-    tiny: Path, load: Callable[..., BatchEngine]
-) -> None:
-    crowded = load(tiny, n_ctx=96, kv_tokens=96, n_parallel=4)
-    roomy = load(tiny, n_parallel=4)
-    prompts = {i: ids(roomy, f"Number {i} is") for i in range(4)}
-    assert generate(crowded, prompts, 60) == generate(roomy, prompts, 60)
-
-
-def test_sampling_follows_its_seed_and_its_rules(
-    tiny: Path, load: Callable[..., BatchEngine]
-) -> None:
-    engine = load(tiny)
-    prompt = ids(engine, "one two three")
-
-    def say(**values: Any) -> list[int]:
-        return generate(engine, {1: prompt}, 24, SamplingParams(**values))[1]
-
-    free = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    assert say(**free, seed=1) == say(**free, seed=1) != say(**free, seed=2)
-    assert say(**free, seed=0xFFFFFFFF) == say(**free, seed=0xFFFFFFFF)
-    greedy = say(temperature=0)
-    assert say(temperature=1.0, top_k=1) == greedy
-    assert say(temperature=1.0, top_k=0, top_p=0.0, seed=5) == greedy
-    assert say(temperature=1.0, top_k=0, min_p=1.0, seed=5) == greedy
-    assert say(**free, typical_p=0.01, seed=5) == say(**free, typical_p=0.01, seed=6)
-    once = say(temperature=0, presence_penalty=2.0, repeat_penalty=10.0)
-    assert len(set(once)) == len(once)
-
-
-FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-Say = Callable[..., list[Sampled]]
-
-
-@pytest.fixture
-def say(tiny: Path, load: Callable[..., BatchEngine]) -> Say:
-    """What the tiny model says to a prompt, by sampling values."""
-    engine = load(tiny)
-
-    def say(prompt: str = "one two three", n_tokens: int = 24, **values: Any) -> list[Sampled]:
-        engine.admit(1, ids(engine, prompt), SamplingParams(**values))
-        said: list[Sampled] = []
-        while len(said) < n_tokens and not engine.idle:
-            result = engine.step()
-            assert not result.failed
-            said += (sampled for _, sampled in result.tokens)
-        engine.cancel(1)
-        return said
-
-    return say
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_xtc_leaves_out_all_likely_tokens_but_the_last(say: Say, temperature: float) -> None:
-    wanted = FREE | {"temperature": temperature, "seed": 3, "n_logprobs": 20}
-    threshold = 0.02
-    n_left_out = 0
-    for sampled in say(**wanted, xtc_probability=1.0, xtc_threshold=threshold):
-        likely = [token for token, logprob in sampled.top if np.exp(logprob) >= threshold]
-        assert sampled.token not in likely[:-1]
-        n_left_out += len(likely) > 1
-        if temperature == 0 and likely:
-            assert sampled.token == likely[-1]
-    assert n_left_out > 5
-    plain = say(**wanted)
-    assert say(**wanted, xtc_probability=0.0, xtc_threshold=threshold) == plain
-    assert say(**wanted, xtc_probability=1.0, xtc_threshold=0.6) == plain
-    half = say(**wanted, xtc_probability=0.5, xtc_threshold=threshold)
-    assert half == say(**wanted, xtc_probability=0.5, xtc_threshold=threshold) != plain
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_mirostat_follows_its_seed_and_aims_at_its_surprise(say: Say, version: int) -> None:
-    def tokens(**values: Any) -> list[int]:
-        return [sampled.token for sampled in say(**values)]
-
-    def surprise(tau: float) -> float:
-        said = say(n_tokens=60, **wanted, mirostat_tau=tau, seed=1, n_logprobs=0)
-        return float(np.mean([-(sampled.logprob or 0.0) for sampled in said]))
-
-    wanted: dict[str, Any] = {"temperature": 1.0, "mirostat": version}
-    first = tokens(**wanted, seed=1)
-    assert tokens(**wanted, seed=1) == first != tokens(**wanted, seed=2)
-    greedy = tokens(temperature=0)
-    assert tokens(**wanted | {"temperature": 0}, seed=1) == greedy
-    assert tokens(**wanted, mirostat_tau=0.0, seed=1) == greedy
-    assert surprise(0.5) < surprise(3.0) < surprise(9.0)
-    assert tokens(**wanted, seed=1, top_k=1, min_p=1.0) == first  # it takes their place
-    assert tokens(**FREE, seed=1, mirostat=0, mirostat_tau=0.1) == tokens(**FREE, seed=1)
-
-
 def longest_repetition(tokens: list[int]) -> int:
     """Length of the longest run of tokens that was there before."""
     best = 0
@@ -332,7 +152,7 @@ def longest_repetition(tokens: list[int]) -> int:
     return best
 
 
-def test_dry_ends_a_loop(smollm2: Path, load: Callable[..., BatchEngine]) -> None:
+def test_dry_ends_a_loop(smollm2: Path, load: Callable[..., Engine]) -> None:
     engine = load(smollm2)
     prompt = ids(engine, "red green blue, " * 6 + "red green")
 
@@ -353,78 +173,9 @@ def test_dry_ends_a_loop(smollm2: Path, load: Callable[..., BatchEngine]) -> Non
     assert not repeats(**strong, dry_sequence_breakers=())
 
 
-def test_no_rule_of_sampling_breaks_a_grammar(tiny: Path, load: Callable[..., BatchEngine]) -> None:
-    engine = load(tiny)
-    constraint = Compiler(engine.tokenizer).compile(
-        wire.Grammar((wire.GrammarPart("grammar", "start: /(ab){40}/", "grammar"),))
-    )
-    extremes: list[dict[str, Any]] = [
-        {"xtc_probability": 1.0, "xtc_threshold": 0.0},
-        {"dry_multiplier": 100.0, "dry_base": 100.0},
-        {"dry_multiplier": 100.0, "dry_base": 100.0, "temperature": 0.0},
-        {"mirostat": 1, "mirostat_tau": 100.0},
-        {"mirostat": 2, "mirostat_tau": 100.0, "dry_multiplier": 100.0, "dry_base": 100.0},
-    ]
-    texts = {}
-    for number, values in enumerate(extremes):
-        sampling = SamplingParams(**(FREE | {"seed": number} | values))
-        engine.admit(number, ids(engine, "ab"), sampling, constraint.copy())
-        texts[number] = b""
-    while not engine.idle:
-        result = engine.step()
-        assert not result.failed
-        for number, (token, *_) in result.tokens:
-            texts[number] += engine.tokenizer.piece(token)
-            if engine.tokenizer.ends_generation(token):
-                engine.cancel(number)
-    assert set(texts.values()) == {b"ab" * 40}
-
-
-def test_log_probabilities_are_of_the_raw_row_whatever_is_done_to_it(
-    tiny: Path, load: Callable[..., BatchEngine]
-) -> None:
-    engine = load(tiny)
-    prompt = ids(engine, "one two three")
-    (row,) = next_logits(tiny, [prompt])
-    expected = row - np.log(np.exp(row.astype(np.float64)).sum())
-    best = np.argsort(-row, kind="stable")[:5]
-    banned = {int(best[0]): -100.0}
-    for values in (
-        {"temperature": 0},
-        {"temperature": 0, "logit_bias": banned},
-        {"temperature": 0, "repeat_penalty": 2.0},
-        {"temperature": 1.5, "top_k": 3, "seed": 4},
-    ):
-        engine.admit(1, list(prompt), SamplingParams(n_logprobs=5, **values))
-        while not (tokens := engine.step().tokens):
-            pass
-        engine.cancel(1)
-        ((_, sampled),) = tokens
-        assert sampled.logprob == pytest.approx(expected[sampled.token], abs=1e-3)
-        assert [token for token, _ in sampled.top] == best.tolist()
-        assert [lp for _, lp in sampled.top] == pytest.approx(expected[best].tolist(), abs=1e-3)
-        if "logit_bias" in values:
-            assert sampled.token == best[1]
-
-
-def test_an_answer_does_not_end_before_it_may(tiny: Path, load: Callable[..., BatchEngine]) -> None:
-    engine = load(tiny)
-    prompt = ids(engine, "one two three")
-    end = next(t for t in range(engine.tokenizer.n_vocab) if engine.tokenizer.ends_generation(t))
-
-    def say(**values: Any) -> list[int]:
-        sampling = SamplingParams(temperature=0, logit_bias={end: 100.0}, **values)
-        return generate(engine, {1: prompt}, 9, sampling)[1]
-
-    assert say() == [end]
-    answer = say(min_tokens=5)
-    assert (len(answer), answer.index(end)) == (6, 5)
-    assert end not in say(ignore_eos=True)
-
-
 @pytest.mark.parametrize("which", ["smollm2", "spm"])
 def test_answers_have_the_form_that_is_asked_for(
-    which: str, request: pytest.FixtureRequest, load: Callable[..., BatchEngine]
+    which: str, request: pytest.FixtureRequest, load: Callable[..., Engine]
 ) -> None:
     engine = load(request.getfixturevalue(which))
     person = {
@@ -471,7 +222,7 @@ WORDS = ["Hello", " world", "\n", "  two  spaces", "the city", "Größe", "世�
 
 @pytest.mark.parametrize("which", ["smollm2", "spm"])
 def test_prompts_have_the_ids_of_their_whole_text(
-    which: str, request: pytest.FixtureRequest, load: Callable[..., BatchEngine]
+    which: str, request: pytest.FixtureRequest, load: Callable[..., Engine]
 ) -> None:
     """Without control tokens in client text, what segments give is what one call gives; with them,
     no control id is the client's and every character is still there."""
@@ -526,7 +277,7 @@ def _squeezed(text: str) -> str:
 
 @pytest.mark.parametrize("which", ["smollm2", "spm"])
 def test_text_in_the_middle_of_a_prompt_is_exactly_that(
-    which: str, request: pytest.FixtureRequest, load: Callable[..., BatchEngine]
+    which: str, request: pytest.FixtureRequest, load: Callable[..., Engine]
 ) -> None:
     tokenizer = load(request.getfixturevalue(which)).tokenizer
     for text in ("hello world", " hello", "  hello", "\n    return x", "Größe 🎉", ""):
@@ -537,7 +288,7 @@ def test_text_in_the_middle_of_a_prompt_is_exactly_that(
 
 @pytest.mark.parametrize("which", ["smollm2", "spm"])
 def test_plain_text_has_its_usual_ids_and_no_control_tokens(
-    which: str, request: pytest.FixtureRequest, load: Callable[..., BatchEngine]
+    which: str, request: pytest.FixtureRequest, load: Callable[..., Engine]
 ) -> None:
     path: Path = request.getfixturevalue(which)
     tokenizer = load(path).tokenizer
@@ -553,15 +304,13 @@ def test_plain_text_has_its_usual_ids_and_no_control_tokens(
         assert b"".join(map(tokenizer.piece, ids)).decode().strip() == f"what {literal} is"
 
 
-def test_a_control_token_is_written_by_its_name(
-    spm: Path, load: Callable[..., BatchEngine]
-) -> None:
+def test_a_control_token_is_written_by_its_name(spm: Path, load: Callable[..., Engine]) -> None:
     tokenizer = load(spm).tokenizer
     (end,) = tokenizer.tokenize("<|im_end|>", parse_special=True, continues=True)
     assert (tokenizer.piece(end), tokenizer.literal(end)) == (b"", b"<|im_end|>")
 
 
-def test_bos_comes_once(spm: Path, load: Callable[..., BatchEngine]) -> None:
+def test_bos_comes_once(spm: Path, load: Callable[..., Engine]) -> None:
     model = read_model_file(spm)
     assert model.add_bos
     template = ChatTemplate(
@@ -580,7 +329,7 @@ def test_bos_comes_once(spm: Path, load: Callable[..., BatchEngine]) -> None:
 
 @pytest.mark.parametrize("text", ["hello", "<s>hello"])
 def test_a_raw_prompt_begins_with_one_bos_and_ids_are_taken_as_they_are(
-    spm: Path, load: Callable[..., BatchEngine], text: str
+    spm: Path, load: Callable[..., Engine], text: str
 ) -> None:
     engine = load(spm)
 
@@ -597,7 +346,7 @@ def test_a_raw_prompt_begins_with_one_bos_and_ids_are_taken_as_they_are(
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
 def test_a_middle_has_the_models_own_marks_and_the_clients_text(
-    family: Marks, tmp_path: Path, load: Callable[..., BatchEngine]
+    family: Marks, tmp_path: Path, load: Callable[..., Engine]
 ) -> None:
     path = gguf_fixtures.write_tiny_spm(tmp_path / "fim.gguf", more_tokens=family)
     marks = marks_of(read_model_file(path).control_tokens)
@@ -619,8 +368,18 @@ def test_a_middle_has_the_models_own_marks_and_the_clients_text(
 # loading
 
 
+def test_the_log_that_llama_cpp_writes_to_is_kept() -> None:
+    """It is the process's, and whoever loaded a model last may have gone."""
+    log = weakref.ref(LlamaLog())
+    gc.collect()
+    assert log() is not None
+    LlamaLog()
+    gc.collect()
+    assert log() is None
+
+
 def test_the_context_is_never_longer_than_the_model_was_trained_for(
-    spm: Path, load: Callable[..., BatchEngine]
+    spm: Path, load: Callable[..., Engine]
 ) -> None:
     engine = load(spm, n_ctx=100_000, kv_tokens=600, n_parallel=2)
     assert engine.n_ctx == 512
@@ -628,7 +387,7 @@ def test_the_context_is_never_longer_than_the_model_was_trained_for(
 
 
 def test_a_prompt_longer_than_a_batch_is_decoded_in_pieces(
-    tiny: Path, load: Callable[..., BatchEngine]
+    tiny: Path, load: Callable[..., Engine]
 ) -> None:
     prompt = [1000 + i for i in range(200)]
     small, large = load(tiny, n_batch=16), load(tiny, n_batch=256)
@@ -674,29 +433,6 @@ def test_a_tier_with_a_broken_file_says_so_and_the_others_serve(
         chunks = events(service.chat("What is 2 and 2?", temperature=0, max_tokens=12, stream=True))
         streamed = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
         assert streamed == text
-        again = service.chat("What is 2 and 2?", temperature=0, max_tokens=12).json()
+        again = service.chat("What is 2 and 2?", temperature=0, max_tokens=8).json()
         n_prompt = again["usage"]["prompt_tokens"]
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == n_prompt - 1
-
-
-def test_killing_a_worker_of_llama_cpp_costs_only_its_streams(tiny: Path) -> None:
-    async def main() -> None:
-        tier = TierSettings(model_path=str(tiny), n_threads=1, n_parallel=2, n_ctx=2048)
-        async with ModelManager(settings(light=tier, heavy=fake())) as manager:
-            light = manager.tiers["light"]
-            request = wire.Generate([1000, 1001], True, GREEDY, [], 1500)
-            with light.submit(request) as generation:
-                await generation.started()
-                assert light._worker
-                light._worker._handle.kill()
-                with pytest.raises(Exception, match="killed by SIGKILL"):
-                    async for _ in generation:
-                        pass
-            short = wire.Generate([1000, 1001], True, GREEDY, [], 5)
-            with light.submit(short) as generation:
-                await generation.started()
-                outs = [out async for out in generation]
-            assert outs[-1].done
-            assert outs[-1].done.n_tokens == 5
-
-    asyncio.run(main())

@@ -39,7 +39,7 @@ def request(text: str = "Hi", max_tokens: int | None = None) -> wire.Generate:
 
 
 async def ask(tier: Tier, text: str = "Hi") -> str:
-    with tier.submit(request(text)) as generation:
+    with tier.lease(), tier.submit(request(text)) as generation:
         await generation.started()
         return "".join([out.text async for out in generation])
 
@@ -290,6 +290,17 @@ def test_an_idle_worker_is_stopped_and_started_again(tmp_path: Path) -> None:
 
     run(test, launches, light=fake(idle_ttl_s=0.01))
     assert len(launches.handles) == 2
+
+
+def test_how_long_a_model_stays_may_be_said_when_nobody_uses_it() -> None:
+    async def test(manager: ModelManager) -> None:
+        light = manager.tiers["light"]
+        assert await ask(light) == "You said: Hi"
+        await until(lambda: not light._wakeup.is_set())  # it waits for IDLE_TTL_S to be over
+        light.keep_alive(0)
+        await until(lambda: light.state == "stopped")
+
+    run(test, light=fake())
 
 
 def test_a_lease_keeps_the_worker(tmp_path: Path) -> None:

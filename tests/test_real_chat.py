@@ -1,14 +1,17 @@
-"""A small real model through the SDK: what must hold whatever it says. Structure, never meaning."""
+"""Small models through the SDK: what must hold whatever they say. Structure, never meaning."""
 
 import json
 from collections.abc import Iterator
+from typing import Annotated
 
 import jsonschema
 import openai
 import pydantic
 import pytest
 
-from settings import DEFAULT_CHAT_MODEL, TierSettings
+from engine.client import launch_process
+from settings import TierSettings
+from tests.engines import needs_mlx
 from tests.serving import serving, settings
 
 pytestmark = pytest.mark.real
@@ -35,11 +38,12 @@ TOOLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[openai.OpenAI]:
-    tier = TierSettings(model_path=DEFAULT_CHAT_MODEL, n_ctx=2048, kv_tokens=4096)
+@pytest.fixture(scope="module", params=["smollm2", pytest.param("tiny_mlx", marks=needs_mlx)])
+def client(request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
+    path = str(request.getfixturevalue(request.param))
+    tier = TierSettings(model_path=path, n_ctx=2048, kv_tokens=4096)
     with (
-        serving(settings(light=tier)) as service,
+        serving(settings(light=tier), launch=launch_process) as service,
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0) as client,
     ):
         yield client
@@ -48,7 +52,7 @@ def client() -> Iterator[openai.OpenAI]:
 class Person(pydantic.BaseModel):
     name: str = pydantic.Field(max_length=20)
     age: int = pydantic.Field(ge=0, le=150)
-    likes: list[str] = pydantic.Field(max_length=3)
+    likes: list[Annotated[str, pydantic.Field(max_length=20)]] = pydantic.Field(max_length=3)
 
 
 def test_a_parsed_answer_is_the_model_it_was_asked_for(client: openai.OpenAI) -> None:

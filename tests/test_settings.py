@@ -126,6 +126,20 @@ def test_only_configured_tiers_exist(load: Load) -> None:
     assert list(load("MEDIUM_MODEL_PATH=a.gguf\nLIGHT_N_CTX=512").tiers) == ["medium"]
 
 
+def test_a_model_directory_is_mlxs_unless_another_backend_is_named(
+    load: Load, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    backend = f"LIGHT_MODEL_PATH={folder}\n"
+    assert load(backend).tiers["light"].backend == "llamacpp", "it is empty"
+    (folder / "config.json").touch()
+    (folder / "model.safetensors").touch()
+    assert load(backend).tiers["light"].backend == "mlx"
+    assert load(f"{backend}LIGHT_BACKEND=\n").tiers["light"].backend == "mlx"
+    assert load(f"{backend}LIGHT_BACKEND=flag\n").tiers["light"].backend == "flag"
+
+
 def test_the_fake_backend_needs_no_model_to_configure_a_tier(load: Load) -> None:
     assert list(load("HEAVY_BACKEND=fake").tiers) == ["heavy"]
 
@@ -204,7 +218,7 @@ def test_a_relative_path_starts_at_the_project(
 
 def test_all_faults_are_reported_at_once_with_their_keys(load: Load) -> None:
     lines = faults(
-        load, "PORT=eighty\nLIGHT_N_CTX=many\nHEAVY_TEMPERATURE=9\nRERANKER_BACKEND=mlx\nPORTT=1"
+        load, "PORT=eighty\nLIGHT_N_CTX=many\nHEAVY_TEMPERATURE=9\nRERANKER_BACKEND=onnx\nPORTT=1"
     )
     assert [line.partition(":")[0] for line in lines] == [
         "PORT",
@@ -213,7 +227,7 @@ def test_all_faults_are_reported_at_once_with_their_keys(load: Load) -> None:
         "RERANKER_BACKEND",
     ]
     assert "'eighty'" in lines[0]
-    assert "'llamacpp', 'flag' or 'fake'" in lines[3]
+    assert "'llamacpp', 'mlx', 'flag' or 'fake'" in lines[3]
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ FAKE_PYTHON = r"""#!/bin/sh
 here=${0%/*}
 case "$*" in
   "-c "*https://*) shift 2; echo "ask $*" >>"$FAKE_LOG"; exit 1 ;;
+  *libc_ver*) exit "${FAKE_NO_MLX:-1}" ;;
   *ensurepip*) if [ -n "$FAKE_NO_VENV" ]; then exit 1; fi ;;
   "-m venv "*)
     mkdir -p "$3/bin" "$3/site/pip" "$3/site/pip-1.dist-info"
@@ -266,6 +267,37 @@ def test_flag_adds_its_list_on_demand_only(machine: Machine) -> None:
     assert machine.run("setup.sh", "--current")[0] == 0, "the service needs nothing new"
     assert machine.run("setup.sh", "--flag")[0] == 0
     assert "pytorch.org" not in machine.calls("requirements-flag.txt")[1]
+
+
+def test_mlx_comes_when_asked_for_and_for_the_tests_where_it_runs(machine: Machine) -> None:
+    assert machine.run("setup.sh", "--dev")[0] == 0
+    status, said = machine.run("setup.sh", "--mlx")
+    assert (status, machine.calls("requirements-mlx.txt")) == (1, [])
+    assert "mlx-lm needs Python 3.11" in said
+    assert machine.run(FAKE_NO_MLX="0")[0] == 0
+    assert machine.calls("requirements-mlx.txt") == []
+    assert machine.run("setup.sh", "--current", "--dev", FAKE_NO_MLX="0")[0] == 1
+    assert machine.run("setup.sh", "--dev", FAKE_NO_MLX="0")[0] == 0
+    (call,) = machine.calls("-r requirements.txt -r requirements-mlx.txt")
+    assert "-c requirements-dev.lock" in call
+    assert machine.run("setup.sh", "--current", "--mlx", FAKE_NO_MLX="0") == (0, "")
+
+
+def test_on_apple_silicon_mlx_comes_by_itself(machine: Machine) -> None:
+    machine.program("uname", 'case "$1" in -m) echo arm64 ;; *) echo Darwin ;; esac')
+    machine.program("xcode-select")
+    assert machine.run(FAKE_NO_MLX="0")[0] == 0
+    assert machine.calls("-c requirements.lock -r requirements.txt -r requirements-mlx.txt")
+    assert machine.run("setup.sh", "--current", FAKE_NO_MLX="0") == (0, "")
+    assert machine.run("setup.sh", "--flag", FAKE_NO_MLX="0")[0] == 0
+    assert machine.run("setup.sh", "--current", FAKE_NO_MLX="0") == (0, ""), "flag was chosen"
+    assert machine.run("setup.sh", "--current", "--mlx", FAKE_NO_MLX="0")[0] == 1
+
+
+def test_mlx_and_flag_do_not_go_together(machine: Machine) -> None:
+    status, said = machine.run("setup.sh", "--mlx", "--flag")
+    assert status == 1
+    assert "different releases of transformers" in said
 
 
 def test_no_python_says_how_to_get_one(machine: Machine) -> None:

@@ -177,6 +177,10 @@ def load_encoder(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
         from engine.backends import llama_encoder
 
         return llama_encoder.load(spec, progress)
+    if spec.backend == "mlx":
+        from engine.backends import mlx_encoder
+
+        return mlx_encoder.load(spec, progress)
     if spec.backend == "flag":
         from engine.backends import flag_encoder
 
@@ -194,6 +198,10 @@ def load_engine(spec: WorkerSpec, progress: ReportProgress) -> Engine:
         from engine.backends import llamacpp
 
         return llamacpp.load(spec, progress)
+    if spec.backend == "mlx":
+        from engine.backends import mlx
+
+        return mlx.load(spec, progress)
     if spec.backend == "fake":
         from engine.backends import fake
 

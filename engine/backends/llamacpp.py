@@ -458,11 +458,13 @@ class LlamaLog:
         "model vocab missing newline token",  # encoders need none
     )
 
+    _in_use: ClassVar[Any] = None  # of the process: llama.cpp may call it at any time from now on
+
     def __init__(self) -> None:
         self.is_muted = False  # while what it says is of our doing
         self.reason: str | None = None  # the first error; the later ones only say that it failed
-        self._callback = lib.llama_log_callback(self._write)  # must live as long as it is set
-        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
+        LlamaLog._in_use = lib.llama_log_callback(self._write)
+        lib.llama_log_set(LlamaLog._in_use, ctypes.c_void_p(0))
 
     def _write(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode(errors="replace").rstrip()

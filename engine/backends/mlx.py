@@ -1,0 +1,331 @@
+"""A model on MLX: requests join and leave the batch that mlx-lm computes.
+
+All of mlx happens in the thread that loads the model and steps the engine: its arrays and streams
+belong to a thread, and a process whose threads leave some behind aborts at its end.
+"""
+
+import gc
+import logging
+import os
+import sys
+import threading
+import time
+from array import array
+from bisect import insort
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from engine.backends.base import Constraint, Engine, ReportProgress, Tokenizer
+from engine.backends.mlx_prompts import Cache, Prompts, beginning, can_cut, n_usable
+from engine.backends.mlx_rows import Rows, new_rows
+from engine.backends.mlx_sampling import Chooser, new_chooser
+from engine.backends.mlx_tokenizer import MlxTokenizer
+from engine.cells import view
+from engine.chat_folder import read_chat_folder
+from engine.model_file import ModelFile
+from engine.pace import Pace
+from engine.prefix import Tokens, n_common
+from engine.types import SamplingParams, StepResult
+from engine.wire import WorkerSpec
+from errors import ModelLoadFailed
+
+logger = logging.getLogger("worker.mlx")
+
+INSTALL = "./setup.sh --mlx, or pip install -r requirements-mlx.txt"
+MAX_FAILED_STEPS = 3  # in a row; then the model is taken to be broken
+WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
+CPU_PREFILL = 64  # prompt tokens of a step whose pace is not measured, or it may take minutes
+N_LOADS = 16  # parts in which weights are read, to tell how far it is
+_QUIET = {
+    "HF_HUB_OFFLINE": "1",  # what is not in the directory is not fetched either
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
+    facts = read_chat_folder(Path(spec.model_path))
+    progress(0.0)
+    mx = import_mlx(spec)
+    check_room(mx, facts)
+    return MlxEngine(spec, facts, _loaded(mx, facts, progress), MlxTokenizer(facts))
+
+
+def import_mlx(spec: WorkerSpec) -> Any:
+    """mlx.core, with the device chosen. Raises ModelLoadFailed where it is not installed."""
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+    try:
+        mx = import_module("mlx.core")
+        if spec.n_gpu_layers == 0:
+            mx.set_default_device(mx.cpu)  # before mlx-lm makes its stream
+        import_module("mlx_lm.generate")
+    except ImportError as error:
+        raise ModelLoadFailed(f"The backend mlx is not installed ({error}): {INSTALL}.") from None
+    if sys.platform != "darwin":
+        mx.disable_compile()  # it would compile C++ at the first use, if there is a compiler
+    return mx
+
+
+def check_room(mx: Any, facts: ModelFile) -> None:
+    """Weights beyond what the system lets a GPU keep resident can stop a Mac altogether. Raises
+    ModelLoadFailed."""
+    if not mx.metal.is_available():
+        return
+    limit = mx.device_info()["max_recommended_working_set_size"]
+    if facts.size_bytes > limit:
+        raise ModelLoadFailed(
+            f"{facts.name} has {facts.size_bytes / 1e9:.1f} GB of weights, and the GPU may hold "
+            f"{limit / 1e9:.1f} GB; take a smaller or a quantised one."
+        )
+
+
+def _loaded(mx: Any, facts: ModelFile, progress: ReportProgress) -> Any:
+    try:
+        model, _ = import_module("mlx_lm.utils").load_model(facts.path, lazy=True)
+        if mx.default_device() == mx.Device(mx.cpu):
+            # halves are up to 50 times slower there, and weights stay quantised
+            model.set_dtype(mx.float32)
+        parameters = [
+            weights for _, weights in import_module("mlx.utils").tree_flatten(model.parameters())
+        ]
+        size = max(len(parameters) // N_LOADS, 1)
+        for start in range(0, len(parameters), size):
+            mx.eval(parameters[start : start + size])
+            progress(start / len(parameters))
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).replace(str(facts.path), facts.name).partition("\n")[0]
+        raise ModelLoadFailed(f"mlx-lm cannot load {facts.name}: {reason}") from error
+    return model
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A sequence that was admitted: its prompt and what was sampled."""
+
+    id: int
+    tokens: "array[int]"
+    chooser: Chooser  # survives being put off
+    reuses: bool
+    rank: float
+    n_joined: int = 0  # tokens with which it joined the rows
+    has_started: bool = False
+
+    @property
+    def is_decoding(self) -> bool:
+        """Its prompt is computed: a token came after it."""
+        return len(self.tokens) > self.n_joined
+
+
+class MlxEngine:
+    """Implements `engine.backends.base.Engine` over a model of mlx-lm."""
+
+    def __init__(
+        self, spec: WorkerSpec, facts: ModelFile, model: Any, tokenizer: MlxTokenizer
+    ) -> None:
+        self.tokenizer: Tokenizer = tokenizer
+        self.n_ctx = min(spec.n_ctx, facts.n_ctx_train)
+        self._ends = [token for token in tokenizer.ends if token < facts.n_vocab]
+        self._model: Any = model
+        self._spec = spec
+        self._mx = import_module("mlx.core")
+        is_cpu = self._mx.default_device() == self._mx.Device(self._mx.cpu)
+        self._n_alone = min(spec.n_batch, CPU_PREFILL) if is_cpu else spec.n_batch
+        self._can_cut = can_cut(import_module("mlx_lm.models.cache").make_prompt_cache(model))
+        self._rows = self._new_rows()
+        self.n_parallel = spec.n_parallel
+        self._prompts = Prompts(spec.prefix_cache_bytes)
+        self._pace = Pace(spec.max_stall_s)
+        self._waiting: list[Live] = []  # both by rank, then by age: ids grow with arrival
+        self._running: list[Live] = []
+        self._n_failed_steps = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def admit(
+        self,
+        id: int,
+        prompt: list[int],
+        sampling: SamplingParams,
+        constraint: Constraint | None = None,
+        *,
+        reuses: bool = True,
+        rank: float = 0.0,
+    ) -> None:
+        chooser = new_chooser(sampling, prompt, constraint, self._ends, self.tokenizer.piece)
+        insort(self._waiting, Live(id, array("i", prompt), chooser, reuses, rank), key=_order)
+
+    def cancel(self, id: int) -> None:
+        for live in self._waiting:
+            if live.id == id:
+                self._waiting.remove(live)
+                return
+        for live in self._running:
+            if live.id == id:
+                self._leave(live)
+                return
+
+    def step(self) -> StepResult:
+        result = StepResult()
+        self._make_room(result)
+        self._join(result)
+        if not self._running:
+            return result
+        n_decodes = sum(live.is_decoding for live in self._running)
+        n_prefill = self._n_alone
+        if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time
+            n_prefill = min(self._spec.n_batch, self._pace.n_prefill(n_decodes))
+        started_at = time.perf_counter()
+        try:
+            told, n_prefilled = self._rows.step(n_prefill)
+        except Exception as error:
+            self._fail(result, error)
+            return result
+        self._n_failed_steps = 0
+        self._pace.observe(n_decodes, n_prefilled, time.perf_counter() - started_at)
+        by_id = {live.id: live for live in self._running}
+        for number, token in told:
+            self._take(by_id[number], token, result)
+        return result
+
+    def _take(self, live: Live, token: int, result: StepResult) -> None:
+        try:
+            sampled = live.chooser.taken(token)
+        except Exception as error:
+            result.failed.append((live.id, error))
+            self._leave(live)
+        else:
+            live.tokens.append(sampled.token)
+            result.tokens.append((live.id, sampled))
+
+    def _fail(self, result: StepResult, error: Exception) -> None:
+        """The step failed, and with it all rows. Those that wait go on in new ones."""
+        self._n_failed_steps += 1
+        if self._n_failed_steps >= MAX_FAILED_STEPS:
+            raise error
+        logger.error("A step failed; its %d sequences end", len(self._running), exc_info=error)
+        result.failed = [(live.id, error) for live in self._running]
+        self._running.clear()
+        self._rows = self._new_rows()
+        self._mx.clear_cache()
+
+    def close(self) -> None:
+        """Nothing of mlx may be left when the thread ends."""
+        self._waiting.clear()
+        self._running.clear()
+        self._prompts.clear()
+        del self._rows, self._model
+        gc.collect()
+        self._mx.clear_cache()
+        if threading.current_thread() is not threading.main_thread():
+            self._mx.clear_streams()  # a thread that ends with some aborts the process at its end
+
+    # who is in the batch
+
+    def _join(self, result: StepResult) -> None:
+        """Those that wait join by rank and age, while there is room. One waits on while another's
+        prefill is about to make its beginning; one of a lower rank puts off the last."""
+        n_passed_over = 0
+        for live in list(self._waiting):
+            is_full = len(self._running) >= self._rows.n_most
+            if (is_full and not self._outranks(live)) or n_passed_over == self.n_parallel:
+                break
+            reuses = live.reuses or live.has_started
+            wanted = view(live.tokens)[: len(live.tokens) - 1 if reuses else 0]
+            if self._is_coming(wanted):
+                n_passed_over += 1
+                continue
+            if is_full:
+                self._put_off_last(result)
+            while not self._fits(live) and self._outranks(live):
+                self._put_off_last(result)
+            if not self._fits(live):
+                break
+            self._waiting.remove(live)
+            self._enter(live, wanted, result)
+
+    def _enter(self, live: Live, wanted: Tokens, result: StepResult) -> None:
+        n_cached, cached = self._beginning(wanted)
+        self._rows.add(live.id, live.tokens.tolist(), cached, n_cached, live.chooser)
+        live.n_joined = len(live.tokens)
+        insort(self._running, live, key=_order)
+        if not live.has_started:
+            live.has_started = True
+            result.started.append((live.id, n_cached))
+
+    def _beginning(self, wanted: Tokens) -> tuple[int, Cache | None]:
+        """The longest beginning of a prompt that is computed, of one that runs or that ended. Never
+        all of the prompt: the last token is computed for what follows it."""
+        n_known = self._prompts.n_known(wanted)
+        decoding = [live for live in self._running if live.is_decoding]
+        source = max(decoding, key=lambda live: n_common(view(live.tokens), wanted), default=None)
+        if source and n_common(view(source.tokens), wanted) > n_known:
+            tokens, cache = self._rows.cache_of(source.id)
+            n = n_usable(tokens, cache, wanted)
+            if n > n_known:
+                return n, beginning(cache, len(tokens), n)
+        return self._prompts.recall(wanted) or (0, None)
+
+    def _is_coming(self, wanted: Tokens) -> bool:
+        """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
+        prefilling = [live for live in self._running if not live.is_decoding]
+        coming = max((n_common(view(live.tokens), wanted) for live in prefilling), default=0)
+        if coming < WORTH_WAITING_FOR or not self._can_cut:
+            return False
+        decoding = [live for live in self._running if live.is_decoding]
+        settled = [n_common(view(live.tokens), wanted) for live in decoding]
+        return coming >= max(self._prompts.n_known(wanted), *settled, 0) + WORTH_WAITING_FOR
+
+    def _fits(self, live: Live) -> bool:
+        """Each row of a batch takes as much memory as the longest one."""
+        lengths = [len(other.tokens) for other in self._running]
+        n_most = max([*lengths, len(live.tokens)]) + 1
+        return not self._running or (len(lengths) + 1) * n_most <= self._spec.kv_tokens
+
+    def _make_room(self, result: StepResult) -> None:
+        """Put off the last of those that run, while the rows have grown too long."""
+        while len(self._running) > 1:
+            longest = max(len(live.tokens) for live in self._running)
+            if len(self._running) * (longest + 1) <= self._spec.kv_tokens:
+                break
+            self._put_off_last(result)
+
+    def _outranks(self, live: Live) -> bool:
+        """Somebody who runs comes after it, and can be put off without loss."""
+        return bool(self._running) and live.rank < self._running[-1].rank and self._can_cut
+
+    def _put_off_last(self, result: StepResult) -> None:
+        """Back to the queue, with its tokens. What mlx has chosen ahead is told now, since its
+        chooser has gone on."""
+        last = self._running[-1]
+        self._leave(last)
+        try:
+            sampled = last.chooser.pending()
+        except Exception as error:
+            result.failed.append((last.id, error))
+            return
+        if sampled is not None:
+            last.tokens.append(sampled.token)
+            result.tokens.append((last.id, sampled))
+        insort(self._waiting, last, key=_order)
+
+    def _leave(self, live: Live) -> None:
+        """What is computed of it is remembered."""
+        if not self._prompts.is_off:
+            self._prompts.remember(*self._rows.cache_of(live.id))
+        self._rows.remove(live.id)
+        self._running.remove(live)
+        if not self._running:
+            self._mx.clear_cache()
+
+    def _new_rows(self) -> Rows:
+        return new_rows(self._model, self._spec.n_parallel, self._spec.n_batch)
+
+
+def _order(live: Live) -> tuple[float, int]:
+    return live.rank, live.id

@@ -1,0 +1,152 @@
+"""The sequences that a model on MLX computes in one step, each with a cache of its own."""
+
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any, Protocol
+
+from engine.backends.mlx_prompts import Cache, as_tokens
+from engine.backends.mlx_sampling import Chooser
+from engine.prefix import Tokens
+
+
+class Rows(Protocol):
+    """Rows are known by the numbers of their sequences."""
+
+    n_most: int
+
+    def add(
+        self, number: int, tokens: list[int], cached: Cache | None, n_cached: int, chooser: Chooser
+    ) -> None:
+        """A sequence joins; the first `n_cached` of its tokens, and never all, are in `cached`,
+        which is taken over."""
+
+    def step(self, n_prefill: int) -> tuple[list[tuple[int, int]], int]:
+        """One token for each row that is past its prompt, by number; and by how many tokens prompts
+        got on, of so many at most. After an exception all of this is of no further use."""
+
+    def remove(self, number: int) -> None: ...
+
+    def cache_of(self, number: int) -> tuple[Tokens, Cache]:
+        """What is computed of a row, and its tokens. Not for one that has just joined."""
+
+
+def new_rows(model: Any, n_most: int, n_batch: int) -> Rows:
+    """Rows in one batch, where the model's caches can be put together; else one at a time."""
+    make_cache = import_module("mlx_lm.models.cache").make_prompt_cache
+    if all(map(_can_merge, make_cache(model))):
+        return BatchRows(model, n_most, n_batch)
+    return SingleRow(model, n_batch)
+
+
+def _can_merge(layer: Any) -> bool:
+    parts: Iterable[Any] | None = getattr(layer, "caches", None)
+    return all(map(_can_merge, parts)) if parts is not None else hasattr(layer, "merge")
+
+
+class BatchRows:
+    """Implements Rows over mlx-lm's BatchGenerator, which computes a step ahead: a row's token is
+    told when the next one is on its way."""
+
+    def __init__(self, model: Any, n_most: int, n_batch: int) -> None:
+        generator = import_module("mlx_lm.generate").BatchGenerator
+        self.n_most = n_most
+        self._generator = generator(
+            model,
+            completion_batch_size=n_most,
+            prefill_batch_size=n_most,
+            prefill_step_size=n_batch,
+        )
+        self._uids: dict[int, int] = {}  # by number
+        self._numbers: dict[int, int] = {}  # by uid
+        self._prefilled: dict[int, int] = {}  # tokens so far, by uid, of rows in their prompts
+
+    def add(
+        self, number: int, tokens: list[int], cached: Cache | None, n_cached: int, chooser: Chooser
+    ) -> None:
+        (uid,) = self._generator.insert(
+            [tokens[n_cached:]],
+            max_tokens=[1 << 30],  # who counts is above
+            caches=[cached],
+            all_tokens=[tokens[:n_cached]],
+            samplers=[chooser.sample],
+            logits_processors=[list(chooser.processors)],
+        )
+        self._uids[number] = uid
+        self._numbers[uid] = number
+        self._prefilled[uid] = 0
+
+    def step(self, n_prefill: int) -> tuple[list[tuple[int, int]], int]:
+        self._generator.prefill_step_size = max(n_prefill // max(len(self._prefilled), 1), 1)
+        prompts, told = self._generator.next()
+        n_prefilled = 0
+        for prompt in prompts:
+            if prompt.end_of_prompt:
+                del self._prefilled[prompt.uid]
+            else:
+                n_prefilled += prompt.progress[0] - self._prefilled[prompt.uid]
+                self._prefilled[prompt.uid] = prompt.progress[0]
+        return [(self._numbers[one.uid], one.token) for one in told], n_prefilled
+
+    def remove(self, number: int) -> None:
+        uid = self._uids.pop(number)
+        del self._numbers[uid]
+        self._prefilled.pop(uid, None)
+        self._generator.remove([uid])
+
+    def cache_of(self, number: int) -> tuple[Tokens, Cache]:
+        uid = self._uids[number]
+        cache, tokens = self._generator.extract_cache([uid])[uid]
+        import_module("mlx.core").eval([layer.state for layer in cache])
+        return as_tokens(tokens), cache
+
+
+class SingleRow:
+    """Implements Rows for one at a time."""
+
+    n_most = 1
+
+    def __init__(self, model: Any, n_batch: int) -> None:
+        self._mx = import_module("mlx.core")
+        self._make_cache = import_module("mlx_lm.models.cache").make_prompt_cache
+        self._model = model
+        self._n_batch = n_batch
+        self._number: int | None = None
+        self._tokens: list[int] = []
+        self._n_past = 0
+        self._cache: Cache = []
+        self._chooser: Chooser | None = None
+
+    def add(
+        self, number: int, tokens: list[int], cached: Cache | None, n_cached: int, chooser: Chooser
+    ) -> None:
+        self._number = number
+        self._tokens = tokens
+        self._n_past = n_cached
+        self._cache = cached if cached is not None else self._make_cache(self._model)
+        self._chooser = chooser
+
+    def step(self, n_prefill: int) -> tuple[list[tuple[int, int]], int]:
+        if self._number is None or self._chooser is None:
+            return [], 0
+        n_left = len(self._tokens) - 1 - self._n_past
+        n = min(n_left, n_prefill, self._n_batch) if n_left else 1
+        part = self._mx.array([self._tokens[self._n_past : self._n_past + n]])
+        logits = self._model(part, cache=self._cache)
+        self._mx.eval([layer.state for layer in self._cache])
+        self._n_past += n
+        if n_left:
+            return [], n
+        scores = logits[:, -1, :]
+        for process in self._chooser.processors:
+            scores = process(None, scores)
+        scores = scores - self._mx.logsumexp(scores, axis=-1, keepdims=True)
+        token = int(self._chooser.sample(scores).item())
+        self._tokens.append(token)
+        return [(self._number, token)], 0
+
+    def remove(self, number: int) -> None:
+        self._number = self._chooser = None
+        self._cache = []
+
+    def cache_of(self, number: int) -> tuple[Tokens, Cache]:
+        return as_tokens(self._tokens[: self._n_past]), self._cache

@@ -1,0 +1,132 @@
+"""The tokenizer of a Hugging Face directory, for a model that generates."""
+
+import re
+import threading
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from engine.chat_folder import adds_bos, end_tokens, is_byte_level, read_tokenizer
+from engine.model_file import ModelFile
+from errors import ModelLoadFailed
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a single byte
+
+
+class MlxTokenizer:
+    """Implements `engine.backends.base.Tokenizer`."""
+
+    def __init__(self, facts: ModelFile) -> None:
+        library = import_module("tokenizers")
+        path = facts.path
+        file, settings = read_tokenizer(path)
+        self._tokenizer = tokenizer = _read(library, path)
+        self._lock = threading.Lock()  # whether specials count is a state of the tokenizer
+        for token in settings.added_tokens_decoder.values():
+            if tokenizer.token_to_id(token.content) is None:
+                added = library.AddedToken(token.content, special=token.special, normalized=False)
+                (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([added])
+        by_text: dict[str, int] = self._tokenizer.get_vocab()
+        self._texts = {token: text for text, token in by_text.items()}
+        self._added: dict[int, str] = {
+            number: token.content
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
+        }
+        self._control = frozenset(by_text[text] for text in facts.control_tokens if text in by_text)
+        self.n_vocab = min(max(self._texts) + 1, facts.n_vocab)
+        self._ends = frozenset(end_tokens(path, file, settings))
+        begins = facts.bos_token in by_text and adds_bos(file, settings, facts.bos_token)
+        self.bos: int | None = by_text[facts.bos_token] if begins else None
+        self._is_byte_level = is_byte_level(file)
+        self._pieces: dict[int, bytes] = {}
+        # vocabularies of SentencePiece may put a space before a text
+        first = self._encode("a", parse_special=False)[:1]
+        self._adds_space = any(self.piece(token)[:1] == b" " for token in first)
+
+    def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
+        ids = self._encode(text, parse_special)
+        if not parse_special and not self._control.isdisjoint(ids):
+            return self._spell(text.encode())  # merges have put one together
+        if continues and self._adds_space and ids and self.piece(ids[0])[:1] == b" ":
+            ids = [*self._spell(self.piece(ids[0])[1:]), *ids[1:]]
+        return ids
+
+    def piece(self, token: int) -> bytes:
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._read_piece(token)
+        return piece
+
+    def literal(self, token: int) -> bytes:
+        return self.piece(token) or self._texts.get(token, "").encode()
+
+    def ends_generation(self, token: int) -> bool:
+        return token in self._ends
+
+    @property
+    def ends(self) -> list[int]:
+        """Every token that ends a generation."""
+        return sorted(self._ends)
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
+        with self._lock:
+            self._tokenizer.encode_special_tokens = not parse_special
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _read_piece(self, token: int) -> bytes:
+        if token in self._control:
+            return b""
+        if token in self._added:
+            return self._added[token].encode()
+        text = self._texts.get(token, "")
+        if self._is_byte_level:
+            return bytes(_BYTES[character] for character in text if character in _BYTES)
+        if byte := _BYTE.fullmatch(text):
+            return bytes.fromhex(byte[1])
+        return text.replace("▁", " ").encode()
+
+    @cached_property
+    def _ordinary(self) -> dict[bytes, int]:
+        """Ids of ordinary tokens by piece. Those of single bytes are the last resort."""
+        ids: dict[bytes, int] = {}
+        usual = [token for token in self._texts if token not in self._added]
+        for token in sorted(usual, key=lambda token: bool(_BYTE.fullmatch(self._texts[token]))):
+            ids.setdefault(self.piece(token), token)
+        return ids
+
+    def _spell(self, data: bytes) -> list[int]:
+        """Ids of ordinary tokens whose pieces join to exactly `data`, longest first."""
+        longest = max(map(len, self._ordinary))
+        ids, at = [], 0
+        while at < len(data):
+            ends = range(min(at + longest, len(data)), at, -1)
+            end = next((end for end in ends if data[at:end] in self._ordinary), at)
+            if end == at:
+                raise ValueError(f"the vocabulary has no token for {data[at : at + 1]!r}")
+            ids.append(self._ordinary[data[at:end]])
+            at = end
+        return ids
+
+
+def _read(library: Any, path: Path) -> Any:
+    try:
+        tokenizer = library.Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # the library raises bare ones
+        raise ModelLoadFailed(f"{path.name} has a tokenizer.json that fails: {error}.") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _bytes_by_character() -> dict[str, int]:
+    """The characters with which GPT-2's vocabulary spells bytes: those that can be seen stand for
+    themselves, the others for what comes behind the first 256."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = (byte for byte in range(256) if byte not in shown)
+    return {chr(byte): byte for byte in shown} | {
+        chr(256 + number): byte for number, byte in enumerate(hidden)
+    }
+
+
+_BYTES = _bytes_by_character()

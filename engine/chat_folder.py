@@ -1,0 +1,225 @@
+"""What a Hugging Face directory says about a model that generates, without loading it."""
+
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from engine.model_file import ModelFile
+from errors import ModelLoadFailed
+
+FLOAT_BYTES = 2 if sys.platform == "darwin" else 4  # of activations: CPUs are slow with halves
+_HALVES = ("F16", "BF16")
+_MAX_BYTES = 256 << 20  # of one of the JSON files, or of a header
+_UNBOUNDED = 1 << 20  # tokens, for models without a longest context
+# Ends of texts, turns and infilled middles that llama.cpp takes for such, whatever files say.
+_ENDS = frozenset(
+    "<|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|> <end_of_turn> </s> <eos> "
+    "<end_of_utterance> <｜end▁of▁sentence｜> <|fim_pad|> <fim-pad> <fim_pad> <PAD> <|fim_repo|> "
+    "<|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>".split()
+)
+_GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+
+
+class AddedToken(msgspec.Struct):
+    content: str
+    id: int = -1
+    special: bool = False
+
+
+class Vocabulary(msgspec.Struct):
+    """The part `model` of tokenizer.json."""
+
+    type: str = "BPE"
+    vocab: dict[str, int] | list[Any] = {}
+
+
+class TokenizerFile(msgspec.Struct):
+    """tokenizer.json, as far as it is of interest here."""
+
+    model: Vocabulary
+    added_tokens: list[AddedToken] = []
+    post_processor: msgspec.Raw = msgspec.Raw(b"null")
+    decoder: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class TokenizerConfig(msgspec.Struct):
+    """tokenizer_config.json, likewise."""
+
+    chat_template: str | list[dict[str, str]] | None = None
+    bos_token: str | AddedToken | None = None
+    eos_token: str | AddedToken | None = None
+    add_bos_token: bool | None = None
+    added_tokens_decoder: dict[str, AddedToken] = {}
+
+
+def is_chat_folder(path: Path) -> bool:
+    """Whether a path is a directory with a model in Hugging Face's form."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def read_chat_folder(path: Path) -> ModelFile:
+    """The facts of the model in a directory, or ModelLoadFailed with one sentence that names it.
+
+    The sentence holds the directory's name and never where it is: it goes to HTTP clients.
+    `size_bytes` are those of the weights in memory.
+    """
+    name = path.name.encode("utf-8", "replace").decode() or "the model path"
+    if not path.is_dir():
+        _fail(path, "is no directory; the backend mlx takes one with config.json and safetensors")
+    config = _decoded(path / "config.json", dict[str, Any])
+    architectures = [str(architecture) for architecture in config.get("architectures") or ()]
+    if architectures and not any(one.endswith(_GENERATING) for one in architectures):
+        _fail(path, f"does not generate text: it is a {', '.join(architectures)}")
+    text = config | (config.get("text_config") or {})  # of a model that also sees or hears
+    tokenizer, settings = read_tokenizer(path)
+    special = {token.content for token in _added(tokenizer, settings) if token.special}
+    bos, eos = _content(settings.bos_token), _content(settings.eos_token)
+    n_layer = _number(path, text, "num_hidden_layers", "n_layer", "n_layers")
+    n_embd = _number(path, text, "hidden_size", "d_model", "n_embd")
+    n_head = _number(path, text, "num_attention_heads", "n_head", default=1)
+    n_head_kv = _number(path, text, "num_key_value_heads", default=n_head)
+    head_size = _number(path, text, "head_dim", default=n_embd // n_head)
+    pieces = [*tokenizer.model.vocab, *(token.content for token in tokenizer.added_tokens)]
+    return ModelFile(
+        path=path,
+        size_bytes=_weight_bytes(path),
+        architecture=str(text.get("model_type", "")),
+        name=name,
+        n_ctx_train=_number(path, text, "max_position_embeddings", default=_UNBOUNDED),
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_vocab=_number(path, text, "vocab_size", default=len(pieces)),
+        max_token_bytes=max(len(piece.encode("utf-8", "replace")) for piece in pieces),
+        kv_bytes_per_token=2 * n_layer * n_head_kv * head_size * FLOAT_BYTES,
+        tokenizer_model="gpt2" if is_byte_level(tokenizer) else "llama",
+        chat_template=_template(path, settings),
+        bos_token=bos,
+        eos_token=eos,
+        add_bos=bool(bos) and adds_bos(tokenizer, settings, bos),
+        control_tokens=tuple(sorted(special - {""}, key=lambda text: (-len(text), text))),
+        kind="chat",
+    )
+
+
+def read_tokenizer(path: Path) -> tuple[TokenizerFile, TokenizerConfig]:
+    """What the two files say. Raises ModelLoadFailed."""
+    tokenizer = _decoded(path / "tokenizer.json", TokenizerFile)
+    if tokenizer.model.type != "BPE" or not isinstance(tokenizer.model.vocab, dict):
+        _fail(path, f"has a tokenizer of the type {tokenizer.model.type}, and only BPE is read")
+    config = path / "tokenizer_config.json"
+    return tokenizer, _decoded(config, TokenizerConfig) if config.is_file() else TokenizerConfig()
+
+
+def end_tokens(path: Path, tokenizer: TokenizerFile, settings: TokenizerConfig) -> set[int]:
+    """Ids of all tokens with which an answer ends. Raises ModelLoadFailed."""
+    ends: set[int | None] = set()
+    for name in ("generation_config.json", "config.json"):
+        if (path / name).is_file():
+            config = _decoded(path / name, dict[str, Any])
+            found = config.get(
+                "eos_token_id", (config.get("text_config") or {}).get("eos_token_id")
+            )
+            ends.update(found if isinstance(found, list) else [found])
+    names = {_content(settings.eos_token), *_ENDS}
+    ends.update(token.id for token in tokenizer.added_tokens if token.content in names)
+    return {token for token in ends if isinstance(token, int)}
+
+
+def adds_bos(tokenizer: TokenizerFile, settings: TokenizerConfig, bos: str) -> bool:
+    """Whether the tokenizer puts a BOS before a text."""
+    template = bytes(tokenizer.post_processor)
+    if b"TemplateProcessing" in template:
+        return msgspec.json.encode(bos) in template.partition(b'"pair"')[0]
+    return bool(settings.add_bos_token)
+
+
+def is_byte_level(tokenizer: TokenizerFile) -> bool:
+    """The vocabulary spells each byte as a character, as GPT-2 does; else as SentencePiece."""
+    return b'"ByteLevel"' in bytes(tokenizer.decoder)
+
+
+def _added(tokenizer: TokenizerFile, settings: TokenizerConfig) -> Iterator[AddedToken]:
+    yield from tokenizer.added_tokens
+    yield from settings.added_tokens_decoder.values()
+
+
+def _content(token: str | AddedToken | None) -> str:
+    return token.content if isinstance(token, AddedToken) else token or ""
+
+
+def _template(path: Path, settings: TokenizerConfig) -> str | None:
+    beside = path / "chat_template.jinja"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8", errors="replace")
+    named = settings.chat_template
+    if isinstance(named, list):
+        by_name = {one.get("name"): one.get("template") for one in named}
+        return by_name.get("default")  # others want tools or documents
+    older = path / "chat_template.json"
+    if named is None and older.is_file():
+        named = _decoded(older, TokenizerConfig).chat_template
+    return named if isinstance(named, str) else None
+
+
+def _weight_bytes(path: Path) -> int:
+    """Of all tensors in memory, where floats of two bytes may need more."""
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        _fail(path, "has no model.safetensors; download it again")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(_decoded(index, dict[str, Any]).get("weight_map", {}).values())
+        for missing in sorted(named - {file.name for file in files}):
+            _fail(path, f"lacks {missing}; download it again")
+    return sum(_tensor_bytes(path, file) for file in files)
+
+
+def _tensor_bytes(path: Path, file: Path) -> int:
+    """Of a file of safetensors: the length of a header, that in JSON, and the tensors."""
+    total = 0
+    try:
+        with file.open("rb") as stream:
+            (n_header,) = struct.unpack("<Q", stream.read(8))
+            if n_header > _MAX_BYTES:
+                _fail(path, f"has a {file.name} that is damaged; download it again")
+            header = msgspec.json.decode(stream.read(n_header))
+            end = 8 + n_header
+            for key, tensor in header.items():
+                if key != "__metadata__":
+                    start, stop = tensor["data_offsets"]
+                    end = max(end, 8 + n_header + stop)
+                    total += (stop - start) * (
+                        FLOAT_BYTES // 2 if tensor["dtype"] in _HALVES else 1
+                    )
+            is_whole = end <= file.stat().st_size
+    except (OSError, struct.error, msgspec.DecodeError, LookupError, TypeError, ValueError):
+        _fail(path, f"has a {file.name} that cannot be read; download it again")
+    if not is_whole:
+        _fail(path, f"has a {file.name} that is cut short; download it again")
+    return total
+
+
+def _number(path: Path, config: dict[str, Any], *keys: str, default: int | None = None) -> int:
+    """The first of these that is there."""
+    found = next((config[key] for key in keys if config.get(key) is not None), default)
+    if not isinstance(found, int) or not 0 < found < 1 << 31:
+        _fail(path, f"has no {keys[0]} in its config.json; download it again")
+    return found
+
+
+def _decoded(file: Path, kind: Any) -> Any:
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            _fail(file.parent, f"has a {file.name} that is too big")
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError):
+        _fail(file.parent, f"has no {file.name} that can be read; download it again")
+
+
+def _fail(path: Path, reason: str) -> NoReturn:
+    name = path.name.encode("utf-8", "replace").decode() or "the model path"
+    raise ModelLoadFailed(f"{name} {reason}.")

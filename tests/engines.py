@@ -1,0 +1,82 @@
+"""Engines of models on disk, and what they say: llama.cpp for a file, MLX for a directory."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from engine import wire
+from engine.backends.base import Engine, load_engine
+from engine.types import Sampled, SamplingParams, Sequence
+
+Logits = npt.NDArray[np.float32]
+GREEDY = SamplingParams(temperature=0)
+needs_mlx = pytest.mark.skipif(
+    importlib.util.find_spec("mlx_lm") is None, reason="mlx-lm is not installed: ./setup.sh --mlx"
+)
+
+
+def spec(model: Path, **values: Any) -> wire.WorkerSpec:
+    """One thread: two collapse on a busy box."""
+    defaults: dict[str, Any] = {
+        "name": "light", "backend": "mlx" if model.is_dir() else "llamacpp",
+        "model_path": str(model), "n_ctx": 512, "n_parallel": 16, "kv_tokens": 4096,
+        "n_batch": 256, "n_threads": 1, "n_gpu_layers": -1, "max_stall_s": 1.0,
+        "prefix_cache_bytes": 1 << 28,
+    }  # fmt: skip
+    return wire.WorkerSpec(**(defaults | values))
+
+
+def engine_of(model: Path, **values: Any) -> Engine:
+    return load_engine(spec(model, **values), lambda _: None)
+
+
+def generate(
+    engine: Engine,
+    prompts: Mapping[int, list[int]],
+    n_tokens: int,
+    sampling: SamplingParams = GREEDY,
+) -> dict[int, list[int]]:
+    """What the engine says to all prompts at once, up to `n_tokens` each."""
+    for number, prompt in prompts.items():
+        engine.admit(number, list(prompt), sampling)
+    tokens: dict[int, list[int]] = {number: [] for number in prompts}
+    while not engine.idle:
+        result = engine.step()
+        assert not result.failed
+        for number, (token, *_) in result.tokens:
+            tokens[number].append(token)
+            if len(tokens[number]) == n_tokens or engine.tokenizer.ends_generation(token):
+                engine.cancel(number)
+    return tokens
+
+
+def ids(engine: Engine, text: str) -> list[int]:
+    return engine.tokenizer.tokenize(text, parse_special=True, continues=False)
+
+
+def next_logits(model: Path, prompts: list[list[int]]) -> list[Logits]:
+    """The raw logits of llama.cpp after each prompt, all in one batch of a fresh context."""
+    import llama_cpp
+
+    from engine.backends.llamacpp import LlamaDecoder
+    from engine.batch_engine import BatchEngine
+
+    engine = engine_of(model, n_batch=4096, kv_tokens=8192, n_ctx=2048)
+    decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
+    rows: dict[int, Logits] = {}
+    sample = decoder.sample
+
+    def record(row: int, sequence: Sequence) -> Sampled:
+        pointer = llama_cpp.llama_get_logits_ith(decoder._context, decoder._batch.logits_at[row])
+        rows[sequence.id] = np.ctypeslib.as_array(pointer, (decoder.tokenizer.n_vocab,)).copy()
+        return sample(row, sequence)
+
+    decoder.sample = record  # type: ignore[method-assign]
+    generate(engine, dict(enumerate(prompts)), 1)
+    engine.close()
+    return [rows[number] for number in range(len(prompts))]

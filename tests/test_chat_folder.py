@@ -1,0 +1,177 @@
+"""What a directory says of a model that generates, and its tokenizer: no MLX, and no weights."""
+
+import json
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import chat_folder
+from engine.chat_folder import end_tokens, read_chat_folder, read_tokenizer
+from errors import ModelLoadFailed
+from tests.engines import engine_of
+
+tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 300,
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "eos_token_id": 2,
+}  # fmt: skip
+TOKENIZER_CONFIG: dict[str, Any] = {
+    "bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "{{ messages }}",
+}  # fmt: skip
+
+
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, int]]) -> None:
+    """Tensors by type and size in bytes, all of zeros."""
+    header, end = {}, 0
+    for name, (kind, size) in tensors.items():
+        header[name] = {"dtype": kind, "shape": [size], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps({"__metadata__": {"format": "mlx"}, **header}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+
+
+def sentencepiece() -> Any:
+    """A vocabulary as llama 2's: bytes, a space before a text, BOS."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "i"]
+    pieces += ["▁h", "▁hi", "<|im_end|>"]
+    merges = [("▁", "h"), ("▁h", "i")]
+    model = tokenizers.models.BPE(
+        vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges,
+        unk_token="<unk>", byte_fallback=True, fuse_unk=True,
+    )  # fmt: skip
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    decoders = tokenizers.decoders
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    for text in ("<unk>", "<s>", "</s>", "<|im_end|>"):
+        tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "a-model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    (path / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
+    sentencepiece().save(str(path / "tokenizer.json"))
+    write_safetensors(path / "model.safetensors", {"a": ("U32", 100), "b": ("F16", 20)})
+    return path
+
+
+def change(path: Path, **values: Any) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in (content | values).items() if v is not None}))
+
+
+def test_the_facts_of_a_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_folder, "FLOAT_BYTES", 4)
+    facts = read_chat_folder(folder)
+    assert facts.size_bytes == 100 + 2 * 20, "halves become floats on a CPU"
+    assert facts.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert (facts.n_ctx_train, facts.n_vocab, facts.kind) == (512, 300, "chat")
+    assert (facts.bos_token, facts.eos_token, facts.add_bos) == ("<s>", "</s>", True)
+    assert facts.control_tokens == ("<|im_end|>", "<unk>", "</s>", "<s>")
+    assert facts.chat_template == "{{ messages }}"
+    assert facts.max_token_bytes == len("<|im_end|>")
+    monkeypatch.setattr(chat_folder, "FLOAT_BYTES", 2)
+    assert read_chat_folder(folder).size_bytes == 120
+
+
+def test_a_template_may_be_elsewhere(folder: Path) -> None:
+    config = folder / "tokenizer_config.json"
+    change(config, chat_template=[{"name": "tool_use", "template": "T"},
+                                  {"name": "default", "template": "D"}])  # fmt: skip
+    assert read_chat_folder(folder).chat_template == "D"
+    change(config, chat_template=None)
+    assert read_chat_folder(folder).chat_template is None
+    (folder / "chat_template.json").write_text('{"chat_template": "J"}')
+    assert read_chat_folder(folder).chat_template == "J"
+    (folder / "chat_template.jinja").write_text("{{ F }}")
+    assert read_chat_folder(folder).chat_template == "{{ F }}"
+
+
+def test_models_that_also_see_say_it_of_their_text_part(folder: Path) -> None:
+    sizes = {key: CONFIG[key] for key in CONFIG if key.startswith(("hidden", "num_", "max_"))}
+    change(folder / "config.json", **dict.fromkeys(sizes), text_config=sizes)
+    assert read_chat_folder(folder).n_layer == 2
+
+
+def test_an_answer_ends_with_any_of_the_tokens_that_the_files_name(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert end_tokens(folder, *read_tokenizer(folder)) == {2, 7, 9, 264}  # 264 is <|im_end|>
+
+
+Breaks = Callable[[Path], object]
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (lambda p: (p / "config.json").unlink(), "has no config.json that can be read"),
+        (lambda p: (p / "config.json").write_text("[]"), "has no config.json that can be read"),
+        (lambda p: change(p / "config.json", hidden_size="64"), "has no hidden_size"),
+        (lambda p: change(p / "config.json", architectures=["BertModel"]), "does not generate"),
+        (lambda p: (p / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}'),
+         "only BPE is read"),
+        (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"version https"), "download it again"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"\xff" * 100), "is damaged"),
+        (lambda p: (p / "model.safetensors").write_bytes(
+            (p / "model.safetensors").read_bytes()[:-1]), "is cut short"),
+        (lambda p: (p / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
+         "lacks model-00002-of-00002.safetensors"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_a_sentence_without_the_path(
+    broken: Breaks, words: str, folder: Path
+) -> None:
+    broken(folder)
+    with pytest.raises(ModelLoadFailed) as caught:
+        read_chat_folder(folder)
+    assert words in caught.value.message
+    assert caught.value.message.startswith("a-model ")
+    assert str(folder.parent) not in caught.value.message
+
+
+def test_a_file_is_no_directory(folder: Path) -> None:
+    with pytest.raises(ModelLoadFailed, match="is no directory"):
+        read_chat_folder(folder / "config.json")
+
+
+def test_without_mlx_it_says_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    with pytest.raises(ModelLoadFailed, match=r"is not installed .*: \./setup\.sh --mlx, or pip"):
+        engine_of(folder)
+
+
+def test_a_vocabulary_of_sentencepiece_spells_texts_exactly(folder: Path) -> None:
+    from engine.backends.mlx_tokenizer import MlxTokenizer
+
+    tokenizer = MlxTokenizer(read_chat_folder(folder))
+    assert (tokenizer.bos, tokenizer.n_vocab) == (1, 265)
+
+    def ids(text: str, parse_special: bool = False, continues: bool = True) -> list[int]:
+        return tokenizer.tokenize(text, parse_special=parse_special, continues=continues)
+
+    for text in ("hi", " hi", "hi hi", "é", "🎉hi", "</s>", "<|im_end|>", ""):
+        assert b"".join(map(tokenizer.piece, ids(text))).decode() == text
+    first = ids("hi", continues=False)
+    assert b"".join(map(tokenizer.piece, first)) == b" hi"
+    assert ids("<|im_end|>", parse_special=True, continues=False)[-1] == 264
+    assert (tokenizer.piece(264), tokenizer.literal(264)) == (b"", b"<|im_end|>")
+    assert tokenizer.ends == [2, 264]
+    assert tokenizer.piece(3 + 0xC3) == b"\xc3"
+    assert tokenizer.piece(9999) == b""

@@ -1,0 +1,416 @@
+"""The MLX backend: its batch, its prompt cache, its numbers beside llama.cpp's, and its faults."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from engine.backends.base import Engine
+from engine.types import SamplingParams
+from errors import ModelLoadFailed
+from tests.engines import GREEDY, engine_of, generate, ids, needs_mlx
+
+pytestmark = [pytest.mark.real, needs_mlx]
+
+FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+Load = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_mlx: Path) -> Iterator[Engine]:
+    """For tests that leave nothing behind: with no prompt cache."""
+    engine = engine_of(tiny_mlx, n_parallel=8, prefix_cache_bytes=0)
+    yield engine
+    engine.close()
+
+
+def run(engine: Engine, n_tokens: dict[int, int]) -> tuple[dict[int, list[int]], dict[int, int]]:
+    """Steps until nothing is left: what was said, each up to its number of tokens; and how much of
+    each prompt was cached."""
+    said: dict[int, list[int]] = {}
+    cached: dict[int, int] = {}
+    while not engine.idle:
+        result = engine.step()
+        assert not result.failed
+        cached |= dict(result.started)
+        for number, (token, *_) in result.tokens:
+            said.setdefault(number, []).append(token)
+            if len(said[number]) == n_tokens[number]:
+                engine.cancel(number)
+    return said, cached
+
+
+# many at once
+
+
+def test_streams_that_join_and_leave_say_what_each_says_alone(engine: Engine) -> None:
+    """Prompts of all lengths, greedy, drawn on the device and chosen in numpy."""
+    dice = random.Random(4)
+    samplings = [GREEDY, SamplingParams(seed=5), SamplingParams(seed=6, frequency_penalty=0.5)]
+    jobs = {
+        number: (
+            [dice.randint(3, 40_000) for _ in range(dice.choice([1, 2, 7, 30, 90]))],
+            samplings[number % 3],
+            dice.randint(1, 20),
+        )
+        for number in range(12)
+    }
+    said: dict[int, list[int]] = {number: [] for number in jobs}
+    waiting = sorted(jobs, reverse=True)
+    while waiting or not engine.idle:
+        if waiting:  # one more joins in each step, eight at most are in it
+            prompt, sampling, _ = jobs[number := waiting.pop()]
+            engine.admit(number, prompt, sampling)
+        result = engine.step()
+        assert not result.failed
+        for number, (token, *_) in result.tokens:
+            said[number].append(token)
+            if len(said[number]) == jobs[number][2]:
+                engine.cancel(number)
+    for number, (prompt, sampling, n_tokens) in jobs.items():
+        alone = []
+        engine.admit(number, prompt, sampling)
+        while len(alone) < n_tokens:
+            alone += [token for _, (token, *_) in engine.step().tokens]
+        engine.cancel(number)
+        assert said[number] == alone, number
+
+
+def test_answers_to_one_prompt_need_one_prefill(tiny_mlx: Path, load: Load) -> None:
+    engine = load(tiny_mlx, prefix_cache_bytes=0)
+    prompt = [1000 + i for i in range(80)]
+    for number in range(4):
+        engine.admit(number, prompt, GREEDY, rank=10.0 * (number > 0))
+    said, cached = run(engine, dict.fromkeys(range(4), 6))
+    assert cached == {0: 0, 1: 79, 2: 79, 3: 79}
+    assert said[0] == said[1] == said[2] == said[3]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [GREEDY, SamplingParams(**FREE, seed=3), SamplingParams(**FREE, seed=3, min_tokens=99)],
+)
+def test_who_is_put_off_goes_on_as_if_nothing_had_been(
+    tiny_mlx: Path, load: Load, sampling: SamplingParams
+) -> None:
+    engine = load(tiny_mlx, n_parallel=1)
+    prompt = [1000 + i for i in range(20)]
+    undisturbed = generate(engine, {1: prompt}, 16, sampling)[1]
+    engine.admit(2, prompt, sampling, rank=5.0)
+    said: dict[int, list[int]] = {2: [], 3: []}
+    order: list[int] = []
+    while not engine.idle:
+        for number, (token, *_) in engine.step().tokens:
+            order.append(number)
+            said[number].append(token)
+            if len(said[number]) == {2: 16, 3: 4}[number]:
+                engine.cancel(number)
+            if order == [2] * 5:
+                engine.admit(3, [7, 8, 9], GREEDY, rank=1.0)
+    assert said[2] == undisturbed
+    assert order.index(3) < 8  # it did not wait for the end of the other
+
+
+# faults
+
+
+def test_a_step_that_raises_fails_who_was_in_it_and_the_others_go_on(
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_mlx, n_parallel=2, prefix_cache_bytes=0)
+    prompts = {number: [1000 + number, 1001, 1002] for number in range(3)}
+    expected = generate(engine, prompts, 5)[2]
+    kind = type(engine._model)
+    compute = kind.__call__
+    n_calls = 0
+
+    def fails_once(*args: Any, **kwargs: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 4:
+            raise RuntimeError("the device is lost")
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", fails_once)
+    for number, prompt in prompts.items():
+        engine.admit(number, prompt, GREEDY)
+    said: list[int] = []
+    failed = []
+    while not engine.idle and len(said) < 5:
+        result = engine.step()
+        failed += result.failed
+        said += [token for number, (token, *_) in result.tokens if number == 2]
+    engine.cancel(2)
+    assert [(number, str(error)) for number, error in failed] == [
+        (0, "the device is lost"), (1, "the device is lost"),
+    ]  # fmt: skip
+    assert said == expected
+
+
+def test_a_model_that_fails_again_and_again_is_given_up(
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_mlx)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(type(engine._model), "__call__", fails)
+    for number in range(2):
+        engine.admit(number, [5, 6], GREEDY)
+        assert [failed for failed, _ in engine.step().failed] == [number]
+    engine.admit(2, [5, 6], GREEDY)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        engine.step()
+
+
+class Refuses:
+    """A constraint that has nothing to say after two tokens."""
+
+    def __init__(self) -> None:
+        self._n = 0
+
+    def apply(self, logits: npt.NDArray[np.float32]) -> None:
+        if self._n == 2:
+            raise ValueError("it leads nowhere")
+
+    def accept(self, token: int) -> None:
+        self._n += 1
+
+
+def test_a_constraint_that_raises_ends_its_own_answer_only(engine: Engine) -> None:
+    expected = generate(engine, {1: [5, 6, 7]}, 8)[1]
+    engine.admit(1, [5, 6, 7], GREEDY)
+    engine.admit(2, [5, 6, 7], GREEDY, Refuses())
+    said: dict[int, list[int]] = {1: [], 2: []}
+    failed: list[tuple[int, str]] = []
+    while len(said[1]) < 8:
+        result = engine.step()
+        failed += [(number, str(error)) for number, error in result.failed]
+        for number, (token, *_) in result.tokens:
+            said[number].append(token)
+    engine.cancel(1)
+    assert failed == [(2, "it leads nowhere")]
+    assert said == {1: expected, 2: expected[:2]}
+    assert engine.idle
+
+
+def test_an_answer_that_ends_before_its_constraint_raises_is_fine(engine: Engine) -> None:
+    """One step is computed ahead, and what goes wrong in it is nobody's fault."""
+    engine.admit(1, [5, 6, 7], GREEDY, Refuses())
+    said, _ = run(engine, {1: 2})
+    assert len(said[1]) == 2
+
+
+# what is remembered
+
+
+def test_a_cancelled_answer_and_one_that_ended_are_remembered_and_never_hit_whole(
+    tiny_mlx: Path, load: Load
+) -> None:
+    engine = load(tiny_mlx)
+    prompt = [1000 + i for i in range(40)]
+    answer = generate(engine, {1: prompt}, 5)[1]
+    for wanted, n_known in (
+        (prompt, 39),  # all but the last, whose successor is asked for
+        (prompt + answer, 44),
+        (prompt[:20], 19),
+        ([*prompt[:20], 7, 8, 9], 20),
+        ([7, *prompt], 0),
+    ):
+        engine.admit(2, wanted, GREEDY)
+        _, cached = run(engine, {2: 3})
+        assert cached == {2: n_known}, wanted
+    engine.admit(3, prompt, GREEDY, reuses=False)
+    _, cached = run(engine, {3: 3})
+    assert cached == {3: 0}
+
+
+def test_a_prompt_that_is_cancelled_in_the_middle_is_remembered_so_far(
+    tiny_mlx: Path, load: Load
+) -> None:
+    engine = load(tiny_mlx, n_batch=16)
+    prompt = [1000 + i for i in range(100)]
+    engine.admit(1, prompt, GREEDY)
+    assert not engine.step().tokens
+    assert not engine.step().tokens
+    engine.cancel(1)
+    engine.admit(2, prompt, GREEDY)
+    said, cached = run(engine, {2: 4})
+    assert cached == {2: 32}
+    assert said[2] == generate(load(tiny_mlx), {1: prompt}, 4)[1]
+
+
+@pytest.mark.parametrize("reason", ["mamba", "gemma3_text", "not mergeable"])
+def test_models_whose_memory_cannot_be_cut_or_merged_answer_too(
+    reason: str, tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason in FAMILIES:
+        model = write_random(tmp_path / reason, reason, tokenizer_of=tiny_mlx)
+    else:
+        model = tiny_mlx
+        monkeypatch.setattr("engine.backends.mlx_rows._can_merge", lambda _: False)
+    engine = load(model, n_batch=32)
+    prompts = {number: [1000 + number + i for i in range(40 + 9 * number)] for number in range(3)}
+    together = generate(engine, prompts, 6)
+    fresh = load(model, n_batch=256, prefix_cache_bytes=0)
+    assert together == {number: generate(fresh, {number: prompt}, 6)[number]
+                        for number, prompt in prompts.items()}  # fmt: skip
+    longer = prompts[1] + together[1] + [55, 56]
+    engine.admit(9, longer, GREEDY)
+    said, cached = run(engine, {9: 4})
+    assert cached[9] in (len(longer) - 3, len(longer) - 2)
+    assert said[9] == generate(fresh, {9: longer}, 4)[9]
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mamba": {
+        "intermediate_size": 64, "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4,
+        "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,
+    },  # a state in place of cells
+    "gemma3_text": {
+        "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 2, "head_dim": 16,
+        "num_key_value_heads": 1, "sliding_window": 16, "query_pre_attn_scalar": 16,
+        "max_position_embeddings": 1024,
+    },  # cells behind a window are written again
+}  # fmt: skip
+
+
+def write_random(folder: Path, family: str, *, tokenizer_of: Path) -> Path:
+    """A small model of random weights."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    config = {
+        "model_type": family, "vocab_size": 49152, "hidden_size": 32,
+        "architectures": ["AnyForCausalLM"], "tie_word_embeddings": True, **FAMILIES[family],
+    }  # fmt: skip
+    mx.random.seed(7)
+    library = import_module(f"mlx_lm.models.{family}")
+    model = library.Model(library.ModelArgs.from_dict(config))
+    folder.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tokenizer_of / file).read_bytes())
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return folder
+
+
+# beside llama.cpp
+
+
+def llama_logits(path: Path, tokens: list[int]) -> npt.NDArray[np.float32]:
+    """Of every position, in F32 and with cells in F32."""
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=len(tokens) + 8, n_threads=1, logits_all=True, type_k=0, type_v=0,
+        verbose=False,
+    )  # fmt: skip
+    try:
+        llama.eval(tokens)
+        return np.array(llama.scores[: len(tokens)])
+    finally:
+        llama.close()
+
+
+def mlx_logits(engine: Any, tokens: list[int]) -> npt.NDArray[np.float32]:
+    import mlx.core as mx
+
+    return np.array(engine._model(mx.array([tokens]))[0])
+
+
+def as_f32(path: Path, out: Path) -> Path:
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
+    params.nthread = 2
+    assert llama_cpp.llama_model_quantize(str(path).encode(), str(out).encode(), params) == 0
+    return out
+
+
+@pytest.mark.parametrize("which", ["tiny", "smollm2"])
+def test_the_numbers_are_llama_cpps(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, load: Load
+) -> None:
+    gguf: Path = request.getfixturevalue(which)
+    engine = load(request.getfixturevalue(f"{which}_mlx"))
+    text = (
+        "<|im_start|>user\nWhat is the capital of France, and how many people live there? 🎉"
+        "<|im_end|>\n<|im_start|>assistant\nThe capital of France is Paris."
+    )
+    tokens = (
+        ids(engine, text) if which == "smollm2" else random.Random(1).choices(range(49152), k=200)
+    )
+    theirs = llama_logits(as_f32(gguf, tmp_path / "f32.gguf"), tokens).astype(np.float64)
+    ours = mlx_logits(engine, tokens).astype(np.float64)
+    assert (theirs.argmax(axis=-1) == ours.argmax(axis=-1)).all()
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (theirs, ours))
+    assert float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()) < 1e-4
+
+
+ALPHABETS = [
+    "abc XYZ", "0123456789", " \t\n\r", "äöüß Größe", "世界日本語", "'s 't ll '", "<|im_start|>",
+    "🎉👩\u200d👩\u200d👧e\u0301", "</s><tool_call>{}[]\":,", "\x00\x7f\u200b\u00a0\ufffd",
+    "def f(x):\n    return", "Ωмир العربية",
+]  # fmt: skip
+
+
+def test_texts_have_the_ids_that_llama_cpp_gives_them(
+    tiny: Path, tiny_mlx: Path, load: Load
+) -> None:
+    ours, theirs = load(tiny_mlx).tokenizer, load(tiny).tokenizer
+    assert ours.n_vocab == theirs.n_vocab
+    dice = random.Random(8)
+    for number in range(1000):
+        alphabets = dice.sample(ALPHABETS, k=dice.randint(1, 4))
+        pieces = [dice.choice(dice.choice(alphabets)) for _ in range(dice.randint(1, 40))]
+        text = "".join(pieces) if number % 3 else "".join(dice.choices(ALPHABETS, k=3))
+        for parse_special in (False, True):
+            wanted = theirs.tokenize(text, parse_special=parse_special, continues=False)
+            found = ours.tokenize(text, parse_special=parse_special, continues=False)
+            assert found == wanted, text
+    for token in range(ours.n_vocab):
+        assert ours.piece(token) == theirs.piece(token), token
+        assert ours.literal(token) == theirs.literal(token), token
+        assert ours.ends_generation(token) == theirs.ends_generation(token), token
+
+
+# loading
+
+
+def test_directories_that_are_no_models_fail_with_one_sentence(
+    tiny_mlx: Path, tmp_path: Path
+) -> None:
+    def broken(name: str, change: Callable[[Path], object]) -> None:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in tiny_mlx.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        change(folder)
+        with pytest.raises(ModelLoadFailed) as caught:
+            engine_of(folder)
+        assert name in caught.value.message
+        assert str(tmp_path) not in caught.value.message
+
+    def cut(folder: Path) -> None:
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[:-1000])
+
+    def of_another_family(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "perpetuum"}))
+
+    def with_other_sizes(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+
+    broken("cut", cut)
+    broken("odd", of_another_family)
+    broken("short", with_other_sizes)
+    broken("mute", lambda folder: (folder / "tokenizer.json").unlink())
+    broken("empty", lambda folder: (folder / "model.safetensors").unlink())
