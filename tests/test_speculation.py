@@ -325,7 +325,7 @@ def test_a_failure_that_is_scripted_comes_also_where_its_place_is_guessed() -> N
 def test_a_tier_guesses_where_that_pays_and_unless_it_is_told_not_to(
     speculation: bool, tmp_path: Path
 ) -> None:
-    path = script(tmp_path, {"answer": "abcdef" * 30}, step_ms=3)  # so a token more costs nothing
+    path = script(tmp_path, {"answer": "abcdef" * 30}, step_ms=3, guesses=True)
     with serving(settings_of(light=fake(path, speculation=speculation))) as service:
         body = service.chat(timings=True).json()
         metrics = service.http.get("/metrics").text

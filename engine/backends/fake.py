@@ -3,7 +3,8 @@
 `LIGHT_BACKEND=fake` is all it takes to try a client without a model. `LIGHT_MODEL_PATH` may name a
 JSON file with a script; every key is optional:
 
-    {"load_s": 0, "step_ms": 0, "token_us": 0, "fault": "load", "template": "{{ messages … }}",
+    {"load_s": 0, "step_ms": 0, "token_us": 0, "guesses": false, "fault": "load",
+     "template": "{{ messages … }}",
      "rules": [{"match": "weather", "answer": "It rains."},
                {"match": "poison", "fault": "crash"}]}
 
@@ -63,6 +64,7 @@ class Script(msgspec.Struct, forbid_unknown_fields=True):
     load_s: float = 0
     step_ms: float = 0  # time of a step
     token_us: float = 0  # and of each token in it
+    guesses: bool = False  # tokens, where the tier does: then a step may give more than one
     fault: Literal["load", "load_crash"] | None = None
     template: str | None = None  # of chats, instead of CHAT_TEMPLATE
     rules: list[Rule] = []
@@ -112,7 +114,7 @@ def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     begin_load(script, progress)
     return BatchEngine(
         FakeDecoder(script, n_slots=spec.n_parallel, n_cells=spec.kv_tokens),
-        spec,
+        msgspec.structs.replace(spec, speculates=spec.speculates and script.guesses),
         n_ctx=min(spec.n_ctx, spec.kv_tokens, N_CTX_TRAIN),
         n_cells=spec.kv_tokens,
         n_batch=spec.n_batch,
