@@ -110,8 +110,7 @@ def script(folder: Path, *rules: dict[str, Any], **values: Any) -> str:
 
 
 def fake(model_path: str = "", **values: Any) -> TierSettings:
-    """Without guesses unless the test wants them: they come and go by what steps have taken."""
-    return TierSettings(backend="fake", model_path=model_path, **{"speculation": False} | values)
+    return TierSettings(backend="fake", model_path=model_path, **values)
 
 
 def settings(server: dict[str, Any] | None = None, **tiers: TierSettings) -> Settings:
