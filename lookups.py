@@ -90,7 +90,6 @@ class Lookups:
         return _each_text_counted_once(asked, scores)
 
     async def _all(self, batch: "_Batch[Result]", caching: Caching) -> list[Result]:
-        batch.tier.check_texts(batch.asked)
         by_place = {found.at: found async for found in self._found(batch, caching)}
         found = [by_place[first] for first in batch.firsts]
         for index, (_, result, _) in enumerate(found):

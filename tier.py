@@ -201,10 +201,6 @@ class Tier:
         """What has just answered was that for certain, and not a file that was put in its place."""
         return self._source.identity == identity and self._source.is_unchanged()
 
-    def check_texts(self, request: wire.Embed | wire.Score) -> None:
-        """Raises BadRequest for texts that are certainly too long."""
-        self._lengths().check_texts(request)
-
     @contextmanager
     def lease(self) -> Iterator[None]:
         """While somebody has one, the worker is not stopped for being idle."""

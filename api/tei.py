@@ -60,7 +60,6 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
         return b"[" + b",".join(rows) + b"]"
 
     packed = await encoded(vectors, content)
-    headers |= truncated_header((str(vector.index), vector.n_cut) for vector in vectors)
     return Response(packed, media_type="application/json", headers=headers)
 
 
@@ -75,7 +74,6 @@ async def embed_sparse(body: SparseRequest, request: Request, services: Services
         return msgspec.json.encode([[{"index": i, "value": w} for i, w in of] for of in pairs])
 
     packed = await encoded(vectors, content)
-    headers |= truncated_header((str(vector.index), vector.n_cut) for vector in vectors)
     return Response(packed, media_type="application/json", headers=headers)
 
 
@@ -100,7 +98,7 @@ async def _vectors(
     request: Request,
     headers: dict[str, str],
 ) -> list[wire.Vector]:
-    """The vectors of the request; adds to its headers what it had of the cache."""
+    """The vectors of the request; adds to its headers what was cut and what the cache had."""
     await fetched(request.receive, tier)
     asked = wire.Embed(
         inputs=[*body.inputs],
@@ -113,5 +111,7 @@ async def _vectors(
     with client_names(names):
         work = services.lookups.vectors(tier, asked, caching)
         found = await while_connected(request.receive, work)
+    vectors = [vector.item for vector in found]
     headers |= caching.headers() | queue_headers(caching)
-    return [vector.item for vector in found]
+    headers |= truncated_header((str(vector.index), vector.n_cut) for vector in vectors)
+    return vectors

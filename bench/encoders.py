@@ -36,6 +36,7 @@ import msgspec
 import numpy as np
 
 from bench.own_service import PATIENCE_S, free_port, running, service
+from bench.plain_client import post
 from engine.backends.base import Encoder, load_encoder
 from engine.batcher import Batcher
 from engine.heads import COLBERT, SPARSE
@@ -130,19 +131,16 @@ class Service:
     async def _timed(self, inputs: Sequence[list[str]], **fields: Any) -> float:
         """Until the last byte has come; what is in them is read afterwards."""
         common = {"model": "embedding", "encoding_format": "base64", **self._fields, **fields}
-        bodies = [msgspec.json.encode({"input": texts} | common) for texts in inputs]
+        requests = [post("/v1/embeddings", {"input": texts} | common) for texts in inputs]
         started_at = time.perf_counter()
-        replies = await asyncio.gather(*map(self._post, bodies))
+        replies = await asyncio.gather(*map(self._ask, requests))
         seconds = time.perf_counter() - started_at
         n_tokens: int = sum(msgspec.json.decode(r)["usage"]["prompt_tokens"] for r in replies)
         return n_tokens / seconds
 
-    async def _post(self, body: bytes) -> bytes:
+    async def _ask(self, request: bytes) -> bytes:
         reader, writer = await asyncio.open_connection(self._host, self._port, limit=1 << 24)
-        writer.write(
-            b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        )
+        writer.write(request)
         head, _, content = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         if b" 200 " not in head.partition(b"\r\n")[0]:

@@ -50,7 +50,7 @@ class FolderTokenizer:
         text: str = self._backend.id_to_token(token) or ""
         if token not in self._controls:
             if self._kind == "BPE":
-                return bytes(map(_BYTES.__getitem__, text))
+                return bytes(map(BYTES.__getitem__, text))
             if self._kind == "WordPiece":
                 text = text[2:] if text.startswith("##") else f" {text}"
             text = text.replace("▁", " ")
@@ -61,11 +61,11 @@ class FolderTokenizer:
 
 
 def _byte_letters() -> dict[str, int]:
-    """RoBERTa's pieces are written in letters that stand for bytes: those that print for
-    themselves, the others for letters from 256 on."""
+    """The pieces of GPT-2, and of RoBERTa after it, are written in letters that stand for bytes:
+    those that print for themselves, the others for letters from 256 on."""
     prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in prints]
     return {chr(b): b for b in prints} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-_BYTES = _byte_letters()
+BYTES = _byte_letters()

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from engine.backends.hf_tokenizer import BYTES
 from engine.chat_folder import adds_bos, end_tokens, is_byte_level, read_tokenizer
 from engine.model_file import ModelFile
 from errors import ModelLoadFailed
@@ -81,7 +82,7 @@ class MlxTokenizer:
             return self._added[token].encode()
         text = self._texts.get(token, "")
         if self._is_byte_level:
-            return bytes(_BYTES[character] for character in text if character in _BYTES)
+            return bytes(BYTES[letter] for letter in text if letter in BYTES)
         if byte := _BYTE.fullmatch(text):
             return bytes.fromhex(byte[1])
         return text.replace("▁", " ").encode()
@@ -117,16 +118,3 @@ def _read(library: Any, path: Path) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _bytes_by_character() -> dict[str, int]:
-    """The characters with which GPT-2's vocabulary spells bytes: those that can be seen stand for
-    themselves, the others for what comes behind the first 256."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = (byte for byte in range(256) if byte not in shown)
-    return {chr(byte): byte for byte in shown} | {
-        chr(256 + number): byte for number, byte in enumerate(hidden)
-    }
-
-
-_BYTES = _bytes_by_character()
