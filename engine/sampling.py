@@ -1,11 +1,13 @@
-"""What is computed of a row of logits: penalties, in place, and log probabilities."""
+"""What is computed of a row of logits: what changes it, in place, and log probabilities."""
 
+import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.backends.base import Constraint
 from engine.types import SamplingParams
 
 
@@ -73,3 +75,37 @@ class Penalties:
             logits[ids] -= (
                 counts * self._sampling.frequency_penalty + self._sampling.presence_penalty
             ).astype(np.float32)
+
+
+class Rules:
+    """What one sequence's rows of logits go through before a token is drawn: no end too early,
+    penalties, bias, grammar, in this order."""
+
+    def __init__(self, sampling: SamplingParams, prompt: Iterable[int], ends: list[int]) -> None:
+        self._ends = ends
+        self._n_without_end = sys.maxsize if sampling.ignore_eos else sampling.min_tokens
+        self._bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
+        self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
+
+    def change(self, constraint: Constraint | None) -> bool:
+        """Whether the next row is changed."""
+        return bool(self._penalties or self._bias or constraint or self._n_without_end > 0)
+
+    def apply(self, logits: npt.NDArray[np.float32], constraint: Constraint | None) -> None:
+        """Change the next row."""
+        if self._n_without_end > 0:
+            self._n_without_end -= 1
+            logits[self._ends] = -np.inf
+        if self._penalties:
+            self._penalties.apply(logits)
+        if self._bias:
+            self._bias.apply(logits)
+        if constraint:
+            constraint.apply(logits)
+
+    def accept(self, token: int, constraint: Constraint | None) -> None:
+        """The token was chosen."""
+        if self._penalties:
+            self._penalties.accept(token)
+        if constraint:
+            constraint.accept(token)

@@ -2,7 +2,6 @@
 
 import ctypes
 import logging
-import sys
 from collections.abc import Mapping
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from engine.backends.base import CacheFull, Constraint, Engine, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
 from engine.prefix import Saved
-from engine.sampling import Bias, Penalties, logprobs
+from engine.sampling import Rules, logprobs
 from engine.types import Batch, Sampled, SamplingParams, Sequence
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
@@ -272,11 +271,8 @@ class LlamaSampler:
         self, sampling: SamplingParams, prompt: list[int], ends: list[int], chain: Any
     ) -> None:
         self._chain = chain
-        self._ends = ends
-        self._n_without_end = sys.maxsize if sampling.ignore_eos else sampling.min_tokens
         self._n_logprobs = sampling.n_logprobs
-        self._bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
-        self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
+        self._rules = Rules(sampling, prompt, ends)
 
     def sample(
         self,
@@ -286,28 +282,16 @@ class LlamaSampler:
         constraint: Constraint | None,
     ) -> Sampled:
         raw = logits
-        changes = self._penalties or self._bias or constraint or self._n_without_end > 0
-        if self._n_logprobs is not None and changes:
+        if self._n_logprobs is not None and self._rules.change(constraint):
             raw = logits.copy()
-        if self._n_without_end > 0:
-            self._n_without_end -= 1
-            logits[self._ends] = -np.inf
-        if self._penalties:
-            self._penalties.apply(logits)
-        if self._bias:
-            self._bias.apply(logits)
-        if constraint:
-            constraint.apply(logits)
+        self._rules.apply(logits, constraint)
         if self._chain is None:
             token = int(logits.argmax())
         else:
             token = lib.llama_sampler_sample(self._chain, context, index)
             if logits[token] == -np.inf:  # XTC and DRY may leave only what is forbidden
                 token = int(logits.argmax())
-        if self._penalties:
-            self._penalties.accept(token)
-        if constraint:
-            constraint.accept(token)
+        self._rules.accept(token, constraint)
         if self._n_logprobs is None:
             return Sampled(token)
         return Sampled(token, *logprobs(raw, token, self._n_logprobs))

@@ -1,7 +1,6 @@
 """How the rows of a batch on MLX choose their tokens: on the device where that is enough, or else
 in numpy, by all the rules that llama.cpp has."""
 
-import sys
 from collections import deque
 from collections.abc import Callable
 from importlib import import_module
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from engine.backends.base import Constraint
 from engine.dry import Dry
-from engine.sampling import Bias, Penalties, logprobs
+from engine.sampling import Penalties, Rules, logprobs
 from engine.types import Sampled, SamplingParams
 
 Row = npt.NDArray[np.float32]
@@ -135,10 +134,7 @@ class RowChooser:
     ) -> None:
         self._sampling = sampling
         self._constraint = constraint
-        self._ends = ends
-        self._n_without_end = sys.maxsize if sampling.ignore_eos else sampling.min_tokens
-        self._bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
-        self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
+        self._rules = Rules(sampling, prompt, ends)
         self._dry = Dry(sampling, prompt, piece) if Dry.wanted(sampling) else None
         self._draw = Draw(sampling)
         self._chosen: deque[Sampled | Exception] = deque()
@@ -174,27 +170,16 @@ class RowChooser:
     def choose(self, logits: Row) -> Sampled:
         """The token for a row of logits, which is changed."""
         raw = logits.copy() if self._sampling.n_logprobs is not None else logits
-        if self._n_without_end > 0:
-            self._n_without_end -= 1
-            logits[self._ends] = -np.inf
-        if self._penalties:
-            self._penalties.apply(logits)
-        if self._bias:
-            self._bias.apply(logits)
-        if self._constraint:
-            self._constraint.apply(logits)
+        self._rules.apply(logits, self._constraint)
         likeliest = int(logits.argmax())
         if self._dry:
             self._dry.apply(logits)
         token = self._draw(logits)
         if logits[token] == -np.inf:  # XTC and DRY may leave only what is forbidden
             token = likeliest
-        if self._penalties:
-            self._penalties.accept(token)
         if self._dry:
             self._dry.accept(token)
-        if self._constraint:
-            self._constraint.accept(token)
+        self._rules.accept(token, self._constraint)
         if self._sampling.n_logprobs is None:
             return Sampled(token)
         return Sampled(token, *logprobs(raw, token, self._sampling.n_logprobs))
