@@ -1,6 +1,7 @@
 """The service's own encoders, as its worker loads and uses them, without the worker."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,31 @@ from numpy.typing import NDArray
 
 from embedders import Embedded, SimpleEmbedder, new_embedder
 from engine import wire
-from engine.backends.base import Encoder
+from engine.backends.base import Encoder, load_encoder
 from rerankers import BGEReranker
 
 ALL: frozenset[Any] = frozenset({"dense", "sparse", "colbert"})
+Load = Callable[..., Encoder]
 
 
-def spec(path: Path, n_ctx: int = 512, **values: Any) -> wire.WorkerSpec:
+@contextmanager
+def loading(**common: Any) -> Iterator[Load]:
+    """Loads encoders by `spec`, with what is common to all; closes them at the end."""
+    with ExitStack() as loaded:
+
+        def load(path: Path, **values: Any) -> Encoder:
+            encoder = load_encoder(spec(path, **common | values), lambda _: None)
+            loaded.callback(encoder.close)
+            return encoder
+
+        yield load
+
+
+def spec(path: Path, n_ctx: int = 512, backend: str = "llamacpp", **values: Any) -> wire.WorkerSpec:
     kind = "reranker" if "reranker" in path.name else "embedding"
     encoder = wire.EncoderSpec(**{"kind": kind, "flash_attention": False} | values)
     return wire.WorkerSpec(
-        name="embedding", backend="llamacpp", model_path=str(path), n_ctx=n_ctx, n_parallel=8,
+        name="embedding", backend=backend, model_path=str(path), n_ctx=n_ctx, n_parallel=8,
         kv_tokens=512, n_batch=512, n_threads=1, n_gpu_layers=0, encoder=encoder,
     )  # fmt: skip
 

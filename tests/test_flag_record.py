@@ -1,19 +1,18 @@
 """The reference and the service against what FlagEmbedding said (record_flag.py)."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from engine.backends.base import Encoder, load_encoder
+from engine.backends.base import Encoder
 from models.convert.bge_m3 import convert
 from rerankers import BGEReranker, max_sim
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS, FileType
-from tests.own_encoder import embed, embedder_of, pairs_of, scores_of, sequences, spec
+from tests.own_encoder import Load, embed, embedder_of, loading, pairs_of, scores_of, sequences
 from tests.plain_encoder import cosine
 from tests.record_flag import (
     PAIR_LENGTHS,
@@ -72,20 +71,10 @@ FROM_FLAG: dict[FileType, Found] = {
 }
 
 
-Load = Callable[..., Encoder]
-
-
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """Loads the service's own encoders, with flash attention; closes them after the test."""
-    with ExitStack() as loaded:
-
-        def start(path: Path, n_ctx: int = 512) -> Encoder:
-            encoder = load_encoder(spec(path, n_ctx, flash_attention=True), lambda _: None)
-            loaded.callback(encoder.close)
-            return encoder
-
-        yield start
+    with loading(flash_attention=True) as load:
+        yield load
 
 
 def differences_of_own(encoder: Encoder, texts: Sequence[str], part: dict[str, Any]) -> Found:

@@ -16,7 +16,7 @@ from embedders import BGEM3Embedder, Embedded
 from encoder_jobs import EncoderJobs
 from engine import wire
 from engine.backends import llama_encoder
-from engine.backends.base import Encoder, Interrupted, load_encoder
+from engine.backends.base import Interrupted
 from engine.backends.llama_encoder import LlamaEncoder
 from errors import InsufficientMemory, ModelLoadFailed
 from model_manager import ModelManager
@@ -24,7 +24,17 @@ from rerankers import PROOF, BGEReranker, EmbeddingReranker, max_sim
 from settings import TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS, FileType
-from tests.own_encoder import ALL, embed, embedder_of, pairs_of, scores_of, sequences, spec
+from tests.own_encoder import (
+    ALL,
+    Load,
+    embed,
+    embedder_of,
+    loading,
+    pairs_of,
+    scores_of,
+    sequences,
+    spec,
+)
 from tests.test_model_manager import run
 from worker import load_model
 
@@ -45,21 +55,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Load = Callable[..., Encoder]
-
-
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """Loads encoders; closes them after the test."""
-    loaded: list[Encoder] = []
-
-    def start(path: Path, **values: Any) -> Encoder:
-        loaded.append(load_encoder(spec(path, **values), lambda _: None))
-        return loaded[-1]
-
-    yield start
-    for encoder in loaded:
-        encoder.close()
+    with loading() as load:
+        yield load
 
 
 Embed = Callable[[Sequence[str]], list[Embedded]]

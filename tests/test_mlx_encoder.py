@@ -6,17 +6,17 @@ References are the network in float64, what torch said (tests/recorded), and lla
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from embedders import BGEM3Embedder, Embedded, SimpleEmbedder, new_embedder
+from embedders import BGEM3Embedder, Embedded, SimpleEmbedder
 from engine import wire
 from engine.backends import llama_encoder
-from engine.backends.base import Encoder, Interrupted, load_encoder
+from engine.backends.base import Interrupted, load_encoder
 from engine.backends.hf_tokenizer import FolderTokenizer
 from engine.client import launch_process
 from engine.model_folder import read_model_folder
@@ -26,8 +26,10 @@ from rerankers import PROOF, BGEReranker, max_sim
 from settings import Settings, TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS
+from tests.own_encoder import ALL, Load, embedder_of, loading, pairs_of, sequences, spec
 from tests.record_flag import REAL_TEXTS, real_model, recorded
 from tests.serving import Service, serving
+from tests.test_flag_encoder import Damage, config
 from tests.test_mlx_fields import fate, written
 from tests.test_model_manager import Launches, run
 from tests.torch_files import write_pt
@@ -36,9 +38,6 @@ pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("mlx", "tokenizers"))),
     reason="mlx is not installed: ./setup.sh --mlx",
 )
-
-ALL: frozenset[Any] = frozenset({"dense", "sparse", "colbert"})
-Load = Callable[..., Encoder]
 
 
 @pytest.fixture(scope="module")
@@ -51,42 +50,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def spec(path: Path, n_ctx: int = 512, backend: str = "mlx", **values: Any) -> wire.WorkerSpec:
-    kind = "reranker" if "reranker" in path.name else "embedding"
-    return wire.WorkerSpec(
-        name="embedding", backend=backend, model_path=str(path), n_ctx=n_ctx, n_parallel=8,
-        kv_tokens=512, n_batch=512, n_threads=1, n_gpu_layers=0,
-        encoder=wire.EncoderSpec(**{"kind": kind} | values),
-    )  # fmt: skip
-
-
 @pytest.fixture
 def load() -> Iterator[Load]:
-    """Loads encoders, in the thread of the test, which closes them."""
-    loaded: list[Encoder] = []
-
-    def start(path: Path, **values: Any) -> Encoder:
-        loaded.append(load_encoder(spec(path, **values), lambda _: None))
-        return loaded[-1]
-
-    yield start
-    for encoder in loaded:
-        encoder.close()
-
-
-def embedder_of(encoder: Encoder) -> SimpleEmbedder:
-    embedder = new_embedder(encoder, wire.EncoderSpec(kind="embedding"))
-    assert isinstance(embedder, SimpleEmbedder)
-    return embedder
+    """In the thread of the test."""
+    with loading(backend="mlx") as load:
+        yield load
 
 
 def ids_of(*texts: Sequence[int]) -> list[Any]:
     return [np.array(ids, np.int32) for ids in texts]
-
-
-def framed(embedder: SimpleEmbedder, texts: Sequence[str] = TEXTS) -> list[Any]:
-    fits = [embedder.frame(text, "none").fit(512, "end") for text in texts]
-    return [fit[0] for fit in fits if fit is not None]
 
 
 def vectors_of(embedder: SimpleEmbedder, batch: Sequence[Any]) -> list[Embedded]:
@@ -98,18 +70,13 @@ def weights_of(text: Embedded) -> dict[int, float]:
     return dict(zip(text.sparse[0].tolist(), text.sparse[1].tolist(), strict=True))
 
 
-def pair_ids(reranker: BGEReranker, pairs: Sequence[tuple[str, str]]) -> list[Any]:
-    fits = [reranker.frame(*pair)[0].fit(512, "end") for pair in pairs]
-    return [fit[0] for fit in fits if fit is not None]
-
-
 # what it computes
 
 
 def test_the_three_vectors_are_those_of_the_network_in_float64(folders: Path, load: Load) -> None:
     embedder = embedder_of(load(folders / "embedder"))
     assert isinstance(embedder, BGEM3Embedder)
-    model, batch = tiny.tiny_embedder(), framed(embedder)
+    model, batch = tiny.tiny_embedder(), sequences(embedder, TEXTS)
     for text, ids in zip(vectors_of(embedder, batch[:-1]), batch, strict=False):
         hidden = model.hidden(ids.tolist(), "erf")
         assert text.is_sound
@@ -121,7 +88,7 @@ def test_the_three_vectors_are_those_of_the_network_in_float64(folders: Path, lo
 def test_the_three_vectors_are_those_of_torch(folders: Path, load: Load) -> None:
     embedder = embedder_of(load(folders / "embedder"))
     part = recorded()["tiny"]
-    batch = framed(embedder)
+    batch = sequences(embedder, TEXTS)
     assert [ids.tolist() for ids in batch] == part["ids"]
     found = vectors_of(embedder, batch[:10]) + vectors_of(embedder, batch[10:])
     for text, dense, sparse in zip(found, part["dense"], part["sparse"], strict=True):
@@ -134,7 +101,7 @@ def test_the_three_vectors_are_those_of_torch(folders: Path, load: Load) -> None
 def test_logits_of_pairs_are_those_of_torch(folders: Path, load: Load) -> None:
     reranker = BGEReranker(load(folders / "reranker"))
     record = recorded()["reranker"]
-    pairs = pair_ids(reranker, PAIRS[:20])
+    pairs = pairs_of(reranker, PAIRS[:20])
     assert [ids.tolist() for ids in pairs] == record["pair_ids"]["512"][:20]
     found = reranker.score(pairs[:10]) + reranker.score(pairs[10:])
     assert found == pytest.approx(record["logits"][:20], abs=1e-4)
@@ -148,7 +115,7 @@ def test_a_bert_is_pooled_as_its_directory_says(folders: Path, load: Load) -> No
     embedder = embedder_of(encoder)
     assert encoder.pooling == "mean"
     assert embedder.outputs == {"dense"}
-    model, batch = tiny.tiny_bert(), framed(embedder, TEXTS[:8])
+    model, batch = tiny.tiny_bert(), sequences(embedder, TEXTS[:8])
     assert {(ids[0], ids[-1]) for ids in batch} == {(2, 3)}
     for text, ids in zip(vectors_of(embedder, batch), batch, strict=True):
         mean = model.hidden(ids.tolist(), "erf").mean(axis=0)
@@ -158,7 +125,7 @@ def test_a_bert_is_pooled_as_its_directory_says(folders: Path, load: Load) -> No
 def test_a_bert_is_told_which_tokens_are_the_documents(folders: Path, load: Load) -> None:
     reranker = BGEReranker(load(folders / "bert-reranker"))
     model = tiny.tiny_typed_reranker()
-    pairs = pair_ids(reranker, [("hello world", "the fox"), ("what", "rain in paris"), ("a", "")])
+    pairs = pairs_of(reranker, [("hello world", "the fox"), ("what", "rain in paris"), ("a", "")])
     wanted = []
     for pair in pairs:
         n_query = pair.tolist().index(3) + 1
@@ -183,9 +150,9 @@ def test_the_three_vectors_are_those_of_llama_cpp(folders: Path, tmp_path: Path)
     found: dict[str, list[Embedded]] = {}
     for path, backend in ((folders / "embedder", "mlx"), (tmp_path / "embedder.gguf", "llamacpp")):
         start = llama_encoder.load if backend == "llamacpp" else load_encoder
-        encoder = start(spec(path, backend=backend, flash_attention=False), lambda _: None)
+        encoder = start(spec(path, backend=backend), lambda _: None)
         embedder = embedder_of(encoder)
-        found[backend] = vectors_of(embedder, framed(embedder, TEXTS[:-1]))
+        found[backend] = vectors_of(embedder, sequences(embedder, TEXTS[:-1]))
         encoder.close()
     for ours, theirs in zip(found["mlx"], found["llamacpp"], strict=True):
         assert ours.dense == pytest.approx(theirs.dense, abs=1e-3)
@@ -195,7 +162,7 @@ def test_the_three_vectors_are_those_of_llama_cpp(folders: Path, tmp_path: Path)
 
 def test_company_changes_nothing(folders: Path, load: Load) -> None:
     encoder = load(folders / "embedder")
-    batch = framed(embedder_of(encoder), TEXTS[:9])
+    batch = sequences(embedder_of(encoder), TEXTS[:9])
     alone = np.concatenate([encoder.encode([ids]) for ids in batch])
     assert encoder.encode(batch) == pytest.approx(alone, abs=1e-5)
 
@@ -281,17 +248,6 @@ def test_halves_count_as_what_they_become(tmp_path: Path) -> None:
     size = read_model_folder(folder).size_bytes
     config(torch_dtype="float16")(folder)
     assert read_model_folder(folder).size_bytes == 2 * size
-
-
-Damage = Callable[[Path], object]
-
-
-def config(**values: Any) -> Damage:
-    def change(folder: Path) -> None:
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return change
 
 
 def without(name: str) -> Damage:
@@ -410,9 +366,9 @@ def test_a_worker_that_has_computed_ends_with_0(folders: Path) -> None:
 @pytest.fixture(scope="module")
 def service(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Both tiers in workers, as the environment sets them; the reranker tells answers apart."""
-    encoder = load_encoder(spec(folders / "reranker"), lambda _: None)
+    encoder = load_encoder(spec(folders / "reranker", backend="mlx"), lambda _: None)
     texts = [(query, answer) for query, _ in PROOF[0] for _, answer in PROOF[0]]
-    pairs = [pair.tolist() for pair in pair_ids(BGEReranker(encoder), texts)]
+    pairs = [pair.tolist() for pair in pairs_of(BGEReranker(encoder), texts)]
     encoder.close()
     taught = tiny.tiny_reranker().taught(pairs, [4 if p in PROOF[0] else -4 for p in texts])
     path = tiny.write_hf(tmp_path_factory.mktemp("taught") / "reranker", taught, tiny.unigram())
