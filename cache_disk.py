@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_QUEUED_BYTES = 32 << 20
+GATHER_S = 0.1  # that what is put waits for more: one transaction costs as much as many rows
 IDLE_S = 30.0  # that uses wait for a batch which they can be written with
 RETRY_S = 60.0  # that the file is left alone after a fault
 READ_TIMEOUT_S = 2.0  # a disk that takes longer is no help
@@ -157,6 +158,7 @@ class _Queue:
         self._line: deque[bytes | Future[None]] = deque()  # keys, and who waits for those before
         self._waiting: dict[bytes, Stored] = {}
         self._n_bytes = 0  # of these
+        self._n_futures = 0  # in the line
         self._taken: Mapping[bytes, Stored] = {}  # are being written
         self._uses: dict[bytes, float] = {}
         self._broken: list[bytes] = []
@@ -174,10 +176,12 @@ class _Queue:
             if is_full or self._is_closed or len(stored.value) > self._max_bytes:
                 self.n_dropped += 1
                 return
+            is_first = not self._line
             self._n_bytes = n_bytes
             self._waiting[key] = stored
             self._line.append(key)
-            self._changed.notify()
+            if is_first or n_bytes > self._max_bytes:
+                self._changed.notify()
 
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, Stored]:
         """Those that are not written yet: the file may have older ones."""
@@ -220,6 +224,7 @@ class _Queue:
             future.set_result(None)
         else:
             add(future)
+            self._n_futures += 1
             self._changed.notify()
         return future
 
@@ -234,6 +239,7 @@ class _Queue:
         with self._changed:
             if not (self._line or self._broken or self._is_closed):
                 self._changed.wait(IDLE_S)
+            self._changed.wait_for(self._is_urgent, GATHER_S)
             if self._is_closed and not (self._line or self._broken or self._uses):
                 return None
             entries: dict[bytes, Stored] = {}
@@ -243,6 +249,7 @@ class _Queue:
                 item = self._line[0]
                 if isinstance(item, Future):
                     flushes.append(item)
+                    self._n_futures -= 1
                 elif (stored := self._waiting.get(item)) is not None:  # and not cleared, or taken
                     n_bytes += len(stored.value) + ROW_LOG_BYTES
                     if entries and n_bytes > self._max_bytes:
@@ -253,6 +260,10 @@ class _Queue:
             batch = Batch([*self._clears], self._broken, self._uses, entries)
             self._broken, self._uses, self._taken = [], {}, entries
             return _Taken(batch, self._clears.copy(), flushes)
+
+    def _is_urgent(self) -> bool:
+        """Somebody waits for it, or there is more than one write takes."""
+        return self._is_closed or self._n_futures > 0 or self._n_bytes > self._max_bytes
 
     def done(self, taken: _Taken, *, is_written: bool) -> None:
         with self._changed:
