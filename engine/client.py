@@ -11,7 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from engine import wire
 from errors import BadRequest, ModelLoadFailed, ServiceError
@@ -48,6 +48,35 @@ class _Expectant:
     n_open: int  # answers that are not done, texts that are not computed
 
 
+class _Line(asyncio.Protocol):
+    """The socket to a worker. Its messages are handed on as they come, without a task between: that
+    would be a turn of the event loop for each token."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, name: str, handle: Handle) -> None:
+        self.heard: asyncio.Queue[wire.FromWorker | None] = asyncio.Queue()
+        self.on_message: Callable[[wire.FromWorker | None], None] = self.heard.put_nowait
+        self._name = name
+        self._handle = handle
+        self._frames = wire.Frames()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._frames.feed(data):
+                self.on_message(message)
+        except Exception:
+            logger.exception("What worker %s said makes no sense; it is ended", self._name)
+            self._handle.kill()
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.on_message(None)
+
+
 class Worker:
     """A loaded model in its process. Make one with `Worker.start`."""
 
@@ -55,8 +84,7 @@ class Worker:
         self,
         name: str,
         handle: Handle,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        line: _Line,
         ready: wire.Ready,
         on_lost: Callable[["Worker", EndReason], None],
         timeout_s: float,
@@ -65,14 +93,17 @@ class Worker:
         self.ready = ready
         self.pid = handle.pid
         self._handle = handle
-        self._reader = reader
-        self._writer = writer
+        self._transport = line.transport
+        self._has_gone = asyncio.Event()
         self._on_lost = on_lost
         self._expectants: dict[int, _Expectant] = {}  # by job
         self._heard_at = asyncio.get_running_loop().time()
         self._is_stopping = False
-        self._task = asyncio.create_task(self._listen(), name=f"worker {name}")
+        self._task = asyncio.create_task(self._live(), name=f"worker {name}")
         self._watchdog = asyncio.create_task(self._watch(timeout_s), name=f"watchdog {name}")
+        line.on_message = self._hear
+        while not line.heard.empty():
+            self._hear(line.heard.get_nowait())
 
     @classmethod
     async def start(
@@ -96,22 +127,23 @@ class Worker:
             except OSError as error:
                 ours.close()
                 raise ModelLoadFailed(f"The worker cannot be started: {error}.") from error
-        reader, writer = await asyncio.open_connection(sock=ours)
+        loop = asyncio.get_running_loop()
+        _, line = await loop.create_connection(lambda: _Line(spec.name, handle), sock=ours)
         try:
-            writer.write(wire.frame(wire.Load(spec)))
+            line.transport.write(wire.frame(wire.Load(spec)))
             while isinstance(
-                message := await asyncio.wait_for(wire.read(reader), timeout_s * LOAD_PATIENCE),
+                message := await asyncio.wait_for(line.heard.get(), timeout_s * LOAD_PATIENCE),
                 wire.Progress,
             ):
                 on_progress(message.fraction)
             if isinstance(message, wire.Ready):
-                return cls(spec.name, handle, reader, writer, message, on_lost, timeout_s)
+                return cls(spec.name, handle, line, message, on_lost, timeout_s)
             if isinstance(message, wire.LoadFailed):
                 raise ModelLoadFailed(message.reason)
             reason = await handle.wait()
             raise ModelLoadFailed(f"The worker ended while it loaded the model: {reason}.")
         except BaseException as error:
-            writer.close()
+            line.transport.close()
             handle.kill()
             await asyncio.shield(handle.wait())
             if isinstance(error, asyncio.TimeoutError):
@@ -154,19 +186,20 @@ class Worker:
         self._write(wire.frame(message))
 
     def _write(self, data: bytes) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(data)
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
-    async def _listen(self) -> None:
-        try:
-            while (message := await wire.read(self._reader)) is not None:
-                self._heard_at = asyncio.get_running_loop().time()
-                self._dispatch(message)
-        except Exception:
-            logger.exception("What worker %s said makes no sense; it is ended", self.name)
-            self._handle.kill()
+    def _hear(self, message: wire.FromWorker | None) -> None:
+        """None: it has gone."""
+        if message is None:
+            self._has_gone.set()
+        else:
+            self._heard_at = asyncio.get_running_loop().time()
+            self._dispatch(message)
+
+    async def _live(self) -> None:
+        await self._has_gone.wait()
         self._watchdog.cancel()
-        self._writer.close()
         reason = await self._handle.wait()
         if not self._is_stopping:
             self._on_lost(self, reason)

@@ -4,9 +4,9 @@ A frame is a 4-byte little-endian length and that many bytes of msgpack: one mes
 frame to a worker is Load. Its answer is Ready or LoadFailed, with Progress before it.
 """
 
-import asyncio
 import socket
 import struct
+from collections.abc import Iterator
 from typing import Literal, Union
 
 import msgspec
@@ -347,13 +347,26 @@ def receive(sock: socket.socket) -> ToWorker | None:
     return None if body is None else _to_worker.decode(body)
 
 
-async def read(reader: asyncio.StreamReader) -> FromWorker | None:
-    """The next message of the worker, or None when it has gone."""
-    try:
-        body = await reader.readexactly(_length(await reader.readexactly(_LENGTH.size)))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-    return _from_worker.decode(body)
+class Frames:
+    """Cuts what a worker sends into messages."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[FromWorker]:
+        """The messages that are complete with these bytes; all must be taken. Raises ValueError or
+        MsgspecError for what is none."""
+        self._rest += data
+        at = 0
+        with memoryview(self._rest) as rest:
+            while len(rest) - at >= _LENGTH.size:
+                begin = at + _LENGTH.size
+                end = begin + _length(rest[at:begin])
+                if end > len(rest):
+                    break
+                yield _from_worker.decode(rest[begin:end])
+                at = end
+        del self._rest[:at]
 
 
 def _length(head: bytes | memoryview) -> int:

@@ -1,6 +1,5 @@
 """Frames between the server and a worker."""
 
-import asyncio
 import socket
 import struct
 import threading
@@ -88,19 +87,11 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def read_all(data: bytes) -> list[wire.FromWorker | None]:
-    """What the server reads when exactly these bytes come, up to the None of the end."""
-
-    async def run() -> list[wire.FromWorker | None]:
-        reader = asyncio.StreamReader()
-        reader.feed_data(data)
-        reader.feed_eof()
-        messages = []
-        while not messages or messages[-1] is not None:
-            messages.append(await wire.read(reader))
-        return messages
-
-    return asyncio.run(run())
+def read_all(data: bytes, size: int | None = None) -> list[wire.FromWorker]:
+    """What the server hears when these bytes come, in pieces of this size."""
+    frames = wire.Frames()
+    pieces = [data[at : at + size] for at in range(0, len(data), size)] if size else [data]
+    return [message for piece in pieces for message in frames.feed(piece)]
 
 
 def test_every_message_is_in_these_tests() -> None:
@@ -114,8 +105,9 @@ def test_a_worker_receives_what_was_sent(pair: tuple[socket.socket, socket.socke
     assert [wire.receive(theirs) for _ in TO_WORKER] == TO_WORKER
 
 
-def test_the_server_reads_what_was_sent() -> None:
-    assert read_all(b"".join(map(wire.frame, FROM_WORKER))) == [*FROM_WORKER, None]
+@pytest.mark.parametrize("size", [None, 1, 3, 100])
+def test_the_server_hears_what_was_sent_however_it_is_cut(size: int | None) -> None:
+    assert read_all(b"".join(map(wire.frame, FROM_WORKER)), size) == FROM_WORKER
 
 
 def test_a_frame_that_comes_in_pieces_is_put_together(
@@ -143,7 +135,7 @@ def test_an_end_in_the_middle_of_a_frame_is_none(
     ours.sendall(wire.frame(wire.Cancel(7))[:n_bytes])
     ours.shutdown(socket.SHUT_WR)
     assert wire.receive(theirs) is None
-    assert read_all(wire.frame(wire.Started(7, 1, 0))[:n_bytes]) == [None]
+    assert read_all(wire.frame(wire.Started(7, 1, 0))[:n_bytes]) == []
 
 
 def test_a_closed_socket_is_none(pair: tuple[socket.socket, socket.socket]) -> None:
