@@ -238,7 +238,7 @@ async def _kept(asked: _Asked, cache: Cache, name: bytes) -> Items:
                 index, out = item
                 is_good &= out.done is None or out.done.is_valid is not False
                 if len(outs) < MAX_ITEMS:  # longer ones are not worth the room
-                    outs.append((index, msgspec.structs.replace(out, job=0)))
+                    outs.append((index, out))
                 else:
                     is_good = False
             yield item

@@ -189,27 +189,31 @@ def chats_and_vectors(folder: Path) -> Figures:
 
 
 def cpu_of_a_miss(folder: Path, n: int = 200) -> Figures:
-    """The server's CPU time for a miss that is put and written, beyond the same without a cache."""
+    """The server's CPU time for a miss, beyond the same answer without a cache: for one that is
+    looked up, put and written, and for each token that comes through what requests share."""
     environment = {"LIGHT_BACKEND": "fake", "CACHE_DIR": str(folder)}
+    without_cache = {"Cache-Control": "no-store"}
+    numbers = itertools.count()
     with service(environment) as (url, process):
         client, server = Client(url), psutil.Process(process.pid)
 
-        def cpu_ms(first: int, **headers: str) -> float:
+        def cpu_ms(n_tokens: int, **headers: str) -> float:
             before = sum(server.cpu_times()[:2])
-            for number in range(first, first + n):
-                client.ms("/v1/chat/completions", chat(number), **headers)
+            for _ in range(n):
+                body = chat(next(numbers)) | {"max_tokens": n_tokens}
+                client.ms("/v1/chat/completions", body, **headers)
             if not headers:
                 time.sleep(0.3)  # what is written after the reply counts
             return 1e3 * (sum(server.cpu_times()[:2]) - before) / n
 
-        cpu_ms(-n, **{"Cache-Control": "no-store"})
-        pairs = [
-            (cpu_ms(0, **{"Cache-Control": "no-store"}), cpu_ms(turn * n)) for turn in range(5)
-        ]
-    return {
-        "answer_without_cache_cpu_ms": statistics.median(without for without, _ in pairs),
-        "miss_cpu_ms": statistics.median(miss - without for without, miss in pairs),
-    }
+        def miss_ms(n_tokens: int) -> float:
+            """In turn, so that both see the same machine."""
+            pairs = [(cpu_ms(n_tokens, **without_cache), cpu_ms(n_tokens)) for _ in range(5)]
+            return statistics.median(miss - without for without, miss in pairs)
+
+        cpu_ms(1, **without_cache)
+        short, long = miss_ms(1), miss_ms(64)
+    return {"miss_cpu_ms": short, "shared_token_cpu_us": 1e3 * (long - short) / 63}
 
 
 def many_through_the_service(folder: Path, n_entries: int) -> Figures:
