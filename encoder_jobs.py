@@ -6,6 +6,7 @@ all of it is tokenised: a fault in it is found before any work, and nobody waits
 
 import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from rerankers import EQUAL_WEIGHTS, BGEReranker, EmbeddingReranker, Reranker
 logger = logging.getLogger("worker.encoder_jobs")
 
 TOKENS_AT_ONCE = 8192  # tokenised between two batches: some 25 ms
+WORTH_GIVING_UP = 128  # tokens of a batch
+REPEATED = 0.25  # of the time of batches may go into those that were given up
+MAX_REPEATED_S = 2.0  # saved up
 MAX_FAILURES = 8  # batches in a row; then the encoder is taken to be broken
 
 Model = Embedder | BGEReranker
@@ -50,6 +54,7 @@ class Job(ABC):
         self.texts: list[Text] = []
         self.n_texts = n_texts
         self.n_left = n_texts  # that are not computed
+        self.n_chars = _n_chars(request)
         self.copies: dict[int, list[int]] = {}  # texts with the same ids as one before them
         self._tier = tier
 
@@ -262,6 +267,9 @@ class EncoderJobs:
         self._jobs: dict[int, Job] = {}
         self._new: dict[int, Job] = {}  # those that are not all tokenised
         self._computing: list[tuple[int, int]] = []
+        self._n_computing = 0  # tokens of these
+        self._began_at = 0.0
+        self._may_repeat_s = MAX_REPEATED_S  # of batches
         self._n_failures = 0
 
     def __len__(self) -> int:
@@ -272,9 +280,23 @@ class EncoderJobs:
         return not self._new and self._batcher.idle
 
     @property
-    def is_wanted(self) -> bool:
-        """Somebody waits for what is being computed."""
+    def goes_on(self) -> bool:
+        """What is being computed is wanted, and gives way to nobody. Asked while it is."""
+        return self._is_wanted and not self._gives_way
+
+    @property
+    def _is_wanted(self) -> bool:
         return any(job in self._jobs for job, _ in self._computing)
+
+    @property
+    def _gives_way(self) -> bool:
+        """A request has come that takes a fraction of the time, and what is lost is bounded."""
+        return (
+            self._n_computing >= WORTH_GIVING_UP
+            and any(job.n_chars <= self._n_computing for job in self._new.values())
+            and self._batcher.may_give_up
+            and time.monotonic() - self._began_at <= self._may_repeat_s
+        )
 
     def admit(self, request: wire.Embed | wire.Score) -> list[wire.Message]:
         """Take a request; what there is to say about it at once."""
@@ -337,10 +359,18 @@ class EncoderJobs:
     def compute(self, go_on: Callable[[], bool]) -> list[wire.Message]:
         """One batch, and what can be said after it. Raises when the encoder is broken."""
         self._computing = self._batcher.plan()
+        lengths = [len(self._jobs[job].texts[index].ids) for job, index in self._computing]
+        self._n_computing = sum(lengths)
+        self._began_at = time.monotonic()
         try:
             results = self._results(self._computing, go_on)
         except Interrupted:
+            if self._is_wanted:
+                self._may_repeat_s -= time.monotonic() - self._began_at
+                self._batcher.give_up([t for t in self._computing if t[0] in self._jobs])
             return []
+        useful_s = time.monotonic() - self._began_at
+        self._may_repeat_s = min(self._may_repeat_s + REPEATED * useful_s, MAX_REPEATED_S)
         messages: list[wire.Message] = []
         items: dict[int, list[Item]] = {}
         for (job_id, index), result in zip(self._computing, results, strict=True):
@@ -413,6 +443,14 @@ class EncoderJobs:
         if isinstance(self._model, Embedder):
             return [*self._model.embed(ids, outputs, go_on)]
         return [*self._model.score(ids, go_on)]
+
+
+def _n_chars(request: wire.Embed | wire.Score) -> int:
+    """Of all that is to be computed, about: tokens count as four each."""
+    if isinstance(request, wire.Embed):
+        return sum(len(t) if isinstance(t, str) else 4 * len(t) for t in request.inputs)
+    queries, documents = request.queries, request.documents
+    return sum(len(queries[query]) + len(documents[at]) for query, at in request.pairs)
 
 
 def failure(job: int, error: Exception) -> wire.Failed:

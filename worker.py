@@ -404,10 +404,10 @@ def _encoder_loop(
             send(message)
 
     def go_on() -> bool:
-        """Asked while a batch is computed, which may take minutes: somebody still wants it."""
+        """Asked while a batch is computed, which may take minutes."""
         while not inbox.empty():
             hear(inbox.get())
-        return jobs.is_wanted and not is_over
+        return jobs.goes_on and not is_over
 
     while not is_over:
         if jobs.idle:

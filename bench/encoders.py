@@ -9,8 +9,10 @@
 2. Single requests, all at once: the same.
 3. Dense, sparse and ColBERT vectors in one request, beside dense ones alone. The heads are made up,
    which costs what real ones cost.
-4. With --llama-server that server, on the same file and over HTTP, with 1 and 2.
-5. With --flag FlagEmbedding's own encode on a Hugging Face directory of the same model, with 1 and
+4. Short queries one after the other, alone and beside a request of many long documents: how long
+   one takes.
+5. With --llama-server that server, on the same file and over HTTP, with 1, 2 and 4.
+6. With --flag FlagEmbedding's own encode on a Hugging Face directory of the same model, with 1 and
    2, and a service with the backend flag, with 1. It wants `./setup.sh --flag`.
 
 It starts a service of its own on a free port. All take turns in each round, forwards and backwards,
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,7 +55,11 @@ WORDS = (
     "книга город вода зима окно поезд музыка"
 ).split()
 
-Turn = Callable[[Sequence[str]], Awaitable[float]]  # tokens/s
+N_QUERIES = 12
+N_DOCUMENTS = 100  # beside them
+PAUSE_S = 0.7  # between queries
+
+Turn = Callable[[Sequence[str]], Awaitable[float]]  # tokens/s; of queries ms
 
 
 def mixed_texts(seed: str, count: int) -> list[str]:
@@ -128,6 +134,29 @@ class Service:
     async def triple(self, texts: Sequence[str]) -> float:
         return await self._timed([list(texts)], embedding_type=["dense", "sparse", "colbert"])
 
+    async def queries(self, texts: Sequence[str]) -> float:
+        """How long one takes, in ms."""
+        times = []
+        for text in texts[:N_QUERIES]:
+            body = {"model": "embedding", "input": " ".join(text.split()[:6]), **self._fields}
+            started_at = time.perf_counter()
+            await self._ask(post("/v1/embeddings", body))
+            times.append(1e3 * (time.perf_counter() - started_at))
+            await asyncio.sleep(PAUSE_S)
+        return median(times)
+
+    async def queries_beside(self, texts: Sequence[str]) -> float:
+        documents = [" ".join([text, *WORDS, *WORDS, *WORDS]) for text in texts]
+        bulk = asyncio.create_task(self._timed([documents]))
+        await asyncio.sleep(PAUSE_S)
+        ms = await self.queries(texts)
+        if bulk.done():
+            raise SystemExit("no measurement: the documents were finished before the queries")
+        bulk.cancel()
+        with suppress(asyncio.CancelledError):
+            await bulk
+        return ms
+
     async def _timed(self, inputs: Sequence[list[str]], **fields: Any) -> float:
         """Until the last byte has come; what is in them is read afterwards."""
         common = {"model": "embedding", "encoding_format": "base64", **self._fields, **fields}
@@ -140,9 +169,11 @@ class Service:
 
     async def _ask(self, request: bytes) -> bytes:
         reader, writer = await asyncio.open_connection(self._host, self._port, limit=1 << 24)
-        writer.write(request)
-        head, _, content = (await reader.read()).partition(b"\r\n\r\n")
-        writer.close()
+        try:
+            writer.write(request)
+            head, _, content = (await reader.read()).partition(b"\r\n\r\n")
+        finally:
+            writer.close()
         if b" 200 " not in head.partition(b"\r\n")[0]:
             raise SystemExit(f"no measurement: {(head + content)[:400].decode(errors='replace')}")
         return content
@@ -251,24 +282,29 @@ async def measure(
         "triple": (service.triple, n_texts),
         "singles": (service.singles, n_singles),
         "singles, bare": (bare.run, n_singles),
+        "queries": (service.queries, N_QUERIES),
+        "queries, beside": (service.queries_beside, N_DOCUMENTS),
     }
     if peer is not None:
         turns["bulk, llama-server"] = Service(peer).bulk, n_texts
         turns["singles, llama-server"] = Service(peer).singles, n_singles
+        turns["queries, llama-server"] = Service(peer).queries, N_QUERIES
+        turns["queries, beside, llama-server"] = Service(peer).queries_beside, N_DOCUMENTS
     if flag is not None:
         flag_embedding, with_flag = flag
         turns["bulk, FlagEmbedding"] = flag_embedding.bulk, n_texts
         turns["singles, FlagEmbedding"] = flag_embedding.singles, n_singles
         turns["bulk, backend flag"] = Service(with_flag, truncate="end").bulk, n_texts
-    for turn, _ in turns.values():
-        await turn(mixed_texts("warm-up", 4))
+    for name, (turn, _) in turns.items():
+        if not name.startswith("queries"):
+            await turn(mixed_texts("warm-up", 4))
     speeds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds):
         for name in list(turns)[:: -1 if number % 2 else 1]:
             turn, count = turns[name]
             # who is compared has the same texts; dense and triple must not share them, as what the
             # service has computed it may remember
-            kind = "triple" if name == "triple" else name.partition(",")[0]
+            kind = name if name.startswith(("triple", "queries")) else name.partition(",")[0]
             speeds[name].append(await turn(mixed_texts(f"{kind}/{number}", count)))
     return speeds
 
@@ -279,6 +315,9 @@ COMPARED = (
     ("dense + sparse + colbert / dense", "triple", "bulk"),
     ("one request / llama-server", "bulk", "bulk, llama-server"),
     ("single requests / llama-server", "singles", "singles, llama-server"),
+    ("a query beside documents / alone", "queries, beside", "queries"),
+    ("the same, llama-server", "queries, beside, llama-server", "queries, llama-server"),
+    ("a query alone / llama-server", "queries", "queries, llama-server"),
     ("one request / FlagEmbedding", "bulk", "bulk, FlagEmbedding"),
     ("single requests / FlagEmbedding", "singles", "singles, FlagEmbedding"),
     ("backend flag / FlagEmbedding", "bulk, backend flag", "bulk, FlagEmbedding"),
@@ -291,9 +330,10 @@ def report(speeds: dict[str, list[float]]) -> Iterator[str]:
             continue
         pairs = list(zip(speeds[ours], speeds[others], strict=True))
         ratios = sorted(a / b for a, b in pairs)
+        unit = "ms" if ours.startswith("queries") else "tokens/s"
         yield (
             f"{what:34} {median(ratios):.3f}  (rounds {ratios[0]:.3f} to {ratios[-1]:.3f}; "
-            f"{median(a for a, _ in pairs):.0f} and {median(b for _, b in pairs):.0f} tokens/s)"
+            f"{median(a for a, _ in pairs):.0f} and {median(b for _, b in pairs):.0f} {unit})"
         )
 
 

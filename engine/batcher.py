@@ -7,7 +7,9 @@ No thread, clock or I/O: `add`, `plan` and `cancel` are plain calls. A batch is 
    one that has had the fewest, so a big job cannot keep small ones waiting, nor they it for ever.
 2. That job gives the longest text of its window. One that fills the budget travels alone.
 3. Then, as long as there is room for tokens and sequences, again the job with the fewest tokens of
-   those that have a text that fits, and of these texts the longest.
+   those that have a text that fits, and of these texts the longest. A small job takes only small
+   ones along: it is to be answered at once.
+4. A batch that was given up for a small job comes again as it was, after the small ones.
 """
 
 from bisect import bisect_right, insort
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 
 WINDOW = 256  # texts of a job that are sorted by length
 MAX_PASSED = 4  # batches in a row without a job
+SMALL_TOKENS = 128  # left of a job that counts as small
 
 
 @dataclass(slots=True)
@@ -25,8 +28,13 @@ class _Share:
 
     job: int
     n_had: int  # tokens, with those that it counts as having had
+    n_left: int = 0  # tokens
     n_passed: int = 0
     windows: deque[list[tuple[int, int]]] = field(default_factory=deque)  # length, index; sorted
+
+    @property
+    def is_small(self) -> bool:
+        return self.n_left <= SMALL_TOKENS
 
     def longest(self, room: int | None = None) -> int | None:
         """Where in the window the longest text stands that fits into the room."""
@@ -39,6 +47,7 @@ class _Share:
         if not self.windows[0]:
             self.windows.popleft()
         self.n_had += n_tokens
+        self.n_left -= n_tokens
         return index, n_tokens
 
 
@@ -47,10 +56,13 @@ class Batcher:
         self._n_tokens = n_tokens
         self._n_sequences = n_sequences
         self._shares: dict[int, _Share] = {}  # of jobs that have texts left, by age
+        self._given_up: list[tuple[int, int]] = []  # a batch, as (job, index)
+        self._n_passed = 0  # batches since then
+        self._is_again = False  # the last batch was one that had been given up
 
     @property
     def idle(self) -> bool:
-        return not self._shares
+        return not self._shares and not self._given_up
 
     def add(self, job: int, texts: Iterable[tuple[int, int]]) -> None:
         """Texts of a job, as (index, tokens). Those of an earlier call go first."""
@@ -63,6 +75,7 @@ class Batcher:
                 share.windows.append(window)
                 window = []
             insort(window, (n_tokens, index))
+            share.n_left += n_tokens
         if window:
             share.windows.append(window)
         if share.windows:
@@ -71,24 +84,45 @@ class Batcher:
     def cancel(self, job: int) -> None:
         """Forget a job. Unknown ones are fine: it may just have ended."""
         self._shares.pop(job, None)
+        self._given_up = [text for text in self._given_up if text[0] != job]
+
+    @property
+    def may_give_up(self) -> bool:
+        """The last batch was not given up before, nor does another one wait to come again."""
+        return not self._given_up and not self._is_again
+
+    def give_up(self, batch: list[tuple[int, int]]) -> None:
+        """The last batch was not computed."""
+        self._given_up, self._n_passed = batch, 0
 
     def plan(self) -> list[tuple[int, int]]:
         """The next batch, as (job, index) of its texts; empty only when idle."""
-        batch: list[tuple[int, int]] = []
-        room = self._n_tokens
         shares = list(self._shares.values())
+        self._is_again = False
+        if self._given_up:
+            small = [share for share in shares if share.is_small]
+            self._n_passed += 1
+            if not small or self._n_passed > MAX_PASSED:
+                batch, self._given_up = self._given_up, []
+                self._is_again = True
+                return batch
+            shares = small
         for share in shares:
             share.n_passed += 1
+        batch = []
+        room = self._n_tokens
         while shares and len(batch) < self._n_sequences:
             if not batch:
                 overdue = [s for s in shares if s.n_passed > MAX_PASSED]
-                share = overdue[0] if overdue else min(shares, key=lambda s: s.n_had)
+                share = overdue[0] if overdue else min(shares, key=_need)
                 at = share.longest()
+                if share.is_small:
+                    shares = [share for share in shares if share.is_small]
             else:
                 fitting = [s for s in shares if s.longest(room) is not None]
                 if not fitting:
                     break
-                share = min(fitting, key=lambda s: s.n_had)
+                share = min(fitting, key=_need)
                 at = share.longest(room)
             assert at is not None
             index, n_tokens = share.take(at)
@@ -99,3 +133,7 @@ class Batcher:
                 shares.remove(share)
                 del self._shares[share.job]
         return batch
+
+
+def _need(share: _Share) -> tuple[int, int]:
+    return share.n_had, share.n_left

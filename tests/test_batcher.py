@@ -125,7 +125,7 @@ def test_a_job_of_long_texts_does_not_starve_beside_a_stream_of_newcomers() -> N
         if any(planned == 0 for planned, _ in of.plan()):
             served_at.append(job)
     assert len(served_at) == 3
-    assert served_at[-1] <= 1 + 2 * (MAX_PASSED + 1)
+    assert served_at[-1] <= 3 * (MAX_PASSED + 1)
 
 
 def test_nobody_waits_for_ever_when_more_comes_than_can_be_done() -> None:
@@ -146,4 +146,66 @@ def test_a_cancelled_job_is_planned_no_more() -> None:
     of.cancel(1)
     of.cancel(7)  # nobody
     assert {job for batch in batches(of) for job, _ in batch} <= {2}
+    assert of.idle
+
+
+# small jobs beside large ones
+
+
+def test_a_small_job_takes_no_large_one_along() -> None:
+    of = batcher(1000)
+    of.add(1, texts(*[400] * 5))
+    assert of.plan() == [(1, 4), (1, 3)]
+    of.add(2, texts(10))
+    of.add(3, texts(20, 30))
+    assert of.plan() == [(2, 0), (3, 1), (3, 0)]
+    assert of.plan() == [(1, 2), (1, 1)]
+
+
+def test_a_large_job_takes_small_ones_along() -> None:
+    of = batcher(1000)
+    of.add(1, texts(*[400] * 3))
+    of.add(2, texts(*[300] * 3))
+    for job in range(10, 10 + MAX_PASSED + 1):
+        of.add(job, texts(100))
+        planned = of.plan()
+    assert planned == [(1, 2), (10 + MAX_PASSED, 0), (2, 2)]
+
+
+def test_a_batch_that_was_given_up_comes_again_after_the_small_ones() -> None:
+    of = batcher(1000)
+    of.add(1, texts(*[400] * 5))
+    given_up = of.plan()
+    of.add(2, texts(10))
+    assert of.may_give_up
+    of.give_up(given_up)
+    assert not of.may_give_up
+    assert [of.plan(), of.plan()] == [[(2, 0)], given_up]
+    assert not of.may_give_up, "once is enough"
+    assert of.plan() == [(1, 2), (1, 1)]
+    assert of.may_give_up
+
+
+def test_a_batch_that_was_given_up_does_not_wait_for_ever() -> None:
+    of = batcher(1000)
+    of.add(1, texts(400, 400))
+    given_up = of.plan()
+    of.give_up(given_up)
+    planned = []
+    for job in range(2, 20):
+        of.add(job, texts(10))
+        planned.append(of.plan())
+    assert planned.index(given_up) == MAX_PASSED
+
+
+def test_a_cancelled_job_leaves_the_batch_that_was_given_up() -> None:
+    of = batcher(1000)
+    of.add(1, texts(300))
+    of.add(2, texts(400))
+    of.give_up(of.plan())
+    of.cancel(2)
+    assert batches(of) == [[(1, 0)]]
+    of.add(3, texts(300))
+    of.give_up(of.plan())
+    of.cancel(3)
     assert of.idle

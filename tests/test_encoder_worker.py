@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import worker
-from encoder_jobs import MAX_FAILURES, TOKENS_AT_ONCE, EncoderJobs
+from encoder_jobs import MAX_FAILURES, TOKENS_AT_ONCE, WORTH_GIVING_UP, EncoderJobs
 from engine import wire
 from engine.backends.fake_encoder import BEGIN, END, N_EMBD, N_VOCAB
 from engine.types import SamplingParams
@@ -190,6 +190,88 @@ def test_one_big_request_does_not_keep_a_small_one_waiting(serve: Serve) -> None
             break
         n_before += len(message.items)
     assert n_before < 50
+
+
+def test_a_large_batch_gives_way_to_a_small_request(serve: Serve) -> None:
+    served = serve({"match": "stall", "fault": "stall"}, n_ctx=512)
+    served.ready()
+    served.send(embed("stall " * WORTH_GIVING_UP, job=1), wire.Ping())
+    assert served.read() == wire.Pong(), "it is being computed"
+    served.send(embed("small", job=2))
+    message = served.read()
+    assert isinstance(message, wire.Vectors)
+    assert message.job == 2
+
+
+def computed(jobs: EncoderJobs, *coming: wire.Embed) -> list[int]:
+    """Whose texts one batch answers, while these come."""
+    waiting = [*coming]
+
+    def go_on() -> bool:
+        while waiting:
+            jobs.admit(waiting.pop())
+        return jobs.goes_on
+
+    jobs.tokenize()
+    return [message.job for message in jobs.compute(go_on)]  # type: ignore[union-attr]
+
+
+def encoder_jobs(tmp_path: Path, **script: Any) -> EncoderJobs:
+    path = tmp_path / "script.json"
+    path.write_text(json.dumps(script))
+    of = wire.EncoderSpec(kind="embedding")
+    model = worker.load_model(spec(str(path), encoder=of, n_ctx=512), lambda _: None)
+    return EncoderJobs(model, tier="embedding", batch_tokens=512)
+
+
+LONG = "long " * 200
+
+
+def test_what_gave_way_is_computed_next(tmp_path: Path) -> None:
+    jobs = encoder_jobs(tmp_path)
+    jobs.admit(embed(LONG, f"{LONG} too", job=1))
+    assert computed(jobs, embed("small", job=2)) == []
+    assert computed(jobs) == [2]
+    assert computed(jobs, embed("small", job=3)) == [1]
+    assert computed(jobs) == [3]
+    assert jobs.idle
+
+
+def test_who_has_left_meanwhile_is_not_computed_again(tmp_path: Path) -> None:
+    jobs = encoder_jobs(tmp_path)
+    jobs.admit(embed(LONG, job=1))
+    jobs.admit(embed(LONG, job=2))
+    assert computed(jobs, embed("small", job=3)) == []
+    jobs.cancel(1)
+    assert computed(jobs) == [3]
+    assert computed(jobs) == [2]
+    assert jobs.idle
+
+
+@pytest.mark.parametrize(
+    ("large", "coming"), [(LONG, LONG), (LONG, "x" * 300), ("not so long " * 20, "small")]
+)
+def test_a_batch_does_not_give_way_where_that_gains_little(
+    large: str, coming: str, tmp_path: Path
+) -> None:
+    jobs = encoder_jobs(tmp_path)
+    jobs.admit(embed(large, job=1))
+    assert computed(jobs, embed(coming, job=2)) == [1]
+
+
+def test_batches_do_not_give_way_for_ever(tmp_path: Path) -> None:
+    """What is lost is a part of what is gained. Asked at the end of each batch: the worst case."""
+    jobs = encoder_jobs(tmp_path, token_us=50)
+    jobs._may_repeat_s = 0.0
+    jobs.admit(embed(*[f"{LONG}{n}" for n in range(40)], job=1))
+    answered = []
+    while not jobs.idle:
+        answered.append(computed(jobs, embed("small", job=len(answered) + 2)))
+        answered.append(computed(jobs))
+    n_given_up = answered.count([])
+    n_large = sum(1 in jobs_ for jobs_ in answered)
+    assert n_large == 20
+    assert 2 <= n_given_up <= 0.25 * n_large + 1
 
 
 # what is too long, empty or unknown
