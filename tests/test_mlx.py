@@ -248,7 +248,7 @@ def test_a_prompt_that_is_cancelled_in_the_middle_is_remembered_so_far(
     assert said[2] == generate(load(tiny_mlx), {1: prompt}, 4)[1]
 
 
-@pytest.mark.parametrize("reason", ["mamba", "gemma3_text", "not mergeable"])
+@pytest.mark.parametrize("reason", ["mamba", "jamba", "gemma3_text", "llama4", "not mergeable"])
 def test_models_whose_memory_cannot_be_cut_or_merged_answer_too(
     reason: str, tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,33 +258,73 @@ def test_models_whose_memory_cannot_be_cut_or_merged_answer_too(
         model = tiny_mlx
         monkeypatch.setattr("engine.backends.mlx_rows._can_merge", lambda _: False)
     engine = load(model, n_batch=32)
-    prompts = {number: [1000 + number + i for i in range(40 + 9 * number)] for number in range(3)}
+    prompts = {n: [1000 + n + 7 * i for i in range(5 + 22 * n)] for n in range(3)}
     together = generate(engine, prompts, 6)
     fresh = load(model, n_batch=256, prefix_cache_bytes=0)
     assert together == {number: generate(fresh, {number: prompt}, 6)[number]
                         for number, prompt in prompts.items()}  # fmt: skip
-    longer = prompts[1] + together[1] + [55, 56]
-    engine.admit(9, longer, GREEDY)
-    said, cached = run(engine, {9: 4})
-    assert cached[9] in (len(longer) - 3, len(longer) - 2)
-    assert said[9] == generate(fresh, {9: longer}, 4)[9]
+    longer = prompts[2] + together[2] + [55, 56]
+    other = [*longer[:44], 57, 58]  # which wants the memory of the longer one to be cut
+    for number, prompt, most in ((9, longer, len(longer) - 2), (10, other, 44)):
+        engine.admit(number, prompt, GREEDY)
+        said, cached = run(engine, {number: 4})
+        assert cached[number] in ((most - 1, most) if number == 9 else (0, most))
+        assert said[number] == generate(fresh, {number: prompt}, 4)[number]
+
+
+def test_what_is_remembered_takes_the_memory_that_it_is_counted_with(
+    tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    """Of rows that were in one batch, and of one whose prompt has not begun when it is cancelled:
+    those of a model with states are computed one after the other."""
+    import mlx.core as mx
+
+    engine = load(write_random(tmp_path / "mamba", "mamba", tokenizer_of=tiny_mlx), n_batch=64)
+    generate(engine, {0: [5, 6]}, 2)  # whatever a first step leaves
+    n_before, n_counted = mx.get_active_memory(), engine._prompts.n_bytes
+    for number in range(1, 9):
+        engine.admit(number, [1000 * number, *range(30)], GREEDY)
+    engine.step()
+    engine.cancel(8)
+    said, _ = run(engine, dict.fromkeys(range(1, 8), 3))
+    assert sorted(said) == [*range(1, 8)]
+    n_counted = engine._prompts.n_bytes - n_counted
+    assert len(engine._prompts) == 8
+    assert n_counted <= mx.get_active_memory() - n_before < 1.2 * n_counted
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {
-        "intermediate_size": 64, "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4,
+        "intermediate_size": 256, "state_size": 64, "num_hidden_layers": 2, "conv_kernel": 4,
         "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,
     },  # a state in place of cells
+    "jamba": {
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "attn_layer_offset": 1, "attn_layer_period": 2,
+        "expert_layer_offset": 1, "expert_layer_period": 9, "mamba_d_conv": 4, "mamba_d_state": 8,
+        "mamba_expand": 2, "num_experts": 1, "num_experts_per_tok": 1, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 1024,
+    },  # the state goes on through what fills up a prompt
     "gemma3_text": {
         "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 2, "head_dim": 16,
         "num_key_value_heads": 1, "sliding_window": 16, "query_pre_attn_scalar": 16,
         "max_position_embeddings": 1024,
     },  # cells behind a window are written again
+    "llama4": {
+        "text_config": {
+            "model_type": "llama4_text", "vocab_size": 49152, "hidden_size": 32,
+            "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 16, "intermediate_size": 64, "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 1, "num_local_experts": 2, "num_experts_per_tok": 1,
+            "max_position_embeddings": 1024, "attention_chunk_size": 16, "attention_bias": False,
+            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "rope_scaling": None, "use_qk_norm": True,
+        },
+    },  # cells before a chunk are dropped
 }  # fmt: skip
 
 
 def write_random(folder: Path, family: str, *, tokenizer_of: Path) -> Path:
-    """A small model of random weights."""
+    """A small model of random weights, larger than they begin: what stood before has to count."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -299,7 +339,11 @@ def write_random(folder: Path, family: str, *, tokenizer_of: Path) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((tokenizer_of / file).read_bytes())
     (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    weights = {
+        name: values * 3 if values.ndim > 1 and "embed" not in name else values
+        for name, values in tree_flatten(model.parameters())
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder
 
 
