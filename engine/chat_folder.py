@@ -19,8 +19,11 @@ _UNBOUNDED = 1 << 20  # tokens, for models without a longest context
 _ENDS = frozenset(
     "<|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|> <end_of_turn> </s> <eos> "
     "<end_of_utterance> <｜end▁of▁sentence｜> <|fim_pad|> <fim-pad> <fim_pad> <PAD> <|fim_repo|> "
-    "<|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>".split()
+    "<|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|> <|end|> <|return|> <|call|> <|calls|> "
+    "<|flush|> <turn|> <|tool_response> _<EOT> [EOT] [EOS] [PAD]".split()
 )
+# Of harmony, and of Solar Open: where both are, <|end|> ends a message and not the turn.
+_TURNS = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -124,8 +127,10 @@ def end_tokens(path: Path, tokenizer: TokenizerFile, settings: TokenizerConfig) 
                 "eos_token_id", (config.get("text_config") or {}).get("eos_token_id")
             )
             ends.update(found if isinstance(found, list) else [found])
-    names = {_content(settings.eos_token), *_ENDS}
-    ends.update(token.id for token in tokenizer.added_tokens if token.content in names)
+    by_name = {token.content: token.id for token in tokenizer.added_tokens}
+    has_messages = any(by_name.keys() >= both for both in _TURNS)
+    names = _ENDS - {"<|end|>"} if has_messages else _ENDS
+    ends.update(by_name.get(name) for name in {_content(settings.eos_token), *names})
     return {token for token in ends if isinstance(token, int)}
 
 

@@ -13,9 +13,11 @@ import numpy.typing as npt
 import pytest
 
 from engine.backends.base import Engine
+from engine.chat_folder import AddedToken, TokenizerConfig, TokenizerFile, Vocabulary, end_tokens
 from engine.types import SamplingParams
 from errors import ModelLoadFailed
 from tests.engines import GREEDY, engine_of, generate, ids, needs_mlx
+from tests.gguf_fixtures import spm_vocabulary, write_tiny_spm
 
 pytestmark = [pytest.mark.real, needs_mlx]
 
@@ -422,6 +424,31 @@ def test_texts_have_the_ids_that_llama_cpp_gives_them(
         assert ours.piece(token) == theirs.piece(token), token
         assert ours.literal(token) == theirs.literal(token), token
         assert ours.ends_generation(token) == theirs.ends_generation(token), token
+
+
+ENDS = (
+    "<|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <end_of_turn> <eos> <end_of_utterance> "
+    "<｜end▁of▁sentence｜> <|file_sep|> <|end|> <|calls|> <turn|> [EOT] [EOS] "
+    "[PAD] _<EOT>"
+)
+
+
+@pytest.mark.parametrize(
+    "more", [f"{ENDS} <|call|>", f"{ENDS} <|call|> <|return|>", f"{ENDS} <|flush|>"]
+)
+def test_an_answer_ends_with_the_tokens_that_llama_cpp_takes_for_ends(
+    more: str, tmp_path: Path, load: Load
+) -> None:
+    """Also where a directory does not say so. In harmony <|end|> ends a message, not the turn."""
+    others = ["<|EOT|>", "<|eot|>", "<|im_sep|>", "<|tool_call|>", "<|end_of_role|>"]
+    tokens = [*more.split(), *others]
+    theirs = load(write_tiny_spm(tmp_path / "ends.gguf", more_tokens=tokens)).tokenizer
+    names = [*spm_vocabulary()[0], *tokens]
+    file = TokenizerFile(
+        Vocabulary(), [AddedToken(name, number, special=True) for number, name in enumerate(names)]
+    )
+    wanted = {number for number in range(len(names)) if theirs.ends_generation(number)}
+    assert end_tokens(tmp_path, file, TokenizerConfig()) == wanted
 
 
 # loading
