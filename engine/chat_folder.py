@@ -59,11 +59,6 @@ class TokenizerConfig(msgspec.Struct):
     added_tokens_decoder: dict[str, AddedToken] = {}
 
 
-def is_chat_folder(path: Path) -> bool:
-    """Whether a path is a directory with a model in Hugging Face's form."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
-
-
 def read_chat_folder(path: Path) -> ModelFile:
     """The facts of the model in a directory, or ModelLoadFailed with one sentence that names it.
 

@@ -211,6 +211,25 @@ def test_an_answer_that_ends_before_its_constraint_raises_is_fine(engine: Engine
     assert len(said[1]) == 2
 
 
+def test_who_fails_when_put_off_is_told_even_if_the_step_fails_too(
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_mlx, n_parallel=1)
+    engine.admit(1, [5, 6, 7], GREEDY, Refuses(), rank=5.0)
+    n_said = 0
+    while n_said < 2:  # what comes next is refused, and not told yet
+        n_said += len(engine.step().tokens)
+
+    def fails(_: int) -> Any:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(engine._rows, "step", fails)
+    engine.admit(2, [8, 9], GREEDY, rank=1.0)
+    failed = [(number, str(error)) for number, error in engine.step().failed]
+    assert failed == [(1, "it leads nowhere"), (2, "the device is lost")]
+    assert engine.idle
+
+
 # what is remembered
 
 

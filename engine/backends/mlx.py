@@ -213,7 +213,7 @@ class MlxEngine:
         if self._n_failed_steps >= MAX_FAILED_STEPS:
             raise error
         logger.error("A step failed; its %d sequences end", len(self._running), exc_info=error)
-        result.failed = [(live.id, error) for live in self._running]
+        result.failed += [(live.id, error) for live in self._running]
         self._running.clear()
         self._rows = self._new_rows()
         self._mx.clear_cache()
