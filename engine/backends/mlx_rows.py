@@ -27,7 +27,7 @@ class Rows(Protocol):
     def remove(self, number: int) -> None: ...
 
     def cache_of(self, number: int) -> tuple[Tokens, Cache]:
-        """What is computed of a row, and its tokens. Not for one that has just joined."""
+        """What is computed of a row, and its tokens: perhaps none, if it has just joined."""
 
 
 def new_rows(model: Any, n_most: int, n_batch: int) -> Rows:
