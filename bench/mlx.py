@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, cast
 
 from engine.backends.base import load_engine
@@ -68,7 +69,7 @@ def main() -> None:
                     engine.cancel(number)
 
     def theirs(n: int) -> None:
-        tokenizer = type("NoEnd", (), {"eos_token_ids": (), "decode": lambda _, __: ""})()
+        tokenizer = SimpleNamespace(eos_token_ids=(), decode=lambda _: "")
         prompts = [prompt(number) for number in range(n)]
         import_module("mlx_lm.generate").batch_generate(
             engine._model, tokenizer, prompts, max_tokens=asked.tokens
