@@ -77,12 +77,13 @@ def main() -> None:
 
     ours(1, GREEDY)  # whatever the first step makes ready
     print("                         tokens/s  CPU ms a token  outside mlx")
-    for name, n, run in (
+    cases: list[tuple[str, int, Callable[[], None]]] = [
         ("1 stream", 1, lambda: ours(1, GREEDY)),
         ("4 streams", 4, lambda: ours(4, GREEDY)),
         ("4, with a penalty", 4, lambda: ours(4, PENALISED)),
         ("4, batch_generate", 4, lambda: theirs(4)),
-    ):
+    ]
+    for name, n, run in cases:
         found = []
         for _ in range(asked.runs):
             in_mlx.seconds = in_numpy.seconds = 0.0
