@@ -499,6 +499,11 @@ def test_directories_that_are_no_models_fail_with_one_sentence(
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
 
+    def that_mlx_lm_trips_over(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": "linear"}))
+
+    broken("trip", that_mlx_lm_trips_over)
     broken("cut", cut)
     broken("odd", of_another_family)
     broken("short", with_other_sizes)

@@ -101,7 +101,9 @@ def _loaded(mx: Any, facts: ModelFile, progress: ReportProgress) -> Any:
         for start in range(0, len(parameters), size):
             mx.eval(parameters[start : start + size])
             progress(start / len(parameters))
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # each model of mlx-lm trips in its way over what it did not expect
         reason = str(error).replace(str(facts.path), facts.name).partition("\n")[0]
         raise ModelLoadFailed(f"mlx-lm cannot load {facts.name}: {reason}") from error
     return model
