@@ -314,6 +314,29 @@ def test_what_is_remembered_takes_the_memory_that_it_is_counted_with(
     assert n_counted <= mx.get_active_memory() - n_before < 1.2 * n_counted
 
 
+def test_one_row_gives_memory_back_as_it_grows(
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx keeps what grew too small for its cells, on a GPU without end."""
+    import mlx.core as mx
+
+    monkeypatch.setattr("engine.backends.mlx_rows._can_merge", lambda _: False)
+    engine = load(tiny_mlx, n_batch=100)
+    n_given_back = 0
+
+    def given_back() -> None:
+        nonlocal n_given_back
+        n_given_back += 1
+
+    monkeypatch.setattr(mx, "clear_cache", given_back)
+    engine.admit(1, [1000 + i for i in range(250)], GREEDY)
+    n_told = 0
+    while n_told < 8:
+        n_told += len(engine.step().tokens)
+    assert n_given_back == 4, "after each part of the prompt, and where the cells grew"
+    engine.cancel(1)
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {
         "intermediate_size": 256, "state_size": 64, "num_hidden_layers": 2, "conv_kernel": 4,

@@ -8,6 +8,8 @@ from engine.backends.mlx_prompts import Cache, as_tokens, can_cut
 from engine.backends.mlx_sampling import Chooser
 from engine.prefix import Tokens
 
+GROWTH = 256  # cells that one of mlx-lm's memories gets at a time
+
 
 class Rows(Protocol):
     """Rows are known by the numbers of their sequences."""
@@ -147,6 +149,8 @@ class SingleRow:
         logits = self._model(part, cache=self._cache)
         self._mx.eval([layer.state for layer in self._cache])
         self._n_past += n
+        if n_left or self._n_past % GROWTH == 0:
+            self._mx.clear_cache()  # as a BatchGenerator does
         if n_left:
             return [], n
         scores = logits[:, -1, :]
