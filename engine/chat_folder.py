@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from engine.model_file import ModelFile
+from engine.model_file import ModelFile, name_of
 from errors import ModelLoadFailed
 
 FLOAT_BYTES = 2 if sys.platform == "darwin" else 4  # of activations: CPUs are slow with halves
@@ -65,7 +65,6 @@ def read_chat_folder(path: Path) -> ModelFile:
     The sentence holds the directory's name and never where it is: it goes to HTTP clients.
     `size_bytes` are those of the weights in memory.
     """
-    name = path.name.encode("utf-8", "replace").decode() or "the model path"
     if not path.is_dir():
         _fail(path, "is no directory; the backend mlx takes one with config.json and safetensors")
     config = _decoded(path / "config.json", dict[str, Any])
@@ -86,7 +85,7 @@ def read_chat_folder(path: Path) -> ModelFile:
         path=path,
         size_bytes=_weight_bytes(path),
         architecture=str(text.get("model_type", "")),
-        name=name,
+        name=name_of(path),
         n_ctx_train=_number(path, text, "max_position_embeddings", default=_UNBOUNDED),
         n_layer=n_layer,
         n_embd=n_embd,
@@ -221,5 +220,4 @@ def _decoded(file: Path, kind: Any) -> Any:
 
 
 def _fail(path: Path, reason: str) -> NoReturn:
-    name = path.name.encode("utf-8", "replace").decode() or "the model path"
-    raise ModelLoadFailed(f"{name} {reason}.")
+    raise ModelLoadFailed(f"{name_of(path)} {reason}.")

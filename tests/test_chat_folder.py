@@ -12,6 +12,7 @@ import pytest
 from engine import chat_folder
 from engine.backends.mlx import check_room
 from engine.chat_folder import end_tokens, read_chat_folder, read_tokenizer
+from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from tests.engines import engine_of
 
@@ -145,6 +146,16 @@ def test_what_is_wrong_is_said_in_a_sentence_without_the_path(
     assert words in caught.value.message
     assert caught.value.message.startswith("a-model ")
     assert str(folder.parent) not in caught.value.message
+
+
+@pytest.mark.parametrize("read", [read_chat_folder, read_model_folder])
+def test_a_model_of_the_hub_is_called_by_its_repo_and_not_by_a_commit(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "models--mlx-community--a-model-4bit" / "snapshots" / ("4f" * 20)
+    snapshot.mkdir(parents=True)
+    with pytest.raises(ModelLoadFailed, match=r"^mlx-community/a-model-4bit has no config\.json"):
+        read(snapshot)
 
 
 def test_a_file_is_no_directory(folder: Path) -> None:
