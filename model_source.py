@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from engine.chat_folder import read_chat_folder
-from engine.model_file import Kind, ModelFile, read_model_file
+from engine.model_file import Kind, ModelFile, name_of, read_model_file
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from hub import Hub
@@ -136,7 +136,7 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
         return replace(model, kind="embedding")  # its file does not say so
     if model.kind != wanted:
         raise ModelLoadFailed(
-            f"{model.path.name} is a model for {_PURPOSES[model.kind]} and not for "
+            f"{name_of(model.path)} is a model for {_PURPOSES[model.kind]} and not for "
             f"{_PURPOSES[wanted]}."
         )
     return model

@@ -61,7 +61,7 @@ main() {
       make_venv
       choose_mlx
       [ -z "$mlx" ] || mlx_runs ||
-        stop "mlx-lm needs Python 3.11 or newer, and on Linux glibc 2.35 or newer"
+        stop "mlx-lm needs Python 3.11 or newer, and Apple silicon or a Linux with glibc 2.35"
       install_llama
       install_requirements "$dev"
       [ -z "$flag" ] || install_flag

@@ -27,8 +27,9 @@ def room_for(n_connections: int) -> int:
     if most != resource.RLIM_INFINITY:
         wanted = min(wanted, most)
     if limit != resource.RLIM_INFINITY and limit < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-        limit = wanted
+        with contextlib.suppress(ValueError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+            limit = wanted
     if limit == resource.RLIM_INFINITY or limit >= n_connections + RESERVED:
         return n_connections
     room = min(n_connections, max(limit - RESERVED, limit // 2))

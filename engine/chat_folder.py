@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from engine.model_file import ModelFile
+from engine.model_file import ModelFile, name_of
 from errors import ModelLoadFailed
 
 FLOAT_BYTES = 2 if sys.platform == "darwin" else 4  # of activations: CPUs are slow with halves
@@ -19,8 +19,11 @@ _UNBOUNDED = 1 << 20  # tokens, for models without a longest context
 _ENDS = frozenset(
     "<|endoftext|> <|end_of_text|> <|im_end|> <|eot_id|> <|eom_id|> <end_of_turn> </s> <eos> "
     "<end_of_utterance> <｜end▁of▁sentence｜> <|fim_pad|> <fim-pad> <fim_pad> <PAD> <|fim_repo|> "
-    "<|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>".split()
+    "<|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|> <|end|> <|return|> <|call|> <|calls|> "
+    "<|flush|> <turn|> <|tool_response> _<EOT> [EOT] [EOS] [PAD]".split()
 )
+# Of harmony, and of Solar Open: where both are, <|end|> ends a message and not the turn.
+_TURNS = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -56,18 +59,12 @@ class TokenizerConfig(msgspec.Struct):
     added_tokens_decoder: dict[str, AddedToken] = {}
 
 
-def is_chat_folder(path: Path) -> bool:
-    """Whether a path is a directory with a model in Hugging Face's form."""
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
-
-
 def read_chat_folder(path: Path) -> ModelFile:
     """The facts of the model in a directory, or ModelLoadFailed with one sentence that names it.
 
     The sentence holds the directory's name and never where it is: it goes to HTTP clients.
     `size_bytes` are those of the weights in memory.
     """
-    name = path.name.encode("utf-8", "replace").decode() or "the model path"
     if not path.is_dir():
         _fail(path, "is no directory; the backend mlx takes one with config.json and safetensors")
     config = _decoded(path / "config.json", dict[str, Any])
@@ -88,7 +85,7 @@ def read_chat_folder(path: Path) -> ModelFile:
         path=path,
         size_bytes=_weight_bytes(path),
         architecture=str(text.get("model_type", "")),
-        name=name,
+        name=name_of(path),
         n_ctx_train=_number(path, text, "max_position_embeddings", default=_UNBOUNDED),
         n_layer=n_layer,
         n_embd=n_embd,
@@ -124,8 +121,10 @@ def end_tokens(path: Path, tokenizer: TokenizerFile, settings: TokenizerConfig) 
                 "eos_token_id", (config.get("text_config") or {}).get("eos_token_id")
             )
             ends.update(found if isinstance(found, list) else [found])
-    names = {_content(settings.eos_token), *_ENDS}
-    ends.update(token.id for token in tokenizer.added_tokens if token.content in names)
+    by_name = {token.content: token.id for token in tokenizer.added_tokens}
+    has_messages = any(by_name.keys() >= both for both in _TURNS)
+    names = _ENDS - {"<|end|>"} if has_messages else _ENDS
+    ends.update(by_name.get(name) for name in {_content(settings.eos_token), *names})
     return {token for token in ends if isinstance(token, int)}
 
 
@@ -221,5 +220,4 @@ def _decoded(file: Path, kind: Any) -> Any:
 
 
 def _fail(path: Path, reason: str) -> NoReturn:
-    name = path.name.encode("utf-8", "replace").decode() or "the model path"
-    raise ModelLoadFailed(f"{name} {reason}.")
+    raise ModelLoadFailed(f"{name_of(path)} {reason}.")

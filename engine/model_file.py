@@ -48,6 +48,15 @@ class ModelFile:
     kind: Kind
 
 
+def name_of(path: Path) -> str:
+    """What a model is called where clients may read it: never where it is, and of a directory in
+    the hub's cache its repo and not a commit."""
+    repo = path.parent.parent.name
+    if path.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/", 1)
+    return path.name.encode("utf-8", "replace").decode() or "the model path"
+
+
 def read_model_file(path: Path) -> ModelFile:
     """The header of the GGUF at `path`, or ModelLoadFailed with one sentence that names the file.
 
@@ -60,7 +69,7 @@ def read_model_file(path: Path) -> ModelFile:
 @contextmanager
 def open_header(path: Path) -> Iterator["Header"]:
     """The header itself, for readers that want more of it; raises like read_model_file."""
-    name = path.name.encode("utf-8", "replace").decode() or "the model path"
+    name = name_of(path)
     with _map(path, name) as data:
         yield Header(data, name)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from engine.model_file import Kind, ModelFile
+from engine.model_file import Kind, ModelFile, name_of
 from engine.types import Pooling
 from errors import ModelLoadFailed
 
@@ -39,7 +39,7 @@ def read_model_folder(path: Path) -> ModelFile:
 
     The sentence holds the directory's name and never where it is: it goes to HTTP clients.
     """
-    name = path.name.encode("utf-8", "replace").decode() or "the model path"
+    name = name_of(path)
 
     def fail(reason: str) -> NoReturn:
         raise ModelLoadFailed(f"{name} {reason}.")

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from engine import chat_folder
+from engine.backends.mlx import check_room
 from engine.chat_folder import end_tokens, read_chat_folder, read_tokenizer
+from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from tests.engines import engine_of
 
@@ -146,6 +148,16 @@ def test_what_is_wrong_is_said_in_a_sentence_without_the_path(
     assert str(folder.parent) not in caught.value.message
 
 
+@pytest.mark.parametrize("read", [read_chat_folder, read_model_folder])
+def test_a_model_of_the_hub_is_called_by_its_repo_and_not_by_a_commit(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "models--mlx-community--a-model-4bit" / "snapshots" / ("4f" * 20)
+    snapshot.mkdir(parents=True)
+    with pytest.raises(ModelLoadFailed, match=r"^mlx-community/a-model-4bit has no config\.json"):
+        read(snapshot)
+
+
 def test_a_file_is_no_directory(folder: Path) -> None:
     with pytest.raises(ModelLoadFailed, match="is no directory"):
         read_chat_folder(folder / "config.json")
@@ -155,6 +167,34 @@ def test_without_mlx_it_says_how_to_get_it(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "mlx.core", None)
     with pytest.raises(ModelLoadFailed, match=r"is not installed .*: \./setup\.sh --mlx, or pip"):
         engine_of(folder)
+
+
+class Device:
+    """Of mlx.core what is asked of the device in use; only a Mac's GPU has a limit."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
+        self.wired: int | None = None
+
+    def device_info(self) -> dict[str, Any]:
+        return {} if self._limit is None else {"max_recommended_working_set_size": self._limit}
+
+    def set_wired_limit(self, limit: int) -> None:
+        self.wired = limit
+
+
+def test_a_mac_keeps_weights_resident_and_takes_none_beyond_its_limit(folder: Path) -> None:
+    facts = read_chat_folder(folder)
+    mac = Device(limit=facts.size_bytes)
+    check_room(mac, facts)
+    assert mac.wired == facts.size_bytes
+    small = Device(limit=facts.size_bytes - 1)
+    with pytest.raises(ModelLoadFailed, match=r"a-model has .* GB of weights, and the GPU may"):
+        check_room(small, facts)
+    assert small.wired is None
+    cpu = Device()  # also a Mac's, with N_GPU_LAYERS=0
+    check_room(cpu, facts)
+    assert cpu.wired is None
 
 
 def test_a_vocabulary_of_sentencepiece_spells_texts_exactly(folder: Path) -> None:

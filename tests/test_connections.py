@@ -310,6 +310,17 @@ def test_there_are_as_many_connections_as_files_allow(
     assert was_set == ([] if raised is None else [(raised, limits[1])])
 
 
+def test_a_system_may_allow_less_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS says that there is no limit, and has one."""
+
+    def refuses(_: int, to: tuple[int, int]) -> None:
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuses)
+    assert room_for(100_000) == 156
+
+
 # a process that may open few files, without uvloop and httptools where its argument says so
 START = """
 import resource, sys

@@ -119,3 +119,39 @@ def test_what_it_cannot_do_is_said(tmp_path: Path, tiny: Path) -> None:
     with pytest.raises(ModelLoadFailed, match=r"absent\.gguf cannot be read"):
         convert(tmp_path / "absent.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("llama.rope.scaling.type", "yarn", "scales positions (yarn, 1)"),
+        ("llama.rope.scaling.factor", 4.0, "scales positions (linear, 4)"),
+        ("llama.rope.dimension_count", 8, "turns 8 of the 16 numbers of a head"),
+        ("llama.expert_count", 8, "is a mixture of experts"),
+    ],
+)
+def test_what_would_be_another_model_is_not_converted(key: str, value: Any, words: str) -> None:
+    from models.convert.gguf_to_mlx import Header
+
+    plain = {
+        "general.architecture": "llama", "tokenizer.ggml.model": "llama",
+        "llama.embedding_length": 64, "llama.attention.head_count": 4,
+        "llama.rope.dimension_count": 16,
+    }  # fmt: skip
+    Header("a.gguf", plain)
+    with pytest.raises(ModelLoadFailed) as caught:
+        Header("a.gguf", plain | {key: value})
+    assert caught.value.message.startswith(f"a.gguf {words}")
+
+
+def test_every_token_that_ends_an_answer_is_written() -> None:
+    from models.convert.gguf_to_mlx import Header, ends
+
+    numbers = {"eos": 2, "eot": 3, "eom": 99}
+    of = {f"tokenizer.ggml.{name}_token_id": number for name, number in numbers.items()}
+    header = Header("a.gguf", of | {
+        "general.architecture": "llama", "tokenizer.ggml.model": "llama",
+        "llama.embedding_length": 64, "llama.attention.head_count": 4,
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "<turn>"],
+    })  # fmt: skip
+    assert ends(header) == [2, 3]

@@ -417,6 +417,7 @@ MAY_IMPORT = {
     "examples": set(),
     "bench.engine": {"chat", "engine"},
     "bench.speculation": {"engine"},
+    "bench.mlx": {"engine"},
 }
 # Libraries that only some modules may import.
 ONLY_IN = {

@@ -13,9 +13,11 @@ import numpy.typing as npt
 import pytest
 
 from engine.backends.base import Engine
+from engine.chat_folder import AddedToken, TokenizerConfig, TokenizerFile, Vocabulary, end_tokens
 from engine.types import SamplingParams
 from errors import ModelLoadFailed
 from tests.engines import GREEDY, engine_of, generate, ids, needs_mlx
+from tests.gguf_fixtures import spm_vocabulary, write_tiny_spm
 
 pytestmark = [pytest.mark.real, needs_mlx]
 
@@ -209,6 +211,25 @@ def test_an_answer_that_ends_before_its_constraint_raises_is_fine(engine: Engine
     assert len(said[1]) == 2
 
 
+def test_who_fails_when_put_off_is_told_even_if_the_step_fails_too(
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_mlx, n_parallel=1)
+    engine.admit(1, [5, 6, 7], GREEDY, Refuses(), rank=5.0)
+    n_said = 0
+    while n_said < 2:  # what comes next is refused, and not told yet
+        n_said += len(engine.step().tokens)
+
+    def fails(_: int) -> Any:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(engine._rows, "step", fails)
+    engine.admit(2, [8, 9], GREEDY, rank=1.0)
+    failed = [(number, str(error)) for number, error in engine.step().failed]
+    assert failed == [(1, "it leads nowhere"), (2, "the device is lost")]
+    assert engine.idle
+
+
 # what is remembered
 
 
@@ -248,7 +269,7 @@ def test_a_prompt_that_is_cancelled_in_the_middle_is_remembered_so_far(
     assert said[2] == generate(load(tiny_mlx), {1: prompt}, 4)[1]
 
 
-@pytest.mark.parametrize("reason", ["mamba", "gemma3_text", "not mergeable"])
+@pytest.mark.parametrize("reason", ["mamba", "jamba", "gemma3_text", "llama4", "not mergeable"])
 def test_models_whose_memory_cannot_be_cut_or_merged_answer_too(
     reason: str, tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,33 +279,96 @@ def test_models_whose_memory_cannot_be_cut_or_merged_answer_too(
         model = tiny_mlx
         monkeypatch.setattr("engine.backends.mlx_rows._can_merge", lambda _: False)
     engine = load(model, n_batch=32)
-    prompts = {number: [1000 + number + i for i in range(40 + 9 * number)] for number in range(3)}
+    prompts = {n: [1000 + n + 7 * i for i in range(5 + 22 * n)] for n in range(3)}
     together = generate(engine, prompts, 6)
     fresh = load(model, n_batch=256, prefix_cache_bytes=0)
     assert together == {number: generate(fresh, {number: prompt}, 6)[number]
                         for number, prompt in prompts.items()}  # fmt: skip
-    longer = prompts[1] + together[1] + [55, 56]
-    engine.admit(9, longer, GREEDY)
-    said, cached = run(engine, {9: 4})
-    assert cached[9] in (len(longer) - 3, len(longer) - 2)
-    assert said[9] == generate(fresh, {9: longer}, 4)[9]
+    longer = prompts[2] + together[2] + [55, 56]
+    other = [*longer[:44], 57, 58]  # which wants the memory of the longer one to be cut
+    for number, prompt, most in ((9, longer, len(longer) - 2), (10, other, 44)):
+        engine.admit(number, prompt, GREEDY)
+        said, cached = run(engine, {number: 4})
+        assert cached[number] in ((most - 1, most) if number == 9 else (0, most))
+        assert said[number] == generate(fresh, {number: prompt}, 4)[number]
+
+
+def test_what_is_remembered_takes_the_memory_that_it_is_counted_with(
+    tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    """Of rows that were in one batch, and of one whose prompt has not begun when it is cancelled:
+    those of a model with states are computed one after the other."""
+    import mlx.core as mx
+
+    engine = load(write_random(tmp_path / "mamba", "mamba", tokenizer_of=tiny_mlx), n_batch=64)
+    generate(engine, {0: [5, 6]}, 2)  # whatever a first step leaves
+    n_before, n_counted = mx.get_active_memory(), engine._prompts.n_bytes
+    for number in range(1, 9):
+        engine.admit(number, [1000 * number, *range(30)], GREEDY)
+    engine.step()
+    engine.cancel(8)
+    said, _ = run(engine, dict.fromkeys(range(1, 8), 3))
+    assert sorted(said) == [*range(1, 8)]
+    n_counted = engine._prompts.n_bytes - n_counted
+    assert len(engine._prompts) == 8
+    assert n_counted <= mx.get_active_memory() - n_before < 1.2 * n_counted
+
+
+def test_one_row_gives_memory_back_as_it_grows(
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx keeps what grew too small for its cells, on a GPU without end."""
+    import mlx.core as mx
+
+    monkeypatch.setattr("engine.backends.mlx_rows._can_merge", lambda _: False)
+    engine = load(tiny_mlx, n_batch=100)
+    n_given_back = 0
+
+    def given_back() -> None:
+        nonlocal n_given_back
+        n_given_back += 1
+
+    monkeypatch.setattr(mx, "clear_cache", given_back)
+    engine.admit(1, [1000 + i for i in range(250)], GREEDY)
+    n_told = 0
+    while n_told < 8:
+        n_told += len(engine.step().tokens)
+    assert n_given_back == 4, "after each part of the prompt, and where the cells grew"
+    engine.cancel(1)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {
-        "intermediate_size": 64, "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4,
+        "intermediate_size": 256, "state_size": 64, "num_hidden_layers": 2, "conv_kernel": 4,
         "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,
     },  # a state in place of cells
+    "jamba": {
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "attn_layer_offset": 1, "attn_layer_period": 2,
+        "expert_layer_offset": 1, "expert_layer_period": 9, "mamba_d_conv": 4, "mamba_d_state": 8,
+        "mamba_expand": 2, "num_experts": 1, "num_experts_per_tok": 1, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 1024,
+    },  # the state goes on through what fills up a prompt
     "gemma3_text": {
         "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 2, "head_dim": 16,
         "num_key_value_heads": 1, "sliding_window": 16, "query_pre_attn_scalar": 16,
         "max_position_embeddings": 1024,
     },  # cells behind a window are written again
+    "llama4": {
+        "text_config": {
+            "model_type": "llama4_text", "vocab_size": 49152, "hidden_size": 32,
+            "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "head_dim": 16, "intermediate_size": 64, "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 1, "num_local_experts": 2, "num_experts_per_tok": 1,
+            "max_position_embeddings": 1024, "attention_chunk_size": 16, "attention_bias": False,
+            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "rope_scaling": None, "use_qk_norm": True,
+        },
+    },  # cells before a chunk are dropped
 }  # fmt: skip
 
 
 def write_random(folder: Path, family: str, *, tokenizer_of: Path) -> Path:
-    """A small model of random weights."""
+    """A small model of random weights, larger than they begin: what stood before has to count."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -299,7 +383,11 @@ def write_random(folder: Path, family: str, *, tokenizer_of: Path) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((tokenizer_of / file).read_bytes())
     (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    weights = {
+        name: values * 3 if values.ndim > 1 and "embed" not in name else values
+        for name, values in tree_flatten(model.parameters())
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder
 
 
@@ -380,6 +468,31 @@ def test_texts_have_the_ids_that_llama_cpp_gives_them(
         assert ours.ends_generation(token) == theirs.ends_generation(token), token
 
 
+ENDS = (
+    "<|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <end_of_turn> <eos> <end_of_utterance> "
+    "<｜end▁of▁sentence｜> <|file_sep|> <|end|> <|calls|> <turn|> [EOT] [EOS] "
+    "[PAD] _<EOT>"
+)
+
+
+@pytest.mark.parametrize(
+    "more", [f"{ENDS} <|call|>", f"{ENDS} <|call|> <|return|>", f"{ENDS} <|flush|>"]
+)
+def test_an_answer_ends_with_the_tokens_that_llama_cpp_takes_for_ends(
+    more: str, tmp_path: Path, load: Load
+) -> None:
+    """Also where a directory does not say so. In harmony <|end|> ends a message, not the turn."""
+    others = ["<|EOT|>", "<|eot|>", "<|im_sep|>", "<|tool_call|>", "<|end_of_role|>"]
+    tokens = [*more.split(), *others]
+    theirs = load(write_tiny_spm(tmp_path / "ends.gguf", more_tokens=tokens)).tokenizer
+    names = [*spm_vocabulary()[0], *tokens]
+    file = TokenizerFile(
+        Vocabulary(), [AddedToken(name, number, special=True) for number, name in enumerate(names)]
+    )
+    wanted = {number for number in range(len(names)) if theirs.ends_generation(number)}
+    assert end_tokens(tmp_path, file, TokenizerConfig()) == wanted
+
+
 # loading
 
 
@@ -409,6 +522,11 @@ def test_directories_that_are_no_models_fail_with_one_sentence(
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
 
+    def that_mlx_lm_trips_over(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": "linear"}))
+
+    broken("trip", that_mlx_lm_trips_over)
     broken("cut", cut)
     broken("odd", of_another_family)
     broken("short", with_other_sizes)

@@ -37,10 +37,45 @@ CHAT: dict[str, Any] = {
     "stream_options": {"include_usage": True},
 }  # fmt: skip
 COMPLETION: dict[str, Any] = {"best_of": 2, "echo": True, "logprobs": 2}
-BESIDE = {
+CHAT_BESIDE = {
     "tool_choice": {"tools": [TOOL]}, "top_logprobs": {"logprobs": True},
     "stream_options": {"stream": True},
 }  # fmt: skip
+# Of Responses and Messages. Above the sampling they are chats, so little is generated.
+RESPONSE_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+RESPONSE: dict[str, Any] = {
+    "instructions": "Be short.", "temperature": 0.5, "top_p": 0.5, "parallel_tool_calls": False,
+    "service_tier": "flex", "tools": [RESPONSE_TOOL], "tool_choice": "auto", "max_tool_calls": 2,
+    "max_output_tokens": 1, "text": {"format": {"type": "json_object"}}, "top_logprobs": 2,
+    "include": ["message.output_text.logprobs"], "stream": True, "metadata": {"a": "b"},
+    "stream_options": {"include_obfuscation": False}, "keep_alive": "5m",
+    "prompt_cache_key": "k", "prompt_cache_options": {}, "prompt_cache_retention": "24h",
+    "safety_identifier": "s", "store": True, "user": "me", "background": True,
+    "background_options": {"a": 1}, "conversation": "c", "previous_response_id": "p",
+    "prompt": {"id": "p"}, "access_programs": ["a"], "context_management": [{"type": "compaction"}],
+    "image": {"a": 1}, "moderation": {"a": 1}, "truncation": "auto",
+}  # fmt: skip
+RESPONSE_BESIDE = {
+    "tool_choice": {"tools": [RESPONSE_TOOL]}, "stream_options": {"stream": True},
+    "top_logprobs": {"include": ["message.output_text.logprobs"]},
+}  # fmt: skip
+MESSAGE_TOOL = {"name": "f", "input_schema": {"type": "object"}}
+MESSAGE: dict[str, Any] = {
+    "system": "Be short.", "stream": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3,
+    "stop_sequences": ["x"], "tools": [MESSAGE_TOOL], "tool_choice": {"type": "auto"},
+    "thinking": {"type": "disabled"}, "cache_control": {"type": "ephemeral"},
+    "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+    "service_tier": "auto", "keep_alive": "5m", "metadata": {"user_id": "me"},
+    "diagnostics": {"a": 1}, "inference_geo": "eu", "user_profile_id": "u", "workspace_id": "w",
+    "container": "c", "mcp_servers": [{"type": "url"}], "speed": "fast",
+}  # fmt: skip
+MESSAGE_BESIDE = {"tool_choice": {"tools": [MESSAGE_TOOL]}}
+NOT_TO_COUNT = (
+    "stream", "temperature", "top_p", "top_k", "stop_sequences", "service_tier", "keep_alive",
+    "metadata", "diagnostics", "inference_geo",
+)  # fmt: skip
+COUNT = {name: value for name, value in MESSAGE.items() if name not in NOT_TO_COUNT}
+HI = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +97,34 @@ def fate(reply: httpx.Response, name: str) -> str:
     """What became of a field."""
     assert reply.status_code in (200, 400), reply.text
     if reply.status_code == 400:
-        assert reply.json()["error"]["param"] == name, reply.text
+        error = reply.json()["error"]  # Anthropic's has no param
+        assert error.get("param", name) == name, reply.text
+        assert f"'{name}'" in error["message"], reply.text
         return "refused"
     is_ignored = name in reply.headers.get("x-ignored-params", "") or name == "user"
     return "ignored" if is_ignored else "works"
 
 
+Fields = dict[str, Any]
+
+
 @pytest.mark.parametrize(
-    ("path", "body", "fields"),
+    ("path", "body", "fields", "beside"),
     [
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}, SHARED | CHAT),
-        ("/v1/completions", {"prompt": "one two"}, SHARED | COMPLETION),
+        ("/v1/chat/completions", {"messages": HI, "max_tokens": 2}, SHARED | CHAT, CHAT_BESIDE),
+        ("/v1/completions", {"prompt": "one two", "max_tokens": 2}, SHARED | COMPLETION, {}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 1}, RESPONSE, RESPONSE_BESIDE),
+        ("/v1/messages", {"messages": HI, "max_tokens": 1}, MESSAGE, MESSAGE_BESIDE),
+        ("/v1/messages/count_tokens", {"messages": HI}, COUNT, MESSAGE_BESIDE),
     ],
+    ids=["chat", "completion", "response", "message", "count"],
 )
 def test_the_fate_of_a_field_is_what_a_run_gives(
-    path: str, body: dict[str, Any], fields: dict[str, Any], service: Service
+    path: str, body: Fields, fields: Fields, beside: dict[str, Fields], service: Service
 ) -> None:
     found = {}
     for name, value in fields.items():
-        asked = {"model": "light", "max_tokens": 2, **body, **BESIDE.get(name, {}), name: value}
+        asked = {"model": "light", **body, **beside.get(name, {}), name: value}
         if name == "max_completion_tokens":
             del asked["max_tokens"]
         found[name] = fate(service.http.post(path, json=asked), name)

@@ -12,6 +12,7 @@ class Layer:
     n_tokens: int
     can_trim: bool = True
     bytes_each: int = 10
+    start_position: int = 0  # tokens before it are dropped, as a chunked layer does
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +60,15 @@ def test_what_cannot_be_cut_comes_back_whole_or_not_at_all() -> None:
     assert recalled(prompts, 1, 2, 3, 4) == 3
     remember(prompts, 1, 2, 3, 4, can_trim=False)
     assert len(prompts) == 2, "the longer one does not stand for the shorter"
+
+
+def test_what_has_lost_its_beginning_comes_back_whole_or_not_at_all() -> None:
+    """Though its layers say that they can be cut."""
+    prompts = Prompts(10_000)
+    prompts.remember(as_tokens([1, 2, 3, 4]), [Layer(4), Layer(4, start_position=2)])
+    assert prompts.recall(as_tokens([1, 2, 3])) is None
+    assert prompts.n_known(as_tokens([1, 2, 3, 9])) == 0
+    assert prompts.n_known(as_tokens([1, 2, 3, 4, 5])) == 4
 
 
 def test_a_beginning_of_another_is_not_kept_twice() -> None:

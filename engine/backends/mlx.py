@@ -7,7 +7,6 @@ belong to a thread, and a process whose threads leave some behind aborts at its 
 import gc
 import logging
 import os
-import sys
 import threading
 import time
 from array import array
@@ -65,28 +64,34 @@ def import_mlx(spec: WorkerSpec) -> Any:
         import_module("mlx_lm.generate")
     except ImportError as error:
         raise ModelLoadFailed(f"The backend mlx is not installed ({error}): {INSTALL}.") from None
-    if sys.platform != "darwin":
+    if is_on_cpu(mx):
         mx.disable_compile()  # it would compile C++ at the first use, if there is a compiler
     return mx
 
 
 def check_room(mx: Any, facts: ModelFile) -> None:
     """Weights beyond what the system lets a GPU keep resident can stop a Mac altogether. Raises
-    ModelLoadFailed."""
-    if not mx.metal.is_available():
+    ModelLoadFailed. Up to there all is kept resident, for as long as the process lives: mlx-lm
+    does so for a batch, and takes it back when that is dropped."""
+    limit = mx.device_info().get("max_recommended_working_set_size")
+    if limit is None:  # the CPU, or a GPU with memory of its own
         return
-    limit = mx.device_info()["max_recommended_working_set_size"]
     if facts.size_bytes > limit:
         raise ModelLoadFailed(
             f"{facts.name} has {facts.size_bytes / 1e9:.1f} GB of weights, and the GPU may hold "
             f"{limit / 1e9:.1f} GB; take a smaller or a quantised one."
         )
+    mx.set_wired_limit(limit)
+
+
+def is_on_cpu(mx: Any) -> bool:
+    return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def _loaded(mx: Any, facts: ModelFile, progress: ReportProgress) -> Any:
     try:
         model, _ = import_module("mlx_lm.utils").load_model(facts.path, lazy=True)
-        if mx.default_device() == mx.Device(mx.cpu):
+        if is_on_cpu(mx):
             # halves are up to 50 times slower there, and weights stay quantised
             model.set_dtype(mx.float32)
         parameters = [
@@ -96,7 +101,9 @@ def _loaded(mx: Any, facts: ModelFile, progress: ReportProgress) -> Any:
         for start in range(0, len(parameters), size):
             mx.eval(parameters[start : start + size])
             progress(start / len(parameters))
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # each model of mlx-lm trips in its way over what it did not expect
         reason = str(error).replace(str(facts.path), facts.name).partition("\n")[0]
         raise ModelLoadFailed(f"mlx-lm cannot load {facts.name}: {reason}") from error
     return model
@@ -132,8 +139,7 @@ class MlxEngine:
         self._model: Any = model
         self._spec = spec
         self._mx = import_module("mlx.core")
-        is_cpu = self._mx.default_device() == self._mx.Device(self._mx.cpu)
-        self._n_alone = min(spec.n_batch, CPU_PREFILL) if is_cpu else spec.n_batch
+        self._n_alone = min(spec.n_batch, CPU_PREFILL) if is_on_cpu(self._mx) else spec.n_batch
         self._can_cut = can_cut(import_module("mlx_lm.models.cache").make_prompt_cache(model))
         self._rows = self._new_rows()
         self.n_parallel = spec.n_parallel
@@ -209,7 +215,7 @@ class MlxEngine:
         if self._n_failed_steps >= MAX_FAILED_STEPS:
             raise error
         logger.error("A step failed; its %d sequences end", len(self._running), exc_info=error)
-        result.failed = [(live.id, error) for live in self._running]
+        result.failed += [(live.id, error) for live in self._running]
         self._running.clear()
         self._rows = self._new_rows()
         self._mx.clear_cache()

@@ -95,7 +95,9 @@ def n_usable(tokens: Tokens, cache: Cache, wanted: Tokens) -> int:
 
 
 def can_cut(cache: Cache) -> bool:
-    return all(layer.is_trimmable() for layer in cache)
+    """A chunked layer that has dropped its beginning says so of itself too, and would then miss
+    what the tokens before its end have to see."""
+    return all(layer.is_trimmable() and not getattr(layer, "start_position", 0) for layer in cache)
 
 
 def beginning(cache: Cache, n_tokens: int, n: int) -> Cache:

@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, Protocol
 
-from engine.backends.mlx_prompts import Cache, as_tokens
+from engine.backends.mlx_prompts import Cache, as_tokens, can_cut
 from engine.backends.mlx_sampling import Chooser
 from engine.prefix import Tokens
+
+GROWTH = 256  # cells that one of mlx-lm's memories gets at a time
 
 
 class Rows(Protocol):
@@ -27,14 +29,16 @@ class Rows(Protocol):
     def remove(self, number: int) -> None: ...
 
     def cache_of(self, number: int) -> tuple[Tokens, Cache]:
-        """What is computed of a row, and its tokens. Not for one that has just joined."""
+        """What is computed of a row, and its tokens: perhaps none, if it has just joined."""
 
 
 def new_rows(model: Any, n_most: int, n_batch: int) -> Rows:
     """Rows in one batch, where the model's caches can be put together; else one at a time."""
-    make_cache = import_module("mlx_lm.models.cache").make_prompt_cache
-    if all(map(_can_merge, make_cache(model))):
-        return BatchRows(model, n_most, n_batch)
+    cache = import_module("mlx_lm.models.cache").make_prompt_cache(model)
+    if all(map(_can_merge, cache)):
+        # Prompts that are computed together are filled up to one length, and a state goes on
+        # through what fills up, unless the model minds: not all of mlx-lm's do.
+        return BatchRows(model, n_most, n_batch, n_prompts=n_most if can_cut(cache) else 1)
     return SingleRow(model, n_batch)
 
 
@@ -45,15 +49,17 @@ def _can_merge(layer: Any) -> bool:
 
 class BatchRows:
     """Implements Rows over mlx-lm's BatchGenerator, which computes a step ahead: a row's token is
-    told when the next one is on its way."""
+    told when the next one is on its way. So many prompts are computed at once, the others after
+    them."""
 
-    def __init__(self, model: Any, n_most: int, n_batch: int) -> None:
+    def __init__(self, model: Any, n_most: int, n_batch: int, *, n_prompts: int) -> None:
         generator = import_module("mlx_lm.generate").BatchGenerator
         self.n_most = n_most
+        self._n_prompts = n_prompts
         self._generator = generator(
             model,
             completion_batch_size=n_most,
-            prefill_batch_size=n_most,
+            prefill_batch_size=n_prompts,
             prefill_step_size=n_batch,
         )
         self._uids: dict[int, int] = {}  # by number
@@ -76,7 +82,8 @@ class BatchRows:
         self._prefilled[uid] = 0
 
     def step(self, n_prefill: int) -> tuple[list[tuple[int, int]], int]:
-        self._generator.prefill_step_size = max(n_prefill // max(len(self._prefilled), 1), 1)
+        n_prompts = min(max(len(self._prefilled), 1), self._n_prompts)
+        self._generator.prefill_step_size = max(n_prefill // n_prompts, 1)
         prompts, told = self._generator.next()
         n_prefilled = 0
         for prompt in prompts:
@@ -96,7 +103,15 @@ class BatchRows:
     def cache_of(self, number: int) -> tuple[Tokens, Cache]:
         uid = self._uids[number]
         cache, tokens = self._generator.extract_cache([uid])[uid]
-        import_module("mlx.core").eval([layer.state for layer in cache])
+        mx, tree_map = import_module("mlx.core"), import_module("mlx.utils").tree_map
+
+        def own(part: Any) -> Any:
+            """Not a piece of the whole batch's memory, which would stay as long as the piece."""
+            return mx.contiguous(part) if isinstance(part, mx.array) else part
+
+        for layer in cache:
+            layer.state = tree_map(own, layer.state)
+        mx.eval([layer.state for layer in cache])
         return as_tokens(tokens), cache
 
 
@@ -134,6 +149,8 @@ class SingleRow:
         logits = self._model(part, cache=self._cache)
         self._mx.eval([layer.state for layer in self._cache])
         self._n_past += n
+        if n_left or self._n_past % GROWTH == 0:
+            self._mx.clear_cache()  # as a BatchGenerator does
         if n_left:
             return [], n
         scores = logits[:, -1, :]

@@ -4,7 +4,6 @@ import re
 import threading
 from functools import cached_property
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from engine.backends.hf_tokenizer import BYTES
@@ -22,7 +21,7 @@ class MlxTokenizer:
         library = import_module("tokenizers")
         path = facts.path
         file, settings = read_tokenizer(path)
-        self._tokenizer = tokenizer = _read(library, path)
+        self._tokenizer = tokenizer = _read(library, facts)
         self._lock = threading.Lock()  # whether specials count is a state of the tokenizer
         for token in settings.added_tokens_decoder.values():
             if tokenizer.token_to_id(token.content) is None:
@@ -110,11 +109,11 @@ class MlxTokenizer:
         return ids
 
 
-def _read(library: Any, path: Path) -> Any:
+def _read(library: Any, facts: ModelFile) -> Any:
     try:
-        tokenizer = library.Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer = library.Tokenizer.from_file(str(facts.path / "tokenizer.json"))
     except Exception as error:  # the library raises bare ones
-        raise ModelLoadFailed(f"{path.name} has a tokenizer.json that fails: {error}.") from None
+        raise ModelLoadFailed(f"{facts.name} has a tokenizer.json that fails: {error}.") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -100,6 +100,12 @@ class Header:
             self.fail(f"is of the architecture {self.get('general.architecture')}, not llama")
         if self.get("llama.expert_count", 0):
             self.fail("is a mixture of experts")
+        scaling = self.get("llama.rope.scaling.type", "linear")
+        factor = self.get("llama.rope.scaling.factor", self.get("llama.rope.scale_linear", 1))
+        if scaling not in ("none", "linear") or (scaling == "linear" and factor not in (0, 1)):
+            self.fail(f"scales positions ({scaling}, {factor:g})")
+        if (n_turned := self.get("llama.rope.dimension_count", self.head_size)) != self.head_size:
+            self.fail(f"turns {n_turned} of the {self.head_size} numbers of a head")
         if self.get("tokenizer.ggml.model") not in ("gpt2", "llama"):
             self.fail(f"has a vocabulary of the type {self.get('tokenizer.ggml.model')}")
 
@@ -117,6 +123,12 @@ class Header:
         if value is None:
             self.fail(f"does not say {key}")
         return value
+
+    @property
+    def head_size(self) -> int:
+        n_embd, n_head = map(self.must, ("llama.embedding_length", "llama.attention.head_count"))
+        size: int = self.get("llama.attention.key_length", n_embd // n_head)
+        return size
 
     @property
     def tokens(self) -> list[str]:
@@ -163,14 +175,14 @@ def _config(header: Header, weights: dict[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": header.must("llama.block_count"),
         "num_attention_heads": n_head,
         "num_key_value_heads": header.get("llama.attention.head_count_kv", n_head),
-        "head_dim": header.get("llama.attention.key_length", n_embd // n_head),
+        "head_dim": header.head_size,
         "rms_norm_eps": header.must("llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": header.get("llama.rope.freq_base", 10000.0),
         "vocab_size": len(header.tokens),
         "max_position_embeddings": header.must("llama.context_length"),
         "tie_word_embeddings": "lm_head.weight" not in weights,
         "bos_token_id": header.special("bos"),
-        "eos_token_id": header.special("eos"),
+        "eos_token_id": ends(header),
     }
     bits = {
         name.removesuffix(".scales"): weights[name.replace(".scales", ".weight")].shape[-1]
@@ -185,6 +197,12 @@ def _config(header: Header, weights: dict[str, Any]) -> dict[str, Any]:
         }
         config["quantization"] = {"group_size": GROUP, "bits": usual, **others}
     return config
+
+
+def ends(header: Header) -> list[int]:
+    """Tokens with which a text, a turn or a message to a tool ends."""
+    found = (header.special(which) for which in ("eos", "eot", "eom"))
+    return [token for token in found if token is not None]
 
 
 def _tokenizer(header: Header, tokenizers: Any) -> Any:
