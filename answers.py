@@ -11,9 +11,11 @@ says all of it again for every form of reply, whole or streamed.
 """
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import ExitStack, aclosing, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, TypeVar
 
 import msgspec
@@ -21,8 +23,8 @@ import msgspec
 from cache import Cache, Entry, key
 from caching import Caching
 from engine import wire
-from flights import MAX_ITEMS, Flights
-from generating import Generation, interleaved
+from flights import MAX_ITEMS, Flights, Reader, Tell
+from generating import Generation
 from tier import Tier
 
 KIND = "answer"
@@ -85,34 +87,37 @@ class Answers:
         `caching` what it had. Closing it ends what nobody else waits for. Raises ServiceError."""
         cache = self._cache
         if cache is None or not caching.writes or not self._may_keep(requests, is_seeded):
-            async with aclosing(generated(requests, tier, priority)) as items:
-                async for item in items:
-                    yield item
-            return
-        asked = _Asked(requests, tier, priority, tier.identity)
-        name = await _key(asked, is_seeded, caching.owner)
-        caching.outcome = "MISS"
-        if not caching.reads:
-            async with aclosing(_kept(asked, cache, name)) as items:
-                async for item in items:
-                    yield item
-            return
-        # who is more urgent does not wait in the place of who is less, nor for what is too old
-        flight = key("flight", name, priority, caching.max_age_s)
-        max_age_s = caching.max_age_s
-        async with self._flights.join(
-            flight, lambda: _found_or_kept(asked, cache, name, max_age_s)
-        ) as reader:
+            flight: AbstractAsyncContextManager[Reader[Item]] = self._flights.alone(
+                lambda tell: generate(requests, tier, priority, tell)
+            )
+        else:
+            asked = _Asked(requests, tier, priority, tier.identity)
+            name = await _key(asked, is_seeded, caching.owner)
+            caching.outcome = "MISS"
+            flight = self._flight(asked, cache, name, caching)
+        async with flight as reader:
             async for item in reader:
                 if isinstance(item, Begun):
                     if item.age_s is not None:
                         caching.outcome, caching.age_s = "HIT", item.age_s
-                    elif reader.is_joined:
+                    elif reader.is_joined and cache is not None:
                         caching.outcome = "JOIN"
                         cache.joined(KIND)
                 if reader.n_read % BREATH_ITEMS == 0:
                     await asyncio.sleep(0)
                 yield item
+
+    def _flight(
+        self, asked: "_Asked", cache: Cache, name: bytes, caching: Caching
+    ) -> AbstractAsyncContextManager[Reader[Item]]:
+        if not caching.reads:
+            return self._flights.alone(lambda tell: _keep(asked, cache, name, tell))
+        # who is more urgent does not wait in the place of who is less, nor for what is too old
+        max_age_s = caching.max_age_s
+        flight = key("flight", name, asked.priority, max_age_s)
+        return self._flights.join(
+            flight, lambda tell: _find_or_keep(asked, cache, name, max_age_s, tell)
+        )
 
     async def n_tokens(self, prompt: Sequence[wire.Segment], tier: Tier, caching: Caching) -> int:
         """How many tokens a prompt has, remembered too: who needs it to find an answer is not to
@@ -200,19 +205,17 @@ def answer_key(
     return key(KIND, identity, owner, is_seeded, plain)
 
 
-async def _found_or_kept(
-    asked: _Asked, cache: Cache, name: bytes, max_age_s: float | None
-) -> Items:
+async def _find_or_keep(
+    asked: _Asked, cache: Cache, name: bytes, max_age_s: float | None, tell: Tell[Item]
+) -> None:
     entry = await cache.get(KIND, name, max_age_s)
     kept = await _read(entry) if entry is not None else None
-    if entry is not None and kept is not None:
-        yield Begun(kept.n_prompt, kept.n_cached, kept.seed, age_s=entry.age_s)
-        for out in kept.outs:
-            yield out
+    if entry is None or kept is None:
+        await _keep(asked, cache, name, tell)
         return
-    async with aclosing(_kept(asked, cache, name)) as items:
-        async for item in items:
-            yield item
+    tell(Begun(kept.n_prompt, kept.n_cached, kept.seed, age_s=entry.age_s))
+    for out in kept.outs:
+        tell(out)
 
 
 async def _read(entry: Entry) -> _Kept | None:
@@ -225,36 +228,41 @@ async def _read(entry: Entry) -> _Kept | None:
         return None
 
 
-async def _kept(asked: _Asked, cache: Cache, name: bytes) -> Items:
+async def _keep(asked: _Asked, cache: Cache, name: bytes, tell: Tell[Item]) -> None:
     """What is generated, which the cache has once it is whole."""
     begun = Begun(0, 0, 0)
     outs: list[tuple[int, wire.TokenOut]] = []
     is_good = True
-    async with aclosing(generated(asked.requests, asked.tier, asked.priority)) as items:
-        async for item in items:
-            if isinstance(item, Begun):
-                begun = item
-            elif isinstance(item, tuple):
-                index, out = item
-                is_good &= out.done is None or out.done.is_valid is not False
-                if len(outs) < MAX_ITEMS:  # longer ones are not worth the room
-                    outs.append((index, out))
-                else:
-                    is_good = False
-            yield item
+
+    def keep(item: Item) -> None:
+        nonlocal begun, is_good
+        if isinstance(item, tuple):
+            done = item[1].done
+            is_good &= done is None or done.is_valid is not False
+            if len(outs) < MAX_ITEMS:  # longer ones are not worth the room
+                outs.append(item)
+            else:
+                is_good = False
+        elif isinstance(item, Begun):
+            begun = item
+        tell(item)
+
+    await generate(asked.requests, asked.tier, asked.priority, keep)
     if is_good and asked.tier.is_still(asked.identity):
         kept = _Kept(begun.n_prompt, begun.n_cached, begun.seed, outs)
         cache.put(KIND, name, _encode(kept))
 
 
-async def generated(requests: Sequence[wire.Generate], tier: Tier, priority: int) -> Items:
+async def generate(
+    requests: Sequence[wire.Generate], tier: Tier, priority: int, tell: Tell[Item]
+) -> None:
     """A new answer of the tier's model. Raises ServiceError."""
     with ExitStack() as stack:
         stack.enter_context(tier.lease())
         generations = [
             stack.enter_context(tier.submit(request, priority=priority)) for request in requests
         ]
-        yield generations[-1]
+        tell(generations[-1])
         begun = Begun(0, 0, requests[0].sampling.seed, max(g.n_before for g in generations))
         for generation in generations:
             started = await generation.started()
@@ -264,7 +272,19 @@ async def generated(requests: Sequence[wire.Generate], tier: Tier, priority: int
                 n_cached=begun.n_cached + started.cached_tokens,
                 handed_at=max(begun.handed_at, generation.handed_at),
             )
-        yield begun
-        async with aclosing(interleaved(generations)) as outs:
-            async for out in outs:
-                yield out
+        tell(begun)
+        firsts = itertools.accumulate((request.n for request in requests), initial=0)
+        works = [
+            asyncio.ensure_future(generation.tell(partial(_tell_one, tell, first)))
+            for generation, first in zip(generations, firsts, strict=False)
+        ]
+        try:
+            await asyncio.gather(*works)
+        finally:
+            for work in works:
+                work.cancel()
+
+
+def _tell_one(tell: Tell[Item], first: int, out: wire.TokenOut) -> None:
+    """Each answer by its number among those of all."""
+    tell((first + out.index, out))

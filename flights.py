@@ -13,9 +13,9 @@
 import asyncio
 import copy
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from errors import InternalError
 
@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 MAX_ITEMS = 1 << 16
 
-Make = Callable[[], AsyncGenerator[T, None]]
+Tell = Callable[[T], None]
+Work = Callable[[Tell[T]], Coroutine[Any, Any, None]]  # it tells each item as soon as there is one
 
 
 class Flights(Generic[T]):
@@ -39,23 +40,39 @@ class Flights(Generic[T]):
         return len(self._flights)
 
     @asynccontextmanager
-    async def join(self, key: bytes, make: Make[T]) -> AsyncIterator["Reader[T]"]:
-        """Read what the flight under this key makes; without one, what `make` does. Closing the
-        generator that `make` returns must end its work."""
+    async def join(self, key: bytes, work: Work[T]) -> AsyncIterator["Reader[T]"]:
+        """Read what the flight under this key tells; without one, what `work` does."""
         flight = self._flights.get(key)
-        reader = Reader(flight or self._start(key, make), is_joined=flight is not None)
+        reader = Reader(flight or self._start(key, work), is_joined=flight is not None)
         with reader:
             yield reader
 
-    def _start(self, key: bytes, make: Make[T]) -> "_Flight[T]":
+    @asynccontextmanager
+    async def alone(self, work: Work[T]) -> AsyncIterator["Reader[T]"]:
+        """Read what `work` tells, which nobody shares."""
+        with Reader(self._begin(work, lambda: None), is_joined=False) as reader:
+            yield reader
+
+    def _start(self, key: bytes, work: Work[T]) -> "_Flight[T]":
         def release() -> None:
             if self._flights.get(key) is flight:  # and not one that came after it
                 del self._flights[key]
 
-        flight = self._flights[key] = _Flight(make, self._max_items, release)
+        flight = self._flights[key] = self._begin(work, release)
+        return flight
+
+    def _begin(self, work: Work[T], release: Callable[[], None]) -> "_Flight[T]":
+        flight = _Flight(work, self._max_items, release)
         self._tasks.add(flight.task)
         flight.task.add_done_callback(self._tasks.discard)
         return flight
+
+
+async def told(items: AsyncGenerator[T, None], tell: Tell[T]) -> None:
+    """Work out of a generator."""
+    async with aclosing(items):
+        async for item in items:
+            tell(item)
 
 
 class Reader(Generic[T]):
@@ -67,8 +84,9 @@ class Reader(Generic[T]):
         self.n_read = 0
         self._flight = flight
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "Reader[T]":
         self._flight.readers.add(self)
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._flight.leave(self)
@@ -83,7 +101,7 @@ class Reader(Generic[T]):
 
 
 class _Flight(Generic[T]):
-    def __init__(self, make: Make[T], max_items: int, release: Callable[[], None]) -> None:
+    def __init__(self, work: Work[T], max_items: int, release: Callable[[], None]) -> None:
         self.readers: set[Reader[T]] = set()
         self._max_items = max_items
         self._release = release
@@ -91,7 +109,7 @@ class _Flight(Generic[T]):
         self._n_forgotten = 0  # items before these
         self._end: Exception | None = None
         self._changed = asyncio.Event()
-        self.task = asyncio.create_task(self._run(make))
+        self.task = asyncio.create_task(self._run(work))
         self.task.add_done_callback(self._ended)  # it is called whatever happens
 
     def leave(self, reader: Reader[T]) -> None:
@@ -109,14 +127,15 @@ class _Flight(Generic[T]):
             await self._changed.wait()
         return self._items[n - self._n_forgotten]
 
-    async def _run(self, make: Make[T]) -> None:
-        async with aclosing(make()) as items:
-            async for item in items:
-                self._items.append(item)
-                self._changed.set()
-                if self._n_forgotten + len(self._items) > self._max_items:
-                    self._release()
-                    self._forget()
+    async def _run(self, work: Work[T]) -> None:
+        await work(self._tell)  # here, so that also what fails before it begins is its error
+
+    def _tell(self, item: T) -> None:
+        self._items.append(item)
+        self._changed.set()
+        if self._n_forgotten + len(self._items) > self._max_items:
+            self._release()
+            self._forget()
 
     def _forget(self) -> None:
         n_read = min((reader.n_read for reader in self.readers), default=0)

@@ -2,10 +2,9 @@
 
 import asyncio
 import copy
-import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from engine import wire
@@ -26,7 +25,7 @@ class Owner(Protocol):
 
 
 class Generation:
-    """One request in a tier: first `started()`, then iterate over what it says.
+    """One request in a tier: first `started()`, then `tell` what it says.
 
     Leaving the `with` block ends it, wherever it is: waiting, in a prefill or finished.
     """
@@ -43,7 +42,10 @@ class Generation:
         self._owner = owner
         self.n_open = request.n
         self._has_started = False
+        # what comes before somebody hears it
         self._messages: asyncio.Queue[wire.Started | wire.TokenOut | ServiceError] = asyncio.Queue()
+        self._hear: Callable[[wire.TokenOut], None] = self._messages.put_nowait
+        self._end: asyncio.Future[None] | None = None
 
     async def started(self) -> wire.Started:
         """Wait until the request has passed every check and has its place. Raises ServiceError."""
@@ -51,14 +53,17 @@ class Generation:
         assert isinstance(message, wire.Started)
         return message
 
-    async def __aiter__(self) -> AsyncIterator[wire.TokenOut]:
-        """The rest, until each answer was `done`. Raises ServiceError."""
-        n_done = 0
-        while n_done < self.request.n:
+    async def tell(self, hear: Callable[[wire.TokenOut], None]) -> None:
+        """Have the rest heard, each as it comes and at once, until each answer was `done`. Raises
+        ServiceError."""
+        while not self._messages.empty():
             message = await self._next()
             assert isinstance(message, wire.TokenOut)
-            n_done += message.done is not None
-            yield message
+            hear(message)
+        if self.n_open:
+            self._hear = hear
+            self._end = asyncio.get_running_loop().create_future()
+            await self._end
 
     def send(self, worker: Worker) -> None:
         worker.generate(self.request, self)
@@ -93,51 +98,21 @@ class Generation:
             self.n_open -= message.done is not None
             if self.n_open == 0:
                 self._owner.drop(self)
-            self._messages.put_nowait(message)
+            self._hear(message)
+            if self.n_open == 0 and self._end is not None and not self._end.done():
+                self._end.set_result(None)
         elif isinstance(message, wire.Started) and not self._has_started:
             self._owner.metrics.started(message.prompt_tokens, message.cached_tokens)
             self._has_started = True  # a second start, after a retry, is nobody's business
             self._messages.put_nowait(message)
 
     def fail(self, error: ServiceError) -> None:
-        self._messages.put_nowait(copy.copy(error))  # one error may end many requests
-
-
-async def interleaved(
-    generations: Sequence[Generation],
-) -> AsyncGenerator[tuple[int, wire.TokenOut], None]:
-    """What several generations say, in the order in which they say it; each answer by its number
-    among those of all. Raises ServiceError."""
-    if len(generations) == 1:
-        async for out in generations[0]:
-            yield out.index, out
-        return
-    queue: asyncio.Queue[tuple[int, wire.TokenOut] | BaseException] = asyncio.Queue()
-
-    async def feed(first: int, generation: Generation) -> None:
-        try:
-            async for out in generation:
-                queue.put_nowait((first + out.index, out))
-        except Exception as error:
-            queue.put_nowait(error)
-
-    n_choices = [generation.request.n for generation in generations]
-    firsts = [0, *itertools.accumulate(n_choices)]
-    tasks = [
-        asyncio.create_task(feed(first, generation))
-        for first, generation in zip(firsts, generations, strict=False)
-    ]
-    try:
-        n_open = sum(n_choices)
-        while n_open:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            n_open -= item[1].done is not None
-            yield item
-    finally:
-        for task in tasks:
-            task.cancel()
+        error = copy.copy(error)  # one error may end many requests
+        if self._end is None:
+            self._messages.put_nowait(error)
+        elif not self._end.done():
+            self._end.set_exception(error)
+            self._end.exception()  # known, also if nobody waits for the end any more
 
 
 class Conversion:

@@ -25,7 +25,7 @@ from encoding import Encoding, error_of
 from engine import wire
 from engine.types import Method, Role, Scale, Truncate
 from errors import BadRequest
-from flights import Flights
+from flights import Flights, told
 from lengths import check_colbert
 from rerankers import EQUAL_WEIGHTS, EmbeddingReranker
 from tier import Tier
@@ -123,7 +123,7 @@ class Lookups:
         max_age_s = caching.max_age_s
         flight = key("flight", batch.name, max_age_s)
         async with self._flights.join(
-            flight, lambda: _known_or_kept(batch, cache, max_age_s)
+            flight, lambda tell: told(_known_or_kept(batch, cache, max_age_s), tell)
         ) as reader:
             async for found in reader:
                 if reader.is_joined and found.age_s is None:

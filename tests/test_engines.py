@@ -223,17 +223,19 @@ def test_a_worker_that_dies_or_hangs_costs_only_its_streams(model: Path, fault: 
             light = manager.tiers["light"]
             with light.submit(REQUEST) as generation:
                 await generation.started()
-                outs = aiter(generation)
-                await anext(outs)
+                has_begun = asyncio.Event()
+                telling = asyncio.create_task(generation.tell(lambda _: has_begun.set()))
+                await has_begun.wait()
                 assert light._worker
                 os.kill(light._worker.pid, fault)
                 with pytest.raises(Exception, match="killed by SIGKILL"):
-                    async for _ in outs:
-                        pass
+                    await telling
             short = msgspec.structs.replace(REQUEST, max_tokens=5)
             with light.submit(short) as generation:
                 await generation.started()
-                *_, last = [out async for out in generation]
+                outs: list[wire.TokenOut] = []
+                await generation.tell(outs.append)
+            last = outs[-1]
             assert last.done
             assert last.done.n_tokens == 5
 

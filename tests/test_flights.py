@@ -3,14 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import BadRequest, InternalError, QueueFull, ServiceError
-from flights import Flights, Reader
+from flights import Flights, Reader, Tell, told
 
 Item = tuple[int, int]  # which flight's, and its number
 
@@ -48,9 +48,9 @@ class Works:
     flights: Flights[Item] = field(default_factory=Flights)
     started: list[Work] = field(default_factory=list)
 
-    def make(self) -> AsyncGenerator[Item, None]:
+    async def make(self, tell: Tell[Item]) -> None:
         self.started.append(Work(len(self.started)))
-        return self.started[-1].items()
+        await told(self.started[-1].items(), tell)
 
     async def read(self, name: bytes, got: list[Item]) -> None:
         async with self.flights.join(name, self.make) as reader:
@@ -218,8 +218,8 @@ def test_an_error_that_cannot_be_copied_reaches_everybody_as_it_is() -> None:
     run(main)
 
 
-def test_work_that_cannot_even_be_made_is_an_error() -> None:
-    def make() -> AsyncGenerator[Item, None]:
+def test_work_that_cannot_even_begin_is_an_error() -> None:
+    def make(tell: Tell[Item]) -> NoReturn:
         raise QueueFull("full")
 
     async def main(works: Works) -> None:

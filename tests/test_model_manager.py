@@ -41,7 +41,9 @@ def request(text: str = "Hi", max_tokens: int | None = None) -> wire.Generate:
 async def ask(tier: Tier, text: str = "Hi") -> str:
     with tier.lease(), tier.submit(request(text)) as generation:
         await generation.started()
-        return "".join([out.text async for out in generation])
+        said: list[str] = []
+        await generation.tell(lambda out: said.append(out.text))
+        return "".join(said)
 
 
 async def until(holds: Callable[[], object]) -> None:
@@ -153,8 +155,7 @@ def test_those_that_wait_are_served_by_priority() -> None:
             with tier.submit(request(name), priority=priority) as generation:
                 await generation.started()
                 order.append(name)
-                async for _ in generation:
-                    pass
+                await generation.tell(lambda _: None)
 
         asked = {"low": 2, "first": 0, "second": 0, "high": -2}
         await asyncio.gather(*(one(name, priority) for name, priority in asked.items()))
@@ -493,12 +494,13 @@ def test_a_worker_that_dies_costs_only_those_that_had_text_and_the_poison(tmp_pa
         elsewhere = asyncio.create_task(ask(other, "hello " * 50))
         with tier.submit(request("long")) as streaming:
             await streaming.started()
-            assert (await anext(aiter(streaming))).text
+            said: list[wire.TokenOut] = []
+            telling = asyncio.create_task(streaming.tell(said.append))
+            await until(lambda: said)
             batch = ["poison", *(f"{i}" for i in range(8))]  # more than there are sequences
             tasks = [asyncio.create_task(outcome(ask(tier, text))) for text in batch]
             with pytest.raises(WorkerCrashed, match="died"):
-                async for _ in streaming:
-                    pass
+                await telling
         poisoned, *results = await asyncio.gather(*tasks)
         assert isinstance(poisoned, WorkerCrashed)
         assert results == [f"You said: {i}" for i in range(8)]

@@ -200,7 +200,7 @@ def test_urgent_requests_take_places_and_the_last_of_a_full_line_leaves_it(tmp_p
         async def one(text: str, priority: int) -> None:
             with light.submit(request(text), priority=priority) as generation:
                 await generation.started()
-                _ = [out async for out in generation]
+                await generation.tell(lambda _: None)
                 order.append(text)
 
         running = [asyncio.create_task(one(f"long {n}", 10)) for n in range(2)]
