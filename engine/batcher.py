@@ -100,7 +100,8 @@ class Batcher:
         shares = list(self._shares.values())
         self._is_again = False
         if self._given_up:
-            small = [share for share in shares if share.is_small]
+            own = {job for job, _ in self._given_up}  # their later texts may need these
+            small = [share for share in shares if share.is_small and share.job not in own]
             self._n_passed += 1
             if not small or self._n_passed > MAX_PASSED:
                 batch, self._given_up = self._given_up, []

@@ -209,3 +209,14 @@ def test_a_cancelled_job_leaves_the_batch_that_was_given_up() -> None:
     of.give_up(of.plan())
     of.cancel(3)
     assert of.idle
+
+
+def test_no_text_overtakes_those_of_its_own_job_that_were_given_up() -> None:
+    """Documents are compared with the queries before them."""
+    of = batcher(500)
+    of.add(1, texts(500))
+    of.add(1, [(1, 50)])
+    given_up = of.plan()
+    of.add(2, texts(10))
+    of.give_up(given_up)
+    assert batches(of) == [[(2, 0)], [(1, 0)], [(1, 1)]]
