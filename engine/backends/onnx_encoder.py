@@ -4,8 +4,7 @@ Everything is float32. A call runs in a thread of its own, so that the one that 
 whether anybody still wants it.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,9 @@ class OnnxEncoder(PaddedEncoder):
         options.log_severity_level = 3
         for name, value in _OPTIONS.items():
             options.add_session_config_entry(name, value)
-        values = map(self._runtime.OrtValue.ortvalue_from_numpy, map(np.ascontiguousarray, weights.values()))
-        options.add_external_initializers(list(weights), list(values))
+        value = self._runtime.OrtValue.ortvalue_from_numpy
+        values = [value(np.ascontiguousarray(tensor)) for tensor in weights.values()]
+        options.add_external_initializers(list(weights), values)
         return self._runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def compute(self, inputs: Inputs) -> Floats:
@@ -66,11 +66,11 @@ class OnnxEncoder(PaddedEncoder):
         options = self._runtime.RunOptions()
         call = self._thread.submit(self._session.run, None, feed, options)
         try:
-            while not wait_for([call], ASK_EVERY_S).done:
+            while not wait([call], ASK_EVERY_S).done:
                 self.ask()
         except BaseException:
             options.terminate = True  # ends it between two operations
-            wait_for([call])
+            wait([call])
             raise
         found: Floats = call.result()[0]
         return found
