@@ -404,6 +404,13 @@ MAY_IMPORT = {
         "settings",
         "worker_spec",
     },
+    "bench.encoder_runtimes": {
+        "bench.compare",
+        "bench.encoders",
+        "engine",
+        "models.convert.gguf_to_folder",
+        "settings",
+    },
     "bench.compare": {"bench", "settings", "worker_spec"},
     "bench.performance_page": {"bench.scenarios", "bench.servers"},
     "bench.scenarios": {"bench.http", "bench.plain_client"},
@@ -427,10 +434,12 @@ ONLY_IN = {
         "engine.backends.llamacpp",
         "engine.backends.llama_encoder",
         "bench.encoders",
+        "bench.encoder_runtimes",
         "bench.speculation",
     },
     "gguf": {"models"},
     "mlx": {"engine.backends.mlx", "engine.backends.mlx_bert", "engine.backends.mlx_rows"},
+    "onnx": {"engine.backends.onnx_bert", "bench.encoder_runtimes"},
     "huggingface_hub": {"hub"},
 }
 

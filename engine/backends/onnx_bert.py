@@ -81,7 +81,9 @@ class _Network:
         n_tokens = self._node("Shape", "ids", start=1, end=2)
         end = self._node("Add", n_tokens, self._numbers(first))
         positions = self._node("Slice", _table("position"), self._numbers(first), end)
-        types = self._node("Gather", _table("token_type"), "types" if has_types else self._number(0))
+        types = self._node(
+            "Gather", _table("token_type"), "types" if has_types else self._number(0)
+        )
         x = self._node("Add", self._node("Gather", _table("word"), "ids"), positions)
         x = self._listed(self._node("Add", x, types))
         return self._node(
@@ -95,10 +97,14 @@ class _Network:
             for part in ("query", "key", "value")
         ]
         mixed = self._listed(self._attention(heads))
-        x = self._norm(f"{attention}.output.LayerNorm", self._linear(f"{attention}.output.dense", mixed), x)
+        x = self._norm(
+            f"{attention}.output.LayerNorm", self._linear(f"{attention}.output.dense", mixed), x
+        )
         activation, how = _ACTIVATIONS[self._shape.activation]
         inner = self._node(activation, self._linear(f"{name}.intermediate.dense", x), **how)
-        return self._norm(f"{name}.output.LayerNorm", self._linear(f"{name}.output.dense", inner), x)
+        return self._norm(
+            f"{name}.output.LayerNorm", self._linear(f"{name}.output.dense", inner), x
+        )
 
     def _attention(self, heads: list[str]) -> str:
         """Where nothing is padded ONNX Runtime never has all of the attention in memory, which of
