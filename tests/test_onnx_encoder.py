@@ -138,12 +138,18 @@ def test_a_bert_is_told_which_tokens_are_the_documents(folders: Path, load: Load
 
 
 @needs_onnx
-@pytest.mark.parametrize("padded", [False, True])
-def test_company_changes_nothing(padded: bool, folders: Path, load: Load) -> None:
-    """Attention is computed in one way where sequences are of one length, and else in another."""
-    encoder = load(folders / "embedder")
-    batch = ids_of([0, *range(5, 60), 2], [0, *range(30, 80 if padded else 85), 2])
-    alone = np.concatenate([encoder.encode([ids]) for ids in batch])
+@pytest.mark.parametrize("name", ["embedder", "reranker"])
+def test_company_changes_nothing(
+    name: str, folders: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention is computed in one way where sequences are of one length, and else in another; and
+    long ones are computed alone."""
+    encoder = load(folders / name, batch_tokens=100)
+    first, other, shorter = ids_of(*([0, *range(5, end), 2] for end in (60, 60, 55)))
+    for batch in ([first, other], [first, shorter]):
+        alone = np.concatenate([encoder.encode([ids]) for ids in batch])
+        assert encoder.encode(batch) == pytest.approx(alone, abs=1e-5)
+    monkeypatch.setattr(onnx_encoder, "ATTENTION_NUMBERS", 0)
     assert encoder.encode(batch) == pytest.approx(alone, abs=1e-5)
 
 

@@ -20,6 +20,8 @@ from errors import ModelLoadFailed
 
 INSTALL = "`./setup.sh --onnx`, or `pip install -r requirements-onnx.txt`"
 ASK_EVERY_S = 0.05
+# Of padded sequences a layer's attention is in memory as a whole: 64 MB. Longer ones go alone.
+ATTENTION_NUMBERS = 1 << 24
 # Its threads would wait in a loop for the next operation, also between two calls: as long as other
 # programs want the cores they take turns with them.
 _OPTIONS = {"session.intra_op.allow_spinning": "1"}
@@ -33,9 +35,12 @@ class OnnxEncoder(PaddedEncoder):
     def __init__(self, spec: WorkerSpec, progress: ReportProgress) -> None:
         facts = read_model_folder(Path(spec.model_path))
         super().__init__(spec, facts)
+        assert spec.encoder is not None
+        self._usual_tokens = spec.encoder.batch_tokens
         progress(0.0)
         self._runtime, bert, tokenizers = _libraries()
         shape = read_shape(facts, ranks=self.scale is not None)
+        self._n_head = shape.n_head
         self.tokenizer, self.specials, self.padding = read_tokenizer(facts, tokenizers)
         weights = read_weights(facts, shape)
         progress(0.5)
@@ -57,13 +62,29 @@ class OnnxEncoder(PaddedEncoder):
         return self._runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def compute(self, inputs: Inputs) -> Floats:
+        ids, mask, types = inputs.ids, inputs.mask, inputs.types
+        if mask.all() or ids.size * ids.shape[1] * self._n_head <= ATTENTION_NUMBERS:
+            return self._call(inputs)
+        shape = (len(ids), 1) if self.scale is not None else (*ids.shape, self.n_embd)
+        found = np.zeros(shape, np.float32)
+        for row, n in enumerate(mask.sum(axis=1).tolist()):
+            of_row = slice(row, row + 1), slice(n)
+            alone = Inputs(ids[of_row], mask[of_row], None if types is None else types[of_row])
+            found[of_row if self.scale is None else of_row[:1]] = self._call(alone)
+        return found
+
+    def _call(self, inputs: Inputs) -> Floats:
         self.ask()
-        lengths = inputs.mask.sum(axis=1, dtype=np.int32)
-        is_padded = np.array(bool(lengths.min() < inputs.ids.shape[1]))
-        feed = {"ids": inputs.ids, "lengths": lengths, "is_padded": is_padded}
+        feed = {
+            "ids": inputs.ids,
+            "lengths": inputs.mask.sum(axis=1, dtype=np.int32),
+            "is_padded": np.array(not inputs.mask.all()),
+        }
         if self.has_types:
             feed["types"] = np.zeros_like(inputs.ids) if inputs.types is None else inputs.types
         options = self._runtime.RunOptions()
+        if inputs.ids.size > self._usual_tokens:  # what it took would be kept
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         call = self._thread.submit(self._session.run, None, feed, options)
         try:
             while not wait([call], ASK_EVERY_S).done:
