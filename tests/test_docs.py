@@ -209,7 +209,12 @@ def test_the_settings_in_the_readmes_examples_load(tmp_path: Path) -> None:
     for block, tiers in zip(
         blocks,
         # as the text below says
-        (["light", "medium"], ["light", "heavy"], ["light", "medium", "heavy", "embedding"]),
+        (
+            ["embedding"],
+            ["light", "medium"],
+            ["light", "heavy"],
+            ["light", "medium", "heavy", "embedding"],
+        ),
         strict=True,
     ):
         path.write_text(block)
