@@ -20,8 +20,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -319,19 +319,20 @@ def batches_of(tokenize: Callable[[str], list[int]], kind: str, n_tokens: int, s
     return batches
 
 
-@contextmanager
-def prepared(model: Path) -> Iterator[Files]:
+def prepared(model: Path, made: Path) -> Files:
+    """Of what is in `made` already nothing is made again."""
     import llama_cpp
 
-    with tempfile.TemporaryDirectory() as made:
-        files = Files(model.resolve(), Path(made) / "q8_0.gguf", Path(made) / "folder")
+    files = Files(model.resolve(), made / f"{model.stem}.q8_0.gguf", made / model.stem)
+    if not files.folder.exists():
         convert(files.gguf, files.folder)
+    if not files.q8_0.exists():
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, True
         paths = (str(path).encode() for path in (files.gguf, files.q8_0))
         if llama_cpp.llama_model_quantize(*paths, params):
             raise SystemExit(f"{model.name} cannot be quantized.")
-        yield files
+    return files
 
 
 def measure(
@@ -381,11 +382,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--tokens", type=int, default=1500, metavar="N", help="of a turn, at least")
     add("--rounds", type=int, default=3, metavar="N")
     add("--threads", type=int, default=2, metavar="N")
+    add("--made", type=Path, metavar="DIR", help="keeps what is made of the model, for other runs")
     options = parser.parse_args(argv)
     # idle threads of one side that spin would take the cores from the other; as workers have it
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     with ExitStack() as stack:
-        files = stack.enter_context(prepared(options.model))
+        made = options.made or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        files = prepared(options.model, made)
         runtimes: dict[str, Runtime] = {}
         for name in dict.fromkeys([REFERENCE, *options.runtimes]):
             runtime = Runtime(name, files, options.threads)
