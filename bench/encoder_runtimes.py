@@ -6,8 +6,10 @@
     python -m bench.encoder_runtimes --runtimes llamacpp onnx
 
 Each runtime is a process of its own, all are loaded at once, and they take turns in each round,
-forwards and backwards, with the batches that the service would make. What is not installed is named
-and left out. It wants an environment apart from the service's, with requirements.txt in it.
+forwards and backwards, with the batches that the service would make. Where other programs want the
+cores too, tokens of a second of CPU say more than tokens of a second.
+
+What is not installed is named and left out. It wants an environment apart from the service's, with requirements.txt in it.
 
 Vectors are means of rows, of length one; they are compared with those of llama.cpp in F32.
 """
@@ -251,6 +253,7 @@ class Ready:
 @dataclass(frozen=True, slots=True)
 class Turn:
     seconds: float
+    cpu_seconds: float  # of all its threads
     vectors: Floats
     memory_bytes: int  # of its own
 
@@ -266,16 +269,18 @@ def serve(name: str, files: Files, n_threads: int, pipe: Connection) -> None:
     pipe.send(Ready(time.perf_counter() - started_at))
     while batches := pipe.recv():
         vectors: list[Floats] = []
-        started_at = time.perf_counter()
+        started_at, cpu_started_at = time.perf_counter(), time.process_time()
         for batch in batches:
             rows, end = encode(batch), 0
             for ids in batch:
                 vectors.append(rows[end : end + len(ids)].mean(axis=0))
                 end += len(ids)
         seconds = time.perf_counter() - started_at
+        cpu_seconds = time.process_time() - cpu_started_at
         found = np.stack(vectors)
         memory = psutil.Process().memory_full_info().uss
-        pipe.send(Turn(seconds, found / np.linalg.norm(found, axis=1, keepdims=True), memory))
+        found /= np.linalg.norm(found, axis=1, keepdims=True)
+        pipe.send(Turn(seconds, cpu_seconds, found, memory))
 
 
 class Runtime:
@@ -342,6 +347,7 @@ def measure(
     found: dict[str, dict[str, Any]] = {name: {} for name in runtimes}
     for kind in kinds:
         speeds: dict[str, list[float]] = {name: [] for name in runtimes}
+        by_cpu: dict[str, list[float]] = {name: [] for name in runtimes}
         turns: dict[str, Turn] = {}
         for number in range(rounds + 1):  # the first one is to warm up
             batches = batches_of(tokenize, kind, n_tokens, str(number))
@@ -349,8 +355,9 @@ def measure(
             for name in list(runtimes)[:: -1 if number % 2 else 1]:
                 turns[name] = runtimes[name].turn(batches)
                 speeds[name].append(n_tokens_of_round / turns[name].seconds)
+                by_cpu[name].append(n_tokens_of_round / turns[name].cpu_seconds)
         for name, turn in turns.items():
-            ratios = [a / b for a, b in zip(speeds[name], speeds[REFERENCE], strict=True)][1:]
+            ratios = _ratios(speeds[name], speeds[REFERENCE])
             apart = turn.vectors - turns[REFERENCE].vectors
             cosines = (turn.vectors * turns[REFERENCE].vectors).sum(axis=1)
             found[name][kind] = {
@@ -358,11 +365,18 @@ def measure(
                 "ratio": round(median(ratios), 2),
                 "least": round(min(ratios), 2),
                 "most": round(max(ratios), 2),
+                "tokens_per_cpu_s": round(median(by_cpu[name][1:])),
+                "cpu_ratio": round(median(_ratios(by_cpu[name], by_cpu[REFERENCE])), 2),
                 "max_difference": float(f"{np.abs(apart).max():.1e}"),
                 "max_cosine_distance": float(f"{max(0.0, 1 - cosines.min()):.1e}"),
                 "memory_mb": turn.memory_bytes >> 20,
             }
     return found
+
+
+def _ratios(speeds: Sequence[float], of_others: Sequence[float]) -> list[float]:
+    """Within each round but the first."""
+    return [a / b for a, b in zip(speeds[1:], of_others[1:], strict=True)]
 
 
 def versions() -> dict[str, str]:

@@ -75,7 +75,7 @@ def test_a_runtime_is_compared_with_llama_cpp_within_each_round() -> None:
         left = iter([9.0, *seconds])  # the first turn is to warm up
 
         def turn(batches: Any) -> Turn:
-            return Turn(next(left), np.array([vector], np.float32), 3 << 20)
+            return Turn(next(left), 2.0, np.array([vector], np.float32), 3 << 20)
 
         return SimpleNamespace(turn=turn)
 
@@ -84,5 +84,6 @@ def test_a_runtime_is_compared_with_llama_cpp_within_each_round() -> None:
     }  # fmt: skip
     found = encoder_runtimes.measure(runtimes, ["short"], 100, 3, words)["onnx"]["short"]
     assert (found["ratio"], found["least"], found["most"]) == (2.0, 0.5, 4.0)
+    assert found["cpu_ratio"] == 1.0
     assert (found["max_difference"], found["max_cosine_distance"]) == (0.6, 0.2)
     assert found["memory_mb"] == 3
