@@ -9,7 +9,8 @@ Each runtime is a process of its own, all are loaded at once, and they take turn
 forwards and backwards, with the batches that the service would make. Where other programs want the
 cores too, tokens of a second of CPU say more than tokens of a second.
 
-What is not installed is named and left out. It wants an environment apart from the service's, with requirements.txt in it.
+What is not installed is named and left out. It wants an environment apart from the service's, with
+requirements.txt in it.
 
 Vectors are means of rows, of length one; they are compared with those of llama.cpp in F32.
 """
