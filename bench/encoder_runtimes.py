@@ -40,6 +40,7 @@ from bench.compare import machine
 from bench.encoders import BATCH_TOKENS, WORDS, ask_nobody, spec_of
 from engine.backends.base import Floats, Ids, load_encoder
 from engine.backends.bert_folder import read_shape, read_weights
+from engine.backends.llamacpp import LlamaLog
 from engine.backends.padded import Inputs, groups
 from engine.batcher import Batcher
 from engine.model_folder import read_model_folder
@@ -329,6 +330,7 @@ def prepared(model: Path, made: Path) -> Files:
     """Of what is in `made` already nothing is made again."""
     import llama_cpp
 
+    LlamaLog()
     files = Files(model.resolve(), made / f"{model.stem}.q8_0.gguf", made / model.stem)
     if not files.folder.exists():
         convert(files.gguf, files.folder)
