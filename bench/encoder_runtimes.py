@@ -359,6 +359,7 @@ def measure(
                 turns[name] = runtimes[name].turn(batches)
                 speeds[name].append(n_tokens_of_round / turns[name].seconds)
                 by_cpu[name].append(n_tokens_of_round / turns[name].cpu_seconds)
+        print(f"{kind}: {rounds} rounds", file=sys.stderr)
         for name, turn in turns.items():
             ratios = _ratios(speeds[name], speeds[REFERENCE])
             apart = turn.vectors - turns[REFERENCE].vectors
@@ -410,9 +411,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in dict.fromkeys([REFERENCE, *options.runtimes]):
             runtime = Runtime(name, files, options.threads)
             stack.callback(runtime.close)
-            if runtime.ready.fault:
-                print(f"{name} is left out: {runtime.ready.fault}", file=sys.stderr)
-            else:
+            fault = runtime.ready.fault
+            print(f"{name}: {fault or 'ready'}", file=sys.stderr)
+            if not fault:
                 runtimes[name] = runtime
         if len(runtimes) < 2:
             print("Nothing to compare. See the line with pip in this file.", file=sys.stderr)
