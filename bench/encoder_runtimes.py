@@ -59,11 +59,12 @@ Call = Callable[[Inputs], Floats]  # [n_sequences, longest, n_embd]
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The same weights in three forms."""
+    """The same weights in several forms."""
 
     gguf: Path
     q8_0: Path
     folder: Path
+    int8: Path  # of ONNX; its runtime makes it where it is not there
 
 
 def padded(call: Call) -> Encode:
@@ -96,8 +97,27 @@ def ours(files: Files, n_threads: int, *, backend: str, form: str) -> Encode:
 
 
 def onnx_int8(files: Files, n_threads: int) -> Encode:
-    import onnx
     import onnxruntime
+
+    if not files.int8.exists():
+        _write_int8(files)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    options.enable_mem_pattern, options.log_severity_level = False, 3
+    session = onnxruntime.InferenceSession(files.int8, options, ["CPUExecutionProvider"])
+
+    def call(inputs: Inputs) -> Floats:
+        lengths = inputs.mask.sum(axis=1, dtype=np.int32)
+        is_padded = np.array(not inputs.mask.all())
+        feed = {"ids": inputs.ids, "lengths": lengths, "is_padded": is_padded}
+        found: Floats = session.run(None, feed)[0]
+        return found
+
+    return padded(call)
+
+
+def _write_int8(files: Files) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     from engine.backends import onnx_bert
@@ -110,27 +130,14 @@ def onnx_int8(files: Files, n_threads: int) -> Encode:
         if tensor.name in weights:
             tensor.CopyFrom(onnx.numpy_helper.from_array(weights[tensor.name], tensor.name))
     with tempfile.TemporaryDirectory() as made:
-        plain, small = Path(made) / "plain.onnx", Path(made) / "int8.onnx"
+        plain = Path(made) / "plain.onnx"
         onnx.save(model, plain)
         # seven bits: with eight AVX2 adds pairs of products that do not fit
         quantize_dynamic(
-            plain, small, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8,
+            plain, files.int8, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8,
             per_channel=True, reduce_range=True,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )  # fmt: skip
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = n_threads
-        options.enable_mem_pattern, options.log_severity_level = False, 3
-        session = onnxruntime.InferenceSession(small, options, ["CPUExecutionProvider"])
-
-    def call(inputs: Inputs) -> Floats:
-        lengths = inputs.mask.sum(axis=1, dtype=np.int32)
-        is_padded = np.array(not inputs.mask.all())
-        feed = {"ids": inputs.ids, "lengths": lengths, "is_padded": is_padded}
-        found: Floats = session.run(None, feed)[0]
-        return found
-
-    return padded(call)
 
 
 def network(files: Files) -> Any:
@@ -331,7 +338,10 @@ def prepared(model: Path, made: Path) -> Files:
     import llama_cpp
 
     LlamaLog()
-    files = Files(model.resolve(), made / f"{model.stem}.q8_0.gguf", made / model.stem)
+    base = made / model.stem
+    files = Files(
+        model.resolve(), base.with_suffix(".q8_0.gguf"), base, base.with_suffix(".int8.onnx")
+    )
     if not files.folder.exists():
         convert(files.gguf, files.folder)
     if not files.q8_0.exists():
