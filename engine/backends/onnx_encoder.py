@@ -22,9 +22,6 @@ INSTALL = "`./setup.sh --onnx`, or `pip install -r requirements-onnx.txt`"
 ASK_EVERY_S = 0.05
 # Of padded sequences a layer's attention is in memory as a whole: 64 MB. Longer ones go alone.
 ATTENTION_NUMBERS = 1 << 24
-# Its threads would wait in a loop for the next operation, also between two calls: as long as other
-# programs want the cores they take turns with them.
-_OPTIONS = {"session.intra_op.allow_spinning": "1"}
 
 
 def load(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
@@ -54,8 +51,8 @@ class OnnxEncoder(PaddedEncoder):
         options.intra_op_num_threads = n_threads
         options.enable_mem_pattern = False  # one would be kept for each shape of a call
         options.log_severity_level = 3
-        for name, value in _OPTIONS.items():
-            options.add_session_config_entry(name, value)
+        # its threads would wait in loops: that gains nothing, and beside other programs costs half
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         value = self._runtime.OrtValue.ortvalue_from_numpy
         values = [value(np.ascontiguousarray(tensor)) for tensor in weights.values()]
         options.add_external_initializers(list(weights), values)
