@@ -9,8 +9,8 @@ MB = 1 << 20
 # Measured on x86-64 Linux: an idle worker of each backend, with the libraries that it loads.
 PROCESS_BYTES = {"llamacpp": 52 * MB, "mlx": 140 * MB, "flag": 550 * MB, "fake": 42 * MB}
 VOCABULARY_BYTES = 450  # for each token: texts, ids by text, scores
-# An encoder on mlx does without mlx-lm, and its tokenizer keeps XLM-R's pieces in a large trie.
-MLX_ENCODER_BYTES, MLX_ENCODER_VOCABULARY_BYTES = 55 * MB, 1200
+# Encoders do without mlx-lm. Their tokenizer keeps XLM-R's pieces in a large trie.
+ENCODER_BYTES, ENCODER_VOCABULARY_BYTES = {"mlx": 55 * MB, "onnx": 70 * MB}, 1200
 ROWS = 12  # of a model's width that a token of a batch takes while it is computed
 
 
@@ -40,8 +40,8 @@ def estimate(spec: WorkerSpec, model: ModelFile) -> Footprint:
     if spec.backend == "fake":
         return Footprint(0, 0, 0, process, 0)
     per_token = VOCABULARY_BYTES
-    if spec.backend == "mlx" and spec.encoder is not None:
-        process, per_token = MLX_ENCODER_BYTES, MLX_ENCODER_VOCABULARY_BYTES
+    if spec.backend in ENCODER_BYTES and spec.encoder is not None:
+        process, per_token = ENCODER_BYTES[spec.backend], ENCODER_VOCABULARY_BYTES
     process += per_token * model.n_vocab
     n_tokens = spec.n_batch if spec.encoder is None else spec.encoder.batch_tokens
     compute = n_tokens * model.n_embd * 4 * ROWS

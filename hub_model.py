@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from errors import ModelLoadFailed
 
-FOLDER_BACKENDS = frozenset({"mlx", "flag"})  # whose models are directories
+FOLDER_BACKENDS = frozenset({"mlx", "onnx", "flag"})  # whose models are directories
 # Which GGUF is taken of several, where nobody says: the best that most machines can hold first.
 QUANTS = ("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q6_K", "Q8_0", "Q4_0", "MXFP4", "F16", "BF16", "F32")
 MOST_LISTED = 20  # files in a message
@@ -81,7 +81,7 @@ def _gguf(model: HubModel, names: Collection[str]) -> list[str]:
     if not models:
         raise ModelLoadFailed(
             f"{model.repo} has no GGUF model on the hub ({_listed(names)}); give a repo that has "
-            "one, or set BACKEND=mlx, or flag for an encoder, to take it as a directory."
+            "one, or set BACKEND=mlx, or onnx or flag for an encoder, to take it as a directory."
         )
     found = _named(model.what, models)
     if len(found) != 1:

@@ -24,6 +24,7 @@ Signature = tuple[int, int]  # when a file was written, in ns, and its size
 LIBRARIES = {  # that compute
     "llamacpp": ["llama-cpp-python"],
     "mlx": ["mlx", "mlx-lm"],
+    "onnx": ["onnxruntime", "onnx"],
     "flag": ["torch", "transformers", "FlagEmbedding"],
 }
 HEADER_BYTES = 1 << 20  # of a model's file, that are compared byte for byte

@@ -125,7 +125,7 @@ class TierSettings(BaseSettings):
     )
 
     model_path: str = ""
-    backend: Literal["llamacpp", "mlx", "flag", "fake"] = "llamacpp"
+    backend: Literal["llamacpp", "mlx", "onnx", "flag", "fake"] = "llamacpp"
     aliases: CommaSeparated = []
 
     n_ctx: int | None = Field(None, ge=16)  # tokens of one request, prompt and answer

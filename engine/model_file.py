@@ -334,8 +334,9 @@ def _map(path: Path, name: str) -> mmap.mmap:
     try:
         status = path.stat()  # before opening: that would wait for ever on a named pipe
         if not stat.S_ISREG(status.st_mode):
-            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            hint = " (or BACKEND=mlx or flag, for encoders)" if stat.S_ISDIR(status.st_mode) else ""
+            is_folder = stat.S_ISDIR(status.st_mode)
+            kind = "a directory" if is_folder else "not a regular file"
+            hint = " (or BACKEND=mlx, onnx or flag, for encoders)" if is_folder else ""
             raise ModelLoadFailed(f"{name} is {kind}; give the path of a GGUF file{hint}.")
         if status.st_size == 0:
             raise ModelLoadFailed(f"{name} is empty; download it again.")

@@ -45,7 +45,9 @@ def read_model_folder(path: Path) -> ModelFile:
         raise ModelLoadFailed(f"{name} {reason}.")
 
     if path.is_file():
-        fail("is a file; flag and mlx take a Hugging Face directory, and llamacpp a GGUF file")
+        fail(
+            "is a file; mlx, onnx and flag take a Hugging Face directory, and llamacpp a GGUF file"
+        )
     if not path.is_dir():
         fail("is not there; give the path of a Hugging Face directory")
     config = config_in(path)

@@ -31,17 +31,14 @@ class Thread:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._code = 0
-        self._has_heard_all = threading.Event()
         self._ended = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         try:
-            self._code = worker.serve(self._sock, self._has_heard_all.set)
+            self._code = worker.serve(self._sock)
         finally:
             self.kill()  # closing alone does not wake a thread that receives
-            # and one that is about to receive would do so from the next socket of that number
-            self._has_heard_all.wait(1)
             self._sock.close()
             self._ended.set()
 

@@ -218,7 +218,7 @@ def test_a_relative_path_starts_at_the_project(
 
 def test_all_faults_are_reported_at_once_with_their_keys(load: Load) -> None:
     lines = faults(
-        load, "PORT=eighty\nLIGHT_N_CTX=many\nHEAVY_TEMPERATURE=9\nRERANKER_BACKEND=onnx\nPORTT=1"
+        load, "PORT=eighty\nLIGHT_N_CTX=many\nHEAVY_TEMPERATURE=9\nRERANKER_BACKEND=vllm\nPORTT=1"
     )
     assert [line.partition(":")[0] for line in lines] == [
         "PORT",
@@ -227,7 +227,7 @@ def test_all_faults_are_reported_at_once_with_their_keys(load: Load) -> None:
         "RERANKER_BACKEND",
     ]
     assert "'eighty'" in lines[0]
-    assert "'llamacpp', 'mlx', 'flag' or 'fake'" in lines[3]
+    assert "'llamacpp', 'mlx', 'onnx', 'flag' or 'fake'" in lines[3]
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,18 @@ def test_mlx_and_flag_do_not_go_together(machine: Machine) -> None:
     assert "different releases of transformers" in said
 
 
+def test_onnx_goes_with_any_of_the_others(machine: Machine) -> None:
+    assert machine.run("setup.sh", "--onnx", "--flag")[0] == 0
+    (call,) = machine.calls("-r requirements.txt -r requirements-onnx.txt")
+    assert "-c requirements.lock" in call
+    assert machine.run("setup.sh", "--current", "--onnx") == (0, "")
+    assert machine.run("setup.sh", "--current", "--flag") == (0, "")
+    with (machine.root / "requirements-onnx.txt").open("a") as requirements:
+        requirements.write("# changed\n")
+    assert machine.run("setup.sh", "--current", "--onnx")[0] == 1
+    assert machine.run("setup.sh", "--current")[0] == 0, "the service needs nothing new"
+
+
 def test_no_python_says_how_to_get_one(machine: Machine) -> None:
     (machine.bin / "python3").unlink()
     status, said = machine.run()

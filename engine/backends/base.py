@@ -181,6 +181,10 @@ def load_encoder(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
         from engine.backends import mlx_encoder
 
         return mlx_encoder.load(spec, progress)
+    if spec.backend == "onnx":
+        from engine.backends import onnx_encoder
+
+        return onnx_encoder.load(spec, progress)
     if spec.backend == "flag":
         from engine.backends import flag_encoder
 

@@ -98,7 +98,7 @@ class LlamaEncoder:
             raise ModelLoadFailed(
                 f"{path.name} marks query and document by token types, which llama.cpp leaves out: "
                 "its scores would be wrong. Serve the model's original folder with "
-                f"{spec.name.upper()}_BACKEND=mlx or flag, or take another model, such as "
+                f"{spec.name.upper()}_BACKEND=mlx, onnx or flag, or take another model, such as "
                 "bge-reranker-v2-m3."
             )
         self.heads, self.missing_heads = _heads(path, facts.n_embd, spec.encoder)

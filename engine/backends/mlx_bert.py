@@ -4,19 +4,16 @@ Weights keep the names that transformers gives them, so a directory needs no con
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-Head = Literal["roberta", "bert"]  # how a cross-encoder makes a score of its first row
+from engine.backends.bert_folder import Activation, Shape
 
-ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+_ACTIVATIONS: dict[Activation, Callable[[Any], Any]] = {
     "gelu": nn.gelu,
-    "gelu_new": nn.gelu_approx,
-    "gelu_fast": nn.gelu_approx,
-    "gelu_pytorch_tanh": nn.gelu_approx,
+    "gelu_tanh": nn.gelu_approx,
     "relu": nn.relu,
 }
 # Tokens of a layer that are computed between two questions whether anybody still waits. Without a
@@ -25,54 +22,6 @@ STEP_TOKENS = 512
 # What a layer holds of attention at once, in numbers: 64 MB. On a CPU mlx has all of it in memory,
 # which of the longest text of BGE-M3 would be gigabytes.
 ATTENTION_NUMBERS = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a network looks like, as its config.json says."""
-
-    n_vocab: int
-    n_embd: int
-    n_layer: int
-    n_head: int
-    n_ff: int
-    n_positions: int  # rows of the table, also those that are never used
-    first_position: int
-    n_types: int
-    eps: float
-    activation: str
-    head: Head | None
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of all that the network needs."""
-        found: dict[str, tuple[int, ...]] = {}
-        n = self.n_embd
-
-        def norm(name: str) -> None:
-            found[f"{name}.weight"] = found[f"{name}.bias"] = (n,)
-
-        def linear(name: str, n_out: int, n_in: int) -> None:
-            found[f"{name}.weight"], found[f"{name}.bias"] = (n_out, n_in), (n_out,)
-
-        for table, rows in (
-            ("word", self.n_vocab), ("position", self.n_positions), ("token_type", self.n_types)
-        ):  # fmt: skip
-            found[f"embeddings.{table}_embeddings.weight"] = (rows, n)
-        norm("embeddings.LayerNorm")
-        for layer in map(_layer, range(self.n_layer)):
-            for part in ("self.query", "self.key", "self.value", "output.dense"):
-                linear(f"{layer}.attention.{part}", n, n)
-            norm(f"{layer}.attention.output.LayerNorm")
-            linear(f"{layer}.intermediate.dense", self.n_ff, n)
-            linear(f"{layer}.output.dense", n, self.n_ff)
-            norm(f"{layer}.output.LayerNorm")
-        if self.head == "roberta":
-            linear("classifier.dense", n, n)
-            linear("classifier.out_proj", 1, n)
-        elif self.head == "bert":
-            linear("pooler.dense", n, n)
-            linear("classifier", 1, n)
-        return found
 
 
 class Bert:
@@ -84,7 +33,7 @@ class Bert:
         self._shape = shape
         self._weights = weights
         self._ask = ask
-        self._activation = ACTIVATIONS[shape.activation]
+        self._activation = _ACTIVATIONS[shape.activation]
         self._n_pending = 0  # tokens of layers that are asked for and not computed
 
     def rows(self, ids: mx.array, mask: mx.array | None, types: mx.array | None) -> mx.array:
@@ -97,17 +46,14 @@ class Bert:
         x = x + self._table("token_type")[mx.zeros_like(ids) if types is None else types]
         x = self._norm("embeddings.LayerNorm", x)
         seen = None if mask is None else mask[:, None, None]
-        for number in range(self._shape.n_layer):
-            x = self._layer(_layer(number), x, seen)
+        for layer in self._shape.layers:
+            x = self._layer(layer, x, seen)
         return x
 
     def scores(self, ids: mx.array, mask: mx.array | None, types: mx.array | None) -> mx.array:
         """Logits [n_sequences, 1] of pairs."""
         first = self.rows(ids, mask, types)[:, 0]
-        if self._shape.head == "roberta":
-            dense, out = "classifier.dense", "classifier.out_proj"
-        else:
-            dense, out = "pooler.dense", "classifier"
+        (dense, _), (out, _) = self._shape.head_layers
         return self._linear(out, mx.tanh(self._linear(dense, first)))
 
     def _layer(self, name: str, x: mx.array, seen: mx.array | None) -> mx.array:
@@ -157,7 +103,3 @@ class Bert:
     def _norm(self, name: str, x: mx.array) -> mx.array:
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
         return mx.fast.layer_norm(x, weight, bias, self._shape.eps)
-
-
-def _layer(number: int) -> str:
-    return f"encoder.layer.{number}"

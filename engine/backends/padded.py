@@ -51,7 +51,7 @@ class PaddedEncoder(ABC):
         self.pooling: Pooling | None = pooling_in(facts.path)
         self.scale: Scale | None = "logit" if ranks else None
         # BERT was trained to tell a query from a document by a type; XLM-R has only one
-        self._has_types = ranks and facts.architecture == "bert"
+        self.has_types = ranks and facts.architecture == "bert"
         self._go_on: Callable[[], bool] = lambda: True
 
     @abstractmethod
@@ -90,7 +90,7 @@ class PaddedEncoder(ABC):
             ids[row, : len(sequence)] = sequence
             mask[row, : len(sequence)] = 1
         types = None
-        if self._has_types:
+        if self.has_types:
             is_border = ids == self.specials.end
             types = (np.cumsum(is_border, axis=1) - is_border > 0) * mask
         return Inputs(ids, mask, types)
