@@ -7,7 +7,7 @@
 #   ./setup.sh --flag     also FlagEmbedding and torch (1.7 GB), for the backend flag
 #   ./setup.sh --mlx      also mlx-lm (350 MB), for the backend mlx; by itself on Apple silicon, and
 #                         with --dev wherever it runs. It and --flag need an environment each
-#   ./setup.sh --onnx     also ONNX Runtime (110 MB), for the backend onnx
+#   ./setup.sh --onnx     also ONNX Runtime (110 MB), for the backend onnx; by itself with --dev
 #   ./setup.sh --current  no output; exit status 0 when .venv is up to date (also with the others)
 #
 # May be interrupted and run again at any point: each step first looks at what is there.
@@ -50,6 +50,7 @@ main() {
     stop "--flag and --mlx want different releases of transformers; use two copies of the project"
   fi
   choose_mlx
+  [ -z "$dev" ] || onnx=-onnx
   if [ -n "$only_ask" ]; then
     if are_current "$dev" "$flag" "$mlx" "$onnx"; then exit 0; else exit 1; fi
   fi
