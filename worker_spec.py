@@ -1,11 +1,9 @@
 """What a worker is told: the settings of a tier, with what depends on model and machine decided."""
 
-import os
-
 import psutil
 
 from engine import wire
-from engine.machine import total_bytes
+from engine.machine import n_cores, total_bytes
 from engine.model_file import ModelFile
 from settings import ServerSettings, TierSettings
 
@@ -66,6 +64,4 @@ def default_kv_tokens(n_ctx: int, n_parallel: int, model: ModelFile) -> int:
 
 def default_n_threads() -> int:
     """Physical cores that this process may use; their second threads only get in the way."""
-    physical = psutil.cpu_count(logical=False) or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return min(physical, allowed)
+    return max(1, min(psutil.cpu_count(logical=False) or 1, int(n_cores())))
