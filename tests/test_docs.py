@@ -384,6 +384,7 @@ MAY_IMPORT = {
         "engine.speculation",
         "engine.types",
     },
+    "engine.threads": {"engine.machine"},
     "engine.cells": {"engine.backends.base", "engine.prefix"},
     "engine.batcher": set(),
     "engine.machine": set(),
@@ -408,6 +409,12 @@ MAY_IMPORT = {
     "bench.performance_page": {"bench.scenarios", "bench.servers"},
     "bench.scenarios": {"bench.http", "bench.plain_client"},
     "bench.api_cost": {"bench.own_service", "bench.plain_client"},
+    "bench.busy": {
+        "bench.own_service",
+        "bench.plain_client",
+        "bench.scenarios",
+        "bench.servers",
+    },
     "bench.start": {
         "bench.own_service",
         "bench.plain_client",
@@ -426,6 +433,7 @@ ONLY_IN = {
     "llama_cpp": {
         "engine.backends.llamacpp",
         "engine.backends.llama_encoder",
+        "engine.backends.llama_threads",
         "bench.encoders",
         "bench.speculation",
     },
