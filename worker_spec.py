@@ -38,7 +38,7 @@ def worker_spec(
         n_batch=settings.n_batch,
         n_threads=settings.n_threads or default_n_threads(),
         n_gpu_layers=settings.n_gpu_layers,
-        max_stall_s=settings.max_stall_ms / 1e3,
+        max_stall_s=None if settings.max_stall_ms is None else settings.max_stall_ms / 1e3,
         prefix_cache_bytes=int(total_bytes() * PREFIX_CACHE_SHARE_OF_MEMORY)
         if settings.prefix_cache_mb is None
         else settings.prefix_cache_mb << 20,
