@@ -216,8 +216,8 @@ class LlamaEncoder:
             logits=pointer(self._wanted, "logits"),
         )
         self._heard, self._is_interrupted = None, False
-        self._threads.set()
         n_tokens = end - start
+        self._threads.set(n_tokens)
         if self._memory:
             status = lib.llama_decode(self._context, batch)
         elif n_tokens <= self._n_outputs:

@@ -17,11 +17,11 @@ class ContextThreads:
         self._n_most = self._n_set = n_most
         self._look()
 
-    def set(self, *, is_steady: bool = False) -> None:
-        """Before a step: give way where others want cores, unless the step must have as many
-        threads as ever."""
+    def set(self, n_tokens: int, *, is_steady: bool = False) -> None:
+        """Before a step of so many tokens: give way where others want cores, unless the step must
+        have as many threads as ever."""
         self._look()
-        n = self._n_most if is_steady else self._threads.n
+        n = self._n_most if is_steady else self._threads.n(n_tokens)
         if n != self._n_set:
             lib.llama_set_n_threads(self._context, n, n)
             self._n_set = n

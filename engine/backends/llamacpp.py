@@ -195,7 +195,8 @@ class LlamaDecoder:
     def decode(self, batch: Batch) -> None:
         # attention adds up a long context in as many parts as there are threads
         is_alone = len(batch.chunks) == 1
-        self._threads.set(is_steady=is_alone and not batch.chunks[0].sequence.reuses)
+        is_steady = is_alone and not batch.chunks[0].sequence.reuses
+        self._threads.set(batch.n_tokens, is_steady=is_steady)
         status = lib.llama_decode(self._context, self._batch.fill(batch))
         if status == 1:
             raise CacheFull
