@@ -52,7 +52,11 @@ async def watch(client: Client, seed: str, phases: Phases) -> dict[str, float]:
     stream = asyncio.create_task(
         client.chat(asking(seed, 24), MOST_TOKENS, on_text=runs.set, until=is_over)
     )
-    await runs.wait()
+    running = asyncio.create_task(runs.wait())
+    await asyncio.wait({stream, running}, return_when=asyncio.FIRST_COMPLETED)
+    if not running.done():  # it was refused
+        running.cancel()
+        await stream
     quiet_s = time.perf_counter() - started_at
     await asyncio.sleep(phases.quiet)
     with busy_processes(N_BUSY, phases.busy + 60):
