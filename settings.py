@@ -132,7 +132,7 @@ class TierSettings(BaseSettings):
     n_parallel: int = Field(8, ge=1, le=255)  # requests at once
     kv_tokens: int | None = Field(None, ge=16)  # cells that they share
     n_batch: int = Field(512, ge=1)  # most tokens of one step
-    max_stall_ms: float = Field(200, gt=0)  # that a new prompt may hold up running streams
+    max_stall_ms: float | None = Field(None, gt=0)  # that a new prompt may hold up running streams
     prefix_cache_mb: int | None = Field(None, ge=0)  # of host memory, for prompts seen before
     speculation: bool = True  # guesses tokens from what was said before, where that pays
     n_threads: int | None = Field(None, ge=1)

@@ -1,11 +1,9 @@
 """What a worker is told: the settings of a tier, with what depends on model and machine decided."""
 
-import os
-
 import psutil
 
 from engine import wire
-from engine.machine import total_bytes
+from engine.machine import n_cores, total_bytes
 from engine.model_file import ModelFile
 from settings import ServerSettings, TierSettings
 
@@ -40,7 +38,7 @@ def worker_spec(
         n_batch=settings.n_batch,
         n_threads=settings.n_threads or default_n_threads(),
         n_gpu_layers=settings.n_gpu_layers,
-        max_stall_s=settings.max_stall_ms / 1e3,
+        max_stall_s=None if settings.max_stall_ms is None else settings.max_stall_ms / 1e3,
         prefix_cache_bytes=int(total_bytes() * PREFIX_CACHE_SHARE_OF_MEMORY)
         if settings.prefix_cache_mb is None
         else settings.prefix_cache_mb << 20,
@@ -66,6 +64,4 @@ def default_kv_tokens(n_ctx: int, n_parallel: int, model: ModelFile) -> int:
 
 def default_n_threads() -> int:
     """Physical cores that this process may use; their second threads only get in the way."""
-    physical = psutil.cpu_count(logical=False) or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return min(physical, allowed)
+    return max(1, min(psutil.cpu_count(logical=False) or 1, int(n_cores())))

@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from bench import api_cost, engine, performance_page, start
+from bench import api_cost, busy, engine, performance_page, start
 from bench.plain_client import Client, NoMeasurement
 from bench.scenarios import FIGURES, LEVELS, QUICK, SCENARIOS, Sizes, asking, growth
 from bench.servers import OURS, Setup, default_binary, serving, versions
@@ -86,13 +86,15 @@ def alone(
 ) -> list[Round]:
     """The rounds of what starts its servers itself."""
     n_streams, seconds, n_requests = (4, 0.5, 20) if sizes is QUICK else (64, 5.0, 300)
+    phases = busy.Phases(0.2, 0.2, 0.5) if sizes is QUICK else busy.Phases()
+    rounds: list[Round] = []
     turns: dict[str, Callable[[str], Round]] = {
         "engine": lambda _: engine_round(setup),
         "api": lambda _: {OURS: api_cost.measure(n_streams, seconds, n_requests)},
         "start": lambda seed: start.measure(setup, binary, seed),
         "growth": lambda seed: growth_round(setup, seed, sizes),
+        "busy": lambda seed: busy.measure(setup, binary, seed, len(rounds) % 2 == 1, phases),
     }
-    rounds = []
     for number, seed in enumerate(seeds):
         rounds.append(turns[name](seed))
         print(f"{number + 1} {name} {rounds[-1]}", file=sys.stderr)

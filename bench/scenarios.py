@@ -226,6 +226,13 @@ FIGURES: dict[str, dict[str, Metric]] = {
         "start_memory_mb": Metric("memory of the server alone, MB", 100),
         "start_first_token_s": Metric("cold request to first token, s", 1.3, digits=2),
     },
+    "busy": {
+        "busy_quiet_tokens_per_s": Metric("1 stream, tokens/s", 0.97, True, 1),
+        "busy_tokens_per_s": Metric("with two busy processes beside, tokens/s", 4, True, 1),
+        "busy_of_one_thread": Metric("this, of what one thread gives there", 0.9, True, 2),
+        "busy_worst_gap_ms": Metric("with them, worst gap between tokens, ms", 0.1),
+        "busy_recovery_s": Metric("after their end until full speed, s", 5, digits=1),
+    },
     "growth": {
         f"growth_{kind}_{n}": Metric(f"{n}-token prompt, {about}", digits=digits)
         for kind, about, digits in (

@@ -1,9 +1,12 @@
-"""How much memory there is: of the machine, or of the container or service that holds this process.
+"""How much memory and how many cores there are: of the machine, or of the container or service that
+holds this process.
 
 A limit of a control group counts where it is less than the machine has (Linux, both versions).
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -11,45 +14,106 @@ import psutil
 ROOT = Path("/")
 
 
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """`n` cores, or shares of them, on which programs have computed for `used_s` seconds in all."""
+
+    n: float
+    used_s: float
+
+
 def total_bytes(root: Path = ROOT) -> int:
     """The most that this process and its workers could have together."""
-    limits = [limit for limit, _ in _groups(root)]
+    limits = [limit for limit, _ in _memory_groups(root)]
     return min([psutil.virtual_memory().total, *limits])
 
 
 def available_bytes(root: Path = ROOT) -> int:
     """What could be taken now without anybody being ended or swapped out."""
-    left = [max(limit - used, 0) for limit, used in _groups(root)]
+    left = [max(limit - used, 0) for limit, used in _memory_groups(root)]
     return min([psutil.virtual_memory().available, *left])
 
 
-def _groups(root: Path) -> Iterator[tuple[int, int]]:
+def n_cores(root: Path = ROOT) -> float:
+    """So many may this process use; in a quota also parts of one."""
+    return min([len(_allowed()), *(quota.n for quota in _quotas(root))])
+
+
+def cores(root: Path = ROOT) -> list[Cores]:
+    """Of the machine, as far as this process may use it, where the system tells; and of each
+    control group that it is in and that has a quota."""
+    # who is nicer than this process does not keep it from a core
+    is_nice = os.getpriority(os.PRIO_PROCESS, 0) > 0
+    kinds = ("user", "system", "irq", "softirq", *(["nice"] if is_nice else []))
+    try:
+        times = psutil.cpu_times(percpu=True)
+    except OSError:  # Android
+        return [*_quotas(root)]
+    allowed = [times[i] for i in _allowed() if i < len(times)]
+    used_s = sum(getattr(time, kind, 0.0) for time in allowed for kind in kinds)
+    return [Cores(len(allowed), used_s), *_quotas(root)]
+
+
+def _allowed() -> Collection[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return range(os.cpu_count() or 1)
+
+
+def _quotas(root: Path) -> Iterator[Cores]:
+    for folder, is_first in _groups(root, "cpu"):
+        if is_first:
+            names = (folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+            quota, period = (_text(name).strip() for name in names)
+            # of a controller of its own, which systems put into the same folder
+            used_s = _number(_text(folder / "cpuacct.usage")) / 1e9
+        else:
+            quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
+            used_s = _entry(folder / "cpu.stat", "usage_usec") / 1e6
+        if _number(quota) and _number(period):  # "max", or -1: none
+            yield Cores(_number(quota) / _number(period), used_s)
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
     """Limit and use of each control group that this process is in and that has a limit."""
+    for folder, is_first in _groups(root, "memory"):
+        names = ("memory.max", "memory.current")
+        if is_first:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (_text(folder / name).strip() for name in names)
+        if limit.isdecimal() and used.isdecimal():  # "max": none
+            # pages of files: the system drops them before it ends anybody
+            kinds = ("inactive_file", "total_inactive_file")
+            yield int(limit), int(used) - _entry(folder / "memory.stat", *kinds)
+
+
+def _groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folders of the control groups that this process is in, from the innermost outwards, and
+    whether they are of the first version."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, files = root / "sys/fs/cgroup", ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
+        is_first = controllers != ""
+        if is_first and controller not in controllers.split(","):
             continue
+        base = root / "sys/fs/cgroup" / (controller if is_first else "")
         group = base / path.strip("/")
         for folder in (group, *group.parents):
-            limit, used = (_text(folder / name).strip() for name in files)
-            if limit.isdecimal() and used.isdecimal():  # "max": none
-                yield int(limit), int(used) - _reclaimable(folder)
+            yield folder, is_first
             if folder == base:
                 break
 
 
-def _reclaimable(folder: Path) -> int:
-    """Pages of files that the system drops before it ends anybody."""
-    for line in _text(folder / "memory.stat").splitlines():
+def _entry(path: Path, *wanted: str) -> int:
+    """The first of some numbers in a file of names and numbers; 0 where none is there."""
+    for line in _text(path).splitlines():
         name, _, value = line.partition(" ")
-        if name in ("inactive_file", "total_inactive_file") and value.isdecimal():
-            return int(value)
+        if name in wanted:
+            return _number(value)
     return 0
+
+
+def _number(text: str) -> int:
+    return int(text) if text.strip().isdecimal() else 0
 
 
 def _text(path: Path) -> str:

@@ -3,14 +3,18 @@
 PROBE_TOKENS = 64  # of the first prompt, before anything was measured
 MIN_TOKENS = 16  # a prompt gets on in every step, whatever the steps cost
 SHARE = 0.5  # of the streams' own time a prompt may take at least
-ALONE = 4  # times as long may a step take when no stream waits for it
+GAPS = 3  # times their own may the streams' gap become, where no time is set,
+LEAST_STALL_S = 0.06  # and so long in any case
+ALONE_S = 0.8  # may a step take when no stream waits for it,
+ALONE = 4  # or so many times the time that is set
 SMOOTHING = 0.3  # weight of the newest measurement
 
 
 class Pace:
-    """Learns from measured steps what a step costs. `max_stall_s` bounds those with streams."""
+    """Learns from measured steps what a step costs. `max_stall_s` bounds those with streams; None:
+    what they take by themselves does."""
 
-    def __init__(self, max_stall_s: float) -> None:
+    def __init__(self, max_stall_s: float | None) -> None:
         self._max_stall_s = max_stall_s
         self._token_s: float | None = None  # of a prompt token
         self._decode_s: dict[int, float] = {}  # of a step with so many streams and no prompt
@@ -20,9 +24,11 @@ class Pace:
         if self._token_s is None:
             return PROBE_TOKENS
         if n_decodes == 0:
-            return max(MIN_TOKENS, int(ALONE * self._max_stall_s / self._token_s))
+            alone_s = ALONE_S if self._max_stall_s is None else ALONE * self._max_stall_s
+            return max(MIN_TOKENS, int(alone_s / self._token_s))
         decode_s = self._expected_s(n_decodes)
-        left_s = max(self._max_stall_s - decode_s, decode_s * SHARE)
+        stall_s = self._max_stall_s or max(GAPS * decode_s, LEAST_STALL_S)
+        left_s = max(stall_s - decode_s, decode_s * SHARE)
         return max(MIN_TOKENS, int(left_s / self._token_s))
 
     def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:

@@ -51,7 +51,9 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     n_batch: int
     n_threads: int
     n_gpu_layers: int  # negative: all
-    max_stall_s: float = 0.2  # that a prompt may hold up running streams
+    max_stall_s: float | None = (
+        None  # that a prompt may hold up running streams; None: by their pace
+    )
     prefix_cache_bytes: int = 0  # for cells of ended sequences, in memory of the host
     speculates: bool = False  # guesses tokens from what was said before, where that pays
     log_level: str = "INFO"

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from bench import api_cost, compare, performance_page
+from bench import api_cost, busy, compare, performance_page
 from bench.plain_client import Client, NoMeasurement, Reply
 from bench.scenarios import FIGURES, SCENARIOS, asking, words
 from bench.servers import LLAMA_SERVER, OURS
@@ -61,6 +62,22 @@ def test_an_error_in_a_stream_is_no_measurement() -> None:
 def test_no_two_seeds_ask_the_same() -> None:
     assert words("a", 30) == words("a", 30) != words("b", 30)
     assert [m["role"] for m in asking("a", 3, "Be short.")] == ["system", "user"]
+
+
+def test_a_stream_is_back_when_it_is_as_fast_as_at_its_end() -> None:
+    slow = [at / 10 for at in range(20)]
+    fast = [2 + at / 100 for at in range(400)]
+    assert busy.recovery_s([*slow, *fast], 0.0, 6.0) == 2.0
+    assert busy.recovery_s(fast, 2.0, 6.0) == 0.0
+    assert busy.recovery_s([], 2.0, 6.0) == 4.0
+
+
+def test_what_keeps_the_cores_busy_ends_with_the_measurement() -> None:
+    before = set(psutil.Process().children())
+    with busy.busy_processes(2, 60):
+        children = set(psutil.Process().children()) - before
+        assert len(children) == 2
+    assert not any(child.is_running() for child in children)
 
 
 def test_a_ratio_is_of_one_round_and_the_table_has_the_median() -> None:

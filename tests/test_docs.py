@@ -389,6 +389,7 @@ MAY_IMPORT = {
         "engine.speculation",
         "engine.types",
     },
+    "engine.threads": {"engine.machine"},
     "engine.cells": {"engine.backends.base", "engine.prefix"},
     "engine.batcher": set(),
     "engine.machine": set(),
@@ -420,6 +421,12 @@ MAY_IMPORT = {
     "bench.performance_page": {"bench.scenarios", "bench.servers"},
     "bench.scenarios": {"bench.http", "bench.plain_client"},
     "bench.api_cost": {"bench.own_service", "bench.plain_client"},
+    "bench.busy": {
+        "bench.own_service",
+        "bench.plain_client",
+        "bench.scenarios",
+        "bench.servers",
+    },
     "bench.start": {
         "bench.own_service",
         "bench.plain_client",
@@ -439,6 +446,7 @@ ONLY_IN = {
     "llama_cpp": {
         "engine.backends.llamacpp",
         "engine.backends.llama_encoder",
+        "engine.backends.llama_threads",
         "bench.encoders",
         "bench.encoder_runtimes",
         "bench.speculation",

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
+import llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -21,8 +22,9 @@ from engine.backends.base import Engine
 from engine.backends.llamacpp import LlamaLog, LlamaTokenizer
 from engine.client import launch_process
 from engine.grammar import Compiler
+from engine.machine import Cores
 from engine.model_file import read_model_file
-from engine.types import SamplingParams
+from engine.types import Sampled, SamplingParams
 from errors import ModelLoadFailed
 from settings import TierSettings
 from tests import gguf_fixtures
@@ -118,6 +120,45 @@ def test_shared_forked_and_remembered_cells_say_what_fresh_ones_say(tiny: Path) 
 
 def _first_difference(a: list[int], b: list[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+
+
+def test_only_a_seeded_answer_alone_keeps_its_threads_and_its_numbers_on_a_busy_machine(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention adds up 512 cells and more in as many parts as there are threads."""
+    used_s = 0.0
+    is_busy = False
+
+    def cores() -> list[Cores]:
+        nonlocal used_s
+        used_s += 1e6 * is_busy
+        return [Cores(2, used_s)]
+
+    numbers: list[int] = []
+    set_n_threads = lib.llama_set_n_threads
+
+    def record(context: Any, n_decode: int, n_prefill: int) -> None:
+        numbers.append(n_decode)
+        set_n_threads(context, n_decode, n_prefill)
+
+    monkeypatch.setattr("engine.machine.cores", cores)
+    monkeypatch.setattr("engine.threads.WINDOW_S", 0.0)
+    monkeypatch.setattr(lib, "llama_set_n_threads", record)
+    engine = engine_of(tiny, n_threads=2)
+    prompt = [1000 + i for i in range(400)]
+    sampling = SamplingParams(temperature=1.0, seed=7, n_logprobs=2)
+    said: list[list[Sampled]] = []
+    for number, (busy, reuses) in enumerate(((False, False), (True, False), (True, True))):
+        is_busy = busy
+        engine.admit(number, prompt, sampling, reuses=reuses)
+        answer: list[Sampled] = []
+        while len(answer) < 5:
+            answer += [sampled for _, sampled in engine.step().tokens]
+        engine.cancel(number)
+        said.append(answer)
+        assert numbers == ([1] if reuses else [])
+    engine.close()
+    assert said[0] == said[1]
 
 
 def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -> None:

@@ -1,12 +1,22 @@
-"""How much memory there is, by control groups in a folder of our own."""
+"""How much memory and how many cores there are, by control groups in a folder of our own."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
+import pytest
 
-from engine.machine import available_bytes, total_bytes
+from engine.machine import Cores, available_bytes, cores, n_cores, total_bytes
 
 MB = 1 << 20
+
+
+class Times(NamedTuple):
+    """Of a core, as macOS tells them; Linux tells more."""
+
+    user: float
+    nice: float
+    system: float
 
 
 def system(folder: Path, cgroup: str, **files: str) -> Path:
@@ -57,3 +67,46 @@ def test_an_unlimited_group_of_the_first_version_limits_nothing(tmp_path: Path) 
         memory__docker__x__memory_DOT_usage_in_bytes="5\n",
     )
     assert total_bytes(root) == psutil.virtual_memory().total
+
+
+def test_without_groups_the_cores_are_the_machines(tmp_path: Path) -> None:
+    (machine,) = cores(tmp_path)
+    assert machine.n == n_cores(tmp_path) >= 1
+    assert machine.used_s > 0
+
+
+def test_each_quota_on_the_way_up_counts_with_what_its_group_has_used(tmp_path: Path) -> None:
+    root = system(
+        tmp_path,
+        "0::/a.slice/b.service\n",
+        a_DOT_slice__cpu_DOT_max="max 100000\n",
+        a_DOT_slice__b_DOT_service__cpu_DOT_max="50000 100000\n",
+        a_DOT_slice__b_DOT_service__cpu_DOT_stat="usage_usec 7500000\nuser_usec 7000000\n",
+    )
+    assert cores(root)[1:] == [Cores(0.5, 7.5)]
+    assert n_cores(root) == 0.5
+
+
+def test_quotas_of_the_first_version_count_too(tmp_path: Path) -> None:
+    root = system(
+        tmp_path,
+        "4:cpu,cpuacct:/x\n",
+        cpu__cpu_DOT_cfs_quota_us="-1\n",
+        cpu__x__cpu_DOT_cfs_quota_us="25000\n",
+        cpu__x__cpu_DOT_cfs_period_us="100000\n",
+        cpu__x__cpuacct_DOT_usage="1500000000\n",
+    )
+    assert cores(root)[1:] == [Cores(0.25, 1.5)]
+
+
+def test_programs_that_give_way_by_themselves_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = Times(user=1.0, nice=4.0, system=2.0)
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: [times])
+    monkeypatch.setattr("engine.machine._allowed", lambda: [0, 1])
+    niceness = 0
+    monkeypatch.setattr("os.getpriority", lambda *_: niceness)
+    assert cores(tmp_path) == [Cores(1, 3.0)]
+    niceness = 5
+    assert cores(tmp_path) == [Cores(1, 7.0)]

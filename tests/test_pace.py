@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from engine.pace import ALONE, MIN_TOKENS, PROBE_TOKENS, SHARE, Pace
 
 
-def taught(decode_s: float, token_s: float, n_decodes: int = 4) -> Pace:
-    pace = Pace(0.2)
+def taught(
+    decode_s: float, token_s: float, n_decodes: int = 4, max_stall_s: float | None = 0.2
+) -> Pace:
+    pace = Pace(max_stall_s)
     pace.observe(n_decodes, 0, decode_s)
     pace.observe(0, 100, 100 * token_s)
     return pace
@@ -29,6 +31,17 @@ def test_without_streams_it_may_take_longer() -> None:
 def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:
     assert taught(decode_s=0.5, token_s=0.001).n_prefill(4) == int(SHARE * 0.5 / 0.001)
     assert taught(decode_s=0.5, token_s=0.1).n_prefill(4) == MIN_TOKENS
+
+
+def test_where_no_time_is_set_it_is_three_gaps_of_the_streams_or_60_ms() -> None:
+    for decode_s, n_tokens in ((0.05, 100), (0.2, 400), (0.004, 56)):
+        n_prefill = taught(decode_s, token_s=0.001, max_stall_s=None).n_prefill(4)
+        assert n_prefill == pytest.approx(n_tokens, abs=1)  # it rounds down
+
+
+def test_where_no_time_is_set_prompts_get_on_and_take_their_time_alone() -> None:
+    assert taught(decode_s=0.015, token_s=0.02, max_stall_s=None).n_prefill(1) == MIN_TOKENS
+    assert taught(decode_s=0.05, token_s=0.001, max_stall_s=None).n_prefill(0) == 800
 
 
 def test_the_streams_count_as_the_nearest_number_that_was_measured() -> None:

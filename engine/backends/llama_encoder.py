@@ -25,6 +25,7 @@ from engine.backends.base import (
     Specials,
     Tokenizer,
 )
+from engine.backends.llama_threads import ContextThreads
 from engine.backends.llamacpp import (
     Error,
     LlamaLog,
@@ -119,6 +120,7 @@ class LlamaEncoder:
         # a context that has more sequences than a batch has tokens ends the process, too
         self.n_sequences = min(MAX_SEQUENCES, self._step)
         self._context = self._new_context(spec, encoder)
+        self._threads = ContextThreads(self._context, spec.n_threads)
         self._memory = lib.llama_get_memory(self._context)
         self.tokenizer: Tokenizer = EncoderTokenizer(self._model, facts)
         vocab = lib.llama_model_get_vocab(self._model)
@@ -215,6 +217,7 @@ class LlamaEncoder:
         )
         self._heard, self._is_interrupted = None, False
         n_tokens = end - start
+        self._threads.set(n_tokens)
         if self._memory:
             status = lib.llama_decode(self._context, batch)
         elif n_tokens <= self._n_outputs:

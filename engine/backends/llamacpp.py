@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.backends.base import CacheFull, Constraint, Engine, ReportProgress, Tokenizer
+from engine.backends.llama_threads import ContextThreads
 from engine.batch_engine import BatchEngine
 from engine.prefix import Saved
 from engine.sampling import Rules, logprobs
@@ -149,6 +150,7 @@ class LlamaDecoder:
         vocab = lib.llama_model_get_vocab(self._model)
         self._dry = lru_cache(maxsize=8)(partial(_Dry, vocab))
         self._batch = _BatchArrays(self.n_batch)
+        self._threads = ContextThreads(self._context, spec.n_threads)
 
     def close(self) -> None:
         lib.llama_free(self._context)
@@ -191,6 +193,10 @@ class LlamaDecoder:
     # decoding
 
     def decode(self, batch: Batch) -> None:
+        # attention adds up a long context in as many parts as there are threads
+        is_alone = len(batch.chunks) == 1
+        is_steady = is_alone and not batch.chunks[0].sequence.reuses
+        self._threads.set(batch.n_tokens, is_steady=is_steady)
         status = lib.llama_decode(self._context, self._batch.fill(batch))
         if status == 1:
             raise CacheFull

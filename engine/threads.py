@@ -1,0 +1,61 @@
+"""How many threads compute the next step: for one of few tokens no more than there are cores that
+nobody else uses.
+
+Threads that compute a step together wait for each other many times in every layer. Where one of
+them has no core the others wait for it, so two threads on a core and a half are slower than one.
+What others use is measured, not found by trying, so it costs nothing where there are none.
+"""
+
+import random
+from collections import deque
+from collections.abc import Sequence
+
+from engine.machine import Cores
+
+WINDOW_S = 0.25  # systems count CPU time in hundredths of a second: what is shorter is noise
+HOLD_S = 1.0  # so long, and up to twice that, must a core have been free before a thread takes it
+SLACK = 0.35  # of a core may others use before a thread makes room for them
+MANY_TOKENS = 32  # in a step are work enough that threads with a core take over what others leave
+
+
+class Threads:
+    """Learns from what was used of the cores since the last look. At most `n_most`, at least one;
+    times are seconds by any clock. With the `dice` workers that wait for the same core do not take
+    it at the same time, again and again."""
+
+    def __init__(self, n_most: int, dice: random.Random) -> None:
+        self._n_few = n_most  # for a step of few tokens
+        self._n_most = n_most
+        self._dice = dice
+        self._hold_s = HOLD_S
+        self._seen_at: float | None = None
+        self._own_s = 0.0
+        self._cores: Sequence[Cores] = ()
+        self._free: deque[tuple[float, float]] = deque()  # when, and how many cores were
+
+    def n(self, n_tokens: int) -> int:
+        """For a step of so many tokens."""
+        return self._n_most if n_tokens >= MANY_TOKENS else self._n_few
+
+    def is_due(self, now_s: float) -> bool:
+        """It is time to look again."""
+        is_new = self._seen_at is None or now_s - self._seen_at >= WINDOW_S
+        return self._n_most > 1 and is_new
+
+    def observe(self, now_s: float, own_s: float, cores: Sequence[Cores]) -> None:
+        """By now this process has computed for `own_s`; and what is so of the cores."""
+        if self._seen_at is not None and cores and len(cores) == len(self._cores):
+            seconds, own = now_s - self._seen_at, own_s - self._own_s
+            free = min(
+                new.n - max(new.used_s - old.used_s - own, 0) / seconds
+                for old, new in zip(self._cores, cores, strict=True)
+            )
+            self._free.append((now_s, free))
+            while self._free[0][0] <= now_s - self._hold_s:
+                self._free.popleft()
+            least = min(free for _, free in self._free)
+            before = self._n_few
+            self._n_few = max(1, min(self._n_most, int(least + SLACK)))
+            if self._n_few < before:
+                self._hold_s = HOLD_S * (1 + self._dice.random())
+        self._seen_at, self._own_s, self._cores = now_s, own_s, cores

@@ -1,0 +1,184 @@
+"""How many threads a step gets, on machines that the test makes up."""
+
+import random
+
+import pytest
+
+from engine.machine import Cores
+from engine.threads import HOLD_S, MANY_TOKENS, WINDOW_S, Threads
+
+STEP_S = 0.02
+
+
+def new(n_most: int, seed: int = 1) -> Threads:
+    return Threads(n_most, random.Random(seed))
+
+
+class Box:
+    """A machine whose programs share its cores alike. Workers compute all the time, with as many
+    threads as they have; `n_busy` other programs of one thread do, too."""
+
+    def __init__(self, *workers: Threads, n_cores: int = 2, noise: float = 0.0) -> None:
+        self.n_busy = 0.0
+        self.now_s = 0.0
+        self.numbers: list[list[int]] = []  # of threads, by step
+        self._workers = workers
+        self._n_cores = n_cores
+        self._used_s = 0.0
+        self._own_s = [0.0] * len(workers)
+        self._dice = random.Random(1)
+        self._noise = noise
+        self._look()
+
+    def run(self, seconds: float) -> None:
+        for _ in range(round(seconds / STEP_S)):
+            wanted = [*(worker.n(1) for worker in self._workers), self.n_busy]
+            share_s = STEP_S * min(1.0, self._n_cores / sum(wanted))
+            for number, worker in enumerate(self._workers):
+                self._own_s[number] += worker.n(1) * share_s
+            self._used_s += sum(wanted) * share_s
+            self.now_s += STEP_S
+            self._look()
+            self.numbers.append([worker.n(1) for worker in self._workers])
+
+    def _look(self) -> None:
+        for number, worker in enumerate(self._workers):
+            if worker.is_due(self.now_s):
+                error_s = self._noise * WINDOW_S * self._dice.uniform(-1, 1)
+                cores = [Cores(self._n_cores, self._used_s + error_s)]
+                worker.observe(self.now_s, self._own_s[number], cores)
+
+
+def test_alone_it_has_all_threads_however_coarse_the_clocks_are() -> None:
+    threads = new(2)
+    box = Box(threads, noise=0.15)
+    box.run(60)
+    assert box.numbers == [[2]] * len(box.numbers)
+
+
+@pytest.mark.parametrize(
+    ("n_cores", "n_most", "n_busy", "n_threads"),
+    [(2, 2, 1, 1), (2, 2, 2, 1), (8, 8, 1, 7), (8, 8, 3, 5), (8, 4, 3, 4), (8, 8, 99, 1)],
+)
+def test_it_leaves_others_the_cores_that_they_use(
+    n_cores: int, n_most: int, n_busy: int, n_threads: int
+) -> None:
+    threads = new(n_most)
+    box = Box(threads, n_cores=n_cores)
+    box.run(1)
+    box.n_busy = n_busy
+    box.run(2)
+    assert threads.n(1) == n_threads
+
+
+def test_it_makes_room_after_one_look_and_comes_back_when_the_others_end() -> None:
+    threads = new(2)
+    box = Box(threads)
+    box.run(1)
+    box.n_busy = 2
+    box.run(2 * WINDOW_S)
+    assert threads.n(1) == 1
+    box.run(20)
+    box.n_busy = 0
+    box.run(2 * HOLD_S + 2 * WINDOW_S)
+    assert threads.n(1) == 2
+
+
+def test_with_others_beside_it_never_tries_for_more() -> None:
+    threads = new(2)
+    box = Box(threads, noise=0.15)
+    box.n_busy = 1
+    box.run(1)
+    n_steps = len(box.numbers)
+    box.run(60)
+    assert box.numbers[n_steps:] == [[1]] * (len(box.numbers) - n_steps)
+
+
+def test_who_comes_and_goes_in_less_time_than_it_waits_changes_nothing() -> None:
+    threads = new(2)
+    box = Box(threads)
+    numbers = set()
+    for _ in range(20):
+        box.n_busy = 1
+        box.run(0.5)
+        numbers.add(threads.n(1))
+        box.n_busy = 0
+        box.run(0.5)
+        numbers.add(threads.n(1))
+    assert numbers == {1}
+
+
+def test_little_use_by_others_costs_no_thread() -> None:
+    threads = new(2)
+    box = Box(threads)
+    box.n_busy = 0.2
+    box.run(10)
+    assert box.numbers == [[2]] * len(box.numbers)
+
+
+@pytest.mark.parametrize("n_cores", [2, 3, 4, 8])
+@pytest.mark.parametrize("n_workers", [2, 3])
+def test_busy_workers_share_the_cores_and_do_not_swing(n_cores: int, n_workers: int) -> None:
+    workers = [new(n_cores, seed) for seed in range(n_workers)]
+    box = Box(*workers, n_cores=n_cores, noise=0.1)
+    box.run(10)
+    settled = [worker.n(1) for worker in workers]
+    assert sum(settled) == max(n_cores, n_workers)
+    n_steps = len(box.numbers)
+    box.run(60)
+    assert box.numbers[n_steps:] == [settled] * (len(box.numbers) - n_steps)
+
+
+def test_after_a_pause_it_counts_what_others_used_meanwhile() -> None:
+    threads = new(2)
+    threads.observe(0.0, 5.0, [Cores(2, 100.0)])
+    threads.observe(60.0, 5.0, [Cores(2, 160.0)])
+    assert threads.n(1) == 1
+    threads.observe(120.0, 5.0, [Cores(2, 161.0)])
+    assert threads.n(1) == 2
+
+
+def test_the_tightest_of_several_limits_counts() -> None:
+    threads = new(8)
+    threads.observe(0.0, 0.0, [Cores(16, 0.0), Cores(4, 0.0)])
+    threads.observe(1.0, 2.0, [Cores(16, 9.0), Cores(4, 3.0)])  # one core by others in the group
+    assert threads.n(1) == 3
+
+
+def test_a_step_of_many_tokens_has_all_threads() -> None:
+    threads = new(2)
+    threads.observe(0.0, 0.0, [Cores(2, 0.0)])
+    threads.observe(1.0, 1.0, [Cores(2, 2.0)])
+    assert [threads.n(n_tokens) for n_tokens in (1, MANY_TOKENS - 1, MANY_TOKENS)] == [1, 1, 2]
+
+
+def test_a_part_of_a_core_is_no_core() -> None:
+    threads = new(8)
+    threads.observe(0.0, 0.0, [Cores(2.5, 0.0)])
+    threads.observe(1.0, 2.0, [Cores(2.5, 2.0)])
+    assert threads.n(1) == 2
+
+
+def test_limits_that_change_are_measured_anew() -> None:
+    threads = new(2)
+    threads.observe(0.0, 0.0, [Cores(2, 0.0)])
+    threads.observe(1.0, 1.0, [Cores(2, 1.0), Cores(1, 1000.0)])
+    assert threads.n(1) == 2
+    threads.observe(2.0, 2.0, [Cores(2, 2.0), Cores(1, 1001.0)])
+    assert threads.n(1) == 1
+
+
+def test_where_nothing_is_known_it_stays() -> None:
+    threads = new(2)
+    for second in range(3):
+        threads.observe(float(second), 2.0 * second, [])
+    assert threads.n(1) == 2
+
+
+def test_it_looks_no_oftener_than_it_must_and_with_one_thread_never() -> None:
+    threads = new(2)
+    assert threads.is_due(10.0)
+    threads.observe(10.0, 0.0, [Cores(2, 0.0)])
+    assert not threads.is_due(10.0 + 0.9 * WINDOW_S)
+    assert threads.is_due(10.0 + WINDOW_S)
+    assert not new(1).is_due(10.0)
