@@ -14,7 +14,8 @@ from engine.machine import Cores
 
 WINDOW_S = 0.25  # systems count CPU time in hundredths of a second: what is shorter is noise
 HOLD_S = 1.0  # so long, and up to twice that, must a core have been free before a thread takes it
-PAUSE_S = 1.0  # without a step: what others did meanwhile says nothing of now
+PAUSE_S = 0.05  # without a step: what others did meanwhile says nothing of now
+FORGET_S = 1.0  # without a step: nor does what they did before
 SLACK = 0.35  # of a core may others use before a thread makes room for them
 MANY_TOKENS = 32  # in a step are work enough that threads with a core take over what others leave
 
@@ -43,12 +44,17 @@ class Threads:
         is_new = self._seen_at is None or now_s - self._seen_at >= WINDOW_S
         return self._n_most > 1 and is_new
 
-    def observe(self, now_s: float, own_s: float, cores: Sequence[Cores]) -> None:
-        """By now this process has computed for `own_s`; and what is so of the cores."""
-        if self._seen_at is None or now_s - self._seen_at > PAUSE_S:
+    def paused(self, seconds: float) -> None:
+        """There was no step for so long."""
+        if seconds > PAUSE_S:
+            self._seen_at = None
+        if seconds > FORGET_S:
             self._free.clear()
             self._n_few = self._n_most
-        elif cores and len(cores) == len(self._cores):
+
+    def observe(self, now_s: float, own_s: float, cores: Sequence[Cores]) -> None:
+        """By now this process has computed for `own_s`; and what is so of the cores."""
+        if self._seen_at is not None and cores and len(cores) == len(self._cores):
             seconds, own = now_s - self._seen_at, own_s - self._own_s
             free = min(
                 new.n - max(new.used_s - old.used_s - own, 0) / seconds

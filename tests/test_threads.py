@@ -129,18 +129,23 @@ def test_busy_workers_share_the_cores_and_do_not_swing(n_cores: int, n_workers: 
     assert box.numbers[n_steps:] == [settled] * (len(box.numbers) - n_steps)
 
 
-def test_after_a_pause_it_begins_anew_whatever_others_did_meanwhile() -> None:
+def test_what_others_did_while_there_was_no_step_does_not_count() -> None:
     """Their request has ended, and ours comes."""
     threads = new(2)
     threads.observe(0.0, 0.0, [Cores(2, 0.0)])
-    threads.observe(0.5, 0.5, [Cores(2, 1.0)])
-    assert threads.n(1) == 1
-    threads.observe(60.0, 0.5, [Cores(2, 110.0)])
+    threads.paused(0.5)
+    assert threads.is_due(0.5)
+    threads.observe(0.5, 0.0, [Cores(2, 1.0)])
     assert threads.n(1) == 2
-    threads.observe(60.25, 1.0, [Cores(2, 110.5)])
-    assert threads.n(1) == 2
-    threads.observe(60.5, 1.2, [Cores(2, 111.0)])
+    threads.observe(0.75, 0.2, [Cores(2, 1.5)])
     assert threads.n(1) == 1
+    threads.paused(0.5)
+    threads.observe(1.25, 0.2, [Cores(2, 1.5)])
+    assert threads.n(1) == 1, "they may go on"
+    threads.paused(60.0)
+    assert threads.n(1) == 2
+    threads.observe(61.0, 0.2, [Cores(2, 110.0)])
+    assert threads.n(1) == 2
 
 
 def test_the_tightest_of_several_limits_counts() -> None:

@@ -217,15 +217,15 @@ class LlamaEncoder:
         )
         self._heard, self._is_interrupted = None, False
         n_tokens = end - start
-        self._threads.set(n_tokens)
-        if self._memory:
-            status = lib.llama_decode(self._context, batch)
-        elif n_tokens <= self._n_outputs:
-            status = lib.llama_encode(self._context, batch)
-        else:
-            self._check_room(n_tokens)
-            status = lib.llama_encode(self._context, batch)
-            self._give_back_logits(n_tokens)
+        with self._threads.step(n_tokens):
+            if self._memory:
+                status = lib.llama_decode(self._context, batch)
+            elif n_tokens <= self._n_outputs:
+                status = lib.llama_encode(self._context, batch)
+            else:
+                self._check_room(n_tokens)
+                status = lib.llama_encode(self._context, batch)
+                self._give_back_logits(n_tokens)
         self._log.is_muted = False
         if self._heard is not None:
             raise self._heard

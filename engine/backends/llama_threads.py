@@ -2,6 +2,8 @@
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import llama_cpp as lib
@@ -15,18 +17,22 @@ class ContextThreads:
         self._context = context
         self._threads = Threads(n_most, random.Random())
         self._n_most = self._n_set = n_most
-        self._look()
+        self._ended_at = 0.0
 
-    def set(self, n_tokens: int, *, is_steady: bool = False) -> None:
-        """Before a step of so many tokens: give way where others want cores, unless the step must
+    @contextmanager
+    def step(self, n_tokens: int, *, is_steady: bool = False) -> Iterator[None]:
+        """Around a step of so many tokens: give way where others want cores, unless the step must
         have as many threads as ever."""
         self._look()
         n = self._n_most if is_steady else self._threads.n(n_tokens)
         if n != self._n_set:
             lib.llama_set_n_threads(self._context, n, n)
             self._n_set = n
+        yield
+        self._ended_at = time.monotonic()
 
     def _look(self) -> None:
         now_s = time.monotonic()
+        self._threads.paused(now_s - self._ended_at)
         if self._threads.is_due(now_s):
             self._threads.observe(now_s, time.process_time(), machine.cores())

@@ -196,13 +196,14 @@ class LlamaDecoder:
         # attention adds up a long context in as many parts as there are threads
         is_alone = len(batch.chunks) == 1
         is_steady = is_alone and not batch.chunks[0].sequence.reuses
-        self._threads.set(batch.n_tokens, is_steady=is_steady)
-        status = lib.llama_decode(self._context, self._batch.fill(batch))
-        if status == 1:
-            raise CacheFull
-        if status != 0:
-            raise Error(f"llama_decode returned {status}")
-        lib.llama_synchronize(self._context)  # or a GPU's work would be missing in the step's time
+        with self._threads.step(batch.n_tokens, is_steady=is_steady):
+            status = lib.llama_decode(self._context, self._batch.fill(batch))
+            if status == 1:
+                raise CacheFull
+            if status != 0:
+                raise Error(f"llama_decode returned {status}")
+            # or a GPU's work would be missing in the step's time
+            lib.llama_synchronize(self._context)
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler":
         ends = self._llama_tokenizer.ends if sampling.ignore_eos or sampling.min_tokens else []
