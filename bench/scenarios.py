@@ -138,7 +138,8 @@ async def gap(client: Client, seed: str, sizes: Sizes) -> Found:
     ]
     await all_run.wait()
     since_s = time.perf_counter() - started_at
-    intruder = await client.chat(asking(f"{seed}/long", sizes.n_intruder_words), 1)
+    # the first token alone may be half a letter
+    intruder = await client.chat(asking(f"{seed}/long", sizes.n_intruder_words), 4)
     is_over.set()
     replies = await asyncio.gather(*watched)
     gaps_s = [gap_s for reply in replies for gap_s in reply.gaps_s(since_s)]
