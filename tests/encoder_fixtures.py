@@ -8,7 +8,6 @@ All BERTs are also written as Hugging Face directories.
 """
 
 import base64
-import json
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.model_file import open_header
+from models.convert.hf_folder import around, write_json, write_safetensors
 from tests.gguf_fixtures import spm_vocabulary
 from tests.torch_files import write_pt
 
@@ -761,10 +761,10 @@ def write_hf(folder: Path, model: Bert, vocab: Unigram) -> Path:
     """An XLM-R with its vocabulary, and with its heads where it has them."""
     _write_network(folder, model, "xlm-roberta", len(vocab.pieces))
     write_heads(folder, model)
-    _write_json(folder / "tokenizer.json", _hf_tokenizer(vocab))
+    write_json(folder / "tokenizer.json", _hf_tokenizer(vocab))
     specials = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>"}
     specials |= {"unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {f"{name}_token": token for name, token in specials.items()}
         | {"model_max_length": model.n_ctx, "tokenizer_class": "XLMRobertaTokenizer"},
@@ -775,10 +775,10 @@ def write_hf(folder: Path, model: Bert, vocab: Unigram) -> Path:
 def write_hf_bert(folder: Path, model: Bert) -> Path:
     """A BERT with WordPiece, and with mean pooling where it is no cross-encoder."""
     _write_network(folder, model, "bert", len(wordpieces()))
-    _write_json(folder / "tokenizer.json", _hf_wordpiece())
+    write_json(folder / "tokenizer.json", _hf_wordpiece())
     if "cls.weight" not in model.tensors:
         (folder / "1_Pooling").mkdir()
-        _write_json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
+        write_json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
     return folder
 
 
@@ -808,7 +808,7 @@ def _write_network(folder: Path, model: Bert, family: str, n_vocab: int) -> None
         config |= {"bos_token_id": Unigram.bos, "eos_token_id": Unigram.eos}
     if is_classifier:
         config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def _hf_tokenizer(vocab: Unigram) -> dict[str, Any]:
@@ -829,7 +829,7 @@ def _hf_tokenizer(vocab: Unigram) -> dict[str, Any]:
             "type": "Sequence",
             "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace],
         },
-        "post_processor": _around("<s> A </s>", "<s> A </s> </s> B </s>", vocab.pieces),
+        "post_processor": around("<s> A </s>", "<s> A </s> </s> B </s>", vocab.pieces),
         "decoder": metaspace,
         "model": {
             "type": "Unigram",
@@ -860,7 +860,7 @@ def _hf_wordpiece() -> dict[str, Any]:
             "lowercase": True,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": _around("[CLS] A [SEP]", "[CLS] A [SEP] B [SEP]", pieces),
+        "post_processor": around("[CLS] A [SEP]", "[CLS] A [SEP] B [SEP]", pieces),
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {
             "type": "WordPiece",
@@ -875,42 +875,3 @@ def _hf_wordpiece() -> dict[str, Any]:
 def _control(token: int, content: str, *, lstrip: bool = False) -> dict[str, Any]:
     flags = {"single_word": False, "rstrip": False, "normalized": False, "special": True}
     return {"id": token, "content": content, "lstrip": lstrip, **flags}
-
-
-def _around(single: str, pair: str, pieces: Sequence[str]) -> dict[str, Any]:
-    """The tokens around texts."""
-
-    def template(pattern: str) -> list[dict[str, Any]]:
-        return [
-            {"Sequence" if part in "AB" else "SpecialToken": {"id": part, "type_id": 0}}
-            for part in pattern.split()
-        ]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": template(single),
-        "pair": template(pair),
-        "special_tokens": {
-            token: {"id": token, "ids": [pieces.index(token)], "tokens": [token]}
-            for token in set(single.split()) - {"A"}
-        },
-    }
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Floats]) -> Path:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, values in tensors.items():
-        start, end = end, end + 4 * values.size
-        header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for values in tensors.values():
-            file.write(np.ascontiguousarray(values, "<f4").tobytes())
-    return path
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -12,6 +12,7 @@ from embedders import Embedded, SimpleEmbedder, new_embedder
 from engine import wire
 from engine.backends.base import Encoder, load_encoder
 from rerankers import BGEReranker
+from tests import encoder_fixtures as tiny
 
 ALL: frozenset[Any] = frozenset({"dense", "sparse", "colbert"})
 Load = Callable[..., Encoder]
@@ -71,3 +72,25 @@ def scores_of(
 ) -> list[float]:
     ids = pairs_of(reranker, pairs)
     return [s for at in range(0, len(ids), size) for s in reranker.score(ids[at : at + size])]
+
+
+def write_hf_folders(folder: Path) -> Path:
+    """Of both families an encoder and a cross-encoder, as Hugging Face directories."""
+    tiny.write_hf_embedder(folder / "embedder")
+    tiny.write_hf_reranker(folder / "reranker")
+    tiny.write_hf_bert(folder / "bert", tiny.tiny_bert())
+    tiny.write_hf_bert(folder / "bert-reranker", tiny.tiny_typed_reranker())
+    return folder
+
+
+def ids_of(*texts: Sequence[int]) -> list[NDArray[np.int32]]:
+    return [np.array(ids, np.int32) for ids in texts]
+
+
+def vectors_of(embedder: SimpleEmbedder, batch: Sequence[NDArray[np.int32]]) -> list[Embedded]:
+    return embedder.embed(batch, [embedder.outputs] * len(batch), lambda: True)
+
+
+def weights_of(text: Embedded) -> dict[int, float]:
+    assert text.sparse is not None
+    return dict(zip(text.sparse[0].tolist(), text.sparse[1].tolist(), strict=True))

@@ -14,6 +14,7 @@ from engine.heads import missing_heads, read_heads
 from engine.model_file import open_header, read_model_file
 from errors import ModelLoadFailed
 from models.convert.bge_m3 import convert
+from models.convert.hf_folder import write_safetensors
 from settings import ROOT
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS, hf_tensors
@@ -135,7 +136,7 @@ def test_weights_in_several_files_are_put_together(tmp_path: Path) -> None:
     tensors = list(hf_tensors(tiny.tiny_embedder()).items())
     for part, some in enumerate((tensors[:9], tensors[9:]), 1):
         file = f"model-0000{part}-of-00002.safetensors"
-        tiny.write_safetensors(folder / file, dict(some))
+        write_safetensors(folder / file, dict(some))
         names |= {name: file for name, _ in some}
     index = json.dumps({"weight_map": names})
     (folder / "model.safetensors.index.json").write_text(index)
@@ -194,7 +195,7 @@ def test_a_layer_of_another_architecture_is_refused(tmp_path: Path) -> None:
     folder = tiny.write_hf_embedder(tmp_path / "hf")
     tensors = hf_tensors(tiny.tiny_embedder())
     tensors["encoder.layer.0.adapter.weight"] = np.zeros((2, 2), np.float32)
-    tiny.write_safetensors(folder / "model.safetensors", tensors)
+    write_safetensors(folder / "model.safetensors", tensors)
     with pytest.raises(ModelLoadFailed, match=r"there is encoder\.layer\.0\.adapter\.weight"):
         convert(folder, tmp_path / "m3.gguf")
 

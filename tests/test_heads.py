@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from engine.heads import Heads, missing_heads, read_heads
 from engine.tensors import read_tensors
 from errors import ModelLoadFailed
+from models.convert.hf_folder import write_safetensors
 from tests import gguf_fixtures
-from tests.encoder_fixtures import write_safetensors
 from tests.torch_files import pickled, write_legacy_pt, write_pt
 
 N_EMBD = 8

@@ -6,14 +6,14 @@ References are the network in float64, what torch said (tests/recorded), and lla
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from embedders import BGEM3Embedder, Embedded, SimpleEmbedder
+from embedders import BGEM3Embedder, Embedded
 from engine import wire
 from engine.backends import llama_encoder
 from engine.backends.base import Interrupted, load_encoder
@@ -22,11 +22,24 @@ from engine.client import launch_process
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from model_manager import ModelManager
+from models.convert.hf_folder import write_safetensors
 from rerankers import PROOF, BGEReranker, max_sim
 from settings import Settings, TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS
-from tests.own_encoder import ALL, Load, embedder_of, loading, pairs_of, sequences, spec
+from tests.own_encoder import (
+    ALL,
+    Load,
+    embedder_of,
+    ids_of,
+    loading,
+    pairs_of,
+    sequences,
+    spec,
+    vectors_of,
+    weights_of,
+    write_hf_folders,
+)
 from tests.record_flag import REAL_TEXTS, real_model, recorded
 from tests.serving import Service, serving
 from tests.test_flag_encoder import Damage, config
@@ -42,12 +55,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mlx")
-    tiny.write_hf_embedder(folder / "embedder")
-    tiny.write_hf_reranker(folder / "reranker")
-    tiny.write_hf_bert(folder / "bert", tiny.tiny_bert())
-    tiny.write_hf_bert(folder / "bert-reranker", tiny.tiny_typed_reranker())
-    return folder
+    return write_hf_folders(tmp_path_factory.mktemp("mlx"))
 
 
 @pytest.fixture
@@ -55,19 +63,6 @@ def load() -> Iterator[Load]:
     """In the thread of the test."""
     with loading(backend="mlx") as load:
         yield load
-
-
-def ids_of(*texts: Sequence[int]) -> list[Any]:
-    return [np.array(ids, np.int32) for ids in texts]
-
-
-def vectors_of(embedder: SimpleEmbedder, batch: Sequence[Any]) -> list[Embedded]:
-    return embedder.embed(batch, [embedder.outputs] * len(batch), lambda: True)
-
-
-def weights_of(text: Embedded) -> dict[int, float]:
-    assert text.sparse is not None
-    return dict(zip(text.sparse[0].tolist(), text.sparse[1].tolist(), strict=True))
 
 
 # what it computes
@@ -254,7 +249,7 @@ def without(name: str) -> Damage:
     def change(folder: Path) -> None:
         tensors = tiny.hf_tensors(tiny.tiny_reranker())
         del tensors[name]
-        tiny.write_safetensors(folder / "model.safetensors", tensors)
+        write_safetensors(folder / "model.safetensors", tensors)
 
     return change
 

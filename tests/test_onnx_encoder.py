@@ -6,7 +6,7 @@ References are the network in float64, what torch said (tests/recorded), and lla
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedders import BGEM3Embedder, Embedded, SimpleEmbedder
+from embedders import BGEM3Embedder, Embedded
 from engine import wire
 from engine.backends import llama_encoder, onnx_encoder
 from engine.backends.base import Interrupted, load_encoder
@@ -25,7 +25,18 @@ from rerankers import BGEReranker
 from settings import TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS
-from tests.own_encoder import Load, embedder_of, loading, pairs_of, sequences, spec
+from tests.own_encoder import (
+    Load,
+    embedder_of,
+    ids_of,
+    loading,
+    pairs_of,
+    sequences,
+    spec,
+    vectors_of,
+    weights_of,
+    write_hf_folders,
+)
 from tests.record_flag import REAL_TEXTS, real_model, recorded
 from tests.test_flag_encoder import config
 from tests.test_model_manager import run
@@ -38,31 +49,13 @@ needs_onnx = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("onnx")
-    tiny.write_hf_embedder(folder / "embedder")
-    tiny.write_hf_reranker(folder / "reranker")
-    tiny.write_hf_bert(folder / "bert", tiny.tiny_bert())
-    tiny.write_hf_bert(folder / "bert-reranker", tiny.tiny_typed_reranker())
-    return folder
+    return write_hf_folders(tmp_path_factory.mktemp("onnx"))
 
 
 @pytest.fixture
 def load() -> Iterator[Load]:
     with loading(backend="onnx") as load:
         yield load
-
-
-def ids_of(*texts: Sequence[int]) -> list[Any]:
-    return [np.array(ids, np.int32) for ids in texts]
-
-
-def vectors_of(embedder: SimpleEmbedder, batch: Sequence[Any]) -> list[Embedded]:
-    return embedder.embed(batch, [embedder.outputs] * len(batch), lambda: True)
-
-
-def weights_of(text: Embedded) -> dict[int, float]:
-    assert text.sparse is not None
-    return dict(zip(text.sparse[0].tolist(), text.sparse[1].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("library", ["onnxruntime", "tokenizers"])

@@ -5,12 +5,9 @@
 Weights become float32: those of a file in F32 or F16 are the same, as are tables in Q4_0.
 """
 
-import argparse
 import base64
-import json
 import re
 import struct
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errors import ModelLoadFailed
+from models.convert.command import run
+from models.convert.hf_folder import around, write_json, write_safetensors
 
 _MODULES = {
     "token_embd": "embeddings.word_embeddings",
@@ -43,16 +42,7 @@ Tensors = Mapping[str, NDArray[np.float32]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("gguf", type=Path, help="the model")
-    parser.add_argument("out", type=Path, help="the directory to write")
-    arguments = parser.parse_args()
-    try:
-        convert(arguments.gguf, arguments.out)
-    except ModelLoadFailed as error:
-        sys.exit(error.message)
+    run(__doc__, convert)
 
 
 def convert(path: Path, out: Path) -> None:
@@ -65,11 +55,11 @@ def convert(path: Path, out: Path) -> None:
     tensors = file.tensors()
     config, tokenizer = _config(file, tensors), _tokenizer(file)
     (out / "1_Pooling").mkdir(parents=True, exist_ok=True)
-    _write_safetensors(out / "model.safetensors", tensors)
-    _write_json(out / "config.json", config)
-    _write_json(out / "tokenizer.json", tokenizer)
+    write_safetensors(out / "model.safetensors", tensors)
+    write_json(out / "config.json", config)
+    write_json(out / "tokenizer.json", tokenizer)
     pooling = _POOLINGS.get(file.get("bert.pooling_type", 0))
-    _write_json(out / "1_Pooling" / "config.json", {pooling: True} if pooling else {})
+    write_json(out / "1_Pooling" / "config.json", {pooling: True} if pooling else {})
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc,unused-ignore]
@@ -187,15 +177,7 @@ def _tokenizer(file: _File) -> dict[str, Any]:
             "type": "Sequence",
             "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace],
         },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": _template("<s> A </s>"),
-            "pair": _template("<s> A </s> </s> B </s>"),
-            "special_tokens": {
-                token: {"id": token, "ids": [pieces.index(token)], "tokens": [token]}
-                for token in ("<s>", "</s>")
-            },
-        },
+        "post_processor": around("<s> A </s>", "<s> A </s> </s> B </s>", pieces),
         "decoder": metaspace,
         "model": {
             "type": "Unigram",
@@ -204,31 +186,6 @@ def _tokenizer(file: _File) -> dict[str, Any]:
             "byte_fallback": False,
         },
     }
-
-
-def _template(pattern: str) -> list[dict[str, Any]]:
-    return [
-        {"Sequence" if part in "AB" else "SpecialToken": {"id": part, "type_id": 0}}
-        for part in pattern.split()
-    ]
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-
-def _write_safetensors(path: Path, tensors: Tensors) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, values in tensors.items():
-        start, end = end, end + 4 * values.size
-        header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for values in tensors.values():
-            file.write(np.ascontiguousarray(values, "<f4").tobytes())
 
 
 if __name__ == "__main__":

@@ -7,16 +7,15 @@ What is in Q2_K, Q4_K or Q6_K beside them becomes float16. MLX has no other type
 Wants the packages of requirements-mlx.txt.
 """
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from errors import ModelLoadFailed
+from models.convert.command import run
 
 GROUP = 32  # weights that share a scale, in GGUF's blocks
 
@@ -53,16 +52,7 @@ _SPLITTERS: dict[str, Splitters] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("gguf", type=Path, help="the model")
-    parser.add_argument("out", type=Path, help="the directory to write")
-    arguments = parser.parse_args()
-    try:
-        convert(arguments.gguf, arguments.out)
-    except ModelLoadFailed as error:
-        sys.exit(error.message)
+    run(__doc__, convert)
 
 
 def convert(gguf: Path, out: Path) -> None:
