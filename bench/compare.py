@@ -10,9 +10,7 @@ within a round. Prints JSON; `--write` also puts it into docs/performance.json, 
 measured of the same scenarios before, and makes the tables and pictures of docs/performance.md.
 
 llama-server is built by bench/peers/build_llama_server.sh; without it, or without
-`pip install sse-starlette starlette-context`, the others are measured. They run as they come:
-`GOMP_SPINCOUNT=1000 python -m bench.compare` gives all of them the wait policy that our workers
-have anyway.
+`pip install sse-starlette starlette-context`, the others are measured. They run as they come.
 """
 
 import argparse

@@ -43,6 +43,7 @@ from engine.backends.bert_folder import read_shape, read_weights
 from engine.backends.llamacpp import LlamaLog
 from engine.backends.padded import Inputs, groups
 from engine.batcher import Batcher
+from engine.client import SPIN_COUNT
 from engine.model_folder import read_model_folder
 from models.convert.gguf_to_folder import convert
 from settings import DEFAULT_EMBEDDING_MODEL, ROOT
@@ -412,8 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--threads", type=int, default=2, metavar="N")
     add("--made", type=Path, metavar="DIR", help="keeps what is made of the model, for other runs")
     options = parser.parse_args(argv)
-    # idle threads of one side that spin would take the cores from the other; as workers have it
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))  # as workers have it
     with ExitStack() as stack:
         made = options.made or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         files = prepared(options.model, made)

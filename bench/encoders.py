@@ -41,6 +41,7 @@ from bench.own_service import PATIENCE_S, free_port, running, service
 from bench.plain_client import post
 from engine.backends.base import Encoder, load_encoder
 from engine.batcher import Batcher
+from engine.client import SPIN_COUNT
 from engine.heads import COLBERT, SPARSE
 from engine.model_file import read_model_file
 from engine.wire import EncoderSpec, WorkerSpec
@@ -351,8 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--llama-server", type=Path, metavar="FILE", help="the binary")
     add("--flag", type=Path, metavar="DIR", help="the same model as Hugging Face has it")
     options = parser.parse_args(argv)
-    # idle threads of one side that spin would take the cores from the other; as workers have it
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))  # as workers have it
     n_ctx = min(options.n_ctx, read_model_file(options.model).n_ctx_train)
     with ExitStack() as stack:
         url = stack.enter_context(serving(options.model, n_ctx, options.threads))

@@ -19,6 +19,9 @@ from errors import BadRequest, ModelLoadFailed, ServiceError
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
+# So often does a thread of OpenMP look whether the others are there before it sleeps: some 2 ms. To
+# wake one takes longer than what it waits for, so threads that slept are late and sleep again.
+SPIN_COUNT = 100_000
 LOAD_PATIENCE = 5  # times the timeout may a load be silent: some of its steps say nothing
 EndReason = str  # how a worker ended, for people
 
@@ -271,7 +274,7 @@ class _Process:
 async def launch_process(theirs: socket.socket) -> Handle:
     """A worker in a process of its own, started afresh: GPU libraries do not survive a fork."""
     environment = {
-        "GOMP_SPINCOUNT": "1000",  # idle OpenMP threads that spin starve whoever else wants a core
+        "GOMP_SPINCOUNT": str(SPIN_COUNT),
         "OPENBLAS_THREAD_TIMEOUT": "4",  # and numpy's, after each product, the model's own
         "OPENBLAS_NUM_THREADS": "1",  # numpy's own threads would wait for cores where those spin
         **os.environ,

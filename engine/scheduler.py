@@ -8,8 +8,8 @@ memory that is passed in is touched. A plan is made so:
    with its tokens and its sampler, and its cells go to the prefix tree. A newcomer begins with the
    cells of the longest beginning that anybody has: one that runs, one that ended, or one in the
    prefix tree. It waits while another's prefill is about to make a longer one.
-2. Cells of ended sequences move to the prefix tree, a block in each step: every cell in use slows
-   the steps.
+2. Cells of ended sequences move to the prefix tree, since every cell in use slows the steps: a
+   block in each step, and before prompts that nobody waits beside as many more as they will take.
 3. Every sequence that is past its prompt gets one token. Where cells are missing, those of ended
    sequences move out at once, least recently used first; then the last of those that run is put
    off, by rank and age.
@@ -23,7 +23,7 @@ from bisect import insort
 from dataclasses import dataclass
 
 from engine.backends.base import Memory
-from engine.cells import Cells, view
+from engine.cells import BLOCK, Cells, view
 from engine.pace import Pace
 from engine.prefix import Match, PrefixTree, Tokens, n_common
 from engine.speculation import Guesses, Speculation
@@ -297,9 +297,14 @@ class Scheduler:
     # 2. ended sequences
 
     def _move_out_some(self) -> None:
-        idle = self._idle()
-        if idle and self._running and self._cells.can_share:
-            self._cells.move_out_block(idle[0].index)
+        if not (self._running and self._cells.can_share):
+            return
+        n_to_move = BLOCK
+        if all(sequence.n_pending > 1 for sequence in self._running):  # nobody waits for a token
+            n_to_move += sum(sequence.n_pending for sequence in self._running)
+        for _ in range(n_to_move // BLOCK):
+            if idle := self._idle():
+                self._cells.move_out_block(idle[0].index)
 
     # 3. one token for each sequence that is past its prompt
 

@@ -1,5 +1,4 @@
-"""How many threads compute the next step: for one of few tokens no more than there are cores that
-nobody else uses.
+"""How many threads compute the next step: no more than there are cores that nobody else uses.
 
 Threads that compute a step together wait for each other many times in every layer. Where one of
 them has no core the others wait for it, so two threads on a core and a half are slower than one.
@@ -17,7 +16,6 @@ HOLD_S = 1.0  # so long, and up to twice that, must a core have been free before
 PAUSE_S = 0.05  # without a step: what others did meanwhile says nothing of now
 FORGET_S = 1.0  # without a step: nor does what they did before
 SLACK = 0.35  # of a core may others use before a thread makes room for them
-MANY_TOKENS = 32  # in a step are work enough that threads with a core take over what others leave
 
 
 class Threads:
@@ -26,7 +24,7 @@ class Threads:
     it at the same time, again and again."""
 
     def __init__(self, n_most: int, dice: random.Random) -> None:
-        self._n_few = n_most  # for a step of few tokens
+        self.n = n_most
         self._n_most = n_most
         self._dice = dice
         self._hold_s = HOLD_S
@@ -34,10 +32,6 @@ class Threads:
         self._own_s = 0.0
         self._cores: Sequence[Cores] = ()
         self._free: deque[tuple[float, float]] = deque()  # when, and how many cores were
-
-    def n(self, n_tokens: int) -> int:
-        """For a step of so many tokens."""
-        return self._n_most if n_tokens >= MANY_TOKENS else self._n_few
 
     def is_due(self, now_s: float) -> bool:
         """It is time to look again."""
@@ -50,7 +44,7 @@ class Threads:
             self._seen_at = None
         if seconds > FORGET_S:
             self._free.clear()
-            self._n_few = self._n_most
+            self.n = self._n_most
 
     def observe(self, now_s: float, own_s: float, cores: Sequence[Cores]) -> None:
         """By now this process has computed for `own_s`; and what is so of the cores."""
@@ -64,8 +58,8 @@ class Threads:
             while self._free[0][0] <= now_s - self._hold_s:
                 self._free.popleft()
             least = min(free for _, free in self._free)
-            before = self._n_few
-            self._n_few = max(1, min(self._n_most, int(least + SLACK)))
-            if self._n_few < before:
+            before = self.n
+            self.n = max(1, min(self._n_most, int(least + SLACK)))
+            if self.n < before:
                 self._hold_s = HOLD_S * (1 + self._dice.random())
         self._seen_at, self._own_s, self._cores = now_s, own_s, cores

@@ -5,6 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.cells import BLOCK
 from engine.pace import MIN_TOKENS, Pace
 from engine.scheduler import AGEING
 from engine.types import Batch
@@ -179,6 +180,25 @@ def test_a_decode_that_finds_no_cell_moves_an_idle_slot_out() -> None:
     bench.run()
     assert bench.answers[2] == answer_to(tokens(2000, 9), 8)
     assert bench.talk(3, [*tokens(1000, 10), 7]).n_cached == 10
+
+
+def test_a_prompt_that_nobody_waits_beside_finds_the_cells_of_those_before_it_free() -> None:
+    bench = Bench(n_cells=4000, n_batch=200)
+    bench.talk(1, tokens(1000, 900))
+    bench.add(2, tokens(2000, 1000))
+    assert bench.step() == {2: 200}
+    assert bench.memory.n_used == 200, "and not those of the first"
+
+
+def test_beside_a_stream_only_a_block_moves_out_in_a_step() -> None:
+    bench = Bench(n_cells=4000)
+    bench.talk(1, tokens(1000, 900))
+    bench.add(2, tokens(2000, 10), n_wanted=5)
+    bench.step()
+    n_before = bench.tree.n_bytes
+    bench.add(3, tokens(3000, 600))
+    bench.step()
+    assert bench.tree.n_bytes - n_before == 4 * BLOCK
 
 
 def test_when_cells_run_out_the_youngest_goes_back_to_the_queue_with_its_tokens() -> None:

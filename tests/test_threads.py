@@ -5,7 +5,7 @@ import random
 import pytest
 
 from engine.machine import Cores
-from engine.threads import HOLD_S, MANY_TOKENS, WINDOW_S, Threads
+from engine.threads import HOLD_S, WINDOW_S, Threads
 
 STEP_S = 0.02
 
@@ -32,14 +32,14 @@ class Box:
 
     def run(self, seconds: float) -> None:
         for _ in range(round(seconds / STEP_S)):
-            wanted = [*(worker.n(1) for worker in self._workers), self.n_busy]
+            wanted = [*(worker.n for worker in self._workers), self.n_busy]
             share_s = STEP_S * min(1.0, self._n_cores / sum(wanted))
             for number, worker in enumerate(self._workers):
-                self._own_s[number] += worker.n(1) * share_s
+                self._own_s[number] += worker.n * share_s
             self._used_s += sum(wanted) * share_s
             self.now_s += STEP_S
             self._look()
-            self.numbers.append([worker.n(1) for worker in self._workers])
+            self.numbers.append([worker.n for worker in self._workers])
 
     def _look(self) -> None:
         for number, worker in enumerate(self._workers):
@@ -68,7 +68,7 @@ def test_it_leaves_others_the_cores_that_they_use(
     box.run(1)
     box.n_busy = n_busy
     box.run(2)
-    assert threads.n(1) == n_threads
+    assert threads.n == n_threads
 
 
 def test_it_makes_room_after_one_look_and_comes_back_when_the_others_end() -> None:
@@ -77,11 +77,11 @@ def test_it_makes_room_after_one_look_and_comes_back_when_the_others_end() -> No
     box.run(1)
     box.n_busy = 2
     box.run(2 * WINDOW_S)
-    assert threads.n(1) == 1
+    assert threads.n == 1
     box.run(20)
     box.n_busy = 0
     box.run(2 * HOLD_S + 2 * WINDOW_S)
-    assert threads.n(1) == 2
+    assert threads.n == 2
 
 
 def test_with_others_beside_it_never_tries_for_more() -> None:
@@ -101,10 +101,10 @@ def test_who_comes_and_goes_in_less_time_than_it_waits_changes_nothing() -> None
     for _ in range(20):
         box.n_busy = 1
         box.run(0.5)
-        numbers.add(threads.n(1))
+        numbers.add(threads.n)
         box.n_busy = 0
         box.run(0.5)
-        numbers.add(threads.n(1))
+        numbers.add(threads.n)
     assert numbers == {1}
 
 
@@ -122,7 +122,7 @@ def test_busy_workers_share_the_cores_and_do_not_swing(n_cores: int, n_workers: 
     workers = [new(n_cores, seed) for seed in range(n_workers)]
     box = Box(*workers, n_cores=n_cores, noise=0.1)
     box.run(10)
-    settled = [worker.n(1) for worker in workers]
+    settled = [worker.n for worker in workers]
     assert sum(settled) == max(n_cores, n_workers)
     n_steps = len(box.numbers)
     box.run(60)
@@ -136,53 +136,46 @@ def test_what_others_did_while_there_was_no_step_does_not_count() -> None:
     threads.paused(0.5)
     assert threads.is_due(0.5)
     threads.observe(0.5, 0.0, [Cores(2, 1.0)])
-    assert threads.n(1) == 2
+    assert threads.n == 2
     threads.observe(0.75, 0.2, [Cores(2, 1.5)])
-    assert threads.n(1) == 1
+    assert threads.n == 1
     threads.paused(0.5)
     threads.observe(1.25, 0.2, [Cores(2, 1.5)])
-    assert threads.n(1) == 1, "they may go on"
+    assert threads.n == 1, "they may go on"
     threads.paused(60.0)
-    assert threads.n(1) == 2
+    assert threads.n == 2
     threads.observe(61.0, 0.2, [Cores(2, 110.0)])
-    assert threads.n(1) == 2
+    assert threads.n == 2
 
 
 def test_the_tightest_of_several_limits_counts() -> None:
     threads = new(8)
     threads.observe(0.0, 0.0, [Cores(16, 0.0), Cores(4, 0.0)])
     threads.observe(1.0, 2.0, [Cores(16, 9.0), Cores(4, 3.0)])  # one core by others in the group
-    assert threads.n(1) == 3
-
-
-def test_a_step_of_many_tokens_has_all_threads() -> None:
-    threads = new(2)
-    threads.observe(0.0, 0.0, [Cores(2, 0.0)])
-    threads.observe(1.0, 1.0, [Cores(2, 2.0)])
-    assert [threads.n(n_tokens) for n_tokens in (1, MANY_TOKENS - 1, MANY_TOKENS)] == [1, 1, 2]
+    assert threads.n == 3
 
 
 def test_a_part_of_a_core_is_no_core() -> None:
     threads = new(8)
     threads.observe(0.0, 0.0, [Cores(2.5, 0.0)])
     threads.observe(1.0, 2.0, [Cores(2.5, 2.0)])
-    assert threads.n(1) == 2
+    assert threads.n == 2
 
 
 def test_limits_that_change_are_measured_anew() -> None:
     threads = new(2)
     threads.observe(0.0, 0.0, [Cores(2, 0.0)])
     threads.observe(1.0, 1.0, [Cores(2, 1.0), Cores(1, 1000.0)])
-    assert threads.n(1) == 2
+    assert threads.n == 2
     threads.observe(2.0, 2.0, [Cores(2, 2.0), Cores(1, 1001.0)])
-    assert threads.n(1) == 1
+    assert threads.n == 1
 
 
 def test_where_nothing_is_known_it_stays() -> None:
     threads = new(2)
     for second in range(3):
         threads.observe(float(second), 2.0 * second, [])
-    assert threads.n(1) == 2
+    assert threads.n == 2
 
 
 def test_it_looks_no_oftener_than_it_must_and_with_one_thread_never() -> None:

@@ -217,7 +217,7 @@ class LlamaEncoder:
         )
         self._heard, self._is_interrupted = None, False
         n_tokens = end - start
-        with self._threads.step(n_tokens):
+        with self._threads.step():
             if self._memory:
                 status = lib.llama_decode(self._context, batch)
             elif n_tokens <= self._n_outputs:

@@ -20,11 +20,11 @@ class ContextThreads:
         self._ended_at = 0.0
 
     @contextmanager
-    def step(self, n_tokens: int, *, is_steady: bool = False) -> Iterator[None]:
-        """Around a step of so many tokens: give way where others want cores, unless the step must
-        have as many threads as ever."""
+    def step(self, *, is_steady: bool = False) -> Iterator[None]:
+        """Around a step: give way where others want cores, unless it must have as many threads as
+        ever."""
         self._look()
-        n = self._n_most if is_steady else self._threads.n(n_tokens)
+        n = self._n_most if is_steady else self._threads.n
         if n != self._n_set:
             lib.llama_set_n_threads(self._context, n, n)
             self._n_set = n

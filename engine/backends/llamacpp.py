@@ -196,7 +196,7 @@ class LlamaDecoder:
         # attention adds up a long context in as many parts as there are threads
         is_alone = len(batch.chunks) == 1
         is_steady = is_alone and not batch.chunks[0].sequence.reuses
-        with self._threads.step(batch.n_tokens, is_steady=is_steady):
+        with self._threads.step(is_steady=is_steady):
             status = lib.llama_decode(self._context, self._batch.fill(batch))
             if status == 1:
                 raise CacheFull
