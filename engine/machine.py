@@ -5,8 +5,9 @@ A limit of a control group counts where it is less than the machine has (Linux, 
 """
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import psutil
@@ -63,15 +64,17 @@ def _allowed() -> Collection[int]:
 def _quotas(root: Path) -> Iterator[Cores]:
     for folder, is_first in _groups(root, "cpu"):
         if is_first:
-            names = (folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+            names = (f"{folder}/cpu.cfs_quota_us", f"{folder}/cpu.cfs_period_us")
             quota, period = (_text(name).strip() for name in names)
-            # of a controller of its own, which systems put into the same folder
-            used_s = _number(_text(folder / "cpuacct.usage")) / 1e9
         else:
-            quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
-            used_s = _entry(folder / "cpu.stat", "usage_usec") / 1e6
-        if _number(quota) and _number(period):  # "max", or -1: none
-            yield Cores(_number(quota) / _number(period), used_s)
+            quota, _, period = _text(f"{folder}/cpu.max").strip().partition(" ")
+        if not (_number(quota) and _number(period)):  # "max", or -1: none
+            continue
+        if is_first:  # of a controller of its own, which systems put into the same folder
+            used_s = _number(_text(f"{folder}/cpuacct.usage")) / 1e9
+        else:
+            used_s = _entry(f"{folder}/cpu.stat", "usage_usec") / 1e6
+        yield Cores(_number(quota) / _number(period), used_s)
 
 
 def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
@@ -80,17 +83,23 @@ def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
         names = ("memory.max", "memory.current")
         if is_first:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        limit, used = (_text(folder / name).strip() for name in names)
+        limit, used = (_text(f"{folder}/{name}").strip() for name in names)
         if limit.isdecimal() and used.isdecimal():  # "max": none
             # pages of files: the system drops them before it ends anybody
             kinds = ("inactive_file", "total_inactive_file")
-            yield int(limit), int(used) - _entry(folder / "memory.stat", *kinds)
+            yield int(limit), int(used) - _entry(f"{folder}/memory.stat", *kinds)
 
 
-def _groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+def _groups(root: Path, controller: str) -> Sequence[tuple[str, bool]]:
     """The folders of the control groups that this process is in, from the innermost outwards, and
     whether they are of the first version."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    return _folders(root, controller, _text(f"{root}/proc/self/cgroup"))
+
+
+@lru_cache(maxsize=8)
+def _folders(root: Path, controller: str, groups: str) -> Sequence[tuple[str, bool]]:
+    found = []
+    for line in groups.splitlines():
         _, controllers, path = line.split(":", 2)
         is_first = controllers != ""
         if is_first and controller not in controllers.split(","):
@@ -98,12 +107,13 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
         base = root / "sys/fs/cgroup" / (controller if is_first else "")
         group = base / path.strip("/")
         for folder in (group, *group.parents):
-            yield folder, is_first
+            found.append((str(folder), is_first))
             if folder == base:
                 break
+    return found
 
 
-def _entry(path: Path, *wanted: str) -> int:
+def _entry(path: str, *wanted: str) -> int:
     """The first of some numbers in a file of names and numbers; 0 where none is there."""
     for line in _text(path).splitlines():
         name, _, value = line.partition(" ")
@@ -116,8 +126,9 @@ def _number(text: str) -> int:
     return int(text) if text.strip().isdecimal() else 0
 
 
-def _text(path: Path) -> str:
+def _text(path: str) -> str:
     try:
-        return path.read_text(encoding="ascii", errors="replace")
+        with open(path, "rb", buffering=0) as file:
+            return file.read().decode("ascii", "replace")
     except OSError:  # no such group, or another system
         return ""
