@@ -26,9 +26,9 @@ from typing import Any
 
 import psutil
 
-from bench import api_cost, busy, engine, performance_page, start
+from bench import api_cost, busy, engine, growth, performance_page, start
 from bench.plain_client import Client, NoMeasurement
-from bench.scenarios import FIGURES, LEVELS, QUICK, SCENARIOS, Sizes, asking, growth
+from bench.scenarios import FIGURES, LEVELS, QUICK, SCENARIOS, Sizes, asking
 from bench.servers import OURS, Setup, default_binary, serving, versions
 from settings import DEFAULT_CHAT_MODEL, ROOT
 from worker_spec import default_n_threads
@@ -70,27 +70,19 @@ def engine_round(setup: Setup) -> Round:
     return {OURS: found}
 
 
-def growth_round(setup: Setup, seed: str, sizes: Sizes) -> Round:
-    async def measure(client: Client) -> dict[str, float]:
-        await client.chat(asking("warm-up", 8), 4)
-        return await growth(client, seed, sizes)
-
-    with serving(setup, None, wants_peers=False) as urls:
-        return {OURS: asyncio.run(measure(Client(urls[OURS])))}
-
-
 def alone(
     name: str, setup: Setup, binary: Path | None, sizes: Sizes, seeds: Sequence[str]
 ) -> list[Round]:
     """The rounds of what starts its servers itself."""
     n_streams, seconds, n_requests = (4, 0.5, 20) if sizes is QUICK else (64, 5.0, 300)
+    steps = growth.QUICK if sizes is QUICK else growth.Steps()
     phases = busy.Phases(0.2, 0.2, 0.5) if sizes is QUICK else busy.Phases()
     rounds: list[Round] = []
     turns: dict[str, Callable[[str], Round]] = {
         "engine": lambda _: engine_round(setup),
         "api": lambda _: {OURS: api_cost.measure(n_streams, seconds, n_requests)},
         "start": lambda seed: start.measure(setup, binary, seed),
-        "growth": lambda seed: growth_round(setup, seed, sizes),
+        "growth": lambda seed: {OURS: growth.measure(setup, seed, steps)},
         "busy": lambda seed: busy.measure(setup, binary, seed, len(rounds) % 2 == 1, phases),
     }
     for number, seed in enumerate(seeds):

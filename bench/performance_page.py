@@ -7,14 +7,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.scenarios import FIGURES, LEVELS, SCENARIOS, Metric, Sizes
+from bench.growth import AXES, KINDS
+from bench.scenarios import FIGURES, LEVELS, SCENARIOS, Metric
 from bench.servers import LLAMA_CPP_PYTHON, LLAMA_SERVER, OURS
 
 BEGIN, END = "<!-- what bench/compare.py wrote -->", "<!-- its end -->"
 MAX_PICTURE_BYTES = 60_000
 PICTURES = {
     "streams.svg": "Tokens/s by the number of streams",
-    "growth.svg": "The first token by the length of the prompt",
+    "growth_prompt.svg": "First token, speed and memory by the length of the prompt",
+    "growth_streams.svg": "First token, speed and memory by the number of streams",
+    "growth_remembered.svg": "First token, speed and memory by the number of remembered prompts",
 }
 Report = dict[str, Any]  # by scenario: `about` and `rounds`
 
@@ -130,7 +133,8 @@ def draw(folder: Path, report: Report) -> None:
     if "streams" in report:
         _draw_streams(folder / "streams.svg", report["streams"]["rounds"])
     if "growth" in report:
-        _draw_growth(folder / "growth.svg", report["growth"]["rounds"])
+        for axis in AXES:
+            _draw_growth(folder / f"growth_{axis}.svg", report["growth"]["rounds"], axis)
 
 
 def _draw_streams(path: Path, rounds: list[dict[str, dict[str, float]]]) -> None:
@@ -138,26 +142,33 @@ def _draw_streams(path: Path, rounds: list[dict[str, dict[str, float]]]) -> None
     for server in (OURS, LLAMA_SERVER, LLAMA_CPP_PYTHON):
         points = {n: values(rounds, server, f"streams_{n}") for n in LEVELS}
         lines[server] = {n: median(found) for n, found in points.items() if found}
-    _plot(path, lines, "streams at once", "tokens/s together")
+    _plot(path, "streams at once", {"tokens/s together": lines})
 
 
-def _draw_growth(path: Path, rounds: list[dict[str, dict[str, float]]]) -> None:
-    points = {n: values(rounds, OURS, f"growth_first_token_ms_{n}") for n in Sizes().prompts}
-    line = {n: median(found) / 1e3 for n, found in points.items() if found}
-    _plot(path, {OURS: line}, "tokens of the prompt, about", "seconds to the first token")
+def _draw_growth(path: Path, rounds: list[dict[str, dict[str, float]]], axis: str) -> None:
+    panels = {}
+    for kind, about in KINDS.items():
+        start = f"growth_{axis}_{kind}_"
+        steps = [int(key.removeprefix(start)) for key in rounds[0][OURS] if key.startswith(start)]
+        panels[about] = {OURS: {n: median(values(rounds, OURS, f"{start}{n}")) for n in steps}}
+    _plot(path, AXES[axis], panels)
 
 
-def _plot(path: Path, lines: Mapping[str, Mapping[int, float]], along: str, up: str) -> None:
+def _plot(path: Path, along: str, panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> None:
+    """A panel for each thing that is told, with a line for each server."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, line in lines.items():
-        if line:
-            axes.plot([*line], [*line.values()], marker="o", label=name)
-    axes.set(xlabel=along, ylabel=up, xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(2.5 + 3.5 * len(panels), 3.5), layout="constrained")
+    for axes, (about, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name, line in lines.items():
+            if line:
+                axes.plot([*line], [*line.values()], marker="o", label=name)
+        axes.set(xlabel=along, ylabel=about, xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend()
     figure.savefig(path, metadata={"Date": None})
     if path.stat().st_size > MAX_PICTURE_BYTES:
         path.unlink()

@@ -27,12 +27,11 @@ class Sizes:
     n_turns: int = 4
     n_intruder_words: int = 2900
     n_watched: int = 4
-    prompts: tuple[int, ...] = (128, 256, 512, 1024, 2048)
 
 
 # for a test: everything once, on whatever model, in no time
 QUICK = Sizes(n_answer=8, n_cold_words=20, n_prefix_words=20, n_users=2, n_turns=2,
-              n_intruder_words=40, n_watched=2, prompts=(128, 256))  # fmt: skip
+              n_intruder_words=40, n_watched=2)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,17 +190,6 @@ SCENARIOS = {
 }  # fmt: skip
 
 
-async def growth(client: Client, seed: str, sizes: Sizes) -> Found:
-    """One request at a time: its first token, and how fast it goes on, by the prompt's length."""
-    found = {}
-    for n in sizes.prompts:
-        reply = await client.chat(asking(f"{seed}/{n}", n), 32)
-        found[f"growth_first_token_ms_{n}"] = 1e3 * reply.first_token_s
-        gaps_s = reply.gaps_s() or [reply.first_token_s]
-        found[f"growth_tokens_per_s_{n}"] = 1 / float(np.median(gaps_s))
-    return found
-
-
 # what only the service is asked, or what it is not asked over HTTP
 FIGURES: dict[str, dict[str, Metric]] = {
     "engine": {
@@ -234,11 +222,5 @@ FIGURES: dict[str, dict[str, Metric]] = {
         "busy_worst_gap_ms": Metric("with them, worst gap between tokens, ms", 0.1),
         "busy_recovery_s": Metric("after their end until full speed, s", 5, digits=1),
     },
-    "growth": {
-        f"growth_{kind}_{n}": Metric(f"{n}-token prompt, {about}", digits=digits)
-        for kind, about, digits in (
-            ("first_token_ms", "first token, ms", 0), ("tokens_per_s", "tokens/s after it", 1)
-        )
-        for n in Sizes().prompts
-    },
+    "growth": {},  # is pictures
 }  # fmt: skip

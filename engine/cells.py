@@ -107,21 +107,25 @@ class Cells:
         self.remember(slot)
         self.clear(slot)
 
-    def move_out_block(self, slot: int) -> None:
-        """Put the next block of a slot into the prefix tree; with the last one it is cleared."""
-        if not self._remember_block(slot):
+    def move_out_block(self, slot: int) -> bool:
+        """Put the next block of a slot into the prefix tree; after the last one it is cleared. So
+        it is where a block cannot be remembered: then False."""
+        n_left = self._remember_block(slot)
+        if not n_left:
             self.clear(slot)
+        return n_left is not None
 
-    def _remember_block(self, slot: int) -> bool:
-        """Put the next block into the prefix tree. False if that was the last, or cannot be."""
+    def _remember_block(self, slot: int) -> int | None:
+        """Put the next block into the prefix tree. How many tokens are not there yet; None if it
+        cannot be remembered."""
         if not self.can_share:
-            return False
+            return None
         tokens = view(self.tokens[slot])
         end = min(self._tree.match(tokens).n_tokens + BLOCK, len(tokens))
         is_known = self._tree.insert(
             tokens[:end], lambda start, end: self._memory.save(slot, start, end)
         )
-        return is_known and end < len(tokens)
+        return len(tokens) - end if is_known else None
 
     def recall(self, slot: int, match: Match) -> None:
         """Bring cells back from the prefix tree into an empty slot, while there is room."""

@@ -55,6 +55,15 @@ def cores(root: Path = ROOT) -> list[Cores]:
     return [Cores(len(allowed), used_s), *_quotas(root)]
 
 
+def n_idle_cores(root: Path = ROOT) -> int:
+    """On how many of the machine's cores nobody computes at this moment but the caller; all where
+    the system does not tell."""
+    n = os.cpu_count() or 1
+    fields = _text(f"{root}/proc/loadavg").split()  # the fourth: threads that run, and all
+    n_running = _number(fields[3].partition("/")[0]) if len(fields) > 3 else 0
+    return max(n - max(n_running - 1, 0), 0)
+
+
 def _allowed() -> Collection[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)

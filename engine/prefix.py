@@ -85,7 +85,8 @@ class PrefixTree:
         if match.n_tokens == len(tokens):
             return True
         saved = save(match.n_tokens, len(tokens))
-        if saved is None or saved.nbytes > self._max_bytes:
+        n_bytes_before = sum(node.saved.nbytes for node in match.nodes)
+        if saved is None or n_bytes_before + saved.nbytes > self._max_bytes:
             return False
         parent = match.nodes[-1] if match.nodes else self._root
         run = tokens[match.n_tokens :].copy()
@@ -103,12 +104,10 @@ class PrefixTree:
 
     def _shrink(self) -> None:
         while self.n_bytes > self._max_bytes:
-            for oldest in sorted(self._leaves(), key=lambda node: node.last_used):
-                assert oldest.parent is not None
-                del oldest.parent.branches[oldest.start, int(oldest.tokens[0])]
-                self.n_bytes -= oldest.saved.nbytes
-                if self.n_bytes <= self._max_bytes:
-                    break
+            oldest = min(self._leaves(), key=lambda node: node.last_used)
+            assert oldest.parent is not None
+            del oldest.parent.branches[oldest.start, int(oldest.tokens[0])]
+            self.n_bytes -= oldest.saved.nbytes
 
     def _leaves(self) -> Iterator[Node]:
         nodes = list(self._root.branches.values())

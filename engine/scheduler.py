@@ -9,7 +9,7 @@ memory that is passed in is touched. A plan is made so:
    cells of the longest beginning that anybody has: one that runs, one that ended, or one in the
    prefix tree. It waits while another's prefill is about to make a longer one.
 2. Cells of ended sequences move to the prefix tree, since every cell in use slows the steps: a
-   block in each step, and before prompts that nobody waits beside as many more as they will take.
+   block in each step, and beside prompts alone as much more as the step may compute of them.
 3. Every sequence that is past its prompt gets one token. Where cells are missing, those of ended
    sequences move out at once, least recently used first; then the last of those that run is put
    off, by rank and age.
@@ -301,10 +301,12 @@ class Scheduler:
             return
         n_to_move = BLOCK
         if all(sequence.n_pending > 1 for sequence in self._running):  # nobody waits for a token
-            n_to_move += sum(sequence.n_pending for sequence in self._running)
+            n_pending = sum(sequence.n_pending for sequence in self._running)
+            n_to_move += min(n_pending, self._n_batch)
         for _ in range(n_to_move // BLOCK):
-            if idle := self._idle():
-                self._cells.move_out_block(idle[0].index)
+            idle = self._idle()
+            if not idle or not self._cells.move_out_block(idle[0].index):
+                break
 
     # 3. one token for each sequence that is past its prompt
 

@@ -13,8 +13,7 @@ from engine.machine import Cores
 
 WINDOW_S = 0.25  # systems count CPU time in hundredths of a second: what is shorter is noise
 HOLD_S = 1.0  # so long, and up to twice that, must a core have been free before a thread takes it
-PAUSE_S = 0.05  # without a step: what others did meanwhile says nothing of now
-FORGET_S = 1.0  # without a step: nor does what they did before
+PAUSE_S = 0.05  # without a step: what others did before says nothing of now
 SLACK = 0.35  # of a core may others use before a thread makes room for them
 
 
@@ -38,13 +37,12 @@ class Threads:
         is_new = self._seen_at is None or now_s - self._seen_at >= WINDOW_S
         return self._n_most > 1 and is_new
 
-    def paused(self, seconds: float) -> None:
-        """There was no step for so long."""
-        if seconds > PAUSE_S:
-            self._seen_at = None
-        if seconds > FORGET_S:
-            self._free.clear()
-            self.n = self._n_most
+    def resume(self, n_free: int) -> None:
+        """After a pause so many cores have nobody who computes on them just now. With fewer than
+        half of its threads it would never be seen by others who give way as well."""
+        self._seen_at = None
+        self._free.clear()
+        self.n = min(self._n_most, max(n_free, (self._n_most + 1) // 2))
 
     def observe(self, now_s: float, own_s: float, cores: Sequence[Cores]) -> None:
         """By now this process has computed for `own_s`; and what is so of the cores."""

@@ -8,10 +8,10 @@ from typing import Any
 import psutil
 import pytest
 
-from bench import api_cost, busy, compare, performance_page
+from bench import api_cost, busy, compare, growth, performance_page
 from bench.plain_client import Client, NoMeasurement, Reply
 from bench.scenarios import FIGURES, SCENARIOS, asking, words
-from bench.servers import LLAMA_SERVER, OURS
+from bench.servers import LLAMA_SERVER, OURS, Setup
 from settings import ROOT
 
 EVENTS = (
@@ -120,6 +120,20 @@ def test_pictures_are_text_and_small(tmp_path: Path) -> None:
     picture = (tmp_path / "pictures" / "streams.svg").read_text()
     assert "tokens/s together" in picture
     assert "(pictures/streams.svg)" in (tmp_path / "performance.md").read_text()
+
+
+def test_what_grows_has_a_picture_for_each_way(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = growth.measure(Setup(None, 2), "a", growth.QUICK)
+    assert len(found) == len(growth.AXES) * len(growth.KINDS) * 2
+    assert all(value > 0 for value in found.values()), found
+    (tmp_path / "performance.md").write_text(performance_page.BEGIN + performance_page.END)
+    performance_page.write(tmp_path, {"growth": {"about": ABOUT, "rounds": [{OURS: found}]}})
+    text = (tmp_path / "performance.md").read_text()
+    for axis, about in growth.AXES.items():
+        assert f"(pictures/growth_{axis}.svg)" in text
+        picture = (tmp_path / "pictures" / f"growth_{axis}.svg").read_text()
+        assert all(name in picture for name in (about, *growth.KINDS.values()))
 
 
 def test_all_scenarios_run_on_a_service_of_their_own(

@@ -418,7 +418,14 @@ MAY_IMPORT = {
         "settings",
     },
     "bench.compare": {"bench", "settings", "worker_spec"},
-    "bench.performance_page": {"bench.scenarios", "bench.servers"},
+    "bench.growth": {
+        "bench.own_service",
+        "bench.plain_client",
+        "bench.scenarios",
+        "bench.servers",
+        "engine.model_file",
+    },
+    "bench.performance_page": {"bench.growth", "bench.scenarios", "bench.servers"},
     "bench.scenarios": {"bench.http", "bench.plain_client"},
     "bench.api_cost": {"bench.own_service", "bench.plain_client"},
     "bench.busy": {

@@ -142,21 +142,25 @@ def test_only_a_seeded_answer_alone_keeps_its_threads_and_its_numbers_on_a_busy_
         set_n_threads(context, n_decode, n_prefill)
 
     monkeypatch.setattr("engine.machine.cores", cores)
+    monkeypatch.setattr("engine.machine.n_idle_cores", lambda: 1 if is_busy else 2)
     monkeypatch.setattr("engine.threads.WINDOW_S", 0.0)
     monkeypatch.setattr(lib, "llama_set_n_threads", record)
     engine = engine_of(tiny, n_threads=2)
     prompt = [1000 + i for i in range(400)]
     sampling = SamplingParams(temperature=1.0, seed=7, n_logprobs=2)
     said: list[list[Sampled]] = []
-    for number, (busy, reuses) in enumerate(((False, False), (True, False), (True, True))):
+    # a prompt gives way in any case
+    rounds = ((False, False, []), (True, False, [1, 2]), (True, True, [1]))
+    for number, (busy, reuses, expected) in enumerate(rounds):
         is_busy = busy
+        numbers.clear()
         engine.admit(number, prompt, sampling, reuses=reuses)
         answer: list[Sampled] = []
         while len(answer) < 5:
             answer += [sampled for _, sampled in engine.step().tokens]
         engine.cancel(number)
         said.append(answer)
-        assert numbers == ([1] if reuses else [])
+        assert numbers == expected
     engine.close()
     assert said[0] == said[1]
 

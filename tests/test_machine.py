@@ -1,12 +1,13 @@
 """How much memory and how many cores there are, by control groups in a folder of our own."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
 
-from engine.machine import Cores, available_bytes, cores, n_cores, total_bytes
+from engine.machine import Cores, available_bytes, cores, n_cores, n_idle_cores, total_bytes
 
 MB = 1 << 20
 
@@ -73,6 +74,25 @@ def test_without_groups_the_cores_are_the_machines(tmp_path: Path) -> None:
     (machine,) = cores(tmp_path)
     assert machine.n == n_cores(tmp_path) >= 1
     assert machine.used_s > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "n_others"),
+    [
+        ("0.20 0.18 0.12 1/80 11206\n", 0),
+        ("9.00 9.00 9.00 3/80 11206\n", 2),
+        ("9.00 9.00 9.00 999/2000 11206\n", 999),
+        ("0.00 0.00 0.00 0/0 0\n", 0),
+        ("", 0),
+        ("unknown", 0),
+    ],
+)
+def test_a_core_is_idle_while_nobody_but_the_caller_computes(
+    tmp_path: Path, text: str, n_others: int
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/loadavg").write_text(text)
+    assert n_idle_cores(tmp_path) == max((os.cpu_count() or 1) - n_others, 0)
 
 
 def test_each_quota_on_the_way_up_counts_with_what_its_group_has_used(tmp_path: Path) -> None:

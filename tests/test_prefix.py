@@ -18,12 +18,12 @@ class Tree(PrefixTree):
         super().__init__(max_bytes)
         self.saved: list[tuple[int, int]] = []
 
-    def put(self, tokens: list[int]) -> None:
+    def put(self, tokens: list[int]) -> bool:
         def save(start: int, end: int) -> "np.ndarray[tuple[int], np.dtype[np.int32]]":
             self.saved.append((start, end))
             return array(tokens[start:end])
 
-        self.insert(array(tokens), save)
+        return self.insert(array(tokens), save)
 
     def get(self, tokens: list[int]) -> list[int]:
         """What comes back for `tokens`, run by run."""
@@ -45,6 +45,25 @@ def test_the_longest_beginning_comes_back() -> None:
     assert tree.get([1, 2, 3, 4, 5]) == [1, 2, 3, 4]
     assert tree.get([1, 2, 9]) == [1, 2]
     assert tree.get([2, 3]) == []
+
+
+def test_what_is_longer_than_all_room_is_refused_and_costs_the_others_nothing() -> None:
+    tree = Tree(max_bytes=4 * 6)
+    tree.put([7, 7])
+    assert tree.put([1, 2, 3])
+    assert tree.put([1, 2, 3, 4])
+    assert not tree.put([1, 2, 3, 4, 5, 6, 7])
+    assert tree.get([1, 2, 3, 4, 5, 6, 7]) == [1, 2, 3, 4]
+    assert tree.get([7, 7]) == [7, 7]
+
+
+def test_what_is_put_last_stays_when_its_elders_become_leaves() -> None:
+    tree = Tree(max_bytes=4 * 8)
+    for n in (3, 4, 5):  # a chain of three nodes
+        tree.put([1] * n)
+    assert tree.put([2] * 6)
+    assert tree.get([2] * 6) == [2] * 6
+    assert tree.n_bytes <= 4 * 8
 
 
 def test_only_what_is_new_is_saved() -> None:

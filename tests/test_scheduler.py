@@ -183,11 +183,21 @@ def test_a_decode_that_finds_no_cell_moves_an_idle_slot_out() -> None:
 
 
 def test_a_prompt_that_nobody_waits_beside_finds_the_cells_of_those_before_it_free() -> None:
-    bench = Bench(n_cells=4000, n_batch=200)
+    bench = Bench(n_cells=4000, n_batch=800)
     bench.talk(1, tokens(1000, 900))
     bench.add(2, tokens(2000, 1000))
-    assert bench.step() == {2: 200}
-    assert bench.memory.n_used == 200, "and not those of the first"
+    assert bench.step() == {2: 800}
+    assert bench.memory.n_used == 800, "and not those of the first"
+
+
+def test_idle_slots_that_cannot_be_remembered_go_one_in_a_step() -> None:
+    bench = Bench(n_cells=4000, tree_bytes=0)
+    for id in (1, 2):
+        bench.add(id, tokens(1000 * id, 40), n_wanted=2)
+    bench.run()
+    bench.add(3, tokens(3000, 1500))
+    assert bench.step() == {3: 100}
+    assert [bench.memory.tokens(slot)[:1] for slot in range(3)] == [[], [2000], [3000]]
 
 
 def test_beside_a_stream_only_a_block_moves_out_in_a_step() -> None:
@@ -367,7 +377,7 @@ Prompt = st.builds(
     n_cells=st.integers(720, 1500),
     n_batch=st.integers(5, 300),
     n_prefill=st.integers(5, 300),
-    tree_bytes=st.sampled_from([0, 100, 3000, 100_000]),
+    tree_bytes=st.sampled_from([0, 100, 2000, 3000, 100_000]),
     is_cells=st.booleans(),
     n_guesses=st.sampled_from([0, 1, 3, 8]),
     prompts=st.lists(st.tuples(Prompt, st.integers(1, 12)), min_size=1, max_size=12),

@@ -129,23 +129,42 @@ def test_busy_workers_share_the_cores_and_do_not_swing(n_cores: int, n_workers: 
     assert box.numbers[n_steps:] == [settled] * (len(box.numbers) - n_steps)
 
 
-def test_what_others_did_while_there_was_no_step_does_not_count() -> None:
-    """Their request has ended, and ours comes."""
+def test_after_a_pause_only_who_computes_then_counts() -> None:
     threads = new(2)
     threads.observe(0.0, 0.0, [Cores(2, 0.0)])
-    threads.paused(0.5)
-    assert threads.is_due(0.5)
-    threads.observe(0.5, 0.0, [Cores(2, 1.0)])
-    assert threads.n == 2
-    threads.observe(0.75, 0.2, [Cores(2, 1.5)])
+    threads.observe(0.25, 0.2, [Cores(2, 0.5)])
     assert threads.n == 1
-    threads.paused(0.5)
-    threads.observe(1.25, 0.2, [Cores(2, 1.5)])
-    assert threads.n == 1, "they may go on"
-    threads.paused(60.0)
+    threads.resume(2)
     assert threads.n == 2
-    threads.observe(61.0, 0.2, [Cores(2, 110.0)])
+    assert threads.is_due(0.5)
+    threads.observe(0.5, 0.2, [Cores(2, 1.0)])  # what they did meanwhile
     assert threads.n == 2
+    threads.observe(0.75, 0.4, [Cores(2, 1.45)])
+    assert threads.n == 1
+    threads.resume(1)
+    assert threads.n == 1
+
+
+@pytest.mark.parametrize(
+    ("n_most", "n_free", "n"), [(2, 2, 2), (2, 1, 1), (2, 0, 1), (8, 5, 5), (8, 0, 4), (4, 60, 4)]
+)
+def test_after_a_pause_it_takes_the_free_cores_and_half_of_its_threads_in_any_case(
+    n_most: int, n_free: int, n: int
+) -> None:
+    threads = new(n_most)
+    threads.resume(n_free)
+    assert threads.n == n
+
+
+@pytest.mark.parametrize("n_cores", [2, 4, 8])
+def test_who_comes_later_gets_its_part(n_cores: int) -> None:
+    first, second = new(n_cores, 1), new(n_cores, 2)
+    Box(first, n_cores=n_cores).run(5)
+    second.resume(0)
+    box = Box(first, second, n_cores=n_cores)
+    box.run(10)
+    assert first.n + second.n == n_cores
+    assert min(first.n, second.n) >= n_cores // 4
 
 
 def test_the_tightest_of_several_limits_counts() -> None:

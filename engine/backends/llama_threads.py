@@ -9,7 +9,10 @@ from typing import Any
 import llama_cpp as lib
 
 from engine import machine
-from engine.threads import Threads
+from engine.threads import PAUSE_S, Threads
+
+N_LOOKS = 3  # after a pause: who is done within a millisecond, as the one who asked, takes no core
+LOOK_S = 0.0003  # between two
 
 
 class ContextThreads:
@@ -33,6 +36,16 @@ class ContextThreads:
 
     def _look(self) -> None:
         now_s = time.monotonic()
-        self._threads.paused(now_s - self._ended_at)
-        if self._threads.is_due(now_s):
+        if now_s - self._ended_at > PAUSE_S:
+            self._threads.resume(self._n_free())
+        elif self._threads.is_due(now_s):
             self._threads.observe(now_s, time.process_time(), machine.cores())
+
+    def _n_free(self) -> int:
+        n_free = machine.n_idle_cores()
+        for _ in range(N_LOOKS - 1):
+            if n_free >= self._n_most:
+                break
+            time.sleep(LOOK_S)
+            n_free = max(n_free, machine.n_idle_cores())
+        return n_free
