@@ -28,6 +28,13 @@ def test_without_streams_it_may_take_longer() -> None:
     assert taught(decode_s=0.05, token_s=0.001).n_prefill(0) == int(ALONE * 0.2 / 0.001)
 
 
+@pytest.mark.parametrize(
+    ("token_s", "n_tokens"), [(0.001, 800), (0.007, 128), (0.01, 128), (0.02, 100), (0.5, 16)]
+)
+def test_alone_it_takes_longer_where_that_makes_a_wide_step(token_s: float, n_tokens: int) -> None:
+    assert taught(decode_s=0.05, token_s=token_s).n_prefill(0) == pytest.approx(n_tokens, abs=1)
+
+
 def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:
     assert taught(decode_s=0.5, token_s=0.001).n_prefill(4) == int(SHARE * 0.5 / 0.001)
     assert taught(decode_s=0.5, token_s=0.1).n_prefill(4) == MIN_TOKENS
