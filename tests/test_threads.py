@@ -146,10 +146,11 @@ def test_after_a_pause_only_who_computes_then_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_most", "n_free", "n"), [(2, 2, 2), (2, 1, 1), (2, 0, 1), (8, 5, 5), (8, 0, 4), (4, 60, 4)]
+    ("n_most", "n_free", "n"),
+    [(2, 2, 2), (2, 1, 1), (2, 0, 1), (8, 5, 5), (8, 0, 4), (4, 60, 4), (4, None, 4)],
 )
 def test_after_a_pause_it_takes_the_free_cores_and_half_of_its_threads_in_any_case(
-    n_most: int, n_free: int, n: int
+    n_most: int, n_free: int | None, n: int
 ) -> None:
     threads = new(n_most)
     threads.resume(n_free)
@@ -159,7 +160,6 @@ def test_after_a_pause_it_takes_the_free_cores_and_half_of_its_threads_in_any_ca
 @pytest.mark.parametrize("n_cores", [2, 4, 8])
 def test_who_comes_later_gets_its_part(n_cores: int) -> None:
     first, second = new(n_cores, 1), new(n_cores, 2)
-    Box(first, n_cores=n_cores).run(5)
     second.resume(0)
     box = Box(first, second, n_cores=n_cores)
     box.run(10)

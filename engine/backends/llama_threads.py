@@ -20,7 +20,7 @@ class ContextThreads:
         self._context = context
         self._threads = Threads(n_most, random.Random())
         self._n_most = self._n_set = n_most
-        self._ended_at = 0.0
+        self._ended_at = self._own_s = 0.0  # when the last step did, and what was computed by then
 
     @contextmanager
     def step(self, *, is_steady: bool = False) -> Iterator[None]:
@@ -32,20 +32,25 @@ class ContextThreads:
             lib.llama_set_n_threads(self._context, n, n)
             self._n_set = n
         yield
-        self._ended_at = time.monotonic()
+        self._ended_at, self._own_s = time.monotonic(), time.process_time()
 
     def _look(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._ended_at > PAUSE_S:
+        if self._n_most == 1:
+            return
+        now_s, own_s = time.monotonic(), time.process_time()
+        # what this process did itself since the last step, as to draw tokens, is no pause
+        if now_s - self._ended_at - (own_s - self._own_s) > PAUSE_S:
             self._threads.resume(self._n_free())
-        elif self._threads.is_due(now_s):
-            self._threads.observe(now_s, time.process_time(), machine.cores())
+        if self._threads.is_due(now_s):
+            self._threads.observe(now_s, own_s, machine.cores())
 
-    def _n_free(self) -> int:
-        n_free = machine.n_idle_cores()
-        for _ in range(N_LOOKS - 1):
-            if n_free >= self._n_most:
-                break
-            time.sleep(LOOK_S)
-            n_free = max(n_free, machine.n_idle_cores())
-        return n_free
+    def _n_free(self) -> int | None:
+        most: int | None = None
+        for number in range(N_LOOKS):
+            if number:
+                time.sleep(LOOK_S)
+            n_free = machine.n_idle_cores()
+            if n_free is None or n_free >= self._n_most:
+                return n_free
+            most = max(most or 0, n_free)
+        return most

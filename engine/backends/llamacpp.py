@@ -193,8 +193,9 @@ class LlamaDecoder:
     # decoding
 
     def decode(self, batch: Batch) -> None:
-        # attention of one token adds up a long context in as many parts as there are threads
-        is_steady = batch.n_tokens == 1 and not batch.chunks[0].sequence.reuses
+        # attention adds up a long context in as many parts as there are threads
+        is_alone = len(batch.chunks) == 1
+        is_steady = is_alone and not batch.chunks[0].sequence.reuses
         with self._threads.step(is_steady=is_steady):
             status = lib.llama_decode(self._context, self._batch.fill(batch))
             if status == 1:
