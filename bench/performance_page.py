@@ -165,7 +165,8 @@ def _plot(path: Path, along: str, panels: Mapping[str, Mapping[str, Mapping[int,
         for name, line in lines.items():
             if line:
                 axes.plot([*line], [*line.values()], marker="o", label=name)
-        axes.set(xlabel=along, ylabel=about, xlim=(0, None), ylim=(0, None))
+        most = max((value for line in lines.values() for value in line.values()), default=1.0)
+        axes.set(xlabel=along, ylabel=about, xlim=(0, None), ylim=(0, 1.1 * most))
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend()
