@@ -34,13 +34,11 @@ def llama_server_binary(folder: Path) -> Path | None:
 
 
 @contextmanager
-def serving(
-    setup: Setup, binary: Path | None, *, wants_peers: bool = True
-) -> Iterator[dict[str, str]]:
+def serving(setup: Setup, binary: Path | None) -> Iterator[dict[str, str]]:
     """The URLs of all that there are, by name, ready and with the model loaded."""
     with ExitStack() as stack:
         urls = {OURS: stack.enter_context(service(own_settings(setup)))[0]}
-        if setup.model is not None and wants_peers:
+        if setup.model is not None:
             if binary is None:
                 print(f"without {LLAMA_SERVER}: bench/peers/build_llama_server.sh makes it",
                       file=sys.stderr)  # fmt: skip

@@ -28,7 +28,9 @@ class Pace:
         if n_decodes == 0:
             alone_s = ALONE_S if self._max_stall_s is None else ALONE * self._max_stall_s
             n, most = (s / self._token_s for s in (alone_s, min(STRETCH * alone_s, STRETCHED_S)))
-            return max(MIN_TOKENS, int(n), int(min(most, 2 * TILE)) if most >= TILE else 0)
+            if most >= TILE:
+                n = max(n, min(most, 2 * TILE))
+            return max(MIN_TOKENS, int(n))
         decode_s = self._expected_s(n_decodes)
         stall_s = self._max_stall_s or max(GAPS * decode_s, LEAST_STALL_S)
         left_s = max(stall_s - decode_s, decode_s * SHARE)
