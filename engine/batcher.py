@@ -9,7 +9,8 @@ No thread, clock or I/O: `add`, `plan` and `cancel` are plain calls. A batch is 
 3. Then, as long as there is room for tokens and sequences, again the job with the fewest tokens of
    those that have a text that fits, and of these texts the longest. A small job takes only small
    ones along: it is to be answered at once.
-4. A batch that was given up for a small job comes again as it was, after the small ones.
+4. A batch that was given up for a small job comes again as it was, after the small ones. One that
+   began with a small job is not given up: it answers several who are no longer than the newcomer.
 """
 
 from bisect import bisect_right, insort
@@ -59,6 +60,7 @@ class Batcher:
         self._given_up: list[tuple[int, int]] = []  # a batch, as (job, index)
         self._n_passed = 0  # batches since then
         self._is_again = False  # the last batch was one that had been given up
+        self._is_small = False  # the last batch began with a small job
 
     @property
     def idle(self) -> bool:
@@ -88,8 +90,9 @@ class Batcher:
 
     @property
     def may_give_up(self) -> bool:
-        """The last batch was not given up before, nor does another one wait to come again."""
-        return not self._given_up and not self._is_again
+        """The last batch is of no small jobs and was not given up before, nor does another one wait
+        to come again."""
+        return not (self._is_small or self._is_again or self._given_up)
 
     def give_up(self, batch: list[tuple[int, int]]) -> None:
         """The last batch was not computed."""
@@ -98,7 +101,7 @@ class Batcher:
     def plan(self) -> list[tuple[int, int]]:
         """The next batch, as (job, index) of its texts; empty only when idle."""
         shares = list(self._shares.values())
-        self._is_again = False
+        self._is_small = self._is_again = False
         if self._given_up:
             own = {job for job, _ in self._given_up}  # their later texts may need these
             small = [share for share in shares if share.is_small and share.job not in own]
@@ -117,7 +120,8 @@ class Batcher:
                 overdue = [s for s in shares if s.n_passed > MAX_PASSED]
                 share = overdue[0] if overdue else min(shares, key=_need)
                 at = share.longest()
-                if share.is_small:
+                self._is_small = share.is_small
+                if self._is_small:
                     shares = [share for share in shares if share.is_small]
             else:
                 fitting = [s for s in shares if s.longest(room) is not None]

@@ -198,6 +198,18 @@ def test_a_batch_that_was_given_up_does_not_wait_for_ever() -> None:
     assert planned.index(given_up) == MAX_PASSED
 
 
+def test_a_batch_of_small_jobs_is_not_given_up() -> None:
+    """Else a burst of single requests pays for one batch more."""
+    of = batcher(1000)
+    of.add(1, texts(400))
+    for job in range(2, 8):
+        of.add(job, texts(100))
+    assert len(of.plan()) == 6
+    assert not of.may_give_up
+    assert of.plan() == [(1, 0)]
+    assert of.may_give_up
+
+
 def test_a_cancelled_job_leaves_the_batch_that_was_given_up() -> None:
     of = batcher(1000)
     of.add(1, texts(300))

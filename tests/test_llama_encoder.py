@@ -294,18 +294,72 @@ def test_the_most_sequences_and_tokens_of_a_batch_are_computed(models: Path, loa
     assert encoder.encode(ids_of(*[10] * 64)).shape == (640, 64)
 
 
+# room for the logits of each token is made, also where none are computed
+
+
 def test_a_batch_for_which_there_is_no_memory_is_its_texts_error(
     models: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room for the logits of each token is made, also where none are computed."""
     encoder = load(models / "embedder-F32.gguf")
     before = encoder.encode(ids_of(20)).copy()
     monkeypatch.setattr(llama_encoder, "available_bytes", lambda: 50_000)
-    with pytest.raises(InsufficientMemory, match="60 tokens needs"):
-        encoder.encode(ids_of(60))
+    with pytest.raises(InsufficientMemory, match="160 tokens needs"):
+        encoder.encode(ids_of(160))
     assert np.array_equal(encoder.encode(ids_of(20)), before), "there is room for as many as before"
     monkeypatch.undo()
-    assert len(encoder.encode(ids_of(60))) == 60
+    assert len(encoder.encode(ids_of(160))) == 160
+
+
+def test_room_is_made_at_once_for_full_batches_where_there_is_memory(
+    models: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To make it takes 1 ms a token of a large vocabulary, for each batch longer than any before."""
+    encoder = load(models / "embedder-F32.gguf", n_ctx=300, batch_tokens=200)
+    rows = encoder.encode(ids_of(70)).copy()
+    assert np.array_equal(encoder.encode(ids_of(70)), rows), "what made the room was not this"
+    monkeypatch.setattr(llama_encoder, "available_bytes", lambda: 0)
+    assert len(encoder.encode(ids_of(100, 100))) == 200
+    with pytest.raises(InsufficientMemory, match="210 tokens needs"):
+        encoder.encode(ids_of(210))
+    needed = 210 * encoder.tokenizer.n_vocab * 4
+    monkeypatch.setattr(llama_encoder, "available_bytes", lambda: needed)
+    assert len(encoder.encode(ids_of(210))) == 210
+
+
+def test_what_llama_cpp_cannot_make_room_for_is_made_anew(
+    models: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load(models / "embedder-F32.gguf", n_ctx=300, batch_tokens=200)
+    before = encoder.encode(ids_of(20)).copy()
+    calls, call = [], encoder._call
+
+    def fail(start: int, end: int) -> None:
+        calls.append(end)
+        if len(calls) < 3:
+            raise llama_encoder.Error("no memory")
+        call(start, end)
+
+    monkeypatch.setattr(encoder, "_call", fail)
+    with pytest.raises(InsufficientMemory, match="100 tokens"):
+        encoder.encode(ids_of(100))
+    assert calls == [200, 100]
+    assert np.array_equal(encoder.encode(ids_of(20)), before)
+    assert calls == [200, 100, 200, 20]
+
+
+def test_pages_of_rows_are_given_back(
+    models: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie in another place for each number of tokens, so they would become more and more."""
+    encoder = load(models / "embedder-F32.gguf")
+    before = [encoder.encode(ids_of(n)).copy() for n in (100, 50, 10)]
+    monkeypatch.setattr(llama_encoder, "MAX_ROW_BYTES", 100 * encoder.n_embd * 4)
+    given_back: list[int] = []
+    give_back = encoder._give_back
+    monkeypatch.setattr(encoder, "_give_back", lambda: (given_back.append(1), give_back()))
+    after = [encoder.encode(ids_of(n)).copy() for n in (100, 50, 10)]
+    assert len(given_back) == 2
+    assert all(map(np.array_equal, before, after))
 
 
 def test_a_computation_that_nobody_wants_ends_and_the_next_one_is_right(

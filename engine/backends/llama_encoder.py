@@ -48,6 +48,7 @@ MAX_SEQUENCES = 64  # of a batch; llama.cpp takes 256
 # Tokens of a decoder in one call: it computes logits of every token whose row is wanted, which for
 # 8,192 tokens of a large vocabulary are gigabytes. What is before them stays in its memory.
 DECODER_STEP = 512
+MAX_ROW_BYTES = 1 << 24  # then pages are given back
 _POOLINGS: dict[int, Pooling] = {
     lib.LLAMA_POOLING_TYPE_CLS: "cls",
     lib.LLAMA_POOLING_TYPE_MEAN: "mean",
@@ -140,7 +141,11 @@ class LlamaEncoder:
                     "{document}, so it is not known how to ask it about a pair; take a newer "
                     "conversion of the model."
                 )
-        self._n_outputs = 0  # tokens for which llama.cpp holds room for outputs
+        self._room = self.n_sequences  # tokens for whose outputs llama.cpp has room
+        self._full_batch = encoder.batch_tokens
+        self._row_bytes = 0  # of rows since pages were given back
+        if not self._memory:
+            self._give_back()
         n = self.n_tokens
         self._token, self._pos, self._sequence = (np.zeros(n, np.int32) for _ in range(3))
         self._wanted, self._n_seq_id = np.ones(n, np.int8), np.ones(n, np.int32)
@@ -180,12 +185,17 @@ class LlamaEncoder:
 
     def encode(self, batch: Sequence[Ids], go_on: Callable[[], bool] = lambda: True) -> Floats:
         n_tokens = self._fill(batch)
-        self._go_on = go_on
         if self._memory:
             lib.llama_memory_clear(self._memory, True)
+        elif n_tokens > self._room:
+            self._make_room(n_tokens)
+            self._fill(batch)
+        self._go_on = go_on
         if self.scale is not None:
             return self._scores(batch, n_tokens)
         if self._step >= n_tokens:
+            if self._row_bytes > MAX_ROW_BYTES and not self._memory:
+                self._give_back()
             self._call(0, n_tokens)
             return self._rows(n_tokens)
         rows = np.empty((n_tokens, self.n_embd), np.float32)
@@ -216,50 +226,67 @@ class LlamaEncoder:
             logits=pointer(self._wanted, "logits"),
         )
         self._heard, self._is_interrupted = None, False
-        n_tokens = end - start
+        compute = lib.llama_decode if self._memory else lib.llama_encode
         with self._threads.step():
-            if self._memory:
-                status = lib.llama_decode(self._context, batch)
-            elif n_tokens <= self._n_outputs:
-                status = lib.llama_encode(self._context, batch)
-            else:
-                self._check_room(n_tokens)
-                status = lib.llama_encode(self._context, batch)
-                self._give_back_logits(n_tokens)
+            status = compute(self._context, batch)
         self._log.is_muted = False
         if self._heard is not None:
             raise self._heard
         if self._is_interrupted:
             raise Interrupted
         if status != 0:
-            raise Error(f"llama.cpp returned {status} for a batch of {n_tokens} tokens")
+            raise Error(f"llama.cpp returned {status} for a batch of {end - start} tokens")
 
     # llama.cpp makes room for the logits of every token of a batch, and clears it, also where none
     # are computed (output_reserve in llama-context.cpp). Of a vocabulary of 250,000 that is 1 MB a
     # token, 8 GB for the longest text of BGE-M3. It never shrinks, and is made anew when a batch
-    # has more tokens than any before.
+    # has more tokens than any before, which takes 1 ms a token.
 
-    def _check_room(self, n_tokens: int) -> None:
-        """Raises InsufficientMemory where the system would end the process instead."""
-        needed = n_tokens * self.tokenizer.n_vocab * 4
+    def _make_room(self, n_tokens: int) -> None:
+        """For as many as full batches have, where that is possible. Raises InsufficientMemory where
+        the system would end the process instead."""
+        n_most = min(self.n_tokens, self.n_sequences * self.n_ctx)
+        full = min(-(-n_tokens // self._full_batch) * self._full_batch, n_most)
         available = available_bytes()
-        if needed > available:
-            raise InsufficientMemory(
-                f"A batch of {n_tokens:,} tokens needs {needed:,} bytes for a moment, and "
-                f"{available:,} are free. Send a shorter text, or lower N_CTX and BATCH_TOKENS.",
-                needed_bytes=needed,
-                available_bytes=available,
-            )
+        for n in (full, n_tokens):
+            if self._logits_bytes(n) <= available and self._reserve(n):
+                return
+        needed = self._logits_bytes(n_tokens)
+        raise InsufficientMemory(
+            f"A batch of {n_tokens:,} tokens needs {needed:,} bytes for a moment, and "
+            f"{available:,} are free. Send a shorter text, or lower N_CTX and BATCH_TOKENS.",
+            needed_bytes=needed,
+            available_bytes=available,
+        )
 
-    def _give_back_logits(self, n_tokens: int) -> None:
-        """An encoder never writes that room: its pages go back to the system, where that is
-        possible."""
-        self._n_outputs = n_tokens
+    def _reserve(self, n_tokens: int) -> bool:
+        """By the computation of any tokens, which on a CPU ends when it has begun."""
+        self._room = 0
+        starts = range(0, n_tokens, self.n_ctx)
+        self._fill([np.zeros(min(self.n_ctx, n_tokens - at), np.int32) for at in starts])
+        self._go_on = lambda: False
+        try:
+            self._call(0, n_tokens)
+        except Interrupted:
+            pass
+        except Error:
+            return False
+        self._room = n_tokens
+        self._give_back()
+        return True
+
+    def _logits_bytes(self, n_tokens: int) -> int:
+        return n_tokens * self.tokenizer.n_vocab * 4
+
+    def _give_back(self) -> None:
+        """An encoder writes no logits: their pages go back to the system, where that is possible.
+        Between them there are rows, in another place for each number of tokens."""
+        self._row_bytes = 0
         logits = lib.llama_get_logits(self._context)
         if not logits or sys.platform != "linux":
             return
         start = ctypes.addressof(logits.contents)
-        end = start + n_tokens * self.tokenizer.n_vocab * 4
+        end = start + self._logits_bytes(self._room)
         first, last = -(-start // mmap.PAGESIZE), end // mmap.PAGESIZE
         if last > first:
             place = ctypes.c_void_p(first * mmap.PAGESIZE)
@@ -270,6 +297,7 @@ class LlamaEncoder:
         rows = lib.llama_get_embeddings(self._context)
         if not rows:
             raise Error("llama.cpp has no rows after a batch")
+        self._row_bytes += n_tokens * self.n_embd * 4
         return np.ctypeslib.as_array(rows, shape=(n_tokens, self.n_embd))
 
     def _fill(self, batch: Sequence[Ids]) -> int:
