@@ -1,6 +1,8 @@
 """A tier's model on disk: what its header says, and what tells it from another."""
 
 import hashlib
+import os
+import re
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,6 +29,7 @@ LIBRARIES = {  # that compute
     "onnx": ["onnxruntime", "onnx"],
     "flag": ["torch", "transformers", "FlagEmbedding"],
 }
+HEAD_FILES = re.compile(r"(?:sparse|colbert)_linear\..*|.*\.heads\.safetensors", re.DOTALL)
 HEADER_BYTES = 1 << 20  # of a model's file, that are compared byte for byte
 # Of what a worker is told: how fast and for how many it answers, not what.
 NOT_DECISIVE = {
@@ -42,6 +45,7 @@ class ModelSource:
     def __init__(self, tier: TierName, settings: TierSettings, hub: Hub) -> None:
         self._tier = tier
         self._settings = settings
+        self._path = settings.path
         self._hub = hub
         self._is_here = settings.hub_model is None
         self._model: ModelFile | None = None
@@ -74,10 +78,11 @@ class ModelSource:
     def _found(self, path: Path | None) -> None:
         if path is not None:
             self._settings, self._is_here = self._settings.at(path), True
+            self._path = self._settings.path
 
     def signature(self) -> Signature:
         """The file's, as it is now."""
-        return _signature(self._settings.path) if self._settings.model_path else (0, 0)
+        return _signature(self._path) if self._settings.model_path else (0, 0)
 
     def read(self, *, is_loaded: bool) -> ModelFile:
         """The header; of a model that is loaded the one with which it was. Raises
@@ -85,7 +90,7 @@ class ModelSource:
         if not self.is_here():
             raise ModelLoadFailed(f"{self._settings.model_path} is not downloaded yet.")
         if self._model is None or not is_loaded:
-            signature, heads = self.signature(), _heads(self._tier, self._settings)
+            signature, heads = self.signature(), _heads(self._tier, self._settings, self._path)
             if self._model is None or (signature, heads) != (self._signature, self._heads):
                 model = _read_model(self._tier, self._settings)
                 self._signature, self._heads = signature, heads
@@ -96,7 +101,7 @@ class ModelSource:
 
     def is_unchanged(self) -> bool:
         """What is on disk is what was read."""
-        heads = _heads(self._tier, self._settings)
+        heads = _heads(self._tier, self._settings, self._path)
         return self.is_known and (self.signature(), heads) == (self._signature, self._heads)
 
     @property
@@ -193,17 +198,17 @@ def _begin(path: Path) -> bytes:
     return b""
 
 
-def _heads(tier: TierName, settings: TierSettings) -> list[tuple[str, Signature]]:
-    """The files with the heads of an encoder, where there are any."""
+def _heads(tier: TierName, settings: TierSettings, model: Path) -> list[tuple[str, Signature]]:
+    """The files with the heads of an encoder, where there are any. Asked for each request."""
     if tier not in ENCODER_TIERS or not settings.model_path:
         return []
     named = {settings.head_path(settings.sparse_head_path)}
     named.add(settings.head_path(settings.colbert_head_path))
-    heads = {Path(path) for path in named if path}
-    folder = settings.path if settings.path.is_dir() else settings.path.parent
-    for pattern in ("sparse_linear.*", "colbert_linear.*", "*.heads.safetensors"):
-        heads.update(folder.glob(pattern))
-    return [(str(path), _signature(path)) for path in sorted(heads)]
+    folder = str(model if os.path.isdir(model) else model.parent)
+    with suppress(OSError):
+        files = filter(HEAD_FILES.fullmatch, os.listdir(folder))
+        named.update(f"{folder}/{name}" for name in files)
+    return [(path, _signature(Path(path))) for path in sorted(named) if path]
 
 
 def _signature(path: Path) -> Signature:

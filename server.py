@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -101,7 +102,8 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
         chat, responses, messages, completions, embeddings, rerank, tei, tokens, admin, models,
         cache,
     ):  # fmt: skip
-        app.include_router(part.router)
+        # include_router would match each request twice against the routes of each part
+        app.router.routes.extend(part.router.routes)
     return app
 
 
@@ -167,6 +169,8 @@ class Server(uvicorn.Server):
         if self.started:
             for listener in self.servers[0].sockets:
                 descriptors.lengthen_queue(listener.fileno())
+            # what is there now stays: a look at all of it for garbage stops every stream for 75 ms
+            gc.freeze()
             port = self.servers[0].sockets[0].getsockname()[1]
             if self._services.settings.server.log_format == "json":
                 logger.info("Serving", extra={"fields": {"host": self.config.host, "port": port}})

@@ -309,11 +309,12 @@ def _check_head(scope: Scope) -> None:
         raise HeadTooLarge(f"The headers are over {MAX_HEADER_BYTES:,} bytes.")
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
-@lru_cache(maxsize=256)  # three times for each request, and nearly always the same
+@lru_cache(maxsize=256)  # for each request, and nearly always the same
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)

@@ -313,7 +313,7 @@ def test_a_batch_for_which_there_is_no_memory_is_its_texts_error(
 def test_room_is_made_at_once_for_full_batches_where_there_is_memory(
     models: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To make it takes 1 ms a token of a large vocabulary, for each batch longer than any before."""
+    """With a large vocabulary that takes 1 ms a token, for each batch longer than any before."""
     encoder = load(models / "embedder-F32.gguf", n_ctx=300, batch_tokens=200)
     rows = encoder.encode(ids_of(70)).copy()
     assert np.array_equal(encoder.encode(ids_of(70)), rows), "what made the room was not this"
