@@ -10,7 +10,8 @@
 3. Dense, sparse and ColBERT vectors in one request, beside dense ones alone. The heads are made up,
    which costs what real ones cost.
 4. Short queries one after the other, alone and beside a request of many long documents: how long
-   one takes.
+   one takes. The same with a query and four short documents that are to be ranked, beside many
+   long ones.
 5. With --llama-server that server, on the same file and over HTTP, with 1, 2 and 4.
 6. With --flag FlagEmbedding's own encode on a Hugging Face directory of the same model, with 1 and
    2, and a service with the backend flag, with 1. It wants `./setup.sh --flag`.
@@ -60,7 +61,8 @@ N_QUERIES = 12
 N_DOCUMENTS = 100  # beside them
 PAUSE_S = 0.7  # between queries
 
-Turn = Callable[[Sequence[str]], Awaitable[float]]  # tokens/s; of queries ms
+IN_MS = ("queries", "rankings")
+Turn = Callable[[Sequence[str]], Awaitable[float]]  # tokens/s; of IN_MS ms
 
 
 def mixed_texts(seed: str, count: int) -> list[str]:
@@ -135,35 +137,58 @@ class Service:
     async def triple(self, texts: Sequence[str]) -> float:
         return await self._timed([list(texts)], embedding_type=["dense", "sparse", "colbert"])
 
-    async def queries(
-        self, texts: Sequence[str], beside: "asyncio.Task[float] | None" = None
+    async def queries(self, texts: Sequence[str]) -> float:
+        """How long one takes, in ms."""
+        return await self._each([self._embed([_query(text)]) for text in texts[:N_QUERIES]])
+
+    async def queries_beside(self, texts: Sequence[str]) -> float:
+        """The same while documents are embedded."""
+        queries = [self._embed([_query(text)]) for text in texts[:N_QUERIES]]
+        return await self._beside(self._embed([_long(text) for text in texts]), queries)
+
+    async def rankings(self, texts: Sequence[str]) -> float:
+        """How long one of a few short documents takes, in ms."""
+        return await self._each([self._rank(text, _short(text)) for text in texts[:N_QUERIES]])
+
+    async def rankings_beside(self, texts: Sequence[str]) -> float:
+        """The same while many long ones are ranked."""
+        short = [self._rank(text, _short(text)) for text in texts[:N_QUERIES]]
+        return await self._beside(self._rank(texts[-1], [_long(text) for text in texts]), short)
+
+    async def _beside(self, large: bytes, small: Sequence[bytes]) -> float:
+        task = asyncio.create_task(self._ask(large))
+        await asyncio.sleep(PAUSE_S)
+        ms = await self._each(small, task)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        return ms
+
+    async def _each(
+        self, requests: Sequence[bytes], beside: "asyncio.Task[bytes] | None" = None
     ) -> float:
-        """How long one takes, in ms; as long as there is something beside them."""
+        """The median of their times in ms, as long as there is something beside them."""
         times: list[float] = []
-        for text in texts[:N_QUERIES]:
+        for request in requests:
             if times and beside is not None and beside.done():
                 break
-            body = {"model": "embedding", "input": " ".join(text.split()[:6]), **self._fields}
             started_at = time.perf_counter()
-            await self._ask(post("/v1/embeddings", body))
+            await self._ask(request)
             times.append(1e3 * (time.perf_counter() - started_at))
             await asyncio.sleep(PAUSE_S)
         return median(times)
 
-    async def queries_beside(self, texts: Sequence[str]) -> float:
-        documents = [" ".join([*text.split()[:60], *WORDS * 4]) for text in texts]
-        bulk = asyncio.create_task(self._timed([documents]))
-        await asyncio.sleep(PAUSE_S)
-        ms = await self.queries(texts, bulk)
-        bulk.cancel()
-        with suppress(asyncio.CancelledError):
-            await bulk
-        return ms
+    def _embed(self, texts: Sequence[str], **fields: Any) -> bytes:
+        common = {"model": "embedding", "encoding_format": "base64", **self._fields}
+        return post("/v1/embeddings", common | fields | {"input": texts})
+
+    def _rank(self, text: str, documents: Sequence[str]) -> bytes:
+        body = {"model": "reranker", "query": _query(text), "documents": documents}
+        return post("/v1/rerank", body | self._fields)
 
     async def _timed(self, inputs: Sequence[list[str]], **fields: Any) -> float:
         """Until the last byte has come; what is in them is read afterwards."""
-        common = {"model": "embedding", "encoding_format": "base64", **self._fields, **fields}
-        requests = [post("/v1/embeddings", {"input": texts} | common) for texts in inputs]
+        requests = [self._embed(texts, **fields) for texts in inputs]
         started_at = time.perf_counter()
         replies = await asyncio.gather(*map(self._ask, requests))
         seconds = time.perf_counter() - started_at
@@ -180,6 +205,19 @@ class Service:
         if b" 200 " not in head.partition(b"\r\n")[0]:
             raise SystemExit(f"no measurement: {(head + content)[:400].decode(errors='replace')}")
         return content
+
+
+def _query(text: str) -> str:
+    return " ".join(text.split()[:6])
+
+
+def _short(text: str) -> list[str]:
+    """Four documents, which begin as it does."""
+    return [f"{_query(text)} {word}" for word in WORDS[:4]]
+
+
+def _long(text: str) -> str:
+    return " ".join([*text.split()[:60], *WORDS * 4])
 
 
 class Flag:
@@ -287,6 +325,8 @@ async def measure(
         "singles, bare": (bare.run, n_singles),
         "queries": (service.queries, N_QUERIES),
         "queries, beside": (service.queries_beside, N_DOCUMENTS),
+        "rankings": (service.rankings, N_QUERIES),
+        "rankings, beside": (service.rankings_beside, N_DOCUMENTS),
     }
     if peer is not None:
         turns["bulk, llama-server"] = Service(peer).bulk, n_texts
@@ -299,7 +339,7 @@ async def measure(
         turns["singles, FlagEmbedding"] = flag_embedding.singles, n_singles
         turns["bulk, backend flag"] = Service(with_flag, truncate="end").bulk, n_texts
     for name, (turn, _) in turns.items():
-        if not name.startswith("queries"):
+        if not name.startswith(IN_MS):
             await turn(mixed_texts("warm-up", 4))
     speeds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds):
@@ -307,7 +347,7 @@ async def measure(
             turn, count = turns[name]
             # who is compared has the same texts; dense and triple must not share them, as what the
             # service has computed it may remember
-            kind = name if name.startswith(("triple", "queries")) else name.partition(",")[0]
+            kind = name if name.startswith(("triple", *IN_MS)) else name.partition(",")[0]
             speeds[name].append(await turn(mixed_texts(f"{kind}/{number}", count)))
     return speeds
 
@@ -320,6 +360,7 @@ COMPARED = (
     ("single requests / llama-server", "singles", "singles, llama-server"),
     ("a query beside documents / alone", "queries, beside", "queries"),
     ("the same, llama-server", "queries, beside, llama-server", "queries, llama-server"),
+    ("a ranking beside a long one / alone", "rankings, beside", "rankings"),
     ("a query alone / llama-server", "queries", "queries, llama-server"),
     ("one request / FlagEmbedding", "bulk", "bulk, FlagEmbedding"),
     ("single requests / FlagEmbedding", "singles", "singles, FlagEmbedding"),
@@ -333,7 +374,7 @@ def report(speeds: dict[str, list[float]]) -> Iterator[str]:
             continue
         pairs = list(zip(speeds[ours], speeds[others], strict=True))
         ratios = sorted(a / b for a, b in pairs)
-        unit = "ms" if ours.startswith("queries") else "tokens/s"
+        unit = "ms" if ours.startswith(IN_MS) else "tokens/s"
         yield (
             f"{what:34} {median(ratios):.3f}  (rounds {ratios[0]:.3f} to {ratios[-1]:.3f}; "
             f"{median(a for a, _ in pairs):.0f} and {median(b for _, b in pairs):.0f} {unit})"

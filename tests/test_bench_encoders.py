@@ -41,7 +41,7 @@ def test_it_measures_a_model_through_a_service_of_its_own(
     path = tiny.write_embedder(tmp_path / "tiny.gguf")
     assert encoders.main([str(path), "--texts", "6", "--singles", "3", "--rounds", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert all(" tokens/s)" in line or " ms)" in line for line in lines)
 
 

@@ -324,10 +324,47 @@ def test_room_is_made_at_once_for_full_batches_where_there_is_memory(
     needed = 210 * encoder.tokenizer.n_vocab * 4
     monkeypatch.setattr(llama_encoder, "available_bytes", lambda: needed)
     assert len(encoder.encode(ids_of(210))) == 210
+    monkeypatch.setattr(llama_encoder, "available_bytes", lambda: needed - 1)
+    assert len(encoder.encode(ids_of(210))) == 210, "there is room"
+    with pytest.raises(InsufficientMemory, match="211 tokens needs"):
+        encoder.encode(ids_of(211))
 
 
+@pytest.mark.parametrize(("gives_back", "n_spare", "room"), [(True, 10, 80), (False, 1000, 128)])
+def test_room_beyond_what_is_needed_is_bounded(
+    gives_back: bool,
+    n_spare: int,
+    room: int,
+    models: Path,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is in no footprint."""
+    monkeypatch.setattr(llama_encoder.sys, "platform", "linux" if gives_back else "darwin")
+    encoder = load(models / "embedder-F32.gguf", n_ctx=300, batch_tokens=200)
+    token_bytes = encoder.tokenizer.n_vocab * 4
+    monkeypatch.setattr(llama_encoder, "MAX_SPARE_BYTES", n_spare * token_bytes)
+    encoder.encode(ids_of(70))
+    monkeypatch.setattr(llama_encoder, "available_bytes", lambda: 0)
+    assert len(encoder.encode(ids_of(room))) == room
+    with pytest.raises(InsufficientMemory):
+        encoder.encode(ids_of(room + 1))
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told", "tried"),
+    [
+        (llama_encoder.OutOfMemory, InsufficientMemory, [200, 100]),
+        (llama_encoder.Error, llama_encoder.Error, [200]),  # which ends a worker in the long run
+    ],
+)
 def test_what_llama_cpp_cannot_make_room_for_is_made_anew(
-    models: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception],
+    is_told: type[Exception],
+    tried: list[int],
+    models: Path,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoder = load(models / "embedder-F32.gguf", n_ctx=300, batch_tokens=200)
     before = encoder.encode(ids_of(20)).copy()
@@ -335,16 +372,16 @@ def test_what_llama_cpp_cannot_make_room_for_is_made_anew(
 
     def fail(start: int, end: int) -> None:
         calls.append(end)
-        if len(calls) < 3:
-            raise llama_encoder.Error("no memory")
+        if len(calls) <= len(tried):
+            raise error("it failed")
         call(start, end)
 
     monkeypatch.setattr(encoder, "_call", fail)
-    with pytest.raises(InsufficientMemory, match="100 tokens"):
+    with pytest.raises(is_told):
         encoder.encode(ids_of(100))
-    assert calls == [200, 100]
+    assert calls == tried
     assert np.array_equal(encoder.encode(ids_of(20)), before)
-    assert calls == [200, 100, 200, 20]
+    assert calls == [*tried, 200, 20]
 
 
 def test_pages_of_rows_are_given_back(

@@ -30,6 +30,7 @@ from engine.backends.llamacpp import (
     Error,
     LlamaLog,
     LlamaTokenizer,
+    OutOfMemory,
     load_model,
     name_of,
     pointer,
@@ -48,7 +49,10 @@ MAX_SEQUENCES = 64  # of a batch; llama.cpp takes 256
 # Tokens of a decoder in one call: it computes logits of every token whose row is wanted, which for
 # 8,192 tokens of a large vocabulary are gigabytes. What is before them stays in its memory.
 DECODER_STEP = 512
+MAX_SPARE_BYTES = 1 << 29  # of room for outputs beyond what a batch needs
+SPARE_TOKENS = 128  # the same where its pages cannot be given back
 MAX_ROW_BYTES = 1 << 24  # then pages are given back
+OUT_OF_MEMORY = -2  # what llama_encode returns
 _POOLINGS: dict[int, Pooling] = {
     lib.LLAMA_POOLING_TYPE_CLS: "cls",
     lib.LLAMA_POOLING_TYPE_MEAN: "mean",
@@ -142,7 +146,9 @@ class LlamaEncoder:
                     "conversion of the model."
                 )
         self._room = self.n_sequences  # tokens for whose outputs llama.cpp has room
-        self._full_batch = encoder.batch_tokens
+        has_gpu = spec.n_gpu_layers != 0 and lib.llama_supports_gpu_offload()
+        self._gives_back = sys.platform == "linux" and not has_gpu  # there it is the GPU's
+        self._room_step = encoder.batch_tokens if self._gives_back else SPARE_TOKENS
         self._row_bytes = 0  # of rows since pages were given back
         if not self._memory:
             self._give_back()
@@ -187,8 +193,8 @@ class LlamaEncoder:
         n_tokens = self._fill(batch)
         if self._memory:
             lib.llama_memory_clear(self._memory, True)
-        elif n_tokens > self._room:
-            self._make_room(n_tokens)
+        elif min(n_tokens, self._step) > self._room:
+            self._make_room(min(n_tokens, self._step))
             self._fill(batch)
         self._go_on = go_on
         if self.scale is not None:
@@ -235,7 +241,8 @@ class LlamaEncoder:
         if self._is_interrupted:
             raise Interrupted
         if status != 0:
-            raise Error(f"llama.cpp returned {status} for a batch of {end - start} tokens")
+            kind = OutOfMemory if status == OUT_OF_MEMORY else Error
+            raise kind(f"llama.cpp returned {status} for a batch of {end - start} tokens")
 
     # llama.cpp makes room for the logits of every token of a batch, and clears it, also where none
     # are computed (output_reserve in llama-context.cpp). Of a vocabulary of 250,000 that is 1 MB a
@@ -243,14 +250,17 @@ class LlamaEncoder:
     # has more tokens than any before, which takes 1 ms a token.
 
     def _make_room(self, n_tokens: int) -> None:
-        """For as many as full batches have, where that is possible. Raises InsufficientMemory where
-        the system would end the process instead."""
-        n_most = min(self.n_tokens, self.n_sequences * self.n_ctx)
-        full = min(-(-n_tokens // self._full_batch) * self._full_batch, n_most)
+        """For as many as full batches have, where there is plenty of memory. Raises
+        InsufficientMemory where the system would end the process instead."""
+        full = -(-n_tokens // self._room_step) * self._room_step
+        spare = MAX_SPARE_BYTES // self._logits_bytes(1)
+        n_most = min(self._step, self.n_sequences * self.n_ctx)
+        full = min(full, n_tokens + spare, n_most)
         available = available_bytes()
-        for n in (full, n_tokens):
-            if self._logits_bytes(n) <= available and self._reserve(n):
-                return
+        if 2 * self._logits_bytes(full) <= available and self._reserve(full):
+            return
+        if self._logits_bytes(n_tokens) <= available and self._reserve(n_tokens):
+            return
         needed = self._logits_bytes(n_tokens)
         raise InsufficientMemory(
             f"A batch of {n_tokens:,} tokens needs {needed:,} bytes for a moment, and "
@@ -269,7 +279,7 @@ class LlamaEncoder:
             self._call(0, n_tokens)
         except Interrupted:
             pass
-        except Error:
+        except OutOfMemory:
             return False
         self._room = n_tokens
         self._give_back()
@@ -283,7 +293,7 @@ class LlamaEncoder:
         Between them there are rows, in another place for each number of tokens."""
         self._row_bytes = 0
         logits = lib.llama_get_logits(self._context)
-        if not logits or sys.platform != "linux":
+        if not logits or not self._gives_back:
             return
         start = ctypes.addressof(logits.contents)
         end = start + self._logits_bytes(self._room)
