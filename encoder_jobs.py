@@ -47,6 +47,7 @@ class Job(ABC):
     """One request. Its texts are numbered in the order in which they should be computed."""
 
     windows: list[int]  # how many texts come before any of the next window
+    n_chars: int  # of all that is to be computed, about: a token counts as four
     outputs: frozenset[Output] = frozenset()
 
     def __init__(self, request: wire.Embed | wire.Score, n_texts: int, tier: str) -> None:
@@ -54,7 +55,6 @@ class Job(ABC):
         self.texts: list[Text] = []
         self.n_texts = n_texts
         self.n_left = n_texts  # that are not computed
-        self.n_chars = _n_chars(request)
         self.copies: dict[int, list[int]] = {}  # texts with the same ids as one before them
         self._tier = tier
 
@@ -91,6 +91,7 @@ class EmbedJob(Job):
     def __init__(self, request: wire.Embed, embedder: Embedder, tier: str) -> None:
         super().__init__(request, len(request.inputs), tier)
         self.windows = [self.n_texts]
+        self.n_chars = sum(len(t) if isinstance(t, str) else 4 * len(t) for t in request.inputs)
         self._request = request
         self._embedder = embedder
         for output in request.outputs:
@@ -169,6 +170,8 @@ class PairJob(ScoreJob):
     def __init__(self, request: wire.Score, reranker: BGEReranker, tier: str) -> None:
         super().__init__(request, reranker, len(request.pairs), tier)
         self.windows = [self.n_texts]
+        queries, documents = request.queries, request.documents
+        self.n_chars = sum(len(queries[q]) + len(documents[d]) for q, d in request.pairs)
         self._cross_encoder = reranker
 
     def tokenize(self, index: int) -> Text:
@@ -205,6 +208,8 @@ class SimilarityJob(ScoreJob):
         self._document_at = sorted({document for _, document in request.pairs})
         self.windows = [len(self._query_at), len(self._document_at)]
         super().__init__(request, reranker, sum(self.windows), tier)
+        self.n_chars = sum(len(request.queries[at]) for at in self._query_at)
+        self.n_chars += sum(len(request.documents[at]) for at in self._document_at)
         self.outputs = reranker.outputs(self._method)
         self._embedder = reranker.embedder
         self._queries: dict[int, tuple[Text, Embedded | ServiceError]] = {}
@@ -443,14 +448,6 @@ class EncoderJobs:
         if isinstance(self._model, Embedder):
             return [*self._model.embed(ids, outputs, go_on)]
         return [*self._model.score(ids, go_on)]
-
-
-def _n_chars(request: wire.Embed | wire.Score) -> int:
-    """Of all that is to be computed, about: tokens count as four each."""
-    if isinstance(request, wire.Embed):
-        return sum(len(t) if isinstance(t, str) else 4 * len(t) for t in request.inputs)
-    queries, documents = request.queries, request.documents
-    return sum(len(queries[query]) + len(documents[at]) for query, at in request.pairs)
 
 
 def failure(job: int, error: Exception) -> wire.Failed:

@@ -15,6 +15,7 @@ llama-server is built by bench/peers/build_llama_server.sh; without it, or witho
 
 import argparse
 import asyncio
+import itertools
 import json
 import platform
 import random
@@ -63,9 +64,10 @@ def over_http(
 def engine_round(setup: Setup) -> Round:
     """Of the time of a step, how much is llama_decode."""
     found = {}
-    for n in LEVELS:
+    kinds = (("engine_share", engine.GREEDY), ("engine_drawn_share", engine.DRAWN))
+    for n, (name, sampling) in itertools.product(LEVELS, kinds):
         bench = engine.Bench(str(setup.model), setup.n_threads)
-        _, found[f"engine_share_{n}"] = bench.decode_tokens(n, 48)
+        _, found[f"{name}_{n}"] = bench.decode_tokens(n, 48, sampling=sampling)
         bench.engine.close()
     return {OURS: found}
 

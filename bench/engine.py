@@ -26,7 +26,7 @@ from engine.grammar import Compiler, GrammarState
 from engine.types import Batch, SamplingParams, Sequence
 from engine.wire import Grammar, GrammarPart, WorkerSpec
 
-SAMPLING = SamplingParams(seed=1)
+GREEDY, DRAWN = SamplingParams(temperature=0), SamplingParams(seed=1)
 
 
 class Meter:
@@ -57,9 +57,14 @@ class Bench:
         self.meter = Meter(self.decoder)
         self._n_admitted = 0
 
-    def admit(self, prompt: list[int], constraint: GrammarState | None = None) -> int:
+    def admit(
+        self,
+        prompt: list[int],
+        constraint: GrammarState | None = None,
+        sampling: SamplingParams = GREEDY,
+    ) -> int:
         self._n_admitted += 1
-        self.engine.admit(self._n_admitted, prompt, SAMPLING, constraint)
+        self.engine.admit(self._n_admitted, prompt, sampling, constraint)
         return self._n_admitted
 
     def run(self, ids: list[int], n_tokens: int) -> dict[int, list[int]]:
@@ -73,11 +78,17 @@ class Bench:
         return tokens
 
     def decode_tokens(
-        self, n_sequences: int, n_tokens: int, constraint: GrammarState | None = None
+        self,
+        n_sequences: int,
+        n_tokens: int,
+        constraint: GrammarState | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> tuple[float, float]:
         """Tokens/s of so many sequences past their prompts, and the share inside llama_decode."""
         ids = [
-            self.admit(prompt(n_sequences * 100 + i, 16), constraint and constraint.copy())
+            self.admit(
+                prompt(n_sequences * 100 + i, 16), constraint and constraint.copy(), sampling
+            )
             for i in range(n_sequences)
         ]
         started: set[int] = set()
@@ -126,19 +137,20 @@ def prompt(seed: int, n_tokens: int) -> list[int]:
 
 
 def step_overhead(model: str, n_threads: int) -> None:
-    print("sequences  tokens/s  bare loop  ratio  in llama_decode")
-    for n in (1, 4, 8, 16):
-        n_tokens = 48
-        ours, bare, shares = [], [], []
-        for _ in range(3):
-            bench = Bench(model, n_threads)
-            bare.append(bench.bare_tokens(n, n_tokens))
-            speed, share = bench.decode_tokens(n, n_tokens)
-            ours.append(speed)
-            shares.append(share)
-            bench.engine.close()
-        a, b, share = sorted(ours)[1], sorted(bare)[1], sorted(shares)[1]
-        print(f"{n:9}  {a:8.1f}  {b:9.1f}  {a / b:5.3f}  {share:.3f}", flush=True)
+    print("tokens are  sequences  tokens/s  bare loop  ratio  in llama_decode")
+    n_tokens = 48
+    for name, sampling in (("likeliest", GREEDY), ("drawn", DRAWN)):
+        for n in (1, 4, 8, 16):
+            ours, bare, shares = [], [], []
+            for _ in range(3):
+                bench = Bench(model, n_threads)
+                bare.append(bench.bare_tokens(n, n_tokens))
+                speed, share = bench.decode_tokens(n, n_tokens, sampling=sampling)
+                ours.append(speed)
+                shares.append(share)
+                bench.engine.close()
+            a, b, share = sorted(ours)[1], sorted(bare)[1], sorted(shares)[1]
+            print(f"{name:10}  {n:9}  {a:8.1f}  {b:9.1f}  {a / b:5.3f}  {share:.3f}", flush=True)
 
 
 def sharing(model: str, n_threads: int) -> None:

@@ -200,6 +200,14 @@ FIGURES: dict[str, dict[str, Metric]] = {
             3,
         )
         for n in LEVELS
+    }
+    | {
+        f"engine_drawn_share_{n}": Metric(
+            f"the same where tokens are drawn, {n} sequence{'s' if n > 1 else ''}",
+            more_is_better=True,
+            digits=3,
+        )
+        for n in LEVELS
     },
     "api": {
         "core_share_at_1000": Metric(

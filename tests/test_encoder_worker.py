@@ -203,7 +203,7 @@ def test_a_large_batch_gives_way_to_a_small_request(serve: Serve) -> None:
     assert message.job == 2
 
 
-def computed(jobs: EncoderJobs, *coming: wire.Embed) -> list[int]:
+def computed(jobs: EncoderJobs, *coming: wire.Embed | wire.Score) -> list[int]:
     """Whose texts one batch answers, while these come."""
     waiting = [*coming]
 
@@ -235,6 +235,16 @@ def test_what_gave_way_is_computed_next(tmp_path: Path) -> None:
     assert computed(jobs, embed("small", job=3)) == [1]
     assert computed(jobs) == [3]
     assert jobs.idle
+
+
+def test_a_ranking_counts_as_long_as_its_texts_which_are_read_once(tmp_path: Path) -> None:
+    ranking = score("q" * 40, *(f"{n}" * 20 for n in range(4)), job=2)
+    assert sum(len(ranking.queries[q] + ranking.documents[d]) for q, d in ranking.pairs) > 202
+    jobs = encoder_jobs(tmp_path)
+    jobs.admit(embed(LONG, job=1))
+    assert computed(jobs, ranking) == [], "it gave way"
+    assert computed(jobs) == [2]
+    assert computed(jobs) == [1]
 
 
 def test_who_has_left_meanwhile_is_not_computed_again(tmp_path: Path) -> None:

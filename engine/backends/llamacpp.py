@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+from array import array
 from collections.abc import Mapping
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -154,6 +155,7 @@ class LlamaDecoder:
         vocab = lib.llama_model_get_vocab(self._model)
         self._dry = lru_cache(maxsize=8)(partial(_Dry, vocab))
         self._batch = _BatchArrays(self.n_batch)
+        self._row: Any = ctypes.c_float * self.tokenizer.n_vocab  # of logits
         self._threads = ContextThreads(self._context, spec.n_threads)
 
     def close(self) -> None:
@@ -269,7 +271,7 @@ class LlamaDecoder:
     def sample(self, row: int, sequence: Sequence) -> Sampled:
         index = self._batch.logits_at[row]
         logits = lib.llama_get_logits_ith(self._context, index)
-        view = np.ctypeslib.as_array(logits, shape=(self.tokenizer.n_vocab,))
+        view = np.frombuffer(self._row.from_address(ctypes.addressof(logits.contents)), np.float32)
         sampler: LlamaSampler = sequence.sampler
         return sampler.sample(self._context, index, view, sequence.constraint)
 
@@ -361,20 +363,20 @@ class _BatchArrays:
 
     def fill(self, batch: Batch) -> Any:
         self.logits_at = []
-        self._wanted[: batch.n_tokens] = 0
-        at = 0
+        tokens, positions, slots = array("i"), array("i"), array("i")
         for chunk in batch.chunks:
-            tokens = chunk.tokens
-            end = at + len(tokens)
-            self._token[at:end] = tokens
-            self._pos[at:end] = np.arange(chunk.start, chunk.start + len(tokens))
-            self._slot[at:end] = chunk.slot
+            at = len(tokens)
+            tokens += chunk.tokens
+            n = len(tokens) - at
+            positions.extend(range(chunk.start, chunk.start + n))
+            slots += array("i", [chunk.slot]) * n
             if chunk.wants_logits:
-                rows = range(at + chunk.n_tokens - 1, end)
-                self._wanted[rows.start : rows.stop] = 1
-                self.logits_at += rows
-            at = end
-        self._batch.n_tokens = batch.n_tokens
+                self.logits_at += range(at + chunk.n_tokens - 1, at + n)
+        n = len(tokens)
+        self._token[:n], self._pos[:n], self._slot[:n] = tokens, positions, slots
+        self._wanted[:n] = 0
+        self._wanted[self.logits_at] = 1
+        self._batch.n_tokens = n
         return self._batch
 
 
