@@ -45,7 +45,7 @@ class ModelSource:
     def __init__(self, tier: TierName, settings: TierSettings, hub: Hub) -> None:
         self._tier = tier
         self._settings = settings
-        self._path = settings.path
+        self._path = settings.path  # which takes a while to make, and is asked for each request
         self._hub = hub
         self._is_here = settings.hub_model is None
         self._model: ModelFile | None = None

@@ -30,7 +30,6 @@ from engine.backends.llamacpp import (
     Error,
     LlamaLog,
     LlamaTokenizer,
-    OutOfMemory,
     load_model,
     name_of,
     pointer,
@@ -61,6 +60,10 @@ _POOLINGS: dict[int, Pooling] = {
 ENCODER_TOKENIZERS = ("bert", "t5")
 _KEEPS_SPACES = "tokenizer.ggml.remove_extra_whitespaces"
 _PROBABILITIES = ("qwen3", "qwen3vl")  # llama.cpp makes a softmax of their yes and no
+
+
+class OutOfMemory(Error):
+    """llama.cpp could not allocate what it needed."""
 
 
 def load(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
@@ -147,11 +150,11 @@ class LlamaEncoder:
                 )
         self._room = self.n_sequences  # tokens for whose outputs llama.cpp has room
         has_gpu = spec.n_gpu_layers != 0 and lib.llama_supports_gpu_offload()
-        self._gives_back = sys.platform == "linux" and not has_gpu  # there it is the GPU's
+        # pages of logits that are never written; with a GPU the memory is its driver's
+        self._gives_back = not self._memory and sys.platform == "linux" and not has_gpu
         self._room_step = encoder.batch_tokens if self._gives_back else SPARE_TOKENS
         self._row_bytes = 0  # of rows since pages were given back
-        if not self._memory:
-            self._give_back()
+        self._give_back()
         n = self.n_tokens
         self._token, self._pos, self._sequence = (np.zeros(n, np.int32) for _ in range(3))
         self._wanted, self._n_seq_id = np.ones(n, np.int8), np.ones(n, np.int32)
@@ -200,7 +203,7 @@ class LlamaEncoder:
         if self.scale is not None:
             return self._scores(batch, n_tokens)
         if self._step >= n_tokens:
-            if self._row_bytes > MAX_ROW_BYTES and not self._memory:
+            if self._row_bytes > MAX_ROW_BYTES:
                 self._give_back()
             self._call(0, n_tokens)
             return self._rows(n_tokens)
@@ -292,8 +295,8 @@ class LlamaEncoder:
         """An encoder writes no logits: their pages go back to the system, where that is possible.
         Between them there are rows, in another place for each number of tokens."""
         self._row_bytes = 0
-        logits = lib.llama_get_logits(self._context)
-        if not logits or not self._gives_back:
+        logits = lib.llama_get_logits(self._context) if self._gives_back else None
+        if not logits:
             return
         start = ctypes.addressof(logits.contents)
         end = start + self._logits_bytes(self._room)

@@ -30,10 +30,6 @@ class Error(Exception):
     """A call into llama.cpp failed."""
 
 
-class OutOfMemory(Error):
-    """It could not allocate what it needed."""
-
-
 def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     decoder = LlamaDecoder(spec, progress)
     return BatchEngine(
