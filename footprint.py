@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from engine.model_file import ModelFile
-from engine.wire import WorkerSpec
+from engine.wire import PLAIN_TOKENS, WorkerSpec
 
 MB = 1 << 20
 # Measured on x86-64 Linux: an idle worker of each backend, with the libraries that it loads.
@@ -48,5 +48,8 @@ def estimate(spec: WorkerSpec, model: ModelFile) -> Footprint:
     if spec.encoder is not None:
         return Footprint(model.size_bytes, 0, compute, process, 0)
     outputs = spec.n_parallel * model.n_vocab * 4
-    kv = -(-spec.kv_tokens // 256) * 256 * model.kv_bytes_per_token
+    n_cells = -(-spec.kv_tokens // 256) * 256
+    kv = n_cells * model.kv_bytes_per_token
+    if spec.backend == "llamacpp" and not spec.flash_attention:
+        compute += min(n_tokens, PLAIN_TOKENS) * n_cells * model.n_head * 4
     return Footprint(model.size_bytes, kv, compute + outputs, process, spec.prefix_cache_bytes)

@@ -44,7 +44,7 @@ TIERS: tuple[TierName, ...] = (*CHAT_TIERS, *ENCODER_TIERS)
 # of a tier that generates text
 GENERATING = {
     "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "max_tokens", "tool_format",
-    "speculation",
+    "speculation", "flash_attention",
 }  # fmt: skip
 SECRETS = {"api_keys", "api_keys_file", "admin_api_keys"}  # faults in them quote nothing
 # one pattern for localhost on any port, as browsers write origins
@@ -135,6 +135,7 @@ class TierSettings(BaseSettings):
     max_stall_ms: float | None = Field(None, gt=0)  # that a new prompt may hold up running streams
     prefix_cache_mb: int | None = Field(None, ge=0)  # of host memory, for prompts seen before
     speculation: bool = True  # guesses tokens from what was said before, where that pays
+    flash_attention: bool = True  # off is faster far into few conversations, on a CPU
     n_threads: int | None = Field(None, ge=1)
     n_gpu_layers: int = -1  # -1: all
 

@@ -43,6 +43,7 @@ def worker_spec(
         if settings.prefix_cache_mb is None
         else settings.prefix_cache_mb << 20,
         speculates=settings.speculation,
+        flash_attention=settings.flash_attention,
         log_level=server.log_level,
         log_format=server.log_format,
         encoder=encoder,

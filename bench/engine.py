@@ -8,11 +8,14 @@
    and for conversations whose turns are interleaved.
 3. One sequence beside many that are remembered, against a fresh context.
 4. Eight sequences with a JSON schema, against the same without.
+5. Steps without flash attention in steps with it, taking turns: of so many sequences at so many
+   tokens each, and of 32 more tokens of a prompt.
 """
 
 import argparse
 import json
 import random
+import statistics
 import time
 from array import array
 from typing import cast
@@ -46,11 +49,14 @@ class Meter:
 
 
 class Bench:
-    def __init__(self, model: str, n_threads: int, **values: int) -> None:
+    def __init__(
+        self, model: str, n_threads: int, n_parallel: int = 16, *, flash_attention: bool = True
+    ) -> None:
         spec = WorkerSpec(
             name="bench", backend="llamacpp", model_path=model, n_ctx=8192,
-            n_parallel=values.get("n_parallel", 16), kv_tokens=16384, n_batch=512,
+            n_parallel=n_parallel, kv_tokens=16384, n_batch=512,
             n_threads=n_threads, n_gpu_layers=-1, max_stall_s=0.2, prefix_cache_bytes=1 << 30,
+            flash_attention=flash_attention,
         )  # fmt: skip
         self.engine = cast(BatchEngine, load_engine(spec, lambda _: None))
         self.decoder = cast(LlamaDecoder, self.engine._decoder)
@@ -105,30 +111,33 @@ class Bench:
 
     def bare_tokens(self, n_sequences: int, n_tokens: int) -> float:
         """Tokens/s of llama_decode alone, on batches of the same shape at the same positions."""
+        sequences = self.fill(n_sequences, 16)
+        seconds = sum(self.bare_step(sequences, 1) for _ in range(n_tokens))
+        self.fill(0, 0)
+        return n_sequences * n_tokens / seconds
+
+    def fill(self, n_sequences: int, n_tokens: int) -> list[Sequence]:
+        """So many sequences that are so long, and nothing else in the cells."""
         for slot in range(16):
             self.decoder.clear(slot)
-        sequences = []
-        for slot in range(n_sequences):
-            sequence = Sequence(slot, array("i", prompt(n_sequences * 100 + slot, 16)))
-            sequence.slot = slot
-            sequences.append(sequence)
-            batch = Batch()
-            batch.add(sequence, 16)
-            self.decoder.decode(batch)
-            sequence.n_past = 16
+        sequences = [Sequence(slot, array("i"), slot=slot) for slot in range(n_sequences)]
+        for sequence in sequences:
+            for start in range(0, n_tokens, 128):
+                self.bare_step([sequence], min(128, n_tokens - start))
+        return sequences
+
+    def bare_step(self, sequences: list[Sequence], n_tokens: int) -> float:
+        """Seconds of a step with so many more tokens of each."""
+        batch = Batch()
+        for sequence in sequences:
+            sequence.tokens.extend(prompt(len(sequence.tokens) * 100 + sequence.id, n_tokens))
+            batch.add(sequence, n_tokens)
         at = time.perf_counter()
-        for _ in range(n_tokens):
-            batch = Batch()
-            for sequence in sequences:
-                sequence.tokens.append(1000)
-                batch.add(sequence, 1)
-            self.decoder.decode(batch)
-            for sequence in sequences:
-                sequence.n_past += 1
+        self.decoder.decode(batch)
         seconds = time.perf_counter() - at
-        for slot in range(n_sequences):
-            self.decoder.clear(slot)
-        return n_sequences * n_tokens / seconds
+        for sequence in sequences:
+            sequence.n_past += n_tokens
+        return seconds
 
 
 def prompt(seed: int, n_tokens: int) -> list[int]:
@@ -231,15 +240,45 @@ def constrained(model: str, n_threads: int) -> None:
         print(f"8 sequences with {name}: {sorted(found)[1]:.3f} of the same without")
 
 
+def attention(model: str, n_threads: int) -> None:
+    flash = Bench(model, n_threads)
+    plain = Bench(model, n_threads, flash_attention=False)
+    steps: list[tuple[int, int]] = []  # sequences, tokens of each
+    for n, depths in ((1, (64, 512, 1024, 4096)), (4, (64, 512, 2048)), (8, (64, 512))):
+        steps += [(n, n_past) for n_past in depths]
+    print("sequences  at tokens  ms  without flash attention  ratio", flush=True)
+    for n, n_past in steps:
+        _attention(flash, plain, n, n_past, n_tokens=1)
+    print("32 more tokens of a prompt", flush=True)
+    for n_past in (64, 1024, 4096):
+        _attention(flash, plain, 1, n_past, n_tokens=32)
+    flash.engine.close()
+    plain.engine.close()
+
+
+def _attention(flash: Bench, plain: Bench, n: int, n_past: int, *, n_tokens: int) -> None:
+    took: dict[Bench, list[float]] = {flash: [], plain: []}
+    sequences = {bench: bench.fill(n, n_past) for bench in took}
+    for _ in range(24 if n_tokens == 1 else 6):
+        for bench, seconds in took.items():
+            seconds.append(bench.bare_step(sequences[bench], n_tokens) * 1e3)
+    a, b = (statistics.median(seconds) for seconds in took.values())
+    print(f"{n:9}  {n_past:9}  {a:5.1f}  {b:5.1f}  {b / a:.2f}", flush=True)
+
+
+PARTS = (step_overhead, sharing, beside_remembered, constrained, attention)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The engine without HTTP, on a real model.")
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
+    parts = {part.__name__: part for part in PARTS}
+    parser.add_argument("--only", choices=parts, action="append", metavar="PART",
+                        help=", ".join(parts))  # fmt: skip
     options = parser.parse_args()
-    step_overhead(options.model, options.threads)
-    sharing(options.model, options.threads)
-    beside_remembered(options.model, options.threads)
-    constrained(options.model, options.threads)
+    for name in options.only or parts:
+        parts[name](options.model, options.threads)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class ModelFile:
     add_bos: bool
     control_tokens: tuple[str, ...]  # longest first; the literals that parse_special would obey
     kind: Kind
+    n_head: int = 0  # of attention, in the layer with most; 0: not known
 
 
 def name_of(path: Path) -> str:
@@ -377,6 +378,7 @@ def _describe(path: Path, header: Header) -> ModelFile:
         add_bos=header.value("tokenizer.ggml.add_bos_token", adds_bos) and bos_token != "",
         control_tokens=_control_tokens(header, tokens),
         kind=_kind(header, architecture),
+        n_head=max(_n_head(header, architecture, n_layer), default=0),
     )
 
 
@@ -411,13 +413,17 @@ def _kv_bytes_per_token(header: Header, architecture: str, n_layer: int) -> int:
     if architecture in ENCODERS:
         return 0
     attention = f"{architecture}.attention"
-    n_head = header.per_layer(f"{attention}.head_count", n_layer, [0] * n_layer)
+    n_head = _n_head(header, architecture, n_layer)
     n_head_kv = header.per_layer(f"{attention}.head_count_kv", n_layer, n_head)
     n_embd = header.size_of(f"{architecture}.embedding_length")
     n_embd_head = n_embd // max(*n_head, 1)
     n_key = header.number(f"{attention}.key_length", n_embd_head)
     n_value = header.number(f"{attention}.value_length", n_embd_head)
     return sum(n_head_kv) * (n_key + n_value) * 2
+
+
+def _n_head(header: Header, architecture: str, n_layer: int) -> list[int]:
+    return header.per_layer(f"{architecture}.attention.head_count", n_layer, [0] * n_layer)
 
 
 def _kind(header: Header, architecture: str) -> Kind:

@@ -23,6 +23,7 @@ from engine.types import (
 )
 
 MAX_FRAME_BYTES = 1 << 30
+PLAIN_TOKENS = 128  # at most have their scores in memory at once, without flash attention
 _LENGTH = struct.Struct("<I")
 
 
@@ -56,6 +57,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     )
     prefix_cache_bytes: int = 0  # for cells of ended sequences, in memory of the host
     speculates: bool = False  # guesses tokens from what was said before, where that pays
+    flash_attention: bool = True  # where the build has it for this model; of one that generates
     log_level: str = "INFO"
     log_format: Literal["text", "json"] = "text"
     encoder: EncoderSpec | None = None  # None: it generates

@@ -59,14 +59,14 @@ def ids(engine: Engine, text: str) -> list[int]:
     return engine.tokenizer.tokenize(text, parse_special=True, continues=False)
 
 
-def next_logits(model: Path, prompts: list[list[int]]) -> list[Logits]:
+def next_logits(model: Path, prompts: list[list[int]], **values: Any) -> list[Logits]:
     """The raw logits of llama.cpp after each prompt, all in one batch of a fresh context."""
     import llama_cpp
 
     from engine.backends.llamacpp import LlamaDecoder
     from engine.batch_engine import BatchEngine
 
-    engine = engine_of(model, n_batch=4096, kv_tokens=8192, n_ctx=2048)
+    engine = engine_of(model, n_batch=4096, kv_tokens=8192, n_ctx=2048, **values)
     decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
     rows: dict[int, Logits] = {}
     sample = decoder.sample

@@ -513,6 +513,7 @@ def nothing(path: Path) -> None:
         (nothing, {"max_tokens": 99}, "1", "MISS"),
         (nothing, {"n_ctx": 4096}, "1", "MISS"),
         (nothing, {"n_gpu_layers": 1}, "1", "MISS"),
+        (nothing, {"flash_attention": False}, "1", "MISS"),
         (nothing, {"n_parallel": 3, "n_threads": 1, "idle_ttl_s": 5, "queue_size": 9}, "1", "HIT"),
         (nothing, {}, "2", "MISS"),
     ],

@@ -6,10 +6,11 @@ import pytest
 
 from engine import wire
 from engine.client import launch_process
+from engine.model_file import read_model_file
 from footprint import estimate
 from model_manager import ModelManager
 from settings import Settings, TierSettings
-from tests.engines import needs_mlx
+from tests.engines import needs_mlx, spec
 from tests.test_model_manager import ask, run
 
 pytestmark = pytest.mark.real
@@ -19,8 +20,15 @@ def of(model_path: Path | str, **values: object) -> TierSettings:
     return TierSettings(model_path=str(model_path), n_threads=1, **values)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("kv_tokens", "n_batch"), [(1024, 512), (8192, 128)])
-def test_a_chat_model_takes_what_was_estimated(smollm2: Path, kv_tokens: int, n_batch: int) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kv_tokens": 1024, "n_batch": 512},
+        {"kv_tokens": 8192, "n_batch": 128},
+        {"kv_tokens": 2048, "n_batch": 512, "flash_attention": False},
+    ],
+)
+def test_a_chat_model_takes_what_was_estimated(smollm2: Path, values: dict[str, int]) -> None:
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         assert await ask(tier)
@@ -31,7 +39,7 @@ def test_a_chat_model_takes_what_was_estimated(smollm2: Path, kv_tokens: int, n_
         assert occupant is not None
         assert occupant.n_bytes == tier.footprint().most
 
-    light = of(smollm2, kv_tokens=kv_tokens, n_ctx=1024, n_batch=n_batch, max_tokens=4)
+    light = of(smollm2, **values, n_ctx=1024, max_tokens=4)
     run(test, launch_process, light=light)
 
 
@@ -61,6 +69,15 @@ def test_an_embedding_model_takes_what_was_estimated(e5: Path) -> None:
         assert tier.footprint().loaded == pytest.approx(measured, rel=0.15)
 
     run(test, launch_process, embedding=of(Settings.load(None).tiers["embedding"].path))
+
+
+def test_without_flash_attention_scores_lie_in_memory(smollm2: Path) -> None:
+    model = read_model_file(smollm2)
+    plain, flash = (
+        estimate(spec(smollm2, kv_tokens=4096, n_batch=512, flash_attention=flash), model)
+        for flash in (False, True)
+    )
+    assert plain.compute - flash.compute == 128 * 4096 * 9 * 4
 
 
 def test_what_is_set_aside_is_all_that_it_may_take() -> None:

@@ -47,18 +47,18 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def differ_by_rounding(model: Path, prompts: list[list[int]], answers: list[list[int]],
-                       others: list[list[int]]) -> int:  # fmt: skip
+                       others: list[list[int]], **values: Any) -> int:  # fmt: skip
     """How many of the answers differ from the others; each only where rounding may decide: there
     the gap between the two candidates is below what the logits after the same prefix move when
     others are in the batch."""
     at = [_first_difference(a, b) for a, b in zip(answers, others, strict=True)]
     prefixes = [p + a[:n] for p, a, n in zip(prompts, answers, at, strict=True)]
-    crowded = next_logits(model, prefixes)
+    crowded = next_logits(model, prefixes, **values)
     for i, n in enumerate(at):
         if n is None:
             assert len(answers[i]) == len(others[i])
             continue
-        (lonely,) = next_logits(model, [prefixes[i]])
+        (lonely,) = next_logits(model, [prefixes[i]], **values)
         noise = float(np.abs(lonely - crowded[i]).max())
         gap = abs(float(lonely[answers[i][n]] - lonely[others[i][n]]))
         assert gap <= 2 * noise, f"answer {i} differs at {n}: gap {gap}, noise {noise}"
@@ -81,17 +81,21 @@ def test_sixteen_streams_at_once_say_what_each_says_alone(
     assert n_differ < 16
 
 
-def say_alone(model: Path, prompt: list[int], n_tokens: int) -> list[int]:
-    engine = engine_of(model, n_parallel=1, kv_tokens=1024)
+def say_alone(model: Path, prompt: list[int], n_tokens: int, **values: Any) -> list[int]:
+    engine = engine_of(model, n_parallel=1, kv_tokens=1024, **values)
     answer = generate(engine, {0: prompt}, n_tokens)[0]
     engine.close()
     return answer
 
 
-def test_shared_forked_and_remembered_cells_say_what_fresh_ones_say(tiny: Path) -> None:
+@pytest.mark.parametrize("flash_attention", [True, False])
+def test_shared_forked_and_remembered_cells_say_what_fresh_ones_say(
+    tiny: Path, flash_attention: bool
+) -> None:
     """Two rounds of requests with common beginnings on few slots and few cells: cells are shared
     between running sequences, moved out, brought back whole and in part, and preempted."""
-    engine = engine_of(tiny, n_parallel=3, kv_tokens=300, n_ctx=200, n_batch=32)
+    room = {"n_parallel": 3, "kv_tokens": 300, "n_ctx": 200, "n_batch": 32}
+    engine = engine_of(tiny, **room, flash_attention=flash_attention)
     system = [1000 + i for i in range(60)]
     first = [system + [2000 + 10 * i + k for k in range(8)] for i in range(5)]
     first += [first[0]] * 3  # as the answers to one prompt with n = 4 are
@@ -114,18 +118,21 @@ def test_shared_forked_and_remembered_cells_say_what_fresh_ones_say(tiny: Path) 
     assert all(n >= 40 for n in n_cached.values()), n_cached
     prompts = first + second
     answers = [*said.values(), *tokens.values()]
-    fresh = [say_alone(tiny, p, len(a)) for p, a in zip(prompts, answers, strict=True)]
-    assert differ_by_rounding(tiny, prompts, fresh, answers) <= 3
+    kind = {"flash_attention": flash_attention}
+    fresh = [say_alone(tiny, p, len(a), **kind) for p, a in zip(prompts, answers, strict=True)]
+    assert differ_by_rounding(tiny, prompts, fresh, answers, **kind) <= 3
 
 
 def _first_difference(a: list[int], b: list[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
-def test_only_a_seeded_answer_alone_keeps_its_threads_and_its_numbers_on_a_busy_machine(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flash_attention", [True, False])
+def test_a_seeded_answer_alone_has_its_numbers_on_a_busy_machine(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, flash_attention: bool
 ) -> None:
-    """Attention adds up 512 cells and more in as many parts as there are threads."""
+    """Flash attention adds up 512 cells and more in as many parts as there are threads, so it
+    keeps these; else it gives way, as others do."""
     used_s = 0.0
     is_busy = False
 
@@ -145,11 +152,12 @@ def test_only_a_seeded_answer_alone_keeps_its_threads_and_its_numbers_on_a_busy_
     monkeypatch.setattr("engine.machine.n_idle_cores", lambda: 1 if is_busy else 2)
     monkeypatch.setattr("engine.threads.WINDOW_S", 0.0)
     monkeypatch.setattr(lib, "llama_set_n_threads", record)
-    engine = engine_of(tiny, n_threads=2)
-    prompt = [1000 + i for i in range(400)]
+    engine = engine_of(tiny, n_threads=2, n_ctx=1024, flash_attention=flash_attention)
+    prompt = [1000 + i for i in range(700)]
     sampling = SamplingParams(temperature=1.0, seed=7, n_logprobs=2)
     said: list[list[Sampled]] = []
-    rounds = ((False, False, []), (True, False, []), (True, True, [1]))
+    first, later = ([], [1]) if flash_attention else ([1], [])
+    rounds = ((False, False, []), (True, False, first), (True, True, later))
     for number, (busy, reuses, expected) in enumerate(rounds):
         is_busy = busy
         numbers.clear()

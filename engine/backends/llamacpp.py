@@ -18,7 +18,7 @@ from engine.batch_engine import BatchEngine
 from engine.prefix import Saved
 from engine.sampling import Rules, logprobs
 from engine.types import Batch, Sampled, SamplingParams, Sequence
-from engine.wire import WorkerSpec
+from engine.wire import PLAIN_TOKENS, WorkerSpec
 from errors import ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
@@ -153,6 +153,8 @@ class LlamaDecoder:
         self._batch = _BatchArrays(self.n_batch)
         self._row: Any = ctypes.c_float * self.tokenizer.n_vocab  # of logits
         self._threads = ContextThreads(self._context, spec.n_threads)
+        # flash attention adds up a long context in as many parts as there are threads
+        self._is_split = spec.flash_attention
 
     def close(self) -> None:
         lib.llama_free(self._context)
@@ -195,9 +197,8 @@ class LlamaDecoder:
     # decoding
 
     def decode(self, batch: Batch) -> None:
-        # attention adds up a long context in as many parts as there are threads
         is_alone = len(batch.chunks) == 1
-        is_steady = is_alone and not batch.chunks[0].sequence.reuses
+        is_steady = self._is_split and is_alone and not batch.chunks[0].sequence.reuses
         with self._threads.step(is_steady=is_steady):
             status = lib.llama_decode(self._context, self._batch.fill(batch))
             if status == 1:
@@ -420,6 +421,10 @@ def _new_context(model: Any, spec: WorkerSpec, log: "LlamaLog") -> Any:
     # context that has more sequences than a batch has tokens
     n_batch = max(min(spec.n_batch, params.n_ctx), params.n_seq_max)
     params.n_batch = params.n_ubatch = n_batch
+    if not spec.flash_attention:
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # scores for all cells lie in memory, so of fewer tokens at once; they take no longer
+        params.n_ubatch = min(n_batch, max(PLAIN_TOKENS, params.n_seq_max))
     params.kv_unified = True
     params.n_threads = params.n_threads_batch = spec.n_threads
     context = lib.llama_init_from_model(model, params)
