@@ -1,7 +1,8 @@
 """How many prompt tokens a step may take, so that running streams keep their pace."""
 
 PROBE_TOKENS = 64  # of the first prompt, before anything was measured
-MIN_TOKENS = 16  # a prompt gets on in every step, whatever the steps cost
+MIN_TOKENS = 16  # a prompt gets on in every step, whatever the steps cost: fewer cost more each
+MIN_BOUND = 4  # so few where a time is set, which is to be kept
 SHARE = 0.5  # of the streams' own time a prompt may take at least
 GAPS = 3  # times their own may the streams' gap become, where no time is set,
 LEAST_STALL_S = 0.06  # and so long in any case
@@ -18,6 +19,7 @@ class Pace:
 
     def __init__(self, max_stall_s: float | None) -> None:
         self._max_stall_s = max_stall_s
+        self._n_least = MIN_TOKENS if max_stall_s is None else MIN_BOUND  # beside streams
         self._token_s: float | None = None  # of a prompt token
         self._decode_s: dict[int, float] = {}  # of a step with so many streams and no prompt
 
@@ -34,13 +36,13 @@ class Pace:
         decode_s = self._expected_s(n_decodes)
         stall_s = self._max_stall_s or max(GAPS * decode_s, LEAST_STALL_S)
         left_s = max(stall_s - decode_s, decode_s * SHARE)
-        return max(MIN_TOKENS, int(left_s / self._token_s))
+        return max(self._n_least, int(left_s / self._token_s))
 
     def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
         """A step with so many tokens took so long."""
         if n_prefill == 0:
             self._decode_s[n_decodes] = _smooth(self._decode_s.get(n_decodes), seconds)
-        elif n_prefill >= MIN_TOKENS or self._token_s is None:
+        elif n_prefill >= self._n_least or self._token_s is None:
             token_s = max(seconds - self._expected_s(n_decodes), seconds / 10) / n_prefill
             self._token_s = _smooth(self._token_s, token_s)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.pace import ALONE, MIN_TOKENS, PROBE_TOKENS, SHARE, Pace
+from engine.pace import ALONE, MIN_BOUND, MIN_TOKENS, PROBE_TOKENS, SHARE, Pace
 
 
 def taught(
@@ -44,7 +44,7 @@ def test_alone_it_takes_longer_where_that_makes_a_wide_step(
 
 def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:
     assert taught(decode_s=0.5, token_s=0.001).n_prefill(4) == int(SHARE * 0.5 / 0.001)
-    assert taught(decode_s=0.5, token_s=0.1).n_prefill(4) == MIN_TOKENS
+    assert taught(decode_s=0.5, token_s=0.1).n_prefill(4) == MIN_BOUND
 
 
 def test_where_no_time_is_set_it_is_three_gaps_of_the_streams_or_60_ms() -> None:
@@ -81,7 +81,7 @@ def test_it_learns_whatever_a_step_costs(decode_s: float, token_s: float, n_deco
     for step in range(40):
         n = pace.n_prefill(n_decodes)
         if step > 20:
-            floor_s = decode_s + max(MIN_TOKENS * token_s, SHARE * decode_s)
+            floor_s = decode_s + max(MIN_BOUND * token_s, SHARE * decode_s)
             assert decode_s + n * token_s <= max(0.2, floor_s) * 1.01
         pace.observe(n_decodes, n, decode_s + n * token_s)
         pace.observe(n_decodes, 0, decode_s)

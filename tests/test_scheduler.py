@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cells import BLOCK
-from engine.pace import MIN_TOKENS, Pace
+from engine.pace import MIN_BOUND, Pace
 from engine.scheduler import AGEING
 from engine.types import Batch
 from tests.scheduling import Bench, FixedSpeculation, answer_to, repetitive_token, tokens
@@ -329,7 +329,7 @@ def test_no_step_goes_over_its_budget(token_s: float, decode_s: float, rng: rand
         n_prefill = batch.n_tokens - batch.n_decodes
         seconds = (decode_s if batch.n_decodes else 0) + n_prefill * token_s
         if n_steps > 8 and batch.n_decodes:
-            assert seconds <= max(0.2, 1.5 * decode_s, decode_s + MIN_TOKENS * token_s) * 1.1
+            assert seconds <= max(0.2, 1.5 * decode_s, decode_s + MIN_BOUND * token_s) * 1.1
         bench.commit(batch, seconds)
         n_steps += 1
 
