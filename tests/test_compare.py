@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from bench import api_cost, busy, compare, growth, performance_page
 from bench.plain_client import Client, NoMeasurement, Reply
 from bench.scenarios import FIGURES, SCENARIOS, asking, words
 from bench.servers import LLAMA_SERVER, OURS, Setup
+from engine.model_file import read_model_file
 from settings import ROOT
+from tests.gguf_fixtures import write_tiny_spm
 
 EVENTS = (
     b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n',
@@ -134,6 +137,16 @@ def test_what_grows_has_a_picture_for_each_way(tmp_path: Path) -> None:
         assert f"(pictures/growth_{axis}.svg)" in text
         picture = (tmp_path / "pictures" / f"growth_{axis}.svg").read_text()
         assert all(name in picture for name in (about, *growth.KINDS.values()))
+
+
+def test_a_model_is_made_to_take_longer_prompts(tmp_path: Path) -> None:
+    path = write_tiny_spm(tmp_path / "tiny.gguf")
+    (tmp_path / "copy").mkdir()
+    known, copy = (
+        read_model_file(file)
+        for file in (path, growth.for_longer_prompts(path, 16384, tmp_path / "copy"))
+    )
+    assert copy == replace(known, path=copy.path, n_ctx_train=16384)
 
 
 def test_all_scenarios_run_on_a_service_of_their_own(
