@@ -51,5 +51,7 @@ def estimate(spec: WorkerSpec, model: ModelFile) -> Footprint:
     n_cells = -(-spec.kv_tokens // 256) * 256
     kv = n_cells * model.kv_bytes_per_token
     if spec.backend == "llamacpp" and not spec.flash_attention:
-        compute += min(n_tokens, PLAIN_TOKENS) * n_cells * model.n_head * 4
+        # scores of each head, in F32 and for one product in F16, and the mask
+        n_rows = min(n_tokens, max(PLAIN_TOKENS, spec.n_parallel + 1))
+        compute += n_rows * n_cells * (6 * model.n_head + 4)
     return Footprint(model.size_bytes, kv, compute + outputs, process, spec.prefix_cache_bytes)

@@ -42,8 +42,8 @@ def worker_spec(
         prefix_cache_bytes=int(total_bytes() * PREFIX_CACHE_SHARE_OF_MEMORY)
         if settings.prefix_cache_mb is None
         else settings.prefix_cache_mb << 20,
-        speculates=settings.speculation,
-        flash_attention=settings.flash_attention,
+        speculates=settings.speculation and encoder is None,
+        flash_attention=settings.flash_attention or encoder is not None,
         log_level=server.log_level,
         log_format=server.log_format,
         encoder=encoder,

@@ -9,7 +9,7 @@
 3. One sequence beside many that are remembered, against a fresh context.
 4. Eight sequences with a JSON schema, against the same without.
 5. Steps without flash attention in steps with it, taking turns: of so many sequences at so many
-   tokens each, and of 32 more tokens of a prompt.
+   tokens each; and of 32 more tokens of a prompt, alone and beside four sequences of 300.
 """
 
 import argparse
@@ -111,32 +111,33 @@ class Bench:
 
     def bare_tokens(self, n_sequences: int, n_tokens: int) -> float:
         """Tokens/s of llama_decode alone, on batches of the same shape at the same positions."""
-        sequences = self.fill(n_sequences, 16)
-        seconds = sum(self.bare_step(sequences, 1) for _ in range(n_tokens))
-        self.fill(0, 0)
+        sequences = self.fill(*[16] * n_sequences)
+        ones = [1] * n_sequences
+        seconds = sum(self.bare_step(sequences, ones) for _ in range(n_tokens))
+        self.fill()
         return n_sequences * n_tokens / seconds
 
-    def fill(self, n_sequences: int, n_tokens: int) -> list[Sequence]:
-        """So many sequences that are so long, and nothing else in the cells."""
+    def fill(self, *lengths: int) -> list[Sequence]:
+        """Sequences of so many tokens, and nothing else in the cells."""
         for slot in range(16):
             self.decoder.clear(slot)
-        sequences = [Sequence(slot, array("i"), slot=slot) for slot in range(n_sequences)]
-        for sequence in sequences:
-            for start in range(0, n_tokens, 128):
-                self.bare_step([sequence], min(128, n_tokens - start))
+        sequences = [Sequence(slot, array("i"), slot=slot) for slot in range(len(lengths))]
+        for sequence, length in zip(sequences, lengths, strict=True):
+            for start in range(0, length, 128):
+                self.bare_step([sequence], [min(128, length - start)])
         return sequences
 
-    def bare_step(self, sequences: list[Sequence], n_tokens: int) -> float:
+    def bare_step(self, sequences: list[Sequence], numbers: list[int]) -> float:
         """Seconds of a step with so many more tokens of each."""
         batch = Batch()
-        for sequence in sequences:
-            sequence.tokens.extend(prompt(len(sequence.tokens) * 100 + sequence.id, n_tokens))
-            batch.add(sequence, n_tokens)
+        for sequence, n in zip(sequences, numbers, strict=True):
+            sequence.tokens.extend(prompt(len(sequence.tokens) * 100 + sequence.id, n))
+            batch.add(sequence, n)
         at = time.perf_counter()
         self.decoder.decode(batch)
         seconds = time.perf_counter() - at
-        for sequence in sequences:
-            sequence.n_past += n_tokens
+        for sequence, n in zip(sequences, numbers, strict=True):
+            sequence.n_past += n
         return seconds
 
 
@@ -243,27 +244,23 @@ def constrained(model: str, n_threads: int) -> None:
 def attention(model: str, n_threads: int) -> None:
     flash = Bench(model, n_threads)
     plain = Bench(model, n_threads, flash_attention=False)
-    steps: list[tuple[int, int]] = []  # sequences, tokens of each
-    for n, depths in ((1, (64, 512, 1024, 4096)), (4, (64, 512, 2048)), (8, (64, 512))):
-        steps += [(n, n_past) for n_past in depths]
-    print("sequences  at tokens  ms  without flash attention  ratio", flush=True)
-    for n, n_past in steps:
-        _attention(flash, plain, n, n_past, n_tokens=1)
-    print("32 more tokens of a prompt", flush=True)
-    for n_past in (64, 1024, 4096):
-        _attention(flash, plain, 1, n_past, n_tokens=32)
+    deep = (64, 1024, 4096)
+    cases = [(f"1 at {n}", [n], [1]) for n in (64, 512, 1024, 4096)]
+    cases += [(f"4 at {n}", [n] * 4, [1] * 4) for n in (64, 512, 2048)]
+    cases += [(f"8 at {n}", [n] * 8, [1] * 8) for n in (64, 512)]
+    cases += [(f"32 more at {n}", [n], [32]) for n in deep]
+    cases += [(f"32 more at {n}, beside 4", [n, *[300] * 4], [32, *[1] * 4]) for n in deep]
+    print("sequences                  flash, ms  without  ratio", flush=True)
+    for name, lengths, numbers in cases:
+        took: dict[Bench, list[float]] = {flash: [], plain: []}
+        sequences = {bench: bench.fill(*lengths) for bench in took}
+        for _ in range(24 if max(numbers) == 1 else 6):
+            for bench, seconds in took.items():
+                seconds.append(bench.bare_step(sequences[bench], numbers) * 1e3)
+        a, b = (statistics.median(seconds) for seconds in took.values())
+        print(f"{name:25}  {a:9.1f}  {b:7.1f}  {b / a:.2f}", flush=True)
     flash.engine.close()
     plain.engine.close()
-
-
-def _attention(flash: Bench, plain: Bench, n: int, n_past: int, *, n_tokens: int) -> None:
-    took: dict[Bench, list[float]] = {flash: [], plain: []}
-    sequences = {bench: bench.fill(n, n_past) for bench in took}
-    for _ in range(24 if n_tokens == 1 else 6):
-        for bench, seconds in took.items():
-            seconds.append(bench.bare_step(sequences[bench], n_tokens) * 1e3)
-    a, b = (statistics.median(seconds) for seconds in took.values())
-    print(f"{n:9}  {n_past:9}  {a:5.1f}  {b:5.1f}  {b / a:.2f}", flush=True)
 
 
 PARTS = (step_overhead, sharing, beside_remembered, constrained, attention)

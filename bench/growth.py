@@ -76,7 +76,8 @@ def measure(setup: Setup, seed: str, steps: Steps) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         model = setup.model and for_longer_prompts(setup.model, setup.n_cells, Path(folder))
         long = own_settings(replace(setup, model=model)) | forgets
-        found = _along("prompt", by_prompt, long, seed, steps.prompt)
+        fitting = [n for n in steps.prompt if n + N_AROUND <= setup.n_cells]
+        found = _along("prompt", by_prompt, long, seed, fitting)
     return {
         **found,
         **_along("streams", by_streams, own_settings(many) | forgets, seed, steps.streams),

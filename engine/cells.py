@@ -9,8 +9,6 @@ import numpy.typing as npt
 from engine.backends.base import Memory
 from engine.prefix import Match, PrefixTree, Tokens, n_common
 
-BLOCK = 256  # tokens of a run in the tree: so much is saved at once, and brought back at least
-
 
 class Cells:
     """Counts cells and changes the memory with them. A slot holds the cells of its first tokens;
@@ -31,6 +29,11 @@ class Cells:
     def can_share(self) -> bool:
         """Cells may be shared, cut and saved; else a slot is only ever continued or cleared."""
         return self._memory.is_cells
+
+    @property
+    def block(self) -> int:
+        """Tokens of a run in the tree."""
+        return self._memory.block
 
     @property
     def n_free(self) -> int:
@@ -121,7 +124,7 @@ class Cells:
         if not self.can_share:
             return None
         tokens = view(self.tokens[slot])
-        end = min(self._tree.match(tokens).n_tokens + BLOCK, len(tokens))
+        end = min(self._tree.match(tokens).n_tokens + self.block, len(tokens))
         is_known = self._tree.insert(
             tokens[:end], lambda start, end: self._memory.save(slot, start, end)
         )

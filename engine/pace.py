@@ -1,5 +1,7 @@
 """How many prompt tokens a step may take, so that running streams keep their pace."""
 
+import math
+
 PROBE_TOKENS = 64  # of the first prompt, before anything was measured
 MIN_TOKENS = 16  # a prompt gets on in every step, whatever the steps cost: fewer cost more each
 MIN_BOUND = 4  # so few where a time is set, which is to be kept
@@ -10,6 +12,7 @@ ALONE_S = 0.8  # may a step take when no stream waits for it,
 ALONE = 4  # or so many times the time that is set
 TILE = 64  # tokens and more have their attention computed at half the cost for each,
 STRETCH, STRETCHED_S = 2.5, 2.0  # so for those a step alone may take so much longer, and so long
+FAR = 3  # or what it takes, where a token costs so many times the least: nearly all is attention
 SMOOTHING = 0.3  # weight of the newest measurement
 
 
@@ -21,6 +24,7 @@ class Pace:
         self._max_stall_s = max_stall_s
         self._n_least = MIN_TOKENS if max_stall_s is None else MIN_BOUND  # beside streams
         self._token_s: float | None = None  # of a prompt token
+        self._least_s = math.inf  # that it has been, in prompts alone
         self._decode_s: dict[int, float] = {}  # of a step with so many streams and no prompt
 
     def n_prefill(self, n_decodes: int) -> int:
@@ -32,6 +36,8 @@ class Pace:
             n, most = (s / self._token_s for s in (alone_s, min(STRETCH * alone_s, STRETCHED_S)))
             if most >= TILE:
                 n = max(n, min(most, 2 * TILE))
+            elif self._max_stall_s is None and self._token_s > FAR * self._least_s:
+                n = max(n, TILE)
             return max(MIN_TOKENS, int(n))
         decode_s = self._expected_s(n_decodes)
         stall_s = self._max_stall_s or max(GAPS * decode_s, LEAST_STALL_S)
@@ -42,9 +48,11 @@ class Pace:
         """A step with so many tokens took so long."""
         if n_prefill == 0:
             self._decode_s[n_decodes] = _smooth(self._decode_s.get(n_decodes), seconds)
-        elif n_prefill >= self._n_least or self._token_s is None:
+        elif n_prefill >= (self._n_least if n_decodes else MIN_TOKENS) or self._token_s is None:
             token_s = max(seconds - self._expected_s(n_decodes), seconds / 10) / n_prefill
             self._token_s = _smooth(self._token_s, token_s)
+            if n_decodes == 0:
+                self._least_s = min(self._least_s, self._token_s)
 
     def _expected_s(self, n_decodes: int) -> float:
         """Of a step with `n_decodes` streams alone: as measured for the nearest number."""

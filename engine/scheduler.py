@@ -23,7 +23,7 @@ from bisect import insort
 from dataclasses import dataclass
 
 from engine.backends.base import Memory
-from engine.cells import BLOCK, Cells, view
+from engine.cells import Cells, view
 from engine.pace import Pace
 from engine.prefix import Match, PrefixTree, Tokens, n_common
 from engine.speculation import Guesses, Speculation
@@ -299,11 +299,11 @@ class Scheduler:
     def _move_out_some(self) -> None:
         if not (self._running and self._cells.can_share):
             return
-        n_to_move = BLOCK
+        n_to_move = self._cells.block
         if all(sequence.n_pending > 1 for sequence in self._running):  # nobody waits for a token
             n_pending = sum(sequence.n_pending for sequence in self._running)
             n_to_move += min(n_pending, self._n_batch)
-        for _ in range(n_to_move // BLOCK):
+        for _ in range(n_to_move // self._cells.block):
             idle = self._idle()
             if not idle or not self._cells.move_out_block(idle[0].index):
                 break

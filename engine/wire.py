@@ -57,7 +57,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     )
     prefix_cache_bytes: int = 0  # for cells of ended sequences, in memory of the host
     speculates: bool = False  # guesses tokens from what was said before, where that pays
-    flash_attention: bool = True  # where the build has it for this model; of one that generates
+    flash_attention: bool = True  # where llama.cpp has it for this model
     log_level: str = "INFO"
     log_format: Literal["text", "json"] = "text"
     encoder: EncoderSpec | None = None  # None: it generates

@@ -13,6 +13,8 @@ from engine.scheduler import Scheduler
 from engine.speculation import Speculation
 from engine.types import Batch, Chunk, Sequence
 
+BLOCK = 256  # tokens that are saved at once
+
 
 class Memory:
     """What a decoder remembers: cells with a token each, which slots may share. `is_cells=False`
@@ -21,7 +23,7 @@ class Memory:
     def __init__(self, n_slots: int, n_cells: int, *, is_cells: bool = True) -> None:
         self.slots: list[list[list[int]]] = [[] for _ in range(n_slots)]
         self.n_cells = n_cells
-        self.is_cells = is_cells
+        self.is_cells, self.block = is_cells, BLOCK
         self.n_loaded = 0
 
     def truncate(self, slot: int, n_tokens: int) -> bool:

@@ -19,7 +19,8 @@ from chat.infill import FAMILIES, Marks, infill, marks_of
 from chat.template import ChatTemplate
 from engine import wire
 from engine.backends.base import Engine
-from engine.backends.llamacpp import LlamaLog, LlamaTokenizer
+from engine.backends.llamacpp import LlamaDecoder, LlamaLog, LlamaTokenizer
+from engine.batch_engine import BatchEngine
 from engine.client import launch_process
 from engine.grammar import Compiler
 from engine.machine import Cores
@@ -127,12 +128,10 @@ def _first_difference(a: list[int], b: list[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
-@pytest.mark.parametrize("flash_attention", [True, False])
-def test_a_seeded_answer_alone_has_its_numbers_on_a_busy_machine(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, flash_attention: bool
+def test_only_a_seeded_answer_alone_keeps_its_threads_and_its_numbers_on_a_busy_machine(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Flash attention adds up 512 cells and more in as many parts as there are threads, so it
-    keeps these; else it gives way, as others do."""
+    """Attention adds up 512 cells and more in as many parts as there are threads."""
     used_s = 0.0
     is_busy = False
 
@@ -152,12 +151,11 @@ def test_a_seeded_answer_alone_has_its_numbers_on_a_busy_machine(
     monkeypatch.setattr("engine.machine.n_idle_cores", lambda: 1 if is_busy else 2)
     monkeypatch.setattr("engine.threads.WINDOW_S", 0.0)
     monkeypatch.setattr(lib, "llama_set_n_threads", record)
-    engine = engine_of(tiny, n_threads=2, n_ctx=1024, flash_attention=flash_attention)
-    prompt = [1000 + i for i in range(700)]
+    engine = engine_of(tiny, n_threads=2)
+    prompt = [1000 + i for i in range(400)]
     sampling = SamplingParams(temperature=1.0, seed=7, n_logprobs=2)
     said: list[list[Sampled]] = []
-    first, later = ([], [1]) if flash_attention else ([1], [])
-    rounds = ((False, False, []), (True, False, first), (True, True, later))
+    rounds = ((False, False, []), (True, False, []), (True, True, [1]))
     for number, (busy, reuses, expected) in enumerate(rounds):
         is_busy = busy
         numbers.clear()
@@ -170,6 +168,34 @@ def test_a_seeded_answer_alone_has_its_numbers_on_a_busy_machine(
         assert numbers == expected
     engine.close()
     assert said[0] == said[1]
+
+
+def test_without_flash_attention_128_tokens_are_computed_at_once_with_the_same_numbers(
+    smollm2: Path,
+) -> None:
+    prompt = [1000 + i for i in range(300)]
+    engine = engine_of(smollm2, flash_attention=False)
+    decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
+    assert lib.llama_n_ubatch(decoder._context) == wire.PLAIN_TOKENS
+    assert decoder.block == 64  # a longer one takes 0.1 s to save where streams ran together
+    engine.close()
+    (flash,) = next_logits(smollm2, [prompt])
+    (plain,) = next_logits(smollm2, [prompt], flash_attention=False)
+    assert np.corrcoef(flash, plain)[0, 1] > 0.999
+    assert not np.array_equal(flash, plain)  # it was off
+
+
+def test_with_a_gpu_flash_attention_stays_on(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lib, "llama_supports_gpu_offload", lambda: True)
+    for n_gpu_layers, is_plain in ((-1, False), (0, True)):
+        caplog.clear()
+        engine = engine_of(tiny, flash_attention=False, n_gpu_layers=n_gpu_layers)
+        decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
+        assert (lib.llama_n_ubatch(decoder._context) == wire.PLAIN_TOKENS) == is_plain
+        assert ("does nothing with a GPU" in caplog.text) != is_plain
+        engine.close()
 
 
 def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -> None:

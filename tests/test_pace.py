@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.pace import ALONE, MIN_BOUND, MIN_TOKENS, PROBE_TOKENS, SHARE, Pace
+from engine.pace import ALONE, MIN_BOUND, MIN_TOKENS, PROBE_TOKENS, SHARE, TILE, Pace
 
 
 def taught(
@@ -42,6 +42,23 @@ def test_alone_it_takes_longer_where_that_makes_a_wide_step(
     assert pace.n_prefill(0) == pytest.approx(n_tokens, abs=1)
 
 
+@pytest.mark.parametrize(("max_stall_s", "n_tokens"), [(None, TILE), (0.2, MIN_TOKENS)])
+def test_far_into_a_prompt_alone_a_step_stays_wide(
+    max_stall_s: float | None, n_tokens: int
+) -> None:
+    pace = taught(decode_s=0.05, token_s=0.02, max_stall_s=max_stall_s)
+    for _ in range(20):
+        pace.observe(0, TILE, TILE * 0.08)
+    assert pace.n_prefill(0) == n_tokens
+
+
+def test_a_slow_model_has_no_wide_steps_at_first() -> None:
+    pace = taught(decode_s=0.05, token_s=0.08, max_stall_s=None)
+    for _ in range(20):
+        pace.observe(0, 16, 16 * 0.1)
+    assert pace.n_prefill(0) == MIN_TOKENS
+
+
 def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:
     assert taught(decode_s=0.5, token_s=0.001).n_prefill(4) == int(SHARE * 0.5 / 0.001)
     assert taught(decode_s=0.5, token_s=0.1).n_prefill(4) == MIN_BOUND
@@ -67,6 +84,19 @@ def test_the_streams_count_as_the_nearest_number_that_was_measured() -> None:
 def test_steps_with_few_prompt_tokens_teach_nothing_about_prompts() -> None:
     pace = taught(decode_s=0.05, token_s=0.001)
     pace.observe(4, 1, 5.0)
+    assert pace.n_prefill(4) == 150
+
+
+def test_steps_beside_streams_teach_with_as_few_tokens_as_they_may_have() -> None:
+    pace = taught(decode_s=0.05, token_s=0.001)
+    for _ in range(20):
+        pace.observe(4, MIN_BOUND, 0.05 + MIN_BOUND * 0.03)
+    assert pace.n_prefill(4) == pytest.approx(0.15 / 0.03, abs=1)
+
+
+def test_alone_so_few_teach_nothing_since_the_step_itself_has_a_price() -> None:
+    pace = taught(decode_s=0.05, token_s=0.001)
+    pace.observe(0, MIN_BOUND, 0.05)
     assert pace.n_prefill(4) == 150
 
 

@@ -1,9 +1,8 @@
 """What a newcomer need not compute, as lists of plain calls: cells of conversations that went
 before, of sequences that run, and of the prefix tree."""
 
-from engine.cells import BLOCK
 from engine.scheduler import WORTH_WAITING_FOR
-from tests.scheduling import Bench, answer_to, tokens
+from tests.scheduling import BLOCK, Bench, answer_to, tokens
 
 
 def test_the_next_turn_of_a_conversation_decodes_only_what_is_new() -> None:

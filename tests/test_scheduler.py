@@ -5,11 +5,10 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cells import BLOCK
 from engine.pace import MIN_BOUND, Pace
 from engine.scheduler import AGEING
 from engine.types import Batch
-from tests.scheduling import Bench, FixedSpeculation, answer_to, repetitive_token, tokens
+from tests.scheduling import BLOCK, Bench, FixedSpeculation, answer_to, repetitive_token, tokens
 
 # continuous batching
 

@@ -160,7 +160,7 @@ class FakeDecoder:
     """Implements `engine.backends.base.Decoder`. A cell is a list with its token, since slots may
     share it."""
 
-    is_cells = True
+    is_cells, block = True, 256
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ from engine.backends.llamacpp import (
     Error,
     LlamaLog,
     LlamaTokenizer,
+    has_gpu,
     load_model,
     name_of,
     pointer,
@@ -149,9 +150,8 @@ class LlamaEncoder:
                     "conversion of the model."
                 )
         self._room = self.n_sequences  # tokens for whose outputs llama.cpp has room
-        has_gpu = spec.n_gpu_layers != 0 and lib.llama_supports_gpu_offload()
         # pages of logits that are never written; with a GPU the memory is its driver's
-        self._gives_back = not self._memory and sys.platform == "linux" and not has_gpu
+        self._gives_back = not self._memory and sys.platform == "linux" and not has_gpu(spec)
         self._room_step = encoder.batch_tokens if self._gives_back else SPARE_TOKENS
         self._row_bytes = 0  # of rows since pages were given back
         self._give_back()

@@ -23,6 +23,8 @@ from errors import ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
 
+BLOCK = 256  # cells that are saved at once; without flash attention values lie transposed,
+PLAIN_BLOCK = 64  # and where streams ran together each number of each cell is copied by itself
 MIROSTAT_M = 100  # likeliest tokens that version 1 estimates from, as in the paper and llama.cpp
 
 
@@ -132,7 +134,11 @@ class LlamaDecoder:
         self._log = LlamaLog()
         self._model = load_model(spec, progress, self._log)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
-        self._context = _new_context(self._model, spec, self._log)
+        is_flash = spec.flash_attention or has_gpu(spec)
+        if is_flash and not spec.flash_attention:
+            logger.warning("FLASH_ATTENTION=false is for CPUs, and does nothing with a GPU")
+        self.block = BLOCK if is_flash else PLAIN_BLOCK
+        self._context = _new_context(self._model, spec, self._log, is_flash=is_flash)
         self._memory = lib.llama_get_memory(self._context)
         if not self._memory:
             raise ModelLoadFailed(f"{name_of(spec)} is an encoder; it cannot generate text.")
@@ -153,8 +159,6 @@ class LlamaDecoder:
         self._batch = _BatchArrays(self.n_batch)
         self._row: Any = ctypes.c_float * self.tokenizer.n_vocab  # of logits
         self._threads = ContextThreads(self._context, spec.n_threads)
-        # flash attention adds up a long context in as many parts as there are threads
-        self._is_split = spec.flash_attention
 
     def close(self) -> None:
         lib.llama_free(self._context)
@@ -197,8 +201,10 @@ class LlamaDecoder:
     # decoding
 
     def decode(self, batch: Batch) -> None:
+        # flash attention adds up a long context in as many parts as there are threads, and some
+        # kernels take rows in pairs, as they fall to the threads
         is_alone = len(batch.chunks) == 1
-        is_steady = self._is_split and is_alone and not batch.chunks[0].sequence.reuses
+        is_steady = is_alone and not batch.chunks[0].sequence.reuses
         with self._threads.step(is_steady=is_steady):
             status = lib.llama_decode(self._context, self._batch.fill(batch))
             if status == 1:
@@ -411,17 +417,20 @@ def load_model(
     return model
 
 
-def _new_context(model: Any, spec: WorkerSpec, log: "LlamaLog") -> Any:
+def has_gpu(spec: WorkerSpec) -> bool:
+    return spec.n_gpu_layers != 0 and lib.llama_supports_gpu_offload()
+
+
+def _new_context(model: Any, spec: WorkerSpec, log: "LlamaLog", *, is_flash: bool) -> Any:
     params = lib.llama_context_default_params()
     # beyond the length it was trained on a model's answers are noise, and encoders abort
     n_ctx_train = lib.llama_model_n_ctx_train(model)
     params.n_ctx = max(min(spec.n_ctx, n_ctx_train), spec.kv_tokens)
     params.n_seq_max = spec.n_parallel + 1  # and the scratch sequence
-    # a batch must fit one physical batch: encoders and long prompts abort otherwise; so does a
-    # context that has more sequences than a batch has tokens
+    # a context aborts that has more sequences than a batch has tokens
     n_batch = max(min(spec.n_batch, params.n_ctx), params.n_seq_max)
     params.n_batch = params.n_ubatch = n_batch
-    if not spec.flash_attention:
+    if not is_flash:
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         # scores for all cells lie in memory, so of fewer tokens at once; they take no longer
         params.n_ubatch = min(n_batch, max(PLAIN_TOKENS, params.n_seq_max))
