@@ -156,6 +156,21 @@ def test_a_step_that_raises_fails_who_was_in_it_and_the_others_go_on(
     assert said == expected
 
 
+def test_prompts_that_share_a_step_have_no_less_than_it_may_have(
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or nothing would be learned from steps of so few tokens."""
+    engine = load(tiny_mlx)
+    n_prefilled: list[int] = []
+    monkeypatch.setattr(engine._pace, "n_prefill", lambda n_decodes: 4)
+    monkeypatch.setattr(engine._pace, "observe", lambda _, n, seconds: n_prefilled.append(n))
+    for number in range(3):
+        engine.admit(number, [300 + number + i for i in range(40)], GREEDY)
+    while len(n_prefilled) < 6:
+        engine.step()
+    assert n_prefilled[-1] == 6
+
+
 def test_a_model_that_fails_again_and_again_is_given_up(
     tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
