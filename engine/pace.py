@@ -4,7 +4,7 @@ import math
 
 PROBE_TOKENS = 64  # of the first prompt, before anything was measured
 MIN_TOKENS = 16  # a prompt gets on in every step, whatever the steps cost: fewer cost more each
-MIN_BOUND = 4  # so few where a time is set, which is to be kept
+MIN_IF_SET = 4  # so few beside streams where a time is set, which is to be kept
 SHARE = 0.5  # of the streams' own time a prompt may take at least
 GAPS = 3  # times their own may the streams' gap become, where no time is set,
 LEAST_STALL_S = 0.06  # and so long in any case
@@ -12,7 +12,7 @@ ALONE_S = 0.8  # may a step take when no stream waits for it,
 ALONE = 4  # or so many times the time that is set
 TILE = 64  # tokens and more have their attention computed at half the cost for each,
 STRETCH, STRETCHED_S = 2.5, 2.0  # so for those a step alone may take so much longer, and so long
-FAR = 3  # or what it takes, where a token costs so many times the least: nearly all is attention
+FAR, FAR_S = 3, 6.0  # or so long, where a token costs so many times the least: most is attention
 SMOOTHING = 0.3  # weight of the newest measurement
 
 
@@ -22,9 +22,9 @@ class Pace:
 
     def __init__(self, max_stall_s: float | None) -> None:
         self._max_stall_s = max_stall_s
-        self._n_least = MIN_TOKENS if max_stall_s is None else MIN_BOUND  # beside streams
+        self._min_beside = MIN_TOKENS if max_stall_s is None else MIN_IF_SET
         self._token_s: float | None = None  # of a prompt token
-        self._least_s = math.inf  # that it has been, in prompts alone
+        self._least_token_s = math.inf  # that it has been, in prompts alone
         self._decode_s: dict[int, float] = {}  # of a step with so many streams and no prompt
 
     def n_prefill(self, n_decodes: int) -> int:
@@ -36,23 +36,28 @@ class Pace:
             n, most = (s / self._token_s for s in (alone_s, min(STRETCH * alone_s, STRETCHED_S)))
             if most >= TILE:
                 n = max(n, min(most, 2 * TILE))
-            elif self._max_stall_s is None and self._token_s > FAR * self._least_s:
+            elif self._is_far and self._max_stall_s is None:
                 n = max(n, TILE)
             return max(MIN_TOKENS, int(n))
         decode_s = self._expected_s(n_decodes)
         stall_s = self._max_stall_s or max(GAPS * decode_s, LEAST_STALL_S)
         left_s = max(stall_s - decode_s, decode_s * SHARE)
-        return max(self._n_least, int(left_s / self._token_s))
+        return max(self._min_beside, int(left_s / self._token_s))
 
     def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
         """A step with so many tokens took so long."""
         if n_prefill == 0:
             self._decode_s[n_decodes] = _smooth(self._decode_s.get(n_decodes), seconds)
-        elif n_prefill >= (self._n_least if n_decodes else MIN_TOKENS) or self._token_s is None:
+        elif n_prefill >= (self._min_beside if n_decodes else MIN_TOKENS) or self._token_s is None:
             token_s = max(seconds - self._expected_s(n_decodes), seconds / 10) / n_prefill
             self._token_s = _smooth(self._token_s, token_s)
             if n_decodes == 0:
-                self._least_s = min(self._least_s, self._token_s)
+                self._least_token_s = min(self._least_token_s, token_s)
+
+    @property
+    def _is_far(self) -> bool:
+        assert self._token_s is not None
+        return FAR * self._least_token_s < self._token_s <= FAR_S / TILE
 
     def _expected_s(self, n_decodes: int) -> float:
         """Of a step with `n_decodes` streams alone: as measured for the nearest number."""

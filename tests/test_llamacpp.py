@@ -177,7 +177,7 @@ def test_without_flash_attention_128_tokens_are_computed_at_once_with_the_same_n
     engine = engine_of(smollm2, flash_attention=False)
     decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
     assert lib.llama_n_ubatch(decoder._context) == wire.PLAIN_TOKENS
-    assert decoder.block == 64  # a longer one takes 0.1 s to save where streams ran together
+    assert decoder.block == 69  # one of 256 takes 0.1 s to save where streams ran together
     engine.close()
     (flash,) = next_logits(smollm2, [prompt])
     (plain,) = next_logits(smollm2, [prompt], flash_attention=False)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.pace import ALONE, MIN_BOUND, MIN_TOKENS, PROBE_TOKENS, SHARE, TILE, Pace
+from engine.pace import ALONE, MIN_IF_SET, MIN_TOKENS, PROBE_TOKENS, SHARE, TILE, Pace
 
 
 def taught(
@@ -52,6 +52,23 @@ def test_far_into_a_prompt_alone_a_step_stays_wide(
     assert pace.n_prefill(0) == n_tokens
 
 
+def test_a_machine_that_has_become_slow_has_no_steps_of_many_seconds() -> None:
+    pace = taught(decode_s=0.05, token_s=0.04, max_stall_s=None)
+    for _ in range(20):
+        pace.observe(0, 16, 16 * 0.16)
+    assert pace.n_prefill(0) == MIN_TOKENS
+
+
+def test_what_streams_hide_of_a_cost_is_not_the_least_that_there_was() -> None:
+    pace = taught(decode_s=0.8, token_s=0.04, max_stall_s=None)
+    for _ in range(20):
+        pace.observe(4, 16, 0.4 + 16 * 0.04)  # they have become faster
+    for token_s in (0.04, 0.075):
+        for _ in range(20):
+            pace.observe(0, 16, 16 * token_s)
+    assert pace.n_prefill(0) == MIN_TOKENS
+
+
 def test_a_slow_model_has_no_wide_steps_at_first() -> None:
     pace = taught(decode_s=0.05, token_s=0.08, max_stall_s=None)
     for _ in range(20):
@@ -61,7 +78,7 @@ def test_a_slow_model_has_no_wide_steps_at_first() -> None:
 
 def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:
     assert taught(decode_s=0.5, token_s=0.001).n_prefill(4) == int(SHARE * 0.5 / 0.001)
-    assert taught(decode_s=0.5, token_s=0.1).n_prefill(4) == MIN_BOUND
+    assert taught(decode_s=0.5, token_s=0.1).n_prefill(4) == MIN_IF_SET
 
 
 def test_where_no_time_is_set_it_is_three_gaps_of_the_streams_or_60_ms() -> None:
@@ -90,13 +107,13 @@ def test_steps_with_few_prompt_tokens_teach_nothing_about_prompts() -> None:
 def test_steps_beside_streams_teach_with_as_few_tokens_as_they_may_have() -> None:
     pace = taught(decode_s=0.05, token_s=0.001)
     for _ in range(20):
-        pace.observe(4, MIN_BOUND, 0.05 + MIN_BOUND * 0.03)
+        pace.observe(4, MIN_IF_SET, 0.05 + MIN_IF_SET * 0.03)
     assert pace.n_prefill(4) == pytest.approx(0.15 / 0.03, abs=1)
 
 
 def test_alone_so_few_teach_nothing_since_the_step_itself_has_a_price() -> None:
     pace = taught(decode_s=0.05, token_s=0.001)
-    pace.observe(0, MIN_BOUND, 0.05)
+    pace.observe(0, MIN_IF_SET, 0.05)
     assert pace.n_prefill(4) == 150
 
 
@@ -111,7 +128,7 @@ def test_it_learns_whatever_a_step_costs(decode_s: float, token_s: float, n_deco
     for step in range(40):
         n = pace.n_prefill(n_decodes)
         if step > 20:
-            floor_s = decode_s + max(MIN_BOUND * token_s, SHARE * decode_s)
+            floor_s = decode_s + max(MIN_IF_SET * token_s, SHARE * decode_s)
             assert decode_s + n * token_s <= max(0.2, floor_s) * 1.01
         pace.observe(n_decodes, n, decode_s + n * token_s)
         pace.observe(n_decodes, 0, decode_s)

@@ -95,7 +95,7 @@ class Memory(Protocol):
     """False for memories that are no list of cells (recurrent, hybrid, behind a sliding window):
     they are never asked to truncate, share, save or load."""
     block: int
-    """Tokens that are saved at once, and brought back at least."""
+    """Tokens that are saved at once, at most; they come back together."""
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
         """Keep the first `n_tokens` of a slot. False, and unchanged, where that fails."""

@@ -23,8 +23,8 @@ from errors import ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
 
-BLOCK = 256  # cells that are saved at once; without flash attention values lie transposed,
-PLAIN_BLOCK = 64  # and where streams ran together each number of each cell is copied by itself
+BLOCK, MIN_BLOCK = 256, 16  # cells that are saved at once. Without flash attention values lie
+PLAIN_VALUES = 400_000  # transposed, and each is copied by itself where streams ran together
 MIROSTAT_M = 100  # likeliest tokens that version 1 estimates from, as in the paper and llama.cpp
 
 
@@ -136,8 +136,9 @@ class LlamaDecoder:
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
         is_flash = spec.flash_attention or has_gpu(spec)
         if is_flash and not spec.flash_attention:
-            logger.warning("FLASH_ATTENTION=false is for CPUs, and does nothing with a GPU")
-        self.block = BLOCK if is_flash else PLAIN_BLOCK
+            key = f"{spec.name.upper()}_FLASH_ATTENTION"
+            logger.warning("%s=false is for CPUs, and does nothing with a GPU", key)
+        self.block = BLOCK if is_flash else _plain_block(self._model)
         self._context = _new_context(self._model, spec, self._log, is_flash=is_flash)
         self._memory = lib.llama_get_memory(self._context)
         if not self._memory:
@@ -419,6 +420,13 @@ def load_model(
 
 def has_gpu(spec: WorkerSpec) -> bool:
     return spec.n_gpu_layers != 0 and lib.llama_supports_gpu_offload()
+
+
+def _plain_block(model: Any) -> int:
+    n_head = max(lib.llama_model_n_head(model), 1)
+    n_values: int = lib.llama_model_n_head_kv(model) * lib.llama_model_n_embd(model) // n_head
+    n_values *= lib.llama_model_n_layer(model)
+    return max(MIN_BLOCK, min(BLOCK, PLAIN_VALUES // max(n_values, 1)))
 
 
 def _new_context(model: Any, spec: WorkerSpec, log: "LlamaLog", *, is_flash: bool) -> Any:

@@ -83,6 +83,7 @@ class BatchRows:
 
     def step(self, n_prefill: int) -> tuple[list[tuple[int, int]], int]:
         n_prompts = min(max(len(self._prefilled), 1), self._n_prompts)
+        # rounded up: from fewer tokens than are allowed the pace learns nothing
         self._generator.prefill_step_size = -(-n_prefill // n_prompts)
         prompts, told = self._generator.next()
         n_prefilled = 0
