@@ -8,8 +8,9 @@
 2. The same prompts, and what the model itself says, greedy.
 3. Texts at a high temperature, one at a time and four at once: nothing to be gained.
 
-With `--as` the model's weights are made such first: what a guess costs is up to the kernels. The
-prices of steps with several tokens, in steps with one, are measured before all else.
+With `--plain` there is no flash attention (FLASH_ATTENTION=false). With `--as` the model's weights
+are made such first: what a guess costs is up to the kernels. The prices of steps with several
+tokens, in steps with one, are measured before all else.
 
 Ratios are of tokens/s by the clock and by the processor's time, which with one thread other
 programs disturb less; medians over all answers. One line of JSON for each.
@@ -23,6 +24,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Sequence as Sequence_
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -49,11 +51,14 @@ WILD = SamplingParams(temperature=1.2, top_k=0, top_p=1, min_p=0, ignore_eos=Tru
 class Runner:
     """An engine that answers, with guesses or without, and can be told what to say."""
 
-    def __init__(self, model: str, n_threads: int, *, speculates: bool) -> None:
+    def __init__(
+        self, model: str, n_threads: int, *, speculates: bool, flash_attention: bool
+    ) -> None:
         spec = WorkerSpec(
             name="bench", backend="llamacpp", model_path=model, n_ctx=4096, n_parallel=4,
             kv_tokens=8192, n_batch=512, n_threads=n_threads, n_gpu_layers=-1,
             max_stall_s=0.2, prefix_cache_bytes=1 << 28, speculates=speculates,
+            flash_attention=flash_attention,
         )  # fmt: skip
         self.engine = cast(BatchEngine, load_engine(spec, lambda _: None))
         self._decoder = cast(LlamaDecoder, self.engine._decoder)
@@ -165,14 +170,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="without flash attention")
     parser.add_argument("--as", dest="type", help="of the weights, such as q8_0")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = as_type(options.model, options.type, folder) if options.type else options.model
-        runners = (
-            Runner(model, options.threads, speculates=False),
-            Runner(model, options.threads, speculates=True),
-        )
+        new = partial(Runner, model, options.threads, flash_attention=not options.plain)
+        runners = new(speculates=False), new(speculates=True)
     print(json.dumps({"what": "prices of steps", **runners[0].prices()}), flush=True)
     ids = runners[0].ids
     edits = [(ids(prompt), ids(code)) for prompt, code in (edit(*asked) for asked in EDITS)]
