@@ -37,7 +37,6 @@ class EncoderSpec(msgspec.Struct, frozen=True, kw_only=True):
     passage_prefix: str = ""
     sparse_head_path: str = ""  # empty: beside the model
     colbert_head_path: str = ""
-    flash_attention: bool = True  # where the build has it for this model
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):

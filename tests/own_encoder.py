@@ -31,12 +31,20 @@ def loading(**common: Any) -> Iterator[Load]:
         yield load
 
 
-def spec(path: Path, n_ctx: int = 512, backend: str = "llamacpp", **values: Any) -> wire.WorkerSpec:
+def spec(
+    path: Path,
+    n_ctx: int = 512,
+    backend: str = "llamacpp",
+    *,
+    flash_attention: bool = False,
+    **values: Any,
+) -> wire.WorkerSpec:
     kind = "reranker" if "reranker" in path.name else "embedding"
-    encoder = wire.EncoderSpec(**{"kind": kind, "flash_attention": False} | values)
+    encoder = wire.EncoderSpec(**{"kind": kind} | values)
     return wire.WorkerSpec(
         name="embedding", backend=backend, model_path=str(path), n_ctx=n_ctx, n_parallel=8,
-        kv_tokens=512, n_batch=512, n_threads=1, n_gpu_layers=0, encoder=encoder,
+        kv_tokens=512, n_batch=512, n_threads=1, n_gpu_layers=0,
+        flash_attention=flash_attention, encoder=encoder,
     )  # fmt: skip
 
 

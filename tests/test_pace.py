@@ -52,10 +52,13 @@ def test_far_into_a_prompt_alone_a_step_stays_wide(
     assert pace.n_prefill(0) == n_tokens
 
 
-def test_a_machine_that_has_become_slow_has_no_steps_of_many_seconds() -> None:
-    pace = taught(decode_s=0.05, token_s=0.04, max_stall_s=None)
+@pytest.mark.parametrize(("first_s", "token_s"), [(0.04, 0.16), (0.08, 0.1)])
+def test_what_is_or_has_become_slow_has_no_steps_of_many_seconds(
+    first_s: float, token_s: float
+) -> None:
+    pace = taught(decode_s=0.05, token_s=first_s, max_stall_s=None)
     for _ in range(20):
-        pace.observe(0, 16, 16 * 0.16)
+        pace.observe(0, 16, 16 * token_s)
     assert pace.n_prefill(0) == MIN_TOKENS
 
 
@@ -66,13 +69,6 @@ def test_what_streams_hide_of_a_cost_is_not_the_least_that_there_was() -> None:
     for token_s in (0.04, 0.075):
         for _ in range(20):
             pace.observe(0, 16, 16 * token_s)
-    assert pace.n_prefill(0) == MIN_TOKENS
-
-
-def test_a_slow_model_has_no_wide_steps_at_first() -> None:
-    pace = taught(decode_s=0.05, token_s=0.08, max_stall_s=None)
-    for _ in range(20):
-        pace.observe(0, 16, 16 * 0.1)
     assert pace.n_prefill(0) == MIN_TOKENS
 
 

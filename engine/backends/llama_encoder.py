@@ -177,7 +177,7 @@ class LlamaEncoder:
             if encoder.kind == "reranker"
             else lib.LLAMA_POOLING_TYPE_NONE
         )
-        if not encoder.flash_attention:
+        if not spec.flash_attention:
             params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_ctx = self.n_tokens
         params.n_batch = params.n_ubatch = self._step
