@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from engine.model_file import ModelFile
-from engine.wire import PLAIN_TOKENS, WorkerSpec
+from engine.wire import CELLS, PLAIN_TOKENS, WorkerSpec
 
 MB = 1 << 20
 # Measured on x86-64 Linux: an idle worker of each backend, with the libraries that it loads.
@@ -22,6 +22,7 @@ class Footprint:
     kv: int  # cells
     compute: int  # of a batch
     process: int  # interpreter, libraries, vocabulary
+    lanes: int  # cells apart, from when several are answered at once
     prefix_cache: int  # the most that prompts seen before may take as time goes by
 
     @property
@@ -31,14 +32,14 @@ class Footprint:
 
     @property
     def most(self) -> int:
-        return self.loaded + self.prefix_cache
+        return self.loaded + self.lanes + self.prefix_cache
 
 
 def estimate(spec: WorkerSpec, model: ModelFile) -> Footprint:
     """What a worker with this model will take, on the CPU."""
     process = PROCESS_BYTES.get(spec.backend, 0)
     if spec.backend == "fake":
-        return Footprint(0, 0, 0, process, 0)
+        return Footprint(0, 0, 0, process, 0, 0)
     per_token = VOCABULARY_BYTES
     if spec.backend in ENCODER_BYTES and spec.encoder is not None:
         process, per_token = ENCODER_BYTES[spec.backend], ENCODER_VOCABULARY_BYTES
@@ -46,12 +47,18 @@ def estimate(spec: WorkerSpec, model: ModelFile) -> Footprint:
     n_tokens = spec.n_batch if spec.encoder is None else spec.encoder.batch_tokens
     compute = n_tokens * model.n_embd * 4 * ROWS
     if spec.encoder is not None:
-        return Footprint(model.size_bytes, 0, compute, process, 0)
+        return Footprint(model.size_bytes, 0, compute, process, 0, 0)
     outputs = spec.n_parallel * model.n_vocab * 4
-    n_cells = -(-spec.kv_tokens // 256) * 256
+    n_cells = -(-spec.kv_tokens // CELLS) * CELLS
     kv = n_cells * model.kv_bytes_per_token
+    lanes = 0
+    if spec.lane_tokens:  # one more to copy through
+        lanes = (spec.n_parallel + 1) * spec.lane_tokens * model.kv_bytes_per_token
+        lanes += min(n_tokens, PLAIN_TOKENS) * model.n_embd * 4 * ROWS + outputs
     if spec.backend == "llamacpp" and not spec.flash_attention:
         # scores of each head, in F32 and for one product in F16, and the mask
         n_rows = min(n_tokens, max(PLAIN_TOKENS, spec.n_parallel + 1))
         compute += n_rows * n_cells * (6 * model.n_head + 4)
-    return Footprint(model.size_bytes, kv, compute + outputs, process, spec.prefix_cache_bytes)
+        lanes += n_rows * spec.lane_tokens * (6 * model.n_head + 4)
+    compute += outputs
+    return Footprint(model.size_bytes, kv, compute, process, lanes, spec.prefix_cache_bytes)

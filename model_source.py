@@ -33,8 +33,8 @@ HEAD_FILES = re.compile(r"(?:sparse|colbert)_linear\..*|.*\.heads\.safetensors",
 HEADER_BYTES = 1 << 20  # of a model's file, that are compared byte for byte
 # Of what a worker is told: how fast and for how many it answers, not what.
 NOT_DECISIVE = {
-    "name", "log_level", "log_format", "n_parallel", "kv_tokens", "n_threads", "max_stall_s",
-    "prefix_cache_bytes",
+    "name", "log_level", "log_format", "n_parallel", "kv_tokens", "lane_tokens", "n_threads",
+    "max_stall_s", "prefix_cache_bytes",
 }  # fmt: skip
 
 

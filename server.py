@@ -237,6 +237,7 @@ def check_config(manager: ModelManager) -> tuple[str, bool]:
                 for bytes_, what in (
                     (footprint.weights, "weights"), (footprint.kv, "cells"),
                     (footprint.compute, "batches"), (footprint.process, "process"),
+                    (footprint.lanes, "cells apart, with several answers at once"),
                     (footprint.prefix_cache, "prompts seen before, at most"),
                 )
                 if bytes_ >> 20

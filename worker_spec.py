@@ -9,6 +9,10 @@ from settings import ServerSettings, TierSettings
 
 DEFAULT_N_CTX = 8192
 KV_SHARE_OF_MEMORY = 1 / 64  # for one tier; each cell is cleared at the start, which takes time
+# Nanoseconds on a core with AVX2: to look whether a cell is a sequence's own, and a byte of the
+# weights for a token in a batch.
+LOOK_NS, BYTE_NS = 6, 0.12
+LANES_GAIN = 0.25  # of a token's time, where all cells are in use
 PREFIX_CACHE_SHARE_OF_MEMORY = 1 / 32  # where PREFIX_CACHE_MB is not set
 
 
@@ -17,6 +21,7 @@ def worker_spec(
 ) -> wire.WorkerSpec:
     """What a worker is told, with the values that depend on the model and the machine decided."""
     n_ctx = effective_n_ctx(settings, model)
+    kv_tokens = settings.kv_tokens or default_kv_tokens(n_ctx, settings.n_parallel, model)
     encoder = None
     if model.kind != "chat":
         encoder = wire.EncoderSpec(
@@ -34,7 +39,10 @@ def worker_spec(
         model_path=str(settings.path) if settings.model_path else "",
         n_ctx=n_ctx,
         n_parallel=settings.n_parallel,
-        kv_tokens=settings.kv_tokens or default_kv_tokens(n_ctx, settings.n_parallel, model),
+        kv_tokens=kv_tokens,
+        lane_tokens=lane_tokens(n_ctx, settings.n_parallel, kv_tokens, model)
+        if settings.backend == "llamacpp" and model.kind == "chat" and settings.n_parallel > 2
+        else 0,
         n_batch=settings.n_batch,
         n_threads=settings.n_threads or default_n_threads(),
         n_gpu_layers=settings.n_gpu_layers,
@@ -61,6 +69,16 @@ def default_kv_tokens(n_ctx: int, n_parallel: int, model: ModelFile) -> int:
     affordable = total_bytes() * KV_SHARE_OF_MEMORY
     affordable /= max(model.kv_bytes_per_token, 1)
     return max(n_ctx, min(n_ctx * n_parallel, int(affordable)))
+
+
+def lane_tokens(n_ctx: int, n_parallel: int, kv_tokens: int, model: ModelFile) -> int:
+    """Cells apart for each sequence, where attention would look for them among those of all for a
+    good part of its time: in small models with many cells. 0 elsewhere."""
+    look_ns = LOOK_NS * model.n_layer * model.n_head * kv_tokens
+    if not model.has_plain_cells or look_ns < LANES_GAIN * BYTE_NS * model.size_bytes:
+        return 0
+    n_ctx = -(-n_ctx // wire.CELLS) * wire.CELLS
+    return min(n_ctx, kv_tokens // n_parallel // wire.CELLS * wire.CELLS)
 
 
 def default_n_threads() -> int:

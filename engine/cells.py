@@ -39,6 +39,11 @@ class Cells:
     def n_free(self) -> int:
         return len(self._free)
 
+    @property
+    def n_held(self) -> int:
+        """Cells that are in use, each counted once."""
+        return len(self._n_holders) - len(self._free)
+
     def n_only_in(self, slots: Iterable[int]) -> int:
         """Cells that would be free if these slots were cleared."""
         n_here = self._n_held(slots)

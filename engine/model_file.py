@@ -47,6 +47,8 @@ class ModelFile:
     control_tokens: tuple[str, ...]  # longest first; the literals that parse_special would obey
     kind: Kind
     n_head: int = 0  # of attention, in the layer with most; 0: not known
+    # every token has a cell in each layer, and its numbers do not depend on the context's size
+    has_plain_cells: bool = False
 
 
 def name_of(path: Path) -> str:
@@ -136,6 +138,12 @@ _MAX_TEXT_BYTES = 1 << 24
 _MAX_LAYERS = 1 << 12
 _MAX_NUMBER = (1 << 31) - 1
 
+# Metadata and tensors of models with sliding windows, with states in the place of cells, and with
+# one set of RoPE factors for short contexts and one for long ones.
+_OTHER_CELLS = re.compile(
+    r"\.sliding_window|\.ssm[._]|\.wkv|\.token_shift|\.shortconv|\.original_context_length"
+    r"|rope_factors_long"
+)
 _ARCHITECTURE_NAME = re.compile(r"[\w.-]{1,64}")
 _SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -359,6 +367,7 @@ def _describe(path: Path, header: Header) -> ModelFile:
         header.damaged("its vocabulary is not text")
     tokenizer_model, pre = header.text("tokenizer.ggml.model"), header.text("tokenizer.ggml.pre")
     bos_token = _special(header, tokens, "bos", _DEFAULT_BOS.get(tokenizer_model))
+    names = [*header.metadata, *header.tensors]
     adds_bos = tokenizer_model in _BOS_TOKENIZERS or pre in _BOS_PRE_TOKENIZERS
     return ModelFile(
         path=path,
@@ -379,6 +388,7 @@ def _describe(path: Path, header: Header) -> ModelFile:
         control_tokens=_control_tokens(header, tokens),
         kind=_kind(header, architecture),
         n_head=max(_n_head(header, architecture, n_layer), default=0),
+        has_plain_cells=not any(_OTHER_CELLS.search(name) for name in names),
     )
 
 

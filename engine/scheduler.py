@@ -101,7 +101,7 @@ class Scheduler:
         started = self._admit()
         self._move_out_some()
         while True:
-            batch = Batch()
+            batch = Batch(n_held=self._cells.n_held)
             self._plan_decodes(batch)
             self._plan_guesses(batch)
             self._plan_prefills(batch)

@@ -120,6 +120,7 @@ class Batch:
     n_tokens: int = 0  # with guesses
     n_decodes: int = 0  # chunks of sequences that are past their prompts
     n_guesses: int = 0
+    n_held: int = 0  # cells in use before it, by whomever
 
     def add(self, sequence: Sequence, n_tokens: int) -> None:
         self.n_decodes += sequence.n_pending == 1

@@ -23,6 +23,7 @@ from engine.types import (
 )
 
 MAX_FRAME_BYTES = 1 << 30
+CELLS = 256  # of a context are a multiple of this
 PLAIN_TOKENS = 128  # at most have their scores in memory at once, without flash attention
 _LENGTH = struct.Struct("<I")
 
@@ -48,6 +49,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     n_ctx: int  # most tokens of one request, prompt and answer
     n_parallel: int  # sequences at once
     kv_tokens: int  # cells that all sequences share
+    lane_tokens: int = 0  # cells apart for each sequence beside others; 0: they only share
     n_batch: int
     n_threads: int
     n_gpu_layers: int  # negative: all

@@ -35,6 +35,26 @@ def engine_of(model: Path, **values: Any) -> Engine:
     return load_engine(spec(model, **values), lambda _: None)
 
 
+def lanes_of(engine: Engine) -> Any:
+    """Of an engine with `lane_tokens`."""
+    from engine.backends.llamacpp import LlamaDecoder
+    from engine.batch_engine import BatchEngine
+
+    lanes = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)._lanes
+    assert lanes is not None
+    return lanes
+
+
+def open_lanes(engine: Engine) -> Any:
+    """Make the lanes, which else are made while several answer."""
+    lanes = lanes_of(engine)
+    lanes._open()
+    assert lanes._opening is not None
+    lanes._opening.result()
+    lanes._open()
+    return lanes
+
+
 def generate(
     engine: Engine,
     prompts: Mapping[int, list[int]],
@@ -72,7 +92,7 @@ def next_logits(model: Path, prompts: list[list[int]], **values: Any) -> list[Lo
     sample = decoder.sample
 
     def record(row: int, sequence: Sequence) -> Sampled:
-        pointer = llama_cpp.llama_get_logits_ith(decoder._context, decoder._batch.logits_at[row])
+        pointer = llama_cpp.llama_get_logits_ith(*decoder._rows[row])
         rows[sequence.id] = np.ctypeslib.as_array(pointer, (decoder.tokenizer.n_vocab,)).copy()
         return sample(row, sequence)
 

@@ -453,6 +453,8 @@ ONLY_IN = {
     "llama_cpp": {
         "engine.backends.llamacpp",
         "engine.backends.llama_encoder",
+        "engine.backends.llama_lanes",
+        "engine.backends.llama_memory",
         "engine.backends.llama_threads",
         "bench.encoders",
         "bench.encoder_runtimes",

@@ -1,5 +1,6 @@
 """What a worker will take of the memory, beside what it takes."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,17 @@ def test_a_chat_model_takes_what_was_estimated(smollm2: Path, values: dict[str, 
 
     light = of(smollm2, **values, n_ctx=1024, max_tokens=4)
     run(test, launch_process, light=light)
+
+
+def test_several_answers_at_once_take_what_was_estimated_for_their_lanes(smollm2: Path) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        await asyncio.gather(*(ask(tier, "Hi" * n, 40) for n in range(1, 5)))
+        footprint = tier.footprint()
+        assert tier.memory_bytes == pytest.approx(footprint.loaded + footprint.lanes, rel=0.15)
+        assert footprint.lanes > 0.3 * footprint.loaded
+
+    run(test, launch_process, light=of(smollm2, kv_tokens=8192, n_parallel=4, n_ctx=2048))
 
 
 @needs_mlx

@@ -29,7 +29,7 @@ from engine.types import Sampled, SamplingParams
 from errors import ModelLoadFailed
 from settings import TierSettings
 from tests import gguf_fixtures
-from tests.engines import GREEDY, engine_of, generate, ids, next_logits
+from tests.engines import GREEDY, engine_of, generate, ids, lanes_of, next_logits, open_lanes
 from tests.serving import events, serving, settings
 from worker import prepare
 
@@ -66,14 +66,21 @@ def differ_by_rounding(model: Path, prompts: list[list[int]], answers: list[list
     return sum(n is not None for n in at)
 
 
-@pytest.mark.parametrize(("which", "n_tokens"), [("tiny", 48), ("smollm2", 16)])
+@pytest.mark.parametrize(
+    ("which", "n_tokens", "lane_tokens"), [("tiny", 48, 0), ("tiny", 48, 256), ("smollm2", 16, 256)]
+)
 def test_sixteen_streams_at_once_say_what_each_says_alone(
-    which: str, n_tokens: int, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
+    which: str, n_tokens: int, lane_tokens: int, request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     model: Path = request.getfixturevalue(which)
-    engine = engine_of(model)
+    engine = engine_of(model, lane_tokens=lane_tokens)
+    if lane_tokens:
+        open_lanes(engine)
     prompts = [ids(engine, f"Once upon a time, {i} years ago, there was") for i in range(16)]
     together = generate(engine, dict(enumerate(prompts)), n_tokens)
+    if lane_tokens:
+        assert lanes_of(engine)._buffer.nbytes  # cells were copied
     engine.close()
     alone = [say_alone(model, prompt, n_tokens) for prompt in prompts]
     n_differ = differ_by_rounding(model, prompts, alone, list(together.values()))
@@ -89,14 +96,17 @@ def say_alone(model: Path, prompt: list[int], n_tokens: int, **values: Any) -> l
     return answer
 
 
+@pytest.mark.parametrize("lane_tokens", [0, 256])
 @pytest.mark.parametrize("flash_attention", [True, False])
 def test_shared_forked_and_remembered_cells_say_what_fresh_ones_say(
-    tiny: Path, flash_attention: bool
+    tiny: Path, flash_attention: bool, lane_tokens: int
 ) -> None:
     """Two rounds of requests with common beginnings on few slots and few cells: cells are shared
     between running sequences, moved out, brought back whole and in part, and preempted."""
     room = {"n_parallel": 3, "kv_tokens": 300, "n_ctx": 200, "n_batch": 32}
-    engine = engine_of(tiny, **room, flash_attention=flash_attention)
+    engine = engine_of(tiny, **room, flash_attention=flash_attention, lane_tokens=lane_tokens)
+    if lane_tokens:
+        open_lanes(engine)
     system = [1000 + i for i in range(60)]
     first = [system + [2000 + 10 * i + k for k in range(8)] for i in range(5)]
     first += [first[0]] * 3  # as the answers to one prompt with n = 4 are
@@ -114,6 +124,8 @@ def test_shared_forked_and_remembered_cells_say_what_fresh_ones_say(
             tokens[number].append(token)
             if len(tokens[number]) == 20:
                 engine.cancel(number)
+    if lane_tokens:
+        assert lanes_of(engine)._buffer.nbytes  # cells were copied
     engine.close()
     assert all(n >= 90 for number, n in n_cached.items() if number < 105), n_cached
     assert all(n >= 40 for n in n_cached.values()), n_cached
@@ -185,14 +197,15 @@ def test_without_flash_attention_128_tokens_are_computed_at_once_with_the_same_n
     assert not np.array_equal(flash, plain)  # it was off
 
 
-def test_with_a_gpu_flash_attention_stays_on(
+def test_with_a_gpu_flash_attention_stays_on_and_there_are_no_lanes(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lib, "llama_supports_gpu_offload", lambda: True)
     for n_gpu_layers, is_plain in ((-1, False), (0, True)):
         caplog.clear()
-        engine = engine_of(tiny, flash_attention=False, n_gpu_layers=n_gpu_layers)
+        engine = engine_of(tiny, flash_attention=False, n_gpu_layers=n_gpu_layers, lane_tokens=256)
         decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
+        assert (decoder._lanes is not None) == is_plain
         assert (lib.llama_n_ubatch(decoder._context) == wire.PLAIN_TOKENS) == is_plain
         assert ("does nothing with a GPU" in caplog.text) != is_plain
         engine.close()
@@ -202,7 +215,8 @@ def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -
     path = gguf_fixtures.write_tiny_gemma3(tmp_path / "gemma3.gguf")
     room = {"n_parallel": 4, "kv_tokens": 512, "n_batch": 128}
     dice = random.Random(1)
-    engine = engine_of(path, **room)
+    engine = engine_of(path, **room, lane_tokens=256)
+    assert cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)._lanes is None
     history: list[list[int]] = []
     for number in range(30):
         prompt = [dice.randint(3, 390) for _ in range(dice.randint(20, 160))]

@@ -495,3 +495,26 @@ def test_a_real_model_is_read_at_once() -> None:
     assert model.chat_template is not None
     assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(model.control_tokens)
     assert model.size_bytes == REAL.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_plain"),
+    [
+        ("llama.rope.freq_base", 10000.0, True),
+        ("llama.attention.sliding_window", 512, False),
+        ("llama.ssm.conv_kernel", 4, False),
+        ("llama.shortconv.l_cache", 3, False),
+        ("llama.rope.scaling.original_context_length", 4096, False),
+    ],
+)
+def test_cells_are_plain_without_windows_states_and_two_sets_of_factors(
+    tmp_path: Path, key: str, value: object, is_plain: bool
+) -> None:
+    assert read_model_file(write_minimal(tmp_path / "m.gguf", **{key: value})).has_plain_cells == (
+        is_plain
+    )
+
+
+def test_factors_of_long_contexts_in_the_tensors_are_not_plain(tmp_path: Path) -> None:
+    path = write_minimal(tmp_path / "m.gguf", tensors=("rope_factors_long.weight",))
+    assert not read_model_file(path).has_plain_cells

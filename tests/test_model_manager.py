@@ -12,6 +12,7 @@ import pytest
 from engine import wire
 from engine.backends.fake import model_file
 from engine.client import Handle, Launcher, launch_process
+from engine.model_file import ModelFile
 from engine.types import SamplingParams
 from errors import (
     BadRequest,
@@ -24,10 +25,10 @@ from errors import (
     WorkerCrashed,
 )
 from model_manager import ModelManager
-from settings import TierSettings
+from settings import ServerSettings, TierSettings
 from tests.serving import fake, in_threads, script, settings
 from tier import Tier
-from worker_spec import default_kv_tokens
+from worker_spec import default_kv_tokens, lane_tokens, worker_spec
 
 T = TypeVar("T")
 LONG = {"match": "long", "answer": "0123456789" * 1000}
@@ -38,8 +39,8 @@ def request(text: str = "Hi", max_tokens: int | None = None) -> wire.Generate:
     return wire.Generate(prompt, True, SamplingParams(), [], max_tokens)
 
 
-async def ask(tier: Tier, text: str = "Hi") -> str:
-    with tier.lease(), tier.submit(request(text)) as generation:
+async def ask(tier: Tier, text: str = "Hi", max_tokens: int | None = None) -> str:
+    with tier.lease(), tier.submit(request(text, max_tokens)) as generation:
         await generation.started()
         said: list[str] = []
         await generation.tell(lambda out: said.append(out.text))
@@ -554,3 +555,43 @@ def test_kv_tokens_are_never_less_than_one_request_needs() -> None:
     model = model_file("")
     assert default_kv_tokens(1000, 4, model) == 4000
     assert default_kv_tokens(1000, 4, replace(model, kv_bytes_per_token=1 << 40)) == 1000
+
+
+SMALL = replace(model_file(""), n_layer=30, n_head=9, size_bytes=98_000_000, has_plain_cells=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "n_ctx", "n_parallel", "kv_tokens", "expected"),
+    [
+        (SMALL, 8192, 8, 16384, 2048),
+        (SMALL, 8192, 8, 18000, 2048),  # a context's cells come in multiples of 256
+        (SMALL, 1000, 8, 16384, 1024),  # no sequence becomes longer
+        (SMALL, 8192, 64, 16000, 0),
+        (SMALL, 256, 8, 256, 0),  # so few cells take no time
+        (replace(SMALL, n_layer=16, n_head=32, size_bytes=800_000_000), 8192, 8, 12000, 1280),
+        (replace(SMALL, n_layer=32, n_head=32, size_bytes=4_900_000_000), 8192, 8, 8192, 0),
+        (replace(SMALL, has_plain_cells=False), 8192, 8, 16384, 0),
+    ],
+)
+def test_sequences_have_cells_apart_where_looking_for_them_takes_long(
+    model: ModelFile, n_ctx: int, n_parallel: int, kv_tokens: int, expected: int
+) -> None:
+    assert lane_tokens(n_ctx, n_parallel, kv_tokens, model) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "model", "has_lanes"),
+    [
+        ({}, SMALL, True),
+        ({"n_parallel": 3}, SMALL, True),
+        ({"n_parallel": 2}, SMALL, False),
+        ({"backend": "mlx"}, SMALL, False),
+        ({}, replace(SMALL, kind="embedding"), False),
+    ],
+)
+def test_lanes_are_for_several_answers_of_llama_cpp(
+    values: dict[str, Any], model: ModelFile, has_lanes: bool
+) -> None:
+    server = ServerSettings.model_construct(log_level="INFO", log_format="text")
+    spec = worker_spec("light", TierSettings(**values), model, server)
+    assert (spec.lane_tokens > 0) == has_lanes

@@ -18,6 +18,7 @@ from engine.batch_engine import BatchEngine
 from engine.grammar import Compiler
 from engine.speculation import BESIDE, LEAST, MEMORY, MOST, Guesses, Speculation
 from engine.types import Batch, SamplingParams
+from tests.engines import lanes_of, open_lanes
 from tests.scheduling import Bench, FixedSpeculation, answer_to, repetitive_token, tokens
 from tests.serving import fake, script, serving
 from tests.serving import settings as settings_of
@@ -352,7 +353,8 @@ def test_guesses_change_nothing_that_a_model_says(smollm2: Path) -> None:
     seeded = SamplingParams(seed=3, temperature=0.6, repeat_penalty=1.02, n_logprobs=1)
 
     def said(n_guesses: int) -> tuple[list[list[int]], list[list[int]], int]:
-        engine = engine_of(smollm2, n_parallel=4)
+        engine = engine_of(smollm2, n_parallel=4, lane_tokens=256)
+        open_lanes(engine)._least = 2  # where they are computed together, and not alone
         engine._scheduler._speculation = FixedSpeculation(n_guesses)
         n_right, step = 0, engine.step
 
@@ -369,6 +371,7 @@ def test_guesses_change_nothing_that_a_model_says(smollm2: Path) -> None:
             for number, sampling in ((0, GREEDY), (1, seeded))
         ]
         together = generate(engine, prompts, 16)
+        assert lanes_of(engine)._buffer.nbytes  # cells were copied
         engine.close()
         return alone, [together[number] for number in prompts], n_right
 

@@ -1,4 +1,4 @@
-"""Sets how many threads a context of llama.cpp computes with, before each step."""
+"""Sets how many threads contexts of llama.cpp compute with, before each step."""
 
 import random
 import time
@@ -17,10 +17,15 @@ LOOK_S = 0.0003  # between two
 
 class ContextThreads:
     def __init__(self, context: Any, n_most: int) -> None:
-        self._context = context
+        self._contexts = [context]
         self._threads = Threads(n_most, random.Random())
         self._n_most = self._n_set = n_most
         self._ended_at = self._own_s = 0.0  # when the last step did, and what was computed by then
+
+    def add(self, context: Any) -> None:
+        """One more, that is computed with in the same steps."""
+        self._contexts.append(context)
+        lib.llama_set_n_threads(context, self._n_set, self._n_set)
 
     @contextmanager
     def step(self, *, is_steady: bool = False) -> Iterator[None]:
@@ -29,8 +34,9 @@ class ContextThreads:
         self._look()
         n = self._n_most if is_steady else self._threads.n
         if n != self._n_set:
-            lib.llama_set_n_threads(self._context, n, n)
             self._n_set = n
+            for context in self._contexts:
+                lib.llama_set_n_threads(context, n, n)
         yield
         self._ended_at, self._own_s = time.monotonic(), time.process_time()
 

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's low-level binding: one context, many sequences."""
+"""llama.cpp through llama-cpp-python's low-level binding: many sequences in one step."""
 
 import ctypes
 import logging
@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.backends.base import CacheFull, Constraint, Engine, ReportProgress, Tokenizer
+from engine.backends.llama_lanes import Lanes
+from engine.backends.llama_memory import LlamaMemory
 from engine.backends.llama_threads import ContextThreads
 from engine.batch_engine import BatchEngine
 from engine.prefix import Saved
 from engine.sampling import Rules, logprobs
-from engine.types import Batch, Sampled, SamplingParams, Sequence
+from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
 from engine.wire import PLAIN_TOKENS, WorkerSpec
 from errors import ModelLoadFailed
 
@@ -25,6 +27,7 @@ logger = logging.getLogger("llama.cpp")
 
 BLOCK, MIN_BLOCK = 256, 16  # cells that are saved at once. Without flash attention values lie
 PLAIN_VALUES = 400_000  # transposed, and each is copied by itself where streams ran together
+Row = tuple[Any, int]  # of logits that are wanted: a context, and the token's index in its batch
 MIROSTAT_M = 100  # likeliest tokens that version 1 estimates from, as in the paper and llama.cpp
 
 
@@ -128,7 +131,7 @@ class LlamaTokenizer:
 
 
 class LlamaDecoder:
-    """Implements `engine.backends.base.Decoder`: a model, its context and one reused batch."""
+    """Implements `engine.backends.base.Decoder`: a model, its contexts and one reused batch."""
 
     def __init__(self, spec: WorkerSpec, progress: ReportProgress) -> None:
         self._log = LlamaLog()
@@ -138,19 +141,39 @@ class LlamaDecoder:
         if is_flash and not spec.flash_attention:
             key = f"{spec.name.upper()}_FLASH_ATTENTION"
             logger.warning("%s=false is for CPUs, and does nothing with a GPU", key)
-        self.block = BLOCK if is_flash else _plain_block(self._model)
-        self._context = _new_context(self._model, spec, self._log, is_flash=is_flash)
-        self._memory = lib.llama_get_memory(self._context)
-        if not self._memory:
+        new_context = partial(_new_context, self._model, spec, is_flash=is_flash)
+        # beyond the length it was trained on a model's answers are noise, and encoders abort
+        n_ctx = max(min(spec.n_ctx, self.n_ctx_train), spec.kv_tokens)
+        # the scratch sequence comes after those of the slots
+        self._context = new_context(n_ctx=n_ctx, n_seq_max=spec.n_parallel + 1, is_unified=True)
+        if not self._context:
+            raise ModelLoadFailed(
+                f"llama.cpp cannot make a context of {n_ctx} tokens for {name_of(spec)}:"
+                f" {reason_of(spec, self._log)}."
+            )
+        if not lib.llama_get_memory(self._context):
             raise ModelLoadFailed(f"{name_of(spec)} is an encoder; it cannot generate text.")
         # behind a sliding window llama.cpp uses cells again, and does not tell; parts of a
         # recurrent memory it takes for cells: answers would be wrong
-        self.is_cells = not (
+        is_cells = not (
             lib.llama_model_is_recurrent(self._model)
             or lib.llama_model_is_hybrid(self._model)
             or lib.llama_model_n_swa(self._model) > 0
         )
-        self._scratch = spec.n_parallel  # a sequence of our own, on the way out and in
+        block = BLOCK if is_flash else _plain_block(self._model)
+        self._threads = ContextThreads(self._context, spec.n_threads)
+        home = LlamaMemory(self._context, spec.n_parallel, is_cells=is_cells, block=block)
+        self._memory: LlamaMemory | Lanes = home
+        self._lanes: Lanes | None = None
+        if spec.lane_tokens and is_cells and not has_gpu(spec):
+            n_ctx = spec.n_parallel * spec.lane_tokens
+            new_lanes = partial(
+                new_context, n_ctx=n_ctx, n_seq_max=spec.n_parallel, is_unified=False
+            )
+            self._memory = self._lanes = Lanes(
+                home, spec.n_parallel, spec.lane_tokens, new_lanes, self._threads, is_flash=is_flash
+            )
+        self.is_cells, self.block = is_cells, block
         self.n_cells: int = lib.llama_n_ctx(self._context)
         self.n_batch: int = lib.llama_n_batch(self._context)
         self._llama_tokenizer = LlamaTokenizer(self._model)
@@ -158,46 +181,31 @@ class LlamaDecoder:
         vocab = lib.llama_model_get_vocab(self._model)
         self._dry = lru_cache(maxsize=8)(partial(_Dry, vocab))
         self._batch = _BatchArrays(self.n_batch)
+        self._rows: list[Row] = []  # of the last batch
         self._row: Any = ctypes.c_float * self.tokenizer.n_vocab  # of logits
-        self._threads = ContextThreads(self._context, spec.n_threads)
 
     def close(self) -> None:
+        if self._lanes:
+            self._lanes.close()
         lib.llama_free(self._context)
         lib.llama_model_free(self._model)
 
     # memory
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        return bool(lib.llama_memory_seq_rm(self._memory, slot, n_tokens, -1))
+        return self._memory.truncate(slot, n_tokens)
 
     def share(self, source: int, slot: int, n_tokens: int) -> None:
-        lib.llama_memory_seq_cp(self._memory, source, slot, 0, n_tokens)
+        self._memory.share(source, slot, n_tokens)
 
     def save(self, slot: int, start: int, end: int) -> Saved | None:
-        lib.llama_memory_seq_cp(self._memory, slot, self._scratch, start, end)
-        try:
-            size = lib.llama_state_seq_get_size_ext(self._context, self._scratch, 0)
-            saved = np.empty(size, np.uint8)
-            n = lib.llama_state_seq_get_data_ext(
-                self._context, _bytes(saved), size, self._scratch, 0
-            )
-            return saved if n == size else None
-        except MemoryError:
-            return None
-        finally:
-            self.clear(self._scratch)
+        return self._memory.save(slot, start, end)
 
     def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
-        n = lib.llama_state_seq_set_data_ext(
-            self._context, _bytes(saved), saved.nbytes, self._scratch, 0
-        )
-        if n == saved.nbytes:
-            lib.llama_memory_seq_cp(self._memory, self._scratch, slot, start, end)
-        self.clear(self._scratch)
-        return bool(n == saved.nbytes)
+        return self._memory.load(slot, saved, start, end)
 
     def clear(self, slot: int) -> None:
-        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        self._memory.clear(slot)
 
     # decoding
 
@@ -206,14 +214,31 @@ class LlamaDecoder:
         # kernels take rows in pairs, as they fall to the threads
         is_alone = len(batch.chunks) == 1
         is_steady = is_alone and not batch.chunks[0].sequence.reuses
+        in_lanes = self._lanes.choose(batch) if self._lanes else {}
+        slots = {chunk.slot for chunk in in_lanes.values()}
+        at_home = {chunk.slot: chunk for chunk in batch.chunks if chunk.slot not in slots}
+        rows: dict[int, list[Row]] = {}
         with self._threads.step(is_steady=is_steady):
-            status = lib.llama_decode(self._context, self._batch.fill(batch))
-            if status == 1:
-                raise CacheFull
-            if status != 0:
-                raise Error(f"llama_decode returned {status}")
-            # or a GPU's work would be missing in the step's time
-            lib.llama_synchronize(self._context)
+            if at_home:  # first: only there may cells be missing, and then nothing is computed
+                rows |= self._compute(self._context, at_home)
+            if self._lanes and in_lanes:
+                rows |= self._compute(self._lanes.context, in_lanes)
+        self._rows = [row for chunk in batch.chunks for row in rows[chunk.slot]]
+
+    def _compute(self, context: Any, chunks: dict[int, Chunk]) -> dict[int, list[Row]]:
+        """Compute chunks by sequence of a context. Rows by slot."""
+        wanted = self._batch.fill(chunks)
+        status = lib.llama_decode(context, self._batch.batch)
+        if status == 1 and context is self._context:
+            raise CacheFull
+        if status != 0:
+            raise Error(f"llama_decode returned {status}")
+        # or a GPU's work would be missing in the step's time
+        lib.llama_synchronize(context)
+        return {
+            chunk.slot: [(context, index) for index in indices]
+            for chunk, indices in zip(chunks.values(), wanted, strict=True)
+        }
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler":
         ends = self._llama_tokenizer.ends if sampling.ignore_eos or sampling.min_tokens else []
@@ -273,11 +298,11 @@ class LlamaDecoder:
         return sampler
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
-        index = self._batch.logits_at[row]
-        logits = lib.llama_get_logits_ith(self._context, index)
+        context, index = self._rows[row]
+        logits = lib.llama_get_logits_ith(context, index)
         view = np.frombuffer(self._row.from_address(ctypes.addressof(logits.contents)), np.float32)
         sampler: LlamaSampler = sequence.sampler
-        return sampler.sample(self._context, index, view, sequence.constraint)
+        return sampler.sample(context, index, view, sequence.constraint)
 
 
 class LlamaSampler:
@@ -347,17 +372,16 @@ class _BatchArrays:
     """The arrays behind a llama_batch, allocated once and filled as slices."""
 
     def __init__(self, n_batch: int) -> None:
-        self.logits_at: list[int] = []  # batch index of each wanted row
         self._token = np.zeros(n_batch, dtype=np.int32)
         self._pos = np.zeros(n_batch, dtype=np.int32)
-        self._slot = np.zeros(n_batch, dtype=np.int32)
+        self._sequence = np.zeros(n_batch, dtype=np.int32)
         self._wanted = np.zeros(n_batch, dtype=np.int8)
         self._n_seq_id = np.ones(n_batch, dtype=np.int32)
         # llama_batch.seq_id holds, for each token, the address of its list of sequences: one here
-        self._seq_id = self._slot.ctypes.data + self._slot.itemsize * np.arange(
+        self._seq_id = self._sequence.ctypes.data + self._sequence.itemsize * np.arange(
             n_batch, dtype=np.uintp
         )
-        self._batch = lib.llama_batch(
+        self.batch = lib.llama_batch(
             token=pointer(self._token, "token"),
             pos=pointer(self._pos, "pos"),
             n_seq_id=pointer(self._n_seq_id, "n_seq_id"),
@@ -365,31 +389,28 @@ class _BatchArrays:
             logits=pointer(self._wanted, "logits"),
         )
 
-    def fill(self, batch: Batch) -> Any:
-        self.logits_at = []
-        tokens, positions, slots = array("i"), array("i"), array("i")
-        for chunk in batch.chunks:
+    def fill(self, chunks: dict[int, Chunk]) -> list[range]:
+        """Chunks by the sequences they are for. The indices of each one's wanted logits."""
+        wanted = []
+        tokens, positions, sequences = array("i"), array("i"), array("i")
+        for sequence, chunk in chunks.items():
             at = len(tokens)
             tokens += chunk.tokens
             n = len(tokens) - at
             positions.extend(range(chunk.start, chunk.start + n))
-            slots += array("i", [chunk.slot]) * n
-            if chunk.wants_logits:
-                self.logits_at += range(at + chunk.n_tokens - 1, at + n)
+            sequences += array("i", [sequence]) * n
+            wanted.append(range(at + chunk.n_tokens - 1 if chunk.wants_logits else at + n, at + n))
         n = len(tokens)
-        self._token[:n], self._pos[:n], self._slot[:n] = tokens, positions, slots
+        self._token[:n], self._pos[:n], self._sequence[:n] = tokens, positions, sequences
         self._wanted[:n] = 0
-        self._wanted[self.logits_at] = 1
-        self._batch.n_tokens = n
-        return self._batch
+        for indices in wanted:
+            self._wanted[indices.start : indices.stop] = 1
+        self.batch.n_tokens = n
+        return wanted
 
 
 def pointer(array: "npt.NDArray[Any]", field: str) -> Any:
     return array.ctypes.data_as(dict(lib.llama_batch._fields_)[field])
-
-
-def _bytes(array: npt.NDArray[np.uint8]) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def load_model(
@@ -429,28 +450,23 @@ def _plain_block(model: Any) -> int:
     return max(MIN_BLOCK, min(BLOCK, PLAIN_VALUES // max(n_values, 1)))
 
 
-def _new_context(model: Any, spec: WorkerSpec, log: "LlamaLog", *, is_flash: bool) -> Any:
+def _new_context(
+    model: Any, spec: WorkerSpec, *, n_ctx: int, n_seq_max: int, is_flash: bool, is_unified: bool
+) -> Any | None:
+    """A context, in which sequences share their cells if it is unified; None where that fails."""
     params = lib.llama_context_default_params()
-    # beyond the length it was trained on a model's answers are noise, and encoders abort
-    n_ctx_train = lib.llama_model_n_ctx_train(model)
-    params.n_ctx = max(min(spec.n_ctx, n_ctx_train), spec.kv_tokens)
-    params.n_seq_max = spec.n_parallel + 1  # and the scratch sequence
+    params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx, n_seq_max, is_unified
     # a context aborts that has more sequences than a batch has tokens
-    n_batch = max(min(spec.n_batch, params.n_ctx), params.n_seq_max)
+    n_batch = max(min(spec.n_batch, n_ctx), spec.n_parallel + 1)
     params.n_batch = params.n_ubatch = n_batch
     if not is_flash:
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        # scores for all cells lie in memory, so of fewer tokens at once; they take no longer
-        params.n_ubatch = min(n_batch, max(PLAIN_TOKENS, params.n_seq_max))
-    params.kv_unified = True
+    if not is_flash or not is_unified:
+        # scores for all cells lie in memory, so of fewer tokens at once, which take no longer; and
+        # what is no prompt has no more
+        params.n_ubatch = min(n_batch, max(PLAIN_TOKENS, n_seq_max))
     params.n_threads = params.n_threads_batch = spec.n_threads
-    context = lib.llama_init_from_model(model, params)
-    if not context:
-        raise ModelLoadFailed(
-            f"llama.cpp cannot make a context of {params.n_ctx} tokens for {name_of(spec)}:"
-            f" {reason_of(spec, log)}."
-        )
-    return context
+    return lib.llama_init_from_model(model, params) or None
 
 
 def name_of(spec: WorkerSpec) -> str:

@@ -1,0 +1,71 @@
+"""The KV cells of a context of llama.cpp whose sequences share them."""
+
+import ctypes
+from typing import Any
+
+import llama_cpp as lib
+import numpy as np
+import numpy.typing as npt
+
+from engine.prefix import Saved
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class LlamaMemory:
+    """Implements `engine.backends.base.Memory`. `scratch` is a sequence of the context that nobody
+    else uses, for cells on their way out and in."""
+
+    def __init__(self, context: Any, scratch: int, *, is_cells: bool, block: int) -> None:
+        self.context = context
+        self.is_cells = is_cells
+        self.block = block
+        self._memory = lib.llama_get_memory(context)
+        self._scratch = scratch
+
+    def truncate(self, slot: int, n_tokens: int) -> bool:
+        return bool(lib.llama_memory_seq_rm(self._memory, slot, n_tokens, -1))
+
+    def share(self, source: int, slot: int, n_tokens: int) -> None:
+        lib.llama_memory_seq_cp(self._memory, source, slot, 0, n_tokens)
+
+    def save(self, slot: int, start: int, end: int) -> Saved | None:
+        lib.llama_memory_seq_cp(self._memory, slot, self._scratch, start, end)
+        try:
+            saved = np.empty(state_size(self.context, self._scratch), np.uint8)
+            return saved if read_state(self.context, self._scratch, saved) else None
+        except MemoryError:
+            return None
+        finally:
+            self.clear(self._scratch)
+
+    def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
+        is_read = write_state(self.context, self._scratch, saved)
+        if is_read:
+            lib.llama_memory_seq_cp(self._memory, self._scratch, slot, start, end)
+        self.clear(self._scratch)
+        return is_read
+
+    def clear(self, slot: int) -> None:
+        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+
+def state_size(context: Any, sequence: int) -> int:
+    """Bytes of all cells of a sequence, as llama.cpp writes them."""
+    return int(lib.llama_state_seq_get_size_ext(context, sequence, 0))
+
+
+def read_state(context: Any, sequence: int, into: Bytes) -> bool:
+    """Copy all cells of a sequence into as many bytes as they have. False where that fails."""
+    n = lib.llama_state_seq_get_data_ext(context, _pointer(into), into.nbytes, sequence, 0)
+    return bool(n == into.nbytes)
+
+
+def write_state(context: Any, sequence: int, state: Bytes) -> bool:
+    """Put cells in the place of those of a sequence. False where that fails."""
+    n = lib.llama_state_seq_set_data_ext(context, _pointer(state), state.nbytes, sequence, 0)
+    return bool(n == state.nbytes)
+
+
+def _pointer(array: Bytes) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
