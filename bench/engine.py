@@ -10,6 +10,7 @@
 4. Eight sequences with a JSON schema, against the same without.
 5. Steps without flash attention in steps with it, taking turns: of so many sequences at so many
    tokens each; and of 32 more tokens of a prompt, alone and beside four sequences of 300.
+6. Steps of several sequences with cells apart in steps where all share theirs, taking turns.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from engine.backends.base import load_engine
 from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
 from engine.grammar import Compiler, GrammarState
+from engine.prefix import Saved
 from engine.types import Batch, SamplingParams, Sequence
 from engine.wire import Grammar, GrammarPart, WorkerSpec
 
@@ -50,13 +52,14 @@ class Meter:
 
 class Bench:
     def __init__(
-        self, model: str, n_threads: int, n_parallel: int = 16, *, flash_attention: bool = True
-    ) -> None:
+        self, model: str, n_threads: int, n_parallel: int = 16, *, flash_attention: bool = True,
+        lane_tokens: int = 1024,
+    ) -> None:  # fmt: skip
         spec = WorkerSpec(
             name="bench", backend="llamacpp", model_path=model, n_ctx=8192,
             n_parallel=n_parallel, kv_tokens=16384, n_batch=512,
             n_threads=n_threads, n_gpu_layers=-1, max_stall_s=0.2, prefix_cache_bytes=1 << 30,
-            flash_attention=flash_attention,
+            flash_attention=flash_attention, lane_tokens=lane_tokens,
         )  # fmt: skip
         self.engine = cast(BatchEngine, load_engine(spec, lambda _: None))
         self.decoder = cast(LlamaDecoder, self.engine._decoder)
@@ -122,14 +125,23 @@ class Bench:
         for slot in range(16):
             self.decoder.clear(slot)
         sequences = [Sequence(slot, array("i"), slot=slot) for slot in range(len(lengths))]
+        saved: dict[int, tuple[array[int], Saved | None]] = {}
         for sequence, length in zip(sequences, lengths, strict=True):
-            for start in range(0, length, 128):
-                self.bare_step([sequence], [min(128, length - start)])
+            if length not in saved:
+                for start in range(0, length, 128):
+                    self.bare_step([sequence], [min(128, length - start)])
+                cells = self.decoder.save(sequence.id, 0, length)
+                saved[length] = sequence.tokens[:], cells
+                continue
+            tokens, cells = saved[length]  # in cells of its own, as if it had been computed
+            assert cells is not None
+            assert self.decoder.load(sequence.id, cells, 0, length)
+            sequence.tokens, sequence.n_past = tokens[:], length
         return sequences
 
     def bare_step(self, sequences: list[Sequence], numbers: list[int]) -> float:
         """Seconds of a step with so many more tokens of each."""
-        batch = Batch()
+        batch = Batch(n_held=sum(len(sequence.tokens) for sequence in sequences))
         for sequence, n in zip(sequences, numbers, strict=True):
             sequence.tokens.extend(prompt(len(sequence.tokens) * 100 + sequence.id, n))
             batch.add(sequence, n)
@@ -242,8 +254,8 @@ def constrained(model: str, n_threads: int) -> None:
 
 
 def attention(model: str, n_threads: int) -> None:
-    flash = Bench(model, n_threads)
-    plain = Bench(model, n_threads, flash_attention=False)
+    flash = Bench(model, n_threads, lane_tokens=0)
+    plain = Bench(model, n_threads, lane_tokens=0, flash_attention=False)
     deep = (64, 1024, 4096)
     cases = [(f"1 at {n}", [n], [1]) for n in (64, 512, 1024, 4096)]
     cases += [(f"4 at {n}", [n] * 4, [1] * 4) for n in (64, 512, 2048)]
@@ -263,7 +275,27 @@ def attention(model: str, n_threads: int) -> None:
     plain.engine.close()
 
 
-PARTS = (step_overhead, sharing, beside_remembered, constrained, attention)
+def lanes(model: str, n_threads: int) -> None:
+    """Of a kind of attention each."""
+    for flash_attention in (True, False):
+        kind = {"flash_attention": flash_attention}
+        apart = Bench(model, n_threads, **kind)
+        shared = Bench(model, n_threads, **kind, lane_tokens=0)
+        print(f"{'with' if flash_attention else 'without'} flash attention", flush=True)
+        print("sequences   shared, ms  apart  ratio", flush=True)
+        for n, length in ((4, 64), (4, 512), (8, 64), (8, 512), (16, 64), (16, 256), (16, 512)):
+            took: dict[Bench, list[float]] = {shared: [], apart: []}
+            sequences = {bench: bench.fill(*[length] * n) for bench in took}
+            for _ in range(40):  # in the first ones the lanes are made
+                for bench, seconds in took.items():
+                    seconds.append(bench.bare_step(sequences[bench], [1] * n) * 1e3)
+            a, b = (statistics.median(seconds) for seconds in took.values())
+            print(f"{n:2} at {length:4}  {a:10.1f}  {b:5.1f}  {b / a:.2f}", flush=True)
+        apart.engine.close()
+        shared.engine.close()
+
+
+PARTS = (step_overhead, sharing, beside_remembered, constrained, attention, lanes)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ class Sizes:
     """Words are about as many tokens."""
 
     n_answer: int = 40
+    n_long_answer: int = 200
     n_cold_words: int = 600
     n_prefix_words: int = 450
     n_users: int = 6
@@ -30,7 +31,7 @@ class Sizes:
 
 
 # for a test: everything once, on whatever model, in no time
-QUICK = Sizes(n_answer=8, n_cold_words=20, n_prefix_words=20, n_users=2, n_turns=2,
+QUICK = Sizes(n_answer=8, n_long_answer=8, n_cold_words=20, n_prefix_words=20, n_users=2, n_turns=2,
               n_intruder_words=40, n_watched=2)  # fmt: skip
 
 
@@ -65,17 +66,27 @@ def asking(seed: str, n: int, system: str = "") -> list[Message]:
 
 
 def streams(n: int) -> Run:
-    """So many short prompts at once: tokens/s from the first request to the last token."""
+    """So many short prompts at once."""
 
     async def run(client: Client, seed: str, sizes: Sizes) -> Found:
-        started_at = time.perf_counter()
-        replies = await asyncio.gather(
-            *(client.chat(asking(f"{seed}/{n}/{i}", 24), sizes.n_answer) for i in range(n))
-        )
-        seconds = time.perf_counter() - started_at
-        return {f"streams_{n}": sum(reply.n_tokens for reply in replies) / seconds}
+        return {f"streams_{n}": await _tokens_per_s(client, f"{seed}/{n}", n, sizes.n_answer)}
 
     return run
+
+
+async def answers(client: Client, seed: str, sizes: Sizes) -> Found:
+    """As many with longer answers."""
+    n = LEVELS[-1]
+    return {f"answers_{n}": await _tokens_per_s(client, seed, n, sizes.n_long_answer)}
+
+
+async def _tokens_per_s(client: Client, seed: str, n: int, n_answer: int) -> float:
+    """From the first request to the last token."""
+    started_at = time.perf_counter()
+    replies = await asyncio.gather(
+        *(client.chat(asking(f"{seed}/{i}", 24), n_answer) for i in range(n))
+    )
+    return sum(reply.n_tokens for reply in replies) / (time.perf_counter() - started_at)
 
 
 async def cold(client: Client, seed: str, sizes: Sizes) -> Found:
@@ -158,6 +169,10 @@ SCENARIOS = {
             )
             for n in LEVELS
         },
+    ),
+    "answers": Scenario(
+        (answers,),
+        {"answers_16": Metric("16 streams of 200 tokens each, tokens/s", 1.1, True, 1)},
     ),
     "cold": Scenario(
         (cold,), {"cold_first_token_ms": Metric("600-token prompt, first token, ms", 1.05)}
