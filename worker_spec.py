@@ -22,6 +22,7 @@ def worker_spec(
     """What a worker is told, with the values that depend on the model and the machine decided."""
     n_ctx = effective_n_ctx(settings, model)
     kv_tokens = settings.kv_tokens or default_kv_tokens(n_ctx, settings.n_parallel, model)
+    least = 3 if settings.flash_attention else 2  # answers that gain by cells apart
     encoder = None
     if model.kind != "chat":
         encoder = wire.EncoderSpec(
@@ -41,7 +42,7 @@ def worker_spec(
         n_parallel=settings.n_parallel,
         kv_tokens=kv_tokens,
         lane_tokens=lane_tokens(n_ctx, settings.n_parallel, kv_tokens, model)
-        if settings.backend == "llamacpp" and model.kind == "chat" and settings.n_parallel > 2
+        if settings.backend == "llamacpp" and model.kind == "chat" and settings.n_parallel >= least
         else 0,
         n_batch=settings.n_batch,
         n_threads=settings.n_threads or default_n_threads(),

@@ -138,11 +138,11 @@ _MAX_TEXT_BYTES = 1 << 24
 _MAX_LAYERS = 1 << 12
 _MAX_NUMBER = (1 << 31) - 1
 
-# Metadata and tensors of models with sliding windows, with states in the place of cells, and with
-# one set of RoPE factors for short contexts and one for long ones.
+# Metadata and tensors of models with sliding windows, with states in the place of cells or beside
+# them, and with RoPE scaled for long contexts: it may go by the size of the context.
 _OTHER_CELLS = re.compile(
     r"\.sliding_window|\.ssm[._]|\.wkv|\.token_shift|\.shortconv|\.original_context_length"
-    r"|rope_factors_long"
+    r"|\.indexer\.|rope_factors_long"
 )
 _ARCHITECTURE_NAME = re.compile(r"[\w.-]{1,64}")
 _SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")

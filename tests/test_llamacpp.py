@@ -80,7 +80,8 @@ def test_sixteen_streams_at_once_say_what_each_says_alone(
     prompts = [ids(engine, f"Once upon a time, {i} years ago, there was") for i in range(16)]
     together = generate(engine, dict(enumerate(prompts)), n_tokens)
     if lane_tokens:
-        assert lanes_of(engine)._buffer.nbytes  # cells were copied
+        assert lanes_of(engine)._buffer.nbytes  # cells were copied,
+        assert lanes_of(engine)._n_cells  # and none failed
     engine.close()
     alone = [say_alone(model, prompt, n_tokens) for prompt in prompts]
     n_differ = differ_by_rounding(model, prompts, alone, list(together.values()))
@@ -125,7 +126,8 @@ def test_shared_forked_and_remembered_cells_say_what_fresh_ones_say(
             if len(tokens[number]) == 20:
                 engine.cancel(number)
     if lane_tokens:
-        assert lanes_of(engine)._buffer.nbytes  # cells were copied
+        assert lanes_of(engine)._buffer.nbytes  # cells were copied,
+        assert lanes_of(engine)._n_cells  # and none failed
     engine.close()
     assert all(n >= 90 for number, n in n_cached.items() if number < 105), n_cached
     assert all(n >= 40 for n in n_cached.values()), n_cached

@@ -585,6 +585,7 @@ def test_sequences_have_cells_apart_where_looking_for_them_takes_long(
         ({}, SMALL, True),
         ({"n_parallel": 3}, SMALL, True),
         ({"n_parallel": 2}, SMALL, False),
+        ({"n_parallel": 2, "flash_attention": False}, SMALL, True),
         ({"backend": "mlx"}, SMALL, False),
         ({}, replace(SMALL, kind="embedding"), False),
     ],

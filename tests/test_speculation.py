@@ -371,7 +371,8 @@ def test_guesses_change_nothing_that_a_model_says(smollm2: Path) -> None:
             for number, sampling in ((0, GREEDY), (1, seeded))
         ]
         together = generate(engine, prompts, 16)
-        assert lanes_of(engine)._buffer.nbytes  # cells were copied
+        assert lanes_of(engine)._buffer.nbytes  # cells were copied,
+        assert lanes_of(engine)._n_cells  # and none failed
         engine.close()
         return alone, [together[number] for number in prompts], n_right
 

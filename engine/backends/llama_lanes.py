@@ -35,7 +35,7 @@ NO_CELLS = 4  # bytes of a stream in which the sequence has none: their number
 
 class Lanes:
     """Implements `engine.backends.base.Memory` over a home and a context with a lane for each of
-    `n_lanes` sequences, which is made when it is first wanted. The lanes in use are the first."""
+    `n_lanes` sequences, which is made when it is first wanted."""
 
     def __init__(
         self,
@@ -58,10 +58,9 @@ class Lanes:
         self._opener = ThreadPoolExecutor(1)
         self._opening: Future[Any | None] | None = None
         self._memory: Any = None
-        self._slots: list[int] = []  # whose sequence a lane has
+        self._lanes: dict[int, int] = {}  # by slot
         self._n_home: dict[int, int] = {}  # by slot in a lane: its first cells, which are at home
         self._buffer = np.empty(0, np.uint8)  # to copy through
-        self._is_broken = False
 
     def close(self) -> None:
         if self._opening and (context := self._opening.result()):
@@ -70,21 +69,23 @@ class Lanes:
     def choose(self, batch: Batch) -> dict[int, Chunk]:
         """What of a step is to be computed in lanes, by lane. The others have their cells at
         home."""
-        if self._is_broken:
-            raise RuntimeError("cells were lost")
         chosen = self._worth_lanes(batch)
         if chosen and self.context is None:
             self._open()
         if self.context is None:
             return {}
         for chunk in batch.chunks:
-            if chunk.slot in self._n_home and chunk.slot not in chosen:
+            if chunk.slot in self._lanes and chunk.slot not in chosen:
                 self._bring_home(chunk.slot)
         for slot, chunk in chosen.items():
-            if slot not in self._n_home:
+            if slot not in self._lanes and self._n_cells:
                 self._lift(slot, chunk.start)
-        # what lies between them, of who has ended, costs one more pass until it is moved out
-        return {lane: chosen[slot] for lane, slot in enumerate(self._slots) if slot in chosen}
+        if chosen:
+            self._close_gaps()
+        by_lane = {
+            self._lanes[slot]: chunk for slot, chunk in chosen.items() if slot in self._lanes
+        }
+        return dict(sorted(by_lane.items()))
 
     def _worth_lanes(self, batch: Batch) -> dict[int, Chunk]:
         """By slot, the chunks for lanes: all that fit, or none."""
@@ -93,9 +94,9 @@ class Lanes:
         n_looked_at = batch.n_held * len(lengths)  # if all are at home
         if len(lengths) >= self._least and n_looked_at >= self._least * sum(lengths):
             return fitting
-        # or they are there and can go on: at home a step for others would come on top
-        is_there = any(slot in self._n_home for slot in fitting)
-        return fitting if is_there and len(fitting) == len(batch.chunks) else {}
+        # or some are there and all can go on: at home a step for others would come on top
+        can_go_on = len(fitting) == len(batch.chunks) and fitting.keys() & self._lanes.keys()
+        return fitting if lengths and can_go_on else {}
 
     def _fits(self, chunk: Chunk) -> bool:
         return len(chunk.sequence.tokens) + MOST <= self._n_cells
@@ -103,9 +104,8 @@ class Lanes:
     # a memory
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        if slot in self._n_home and n_tokens >= self._n_home[slot]:
-            lane = self._slots.index(slot)
-            return bool(lib.llama_memory_seq_rm(self._memory, lane, n_tokens, -1))
+        if slot in self._lanes and n_tokens >= self._n_home[slot]:
+            return bool(lib.llama_memory_seq_rm(self._memory, self._lanes[slot], n_tokens, -1))
         self._leave(slot)
         return self._home.truncate(slot, n_tokens)
 
@@ -126,7 +126,7 @@ class Lanes:
 
     def _want(self, slot: int, n_tokens: int) -> None:
         """Somebody wants the first cells of a slot at home."""
-        if slot in self._n_home and n_tokens > self._n_home[slot]:
+        if slot in self._lanes and n_tokens > self._n_home[slot]:
             self._bring_home(slot)
 
     # between home and lanes
@@ -148,8 +148,8 @@ class Lanes:
         self._n_cells = 0
 
     def _lift(self, slot: int, n_tokens: int) -> None:
-        """Copy the cells of a slot into the next lane. It stays at home where that fails."""
-        n = state_size(self._home.context, slot)
+        """Copy the cells of a slot into a free lane. It stays at home where that fails."""
+        n, lane = state_size(self._home.context, slot), self._free_lane()
         try:
             state = self._room(n + NO_CELLS * (self._n_lanes - 1))
         except MemoryError:
@@ -158,51 +158,53 @@ class Lanes:
         state[n:] = 0
         is_read = read_state(self._home.context, slot, state[:n])
         state[HEAD - 4 : HEAD].view(np.uint32)[0] = self._n_lanes
-        if is_read and write_state(self.context, len(self._slots), state):
-            self._slots.append(slot)
-            self._n_home[slot] = n_tokens
+        if is_read and write_state(self.context, lane, state):
+            self._lanes[slot], self._n_home[slot] = lane, n_tokens
         else:
             self._give_up("Cells cannot be copied")
 
+    def _close_gaps(self) -> None:
+        """Only neighbours are computed together. Of those that are not in a step some may lie
+        between, until they are moved out."""
+        while (free := self._free_lane()) < len(self._lanes):
+            slot = max(self._lanes, key=self._lanes.__getitem__)
+            lane = self._lanes[slot]
+            state = self._room(state_size(self.context, lane))
+            if not (
+                read_state(self.context, lane, state) and write_state(self.context, free, state)
+            ):
+                self._give_up("Cells cannot be copied")
+                return
+            lib.llama_memory_seq_rm(self._memory, lane, -1, -1)
+            self._lanes[slot] = free
+
     def _bring_home(self, slot: int) -> None:
         """Copy home what is there of a lane's sequence alone, and free the lane."""
-        lane, n_home = self._slots.index(slot), self._n_home[slot]
+        lane, n_home = self._lanes[slot], self._n_home[slot]
         end = lib.llama_memory_seq_pos_max(self._memory, lane) + 1
         if end > n_home:
             self._room(state_size(self.context, lane))  # or fail before anything is changed
             lib.llama_memory_seq_rm(self._memory, lane, 0, n_home)
-            state = self._state(lane)
+            state = self._room(state_size(self.context, lane))
+            is_read = read_state(self.context, lane, state)
             head, n_before = state[:HEAD].copy(), NO_CELLS * lane
             head[HEAD - 4 :].view(np.uint32)[0] = 1
             state = state[n_before : state.nbytes - NO_CELLS * (self._n_lanes - 1) + n_before]
             state[:HEAD] = head
-            self._must(self._home.load(slot, state, n_home, end))
+            if not (is_read and self._home.load(slot, state, n_home, end)):
+                raise RuntimeError("llama.cpp cannot copy cells out of a lane")
         self._leave(slot)
 
     def _leave(self, slot: int) -> None:
-        """Free the lane of a slot that has one. The last lane moves to it: only neighbours are
-        computed together."""
-        if slot not in self._n_home:
-            return
-        lane, last = self._slots.index(slot), len(self._slots) - 1
-        if lane != last:
-            state = self._state(last)
-            lib.llama_memory_seq_rm(self._memory, lane, -1, -1)  # a state without cells does not
-            self._must(write_state(self.context, lane, state))
-            self._slots[lane] = self._slots[last]
-        lib.llama_memory_seq_rm(self._memory, last, -1, -1)
-        del self._slots[last], self._n_home[slot]
+        """Free the lane of a slot that has one."""
+        if slot in self._lanes:
+            lib.llama_memory_seq_rm(self._memory, self._lanes.pop(slot), -1, -1)
+            del self._n_home[slot]
 
-    def _state(self, lane: int) -> Bytes:
-        state = self._room(state_size(self.context, lane))
-        self._must(read_state(self.context, lane, state))
-        return state
-
-    def _must(self, is_done: bool) -> None:
-        """A copy has not failed, after which nobody would know who has which cells."""
-        if not is_done:
-            self._is_broken = True
-            raise RuntimeError("llama.cpp cannot copy cells")
+    def _free_lane(self) -> int:
+        """The first; `n_lanes` where there is none."""
+        in_use = set(self._lanes.values())
+        return next(lane for lane in range(self._n_lanes + 1) if lane not in in_use)
 
     def _room(self, n_bytes: int) -> Bytes:
         if n_bytes > self._buffer.nbytes:
