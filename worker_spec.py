@@ -22,7 +22,7 @@ def worker_spec(
     """What a worker is told, with the values that depend on the model and the machine decided."""
     n_ctx = effective_n_ctx(settings, model)
     kv_tokens = settings.kv_tokens or default_kv_tokens(n_ctx, settings.n_parallel, model)
-    least = 3 if settings.flash_attention else 2  # answers that gain by cells apart
+    least = wire.LEAST_IN_LANES if settings.flash_attention else wire.LEAST_IN_PLAIN_LANES
     encoder = None
     if model.kind != "chat":
         encoder = wire.EncoderSpec(

@@ -24,6 +24,8 @@ from engine.types import (
 
 MAX_FRAME_BYTES = 1 << 30
 CELLS = 256  # of a context are a multiple of this
+# Answers at once that gain by cells apart; without flash attention, which computes for all cells
+LEAST_IN_LANES, LEAST_IN_PLAIN_LANES = 3, 2
 PLAIN_TOKENS = 128  # at most have their scores in memory at once, without flash attention
 _LENGTH = struct.Struct("<I")
 

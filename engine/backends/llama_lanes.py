@@ -26,9 +26,6 @@ from engine.types import Batch, Chunk
 
 logger = logging.getLogger("llama.cpp")
 
-# Answers that gain by lanes, where as many times more cells are in use than each one's own. Without
-# flash attention attention is computed for all of them.
-LEAST, LEAST_PLAIN = 3, 2
 HEAD = 12  # bytes of a state before its streams: a mark, the sequence, the number of streams
 NO_CELLS = 4  # bytes of a stream in which the sequence has none: their number
 
@@ -44,12 +41,11 @@ class Lanes:
         n_cells: int,
         new_context: Callable[[], Any | None],
         threads: ContextThreads,
-        *,
-        is_flash: bool,
+        least: int,
     ) -> None:
         self.context: Any | None = None
         self.is_cells, self.block = home.is_cells, home.block
-        self._least = LEAST if is_flash else LEAST_PLAIN
+        self._least = least  # answers, and times more cells in use than each one's own
         self._home = home
         self._n_lanes = n_lanes
         self._n_cells = n_cells  # 0 when it is known that there are no lanes

@@ -20,7 +20,7 @@ from engine.batch_engine import BatchEngine
 from engine.prefix import Saved
 from engine.sampling import Rules, logprobs
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
-from engine.wire import PLAIN_TOKENS, WorkerSpec
+from engine.wire import LEAST_IN_LANES, LEAST_IN_PLAIN_LANES, PLAIN_TOKENS, WorkerSpec
 from errors import ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
@@ -170,8 +170,9 @@ class LlamaDecoder:
             new_lanes = partial(
                 new_context, n_ctx=n_ctx, n_seq_max=spec.n_parallel, is_unified=False
             )
+            least = LEAST_IN_LANES if is_flash else LEAST_IN_PLAIN_LANES
             self._memory = self._lanes = Lanes(
-                home, spec.n_parallel, spec.lane_tokens, new_lanes, self._threads, is_flash=is_flash
+                home, spec.n_parallel, spec.lane_tokens, new_lanes, self._threads, least
             )
         self.is_cells, self.block = is_cells, block
         self.n_cells: int = lib.llama_n_ctx(self._context)
