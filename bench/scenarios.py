@@ -28,11 +28,13 @@ class Sizes:
     n_turns: int = 4
     n_intruder_words: int = 2900
     n_watched: int = 4
+    n_passage_words: int = 850
+    n_passage_answer: int = 60
 
 
 # for a test: everything once, on whatever model, in no time
 QUICK = Sizes(n_answer=8, n_long_answer=8, n_cold_words=20, n_prefix_words=20, n_users=2, n_turns=2,
-              n_intruder_words=40, n_watched=2)  # fmt: skip
+              n_intruder_words=40, n_watched=2, n_passage_words=20, n_passage_answer=8)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,24 @@ async def prefix(client: Client, seed: str, sizes: Sizes) -> Found:
     wall_s = time.perf_counter() - started_at
     first_s = [reply.first_token_s for reply in replies]
     return {"prefix_wall_s": wall_s, "prefix_first_token_ms": 1e3 * float(np.median(first_s))}
+
+
+async def passages(client: Client, seed: str, sizes: Sizes) -> Found:
+    """Eight at once that each ask about passages of their own, as after a search."""
+    started_at = time.perf_counter()
+    replies = await asyncio.gather(
+        *(
+            client.chat(asking(f"{seed}/{i}", sizes.n_passage_words), sizes.n_passage_answer)
+            for i in range(8)
+        )
+    )
+    first_s = [reply.first_token_s for reply in replies]
+    gaps_s = [gap_s for reply in replies for gap_s in reply.gaps_s(0.0)]
+    return {
+        "passages_wall_s": time.perf_counter() - started_at,
+        "passages_first_token_s": float(np.median(first_s)),
+        "passages_gap_p99_ms": 1e3 * float(np.percentile(gaps_s or [0.0], 99)),
+    }
 
 
 async def conversations(client: Client, seed: str, sizes: Sizes) -> Found:
@@ -182,6 +202,16 @@ SCENARIOS = {
         {
             "prefix_wall_s": Metric("8 requests with one prefix, wall, s", 0.15, digits=2),
             "prefix_first_token_ms": Metric("8 requests with one prefix, first token, ms", 0.15),
+        },
+    ),
+    "passages": Scenario(
+        (passages,),
+        {
+            "passages_wall_s": Metric("8 requests with 900 tokens of their own, wall, s", digits=1),
+            "passages_first_token_s": Metric(
+                "8 requests with 900 tokens of their own, first token, s", digits=1
+            ),
+            "passages_gap_p99_ms": Metric("gap between tokens meanwhile, p99, ms"),
         },
     ),
     "conversations": Scenario(

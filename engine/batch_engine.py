@@ -32,7 +32,7 @@ class BatchEngine:
             n_slots=spec.n_parallel,
             n_cells=n_cells,
             n_batch=n_batch,
-            pace=Pace(spec.max_stall_s),
+            pace=Pace(spec.max_stall_s, has_tiles=spec.flash_attention),
             tree=PrefixTree(spec.prefix_cache_bytes),
             speculation=Speculation() if spec.speculates else None,
         )

@@ -156,19 +156,20 @@ def test_a_step_that_raises_fails_who_was_in_it_and_the_others_go_on(
     assert said == expected
 
 
+@pytest.mark.parametrize(("n_allowed", "n_each"), [(0, 6), (4, 6), (20, 7)])
 def test_prompts_that_share_a_step_have_no_less_than_it_may_have(
-    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch, n_allowed: int, n_each: int
 ) -> None:
-    """Or nothing would be learned from steps of so few tokens."""
+    """Or nothing would be learned from steps of so few tokens. And they get on in any case."""
     engine = load(tiny_mlx)
     n_prefilled: list[int] = []
-    monkeypatch.setattr(engine._pace, "n_prefill", lambda n_decodes: 4)
+    monkeypatch.setattr(engine._pace, "n_prefill", lambda n_decodes: n_allowed)
     monkeypatch.setattr(engine._pace, "observe", lambda _, n, seconds: n_prefilled.append(n))
     for number in range(3):
         engine.admit(number, [300 + number + i for i in range(40)], GREEDY)
-    while len(n_prefilled) < 6:
+    while len(n_prefilled) < 5:
         engine.step()
-    assert n_prefilled[-1] == 6
+    assert n_prefilled[-1] == 3 * n_each
 
 
 def test_a_model_that_fails_again_and_again_is_given_up(

@@ -4,20 +4,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.pace import ALONE, MIN_IF_SET, MIN_TOKENS, PROBE_TOKENS, SHARE, TILE, Pace
+from engine.pace import ALONE, DEEP_S, MIN_BESIDE, MIN_TOKENS, PROBE_TOKENS, SHARE, TILE, Pace
 
 
 def taught(
     decode_s: float, token_s: float, n_decodes: int = 4, max_stall_s: float | None = 0.2
 ) -> Pace:
-    pace = Pace(max_stall_s)
+    pace = Pace(max_stall_s, has_tiles=True)
     pace.observe(n_decodes, 0, decode_s)
     pace.observe(0, 100, 100 * token_s)
     return pace
 
 
 def test_the_first_prompt_is_probed() -> None:
-    assert Pace(0.2).n_prefill(0) == PROBE_TOKENS
+    assert Pace(0.2, has_tiles=True).n_prefill(0) == PROBE_TOKENS
 
 
 def test_beside_streams_a_step_takes_no_longer_than_it_may() -> None:
@@ -72,9 +72,76 @@ def test_what_streams_hide_of_a_cost_is_not_the_least_that_there_was() -> None:
     assert pace.n_prefill(0) == MIN_TOKENS
 
 
+def beside_streams(
+    pace: Pace, *, decode_s: float, token_s: float, wide_token_s: float, n_steps: int
+) -> list[tuple[int, float]]:
+    """Prompt tokens and seconds of each step, where tokens of wide steps cost less."""
+    steps = []
+    for _ in range(n_steps):
+        n = pace.n_prefill(4)
+        steps.append((n, decode_s + n * (wide_token_s if n >= TILE else token_s)))
+        pace.observe(4, *steps[-1])
+    return steps
+
+
+def test_deep_in_a_prompt_wide_steps_alternate_with_those_of_the_streams() -> None:
+    pace = taught(decode_s=0.04, token_s=0.005, max_stall_s=None)
+    steps = beside_streams(pace, decode_s=0.04, token_s=0.017, wide_token_s=0.01, n_steps=200)
+    later = steps[50:]
+    assert {n for n, _ in later} == {0, TILE}
+    alone_s = sum(seconds for n, seconds in later if n == 0) / sum(s for _, s in later)
+    assert 0.15 < alone_s < 0.35
+    assert max(seconds for _, seconds in later) < DEEP_S
+
+
+@pytest.mark.parametrize(
+    ("max_stall_s", "has_tiles", "token_s", "wide_token_s", "most_s"),
+    [
+        (0.2, True, 0.017, 0.01, 0.2), (None, False, 0.017, 0.017, 0.12),
+        (None, True, 0.006, 0.0055, 0.12), (None, True, 0.04, 0.02, 0.2),
+    ],
+    ids=["a time is set", "no tiles", "not deep", "too long"],
+)  # fmt: skip
+def test_elsewhere_steps_beside_streams_stay_short(
+    max_stall_s: float | None, has_tiles: bool, token_s: float, wide_token_s: float, most_s: float
+) -> None:
+    pace = Pace(max_stall_s, has_tiles=has_tiles)
+    pace.observe(4, 0, 0.04)
+    pace.observe(0, 100, 100 * 0.005)
+    costs = {"token_s": token_s, "wide_token_s": wide_token_s}
+    later = beside_streams(pace, decode_s=0.04, n_steps=200, **costs)[50:]
+    assert max(seconds for _, seconds in later) < most_s * 1.01
+    assert sum(n for n, _ in later) > MIN_BESIDE * 75
+
+
+def test_after_a_deep_prompt_the_next_has_short_steps_again() -> None:
+    pace = taught(decode_s=0.04, token_s=0.005, max_stall_s=None)
+    beside_streams(pace, decode_s=0.04, token_s=0.017, wide_token_s=0.01, n_steps=100)
+    later = beside_streams(pace, decode_s=0.04, token_s=0.006, wide_token_s=0.0055, n_steps=60)
+    assert max(seconds for _, seconds in later[30:]) < 0.13
+
+
+def test_streams_that_waited_for_long_hold_up_prompts_for_a_moment_only() -> None:
+    pace = taught(decode_s=0.05, token_s=0.001, max_stall_s=None)
+    pace.observe(4, 100, 3600.0)  # the machine slept
+    n_steps = 0
+    while pace.n_prefill(4) == 0:
+        pace.observe(4, 0, 0.05)
+        n_steps += 1
+    assert 1 <= n_steps <= 10
+
+
+def test_without_streams_nothing_is_owed() -> None:
+    pace = taught(decode_s=0.05, token_s=0.001, max_stall_s=None)
+    pace.observe(4, 100, 1.0)
+    assert pace.n_prefill(4) == 0
+    pace.observe(0, 100, 0.1)
+    assert pace.n_prefill(4) > 0
+
+
 def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:
     assert taught(decode_s=0.5, token_s=0.001).n_prefill(4) == int(SHARE * 0.5 / 0.001)
-    assert taught(decode_s=0.5, token_s=0.1).n_prefill(4) == MIN_IF_SET
+    assert taught(decode_s=0.5, token_s=0.1).n_prefill(4) == MIN_BESIDE
 
 
 def test_where_no_time_is_set_it_is_three_gaps_of_the_streams_or_60_ms() -> None:
@@ -84,7 +151,7 @@ def test_where_no_time_is_set_it_is_three_gaps_of_the_streams_or_60_ms() -> None
 
 
 def test_where_no_time_is_set_prompts_get_on_and_take_their_time_alone() -> None:
-    assert taught(decode_s=0.015, token_s=0.02, max_stall_s=None).n_prefill(1) == MIN_TOKENS
+    assert taught(decode_s=0.015, token_s=0.02, max_stall_s=None).n_prefill(1) == MIN_BESIDE
     assert taught(decode_s=0.05, token_s=0.001, max_stall_s=None).n_prefill(0) == 800
 
 
@@ -96,20 +163,20 @@ def test_the_streams_count_as_the_nearest_number_that_was_measured() -> None:
 
 def test_steps_with_few_prompt_tokens_teach_nothing_about_prompts() -> None:
     pace = taught(decode_s=0.05, token_s=0.001)
-    pace.observe(4, 1, 5.0)
+    pace.observe(4, 1, 0.19)
     assert pace.n_prefill(4) == 150
 
 
 def test_steps_beside_streams_teach_with_as_few_tokens_as_they_may_have() -> None:
     pace = taught(decode_s=0.05, token_s=0.001)
     for _ in range(20):
-        pace.observe(4, MIN_IF_SET, 0.05 + MIN_IF_SET * 0.03)
+        pace.observe(4, MIN_BESIDE, 0.05 + MIN_BESIDE * 0.03)
     assert pace.n_prefill(4) == pytest.approx(0.15 / 0.03, abs=1)
 
 
 def test_alone_so_few_teach_nothing_since_the_step_itself_has_a_price() -> None:
     pace = taught(decode_s=0.05, token_s=0.001)
-    pace.observe(0, MIN_IF_SET, 0.05)
+    pace.observe(0, MIN_BESIDE, 0.05)
     assert pace.n_prefill(4) == 150
 
 
@@ -120,11 +187,11 @@ def test_alone_so_few_teach_nothing_since_the_step_itself_has_a_price() -> None:
     n_decodes=st.integers(1, 16),
 )
 def test_it_learns_whatever_a_step_costs(decode_s: float, token_s: float, n_decodes: int) -> None:
-    pace = Pace(0.2)
+    pace = Pace(0.2, has_tiles=True)
     for step in range(40):
         n = pace.n_prefill(n_decodes)
         if step > 20:
-            floor_s = decode_s + max(MIN_IF_SET * token_s, SHARE * decode_s)
+            floor_s = decode_s + max(MIN_BESIDE * token_s, SHARE * decode_s)
             assert decode_s + n * token_s <= max(0.2, floor_s) * 1.01
         pace.observe(n_decodes, n, decode_s + n * token_s)
         pace.observe(n_decodes, 0, decode_s)

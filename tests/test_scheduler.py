@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.pace import MIN_IF_SET, Pace
+from engine.pace import MIN_BESIDE, Pace
 from engine.scheduler import AGEING
 from engine.types import Batch
 from tests.scheduling import BLOCK, Bench, FixedSpeculation, answer_to, repetitive_token, tokens
@@ -319,7 +319,7 @@ def test_a_long_prompt_ages_and_is_not_starved_by_short_ones() -> None:
 def test_no_step_goes_over_its_budget(token_s: float, decode_s: float, rng: random.Random) -> None:
     """With a real pace, and a cost that the test decides."""
     bench = Bench(n_slots=4, n_cells=4000, n_batch=512)
-    bench.scheduler._pace = Pace(0.2)
+    bench.scheduler._pace = Pace(0.2, has_tiles=True)
     for id in range(1, 30):
         bench.add(id, tokens(10_000 * id, rng.randint(1, 400)), n_wanted=rng.randint(1, 30))
     n_steps = 0
@@ -328,7 +328,7 @@ def test_no_step_goes_over_its_budget(token_s: float, decode_s: float, rng: rand
         n_prefill = batch.n_tokens - batch.n_decodes
         seconds = (decode_s if batch.n_decodes else 0) + n_prefill * token_s
         if n_steps > 8 and batch.n_decodes:
-            assert seconds <= max(0.2, 1.5 * decode_s, decode_s + MIN_IF_SET * token_s) * 1.1
+            assert seconds <= max(0.2, 1.5 * decode_s, decode_s + MIN_BESIDE * token_s) * 1.1
         bench.commit(batch, seconds)
         n_steps += 1
 
