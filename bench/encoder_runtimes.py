@@ -40,7 +40,7 @@ from bench.compare import machine
 from bench.encoders import BATCH_TOKENS, WORDS, ask_nobody, spec_of
 from engine.backends.base import Floats, Ids, load_encoder
 from engine.backends.bert_folder import read_shape, read_weights
-from engine.backends.llamacpp import LlamaLog
+from engine.backends.llama_model import LlamaLog
 from engine.backends.padded import Inputs, groups
 from engine.batcher import Batcher
 from engine.client import SPIN_COUNT

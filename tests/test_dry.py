@@ -9,7 +9,8 @@ import llama_cpp as lib
 import numpy as np
 import pytest
 
-from engine.backends.llamacpp import LlamaDecoder, _Dry
+from engine.backends.llama_sampling import LlamaDry
+from engine.backends.llamacpp import LlamaDecoder
 from engine.dry import Dry
 from engine.types import SamplingParams
 from tests.engines import spec
@@ -74,7 +75,7 @@ def test_the_numbers_are_llama_cpps(tiny: Path) -> None:
             dry_allowed_length=dice.randint(1, 4),
             dry_penalty_last_n=last_n,
         )
-        theirs = _Dry(
+        theirs = LlamaDry(
             vocab,
             sampling.dry_multiplier,
             sampling.dry_base,

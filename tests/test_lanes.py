@@ -13,7 +13,8 @@ import pytest
 
 from engine.backends.base import CacheFull, Engine
 from engine.backends.llama_lanes import Lanes
-from engine.backends.llamacpp import Error, LlamaDecoder
+from engine.backends.llama_model import Error
+from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
 from engine.prefix import Saved
 from engine.speculation import MOST

@@ -19,7 +19,9 @@ from chat.infill import FAMILIES, Marks, infill, marks_of
 from chat.template import ChatTemplate
 from engine import wire
 from engine.backends.base import Engine
-from engine.backends.llamacpp import LlamaDecoder, LlamaLog, LlamaTokenizer
+from engine.backends.llama_model import LlamaLog
+from engine.backends.llama_tokenizer import LlamaTokenizer
+from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
 from engine.client import launch_process
 from engine.grammar import Compiler

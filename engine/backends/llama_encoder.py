@@ -25,17 +25,17 @@ from engine.backends.base import (
     Specials,
     Tokenizer,
 )
-from engine.backends.llama_threads import ContextThreads
-from engine.backends.llamacpp import (
+from engine.backends.llama_model import (
     Error,
     LlamaLog,
-    LlamaTokenizer,
     has_gpu,
     load_model,
     name_of,
     pointer,
     reason_of,
 )
+from engine.backends.llama_threads import ContextThreads
+from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.heads import Heads, missing_heads, read_heads
 from engine.machine import available_bytes
 from engine.model_file import ENCODERS, open_header

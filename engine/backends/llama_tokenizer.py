@@ -1,0 +1,93 @@
+"""The tokenizer of a GGUF."""
+
+import ctypes
+from functools import cached_property
+from typing import Any
+
+import llama_cpp as lib
+
+from engine.backends.llama_model import Error
+
+
+class LlamaTokenizer:
+    """A GGUF's vocabulary. llama.cpp's tokenizer may be called from any thread (llama.h)."""
+
+    def __init__(self, model: Any) -> None:
+        self._vocab = lib.llama_model_get_vocab(model)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        wants_bos = lib.llama_vocab_get_add_bos(self._vocab)
+        self.bos: int | None = lib.llama_vocab_bos(self._vocab) if wants_bos else None
+        self._pieces: dict[int, bytes] = {}
+        # SPM vocabularies put a space before a text
+        first = self._call(b"a", parse_special=False)[:1]
+        self._adds_space = any(self.piece(token)[:1] == b" " for token in first)
+
+    def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
+        data = text.encode()
+        ids = self._call(data, parse_special)
+        if not parse_special and any(lib.llama_vocab_is_control(self._vocab, i) for i in ids):
+            return self._spell(data)  # merges have put one together
+        if continues and self._adds_space and ids and self.piece(ids[0])[:1] == b" ":
+            ids[:1] = self._spell(self.piece(ids[0])[1:])
+        return ids
+
+    def piece(self, token: int) -> bytes:
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self._read_piece(token, with_control=False)
+        return piece
+
+    def literal(self, token: int) -> bytes:
+        return self.piece(token) or self._read_piece(token, with_control=True)
+
+    def ends_generation(self, token: int) -> bool:
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Every token that ends a generation."""
+        return [token for token in range(self.n_vocab) if self.ends_generation(token)]
+
+    def _call(self, data: bytes, parse_special: bool) -> list[int]:
+        n_room = len(data) + 16
+        while True:
+            ids = (lib.llama_token * n_room)()
+            n = lib.llama_tokenize(self._vocab, data, len(data), ids, n_room, False, parse_special)
+            if n >= 0:
+                return list(ids[:n])
+            n_room = -n  # a character can be many tokens: llama.cpp says how many
+
+    @cached_property
+    def _ordinary(self) -> dict[bytes, int]:
+        """Ids of ordinary tokens by piece. Those of single bytes are the last resort."""
+        ids: dict[bytes, int] = {}
+        for mask in (lib.LLAMA_TOKEN_ATTR_NORMAL, lib.LLAMA_TOKEN_ATTR_BYTE):
+            for token in range(self.n_vocab):
+                if lib.llama_vocab_get_attr(self._vocab, token) & mask:
+                    ids.setdefault(self.piece(token), token)
+        return ids
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._ordinary))
+
+    def _spell(self, data: bytes) -> list[int]:
+        """Ids of ordinary tokens whose pieces join to exactly `data`, longest first."""
+        ids, at = [], 0
+        while at < len(data):
+            ends = range(min(at + self._longest, len(data)), at, -1)
+            end = next((end for end in ends if data[at:end] in self._ordinary), at)
+            if end == at:
+                raise Error(f"the vocabulary has no token for {data[at : at + 1]!r}")
+            ids.append(self._ordinary[data[at:end]])
+            at = end
+        return ids
+
+    def _read_piece(self, token: int, *, with_control: bool) -> bytes:
+        n_room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(n_room)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, n_room, 0, with_control)
+            if n >= 0:
+                return buffer.raw[:n]
+            n_room = -n
