@@ -1,9 +1,10 @@
 """How many prompt tokens a step may take, so that running streams keep their pace."""
 
 import math
+from typing import Literal
 
 PROBE_TOKENS = 64  # of the first prompt, before anything was measured
-MIN_TOKENS = 16  # a prompt gets on in every step, whatever the steps cost: fewer cost more each
+MIN_TOKENS = 16  # of a step alone, whatever it costs: fewer cost more each
 MIN_BESIDE = 4  # beside streams, which wait for it
 SHARE = 0.5  # of the streams' own time a prompt may take at least
 GAPS = 3  # times their own may the streams' gap become, where no time is set,
@@ -13,8 +14,12 @@ ALONE = 4  # or so many times the time that is set
 TILE = 64  # tokens and more have their attention computed at half the cost for each,
 STRETCH, STRETCHED_S = 2.5, 2.0  # so for those a step alone may take so much longer, and so long
 FAR, FAR_S = 3, 6.0  # or so long, where a token costs so many times the least: most is attention
-DEEP, DEEP_S = 1.2, 1.0  # and beside streams, from so many times on, so long, if no time is set
+WIDE = TILE + 1  # beside streams: with cells apart one of them is computed with these
+DEEP, DEEP_S = 1.5, 1.0  # and so long beside streams, where wide steps still cost so many times it
+OWED, MOST_OWED_S = 1 / 3, 0.3  # of what such a step takes too long streams have for themselves
 SMOOTHING = 0.3  # weight of the newest measurement
+
+Kind = Literal["alone", "narrow", "wide"]  # of steps; the latter two are beside streams
 
 
 class Pace:
@@ -26,42 +31,52 @@ class Pace:
         self._max_stall_s = max_stall_s
         self._has_tiles = has_tiles
         self._token_s: float | None = None  # of a prompt token
-        self._was_wide = False  # the step that this was measured in, beside streams
-        self._least_token_s = math.inf  # that it has been, in prompts alone
+        self._kind: Kind | None = None  # of the steps that this was measured in
+        self._narrow_s = 0.0  # of a token in the last narrow one
+        self._least_token_s = math.inf  # without attention: the least in prompts alone
         self._decode_s: dict[int, float] = {}  # of a step with so many streams and no prompt
-        self._owed_s = 0.0  # that streams may have for themselves, since they waited too long
+        self._owed_s = 0.0  # to the streams
 
-    def n_prefill(self, n_decodes: int) -> int:
-        """Prompt tokens for the next step beside `n_decodes` streams; 0 where these waited too
-        long before."""
+    def n_prefill(self, n_decodes: int, n_most: int) -> int:
+        """Prompt tokens for the next step beside `n_decodes` streams, `n_most` at most. With tiles
+        it may be none, where the streams waited too long before."""
         if self._token_s is None:
-            return PROBE_TOKENS
+            return min(n_most, PROBE_TOKENS)
         if n_decodes == 0:
-            return max(MIN_TOKENS, int(self._n_alone(self._token_s)))
+            return min(n_most, max(MIN_TOKENS, int(self._n_alone(self._token_s))))
         decode_s = self._expected_s(n_decodes)
         if self._owed_s > decode_s:
             return 0
         n = max(MIN_BESIDE, int((self._stall_s(decode_s) - decode_s) / self._token_s))
-        return TILE if n < TILE and self._is_deep(self._token_s) else n
+        if n < WIDE <= n_most and self._is_deep(self._token_s):
+            n = WIDE
+        return min(n_most, n)
 
     def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
         """A step with so many tokens took so long."""
         decode_s = self._expected_s(n_decodes)
         if n_prefill == 0:
             self._owed_s = max(0.0, self._owed_s - seconds)
-            self._decode_s[n_decodes] = _smooth(self._decode_s.get(n_decodes), seconds)
+            old = self._decode_s.get(n_decodes, seconds)
+            self._decode_s[n_decodes] = _smooth(old, min(seconds, 2 * old))
             return
         if n_decodes == 0:
             self._owed_s = 0.0
-        else:  # a part of what the step took too long; the machine may have slept
-            too_long_s = min(seconds, DEEP_S) - self._stall_s(decode_s)
-            self._owed_s = max(0.0, self._owed_s + too_long_s / GAPS)
+        elif self._has_tiles:
+            owed_s = self._owed_s + OWED * (seconds - self._stall_s(decode_s))
+            self._owed_s = min(max(owed_s, 0.0), MOST_OWED_S)
         if n_prefill >= (MIN_BESIDE if n_decodes else MIN_TOKENS) or self._token_s is None:
             token_s = max(seconds - decode_s, seconds / 10) / n_prefill
-            is_wide = n_decodes > 0 and n_prefill >= TILE
-            is_alike = is_wide == self._was_wide
-            self._token_s = _smooth(self._token_s if is_alike else None, token_s)
-            self._was_wide = is_wide
+            kind: Kind = "narrow" if n_prefill < TILE else "wide"
+            kind = kind if n_decodes else "alone"
+            if kind == "narrow":
+                self._narrow_s = token_s
+            elif kind == "wide" and self._kind == "narrow":
+                # attention should cost half now. If it does not, it is something else that costs
+                without_s = min(2 * token_s - self._narrow_s, self._narrow_s)
+                self._least_token_s = max(self._least_token_s, without_s)
+            self._token_s = _smooth(self._token_s if kind == self._kind else None, token_s)
+            self._kind = kind
             if n_decodes == 0:
                 self._least_token_s = min(self._least_token_s, token_s)
 
@@ -76,9 +91,9 @@ class Pace:
         return max(n, TILE) if is_far and self._max_stall_s is None else n
 
     def _is_deep(self, token_s: float) -> bool:
-        """Most of a token's cost beside streams is attention, and a wide step is worth it."""
-        wide_s = token_s if self._was_wide else token_s / 2
-        is_worth_it = DEEP * self._least_token_s < wide_s <= DEEP_S / TILE
+        """Half of a token's cost beside streams is attention, and a wide step is not too long."""
+        wide_s = token_s if self._kind == "wide" else (token_s + self._least_token_s) / 2
+        is_worth_it = DEEP * self._least_token_s < wide_s <= DEEP_S / WIDE
         return self._has_tiles and self._max_stall_s is None and is_worth_it
 
     def _stall_s(self, decode_s: float) -> float:

@@ -362,10 +362,9 @@ class Scheduler:
         prefilling = [s for s in self._running if s.n_pending > 1]
         if not prefilling:
             return
-        n_decodes = batch.n_decodes
-        n_left = self._n_batch - batch.n_tokens
+        n_left = min(self._n_batch - batch.n_tokens, sum(s.n_pending for s in prefilling))
         if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time
-            n_left = min(n_left, self._pace.n_prefill(n_decodes))
+            n_left = self._pace.n_prefill(batch.n_decodes, n_left)
         while self._cells.n_free - batch.n_tokens < n_left and self._idle():
             self._make_room()
         n_left = min(n_left, self._cells.n_free - batch.n_tokens)

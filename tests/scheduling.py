@@ -71,8 +71,8 @@ class FixedPace(Pace):
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
 
-    def n_prefill(self, n_decodes: int) -> int:
-        return self.n_tokens
+    def n_prefill(self, n_decodes: int, n_most: int) -> int:
+        return min(self.n_tokens, n_most)
 
     def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
         assert n_decodes == 0 or n_prefill <= self.n_tokens

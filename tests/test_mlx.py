@@ -163,7 +163,7 @@ def test_prompts_that_share_a_step_have_no_less_than_it_may_have(
     """Or nothing would be learned from steps of so few tokens. And they get on in any case."""
     engine = load(tiny_mlx)
     n_prefilled: list[int] = []
-    monkeypatch.setattr(engine._pace, "n_prefill", lambda n_decodes: n_allowed)
+    monkeypatch.setattr(engine._pace, "n_prefill", lambda n_decodes, n_most: n_allowed)
     monkeypatch.setattr(engine._pace, "observe", lambda _, n, seconds: n_prefilled.append(n))
     for number in range(3):
         engine.admit(number, [300 + number + i for i in range(40)], GREEDY)

@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.pace import MIN_BESIDE, Pace
+from engine.pace import MIN_BESIDE, TILE, Pace
 from engine.scheduler import AGEING
 from engine.types import Batch
 from tests.scheduling import BLOCK, Bench, FixedSpeculation, answer_to, repetitive_token, tokens
@@ -331,6 +331,30 @@ def test_no_step_goes_over_its_budget(token_s: float, decode_s: float, rng: rand
             assert seconds <= max(0.2, 1.5 * decode_s, decode_s + MIN_BESIDE * token_s) * 1.1
         bench.commit(batch, seconds)
         n_steps += 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(token_s=st.floats(0.001, 0.05), decode_s=st.floats(0.001, 0.1), rng=st.randoms())
+def test_prompts_and_streams_get_on_where_wide_steps_alternate(
+    token_s: float, decode_s: float, rng: random.Random
+) -> None:
+    """With a real pace, and attention that costs more the further a prompt is."""
+    bench = Bench(n_slots=4, n_cells=4000, n_batch=512)
+    bench.scheduler._pace = Pace(None, has_tiles=True)
+    for id in range(1, 12):
+        bench.add(id, tokens(10_000 * id, rng.randint(1, 900)), n_wanted=rng.randint(1, 30))
+    n_steps = n_waiting = 0
+    while not bench.scheduler.idle:
+        batch = bench.plan()
+        n_prefill = batch.n_tokens - batch.n_decodes
+        is_held_up = n_prefill == 0 and any(s.n_pending > 1 for s in bench.scheduler._running)
+        n_waiting = n_waiting + 1 if is_held_up else 0
+        assert n_waiting * decode_s < 0.5 + 2 * decode_s
+        attention = max((chunk.start for chunk in batch.chunks), default=0) / 100
+        cost_s = token_s * (1 + attention / (2 if n_prefill >= TILE else 1))
+        bench.commit(batch, (decode_s if batch.n_decodes else 0) + n_prefill * cost_s)
+        n_steps += 1
+        assert n_steps < 5_000
 
 
 # a failed batch

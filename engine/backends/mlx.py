@@ -186,8 +186,8 @@ class MlxEngine:
         n_prefill = self._n_alone
         if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time
             # a prompt has a pass of its own in every step, which has a price
-            n_prefill = max(MIN_TOKENS, self._pace.n_prefill(n_decodes))
-            n_prefill = min(self._spec.n_batch, n_prefill)
+            n_allowed = self._pace.n_prefill(n_decodes, self._spec.n_batch)
+            n_prefill = min(max(MIN_TOKENS, n_allowed), self._spec.n_batch)
         started_at = time.perf_counter()
         try:
             told, n_prefilled = self._rows.step(n_prefill)
