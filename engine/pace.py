@@ -16,6 +16,7 @@ STRETCH, STRETCHED_S = 2.5, 2.0  # so for those a step alone may take so much lo
 FAR, FAR_S = 3, 6.0  # or so long, where a token costs so many times the least: most is attention
 WIDE = TILE + 1  # beside streams: with cells apart one of them is computed with these
 DEEP, DEEP_S = 1.5, 1.0  # and so long beside streams, where wide steps still cost so many times it
+CHEAPER = 0.85  # at most a token costs in a wide step, of what it did, where that is true
 OWED, MOST_OWED_S = 1 / 3, 0.3  # of what such a step takes too long streams have for themselves
 SMOOTHING = 0.3  # weight of the newest measurement
 
@@ -71,8 +72,8 @@ class Pace:
             kind = kind if n_decodes else "alone"
             if kind == "narrow":
                 self._narrow_s = token_s
-            elif kind == "wide" and self._kind == "narrow":
-                # attention should cost half now. If it does not, it is something else that costs
+            elif (self._kind, kind) == ("narrow", "wide") and token_s > CHEAPER * self._narrow_s:
+                # it was something else than attention that cost so much
                 without_s = min(2 * token_s - self._narrow_s, self._narrow_s)
                 self._least_token_s = max(self._least_token_s, without_s)
             self._token_s = _smooth(self._token_s if kind == self._kind else None, token_s)
