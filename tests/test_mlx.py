@@ -156,12 +156,19 @@ def test_a_step_that_raises_fails_who_was_in_it_and_the_others_go_on(
     assert said == expected
 
 
-@pytest.mark.parametrize(("n_allowed", "n_each"), [(0, 6), (4, 6), (20, 7)])
+@pytest.mark.parametrize(
+    ("max_stall_s", "n_allowed", "n_each"), [(None, 0, 6), (None, 4, 6), (None, 20, 7), (0.2, 4, 2)]
+)
 def test_prompts_that_share_a_step_have_no_less_than_it_may_have(
-    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch, n_allowed: int, n_each: int
+    tiny_mlx: Path,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    max_stall_s: float | None,
+    n_allowed: int,
+    n_each: int,
 ) -> None:
     """Or nothing would be learned from steps of so few tokens. And they get on in any case."""
-    engine = load(tiny_mlx)
+    engine = load(tiny_mlx, max_stall_s=max_stall_s)
     n_prefilled: list[int] = []
     monkeypatch.setattr(engine._pace, "n_prefill", lambda n_decodes, n_most: n_allowed)
     monkeypatch.setattr(engine._pace, "observe", lambda _, n, seconds: n_prefilled.append(n))

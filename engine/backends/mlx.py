@@ -24,7 +24,7 @@ from engine.backends.mlx_tokenizer import MlxTokenizer
 from engine.cells import view
 from engine.chat_folder import read_chat_folder
 from engine.model_file import ModelFile
-from engine.pace import MIN_TOKENS, Pace
+from engine.pace import MIN_BESIDE, MIN_TOKENS, Pace
 from engine.prefix import Tokens, n_common
 from engine.types import SamplingParams, StepResult
 from engine.wire import WorkerSpec
@@ -145,6 +145,8 @@ class MlxEngine:
         self.n_parallel = spec.n_parallel
         self._prompts = Prompts(spec.prefix_cache_bytes)
         self._pace = Pace(spec.max_stall_s, has_tiles=False)
+        # a prompt has a pass of its own in every step, which has a price
+        self._n_least = MIN_TOKENS if spec.max_stall_s is None else MIN_BESIDE
         self._waiting: list[Live] = []  # both by rank, then by age: ids grow with arrival
         self._running: list[Live] = []
         self._n_failed_steps = 0
@@ -185,9 +187,8 @@ class MlxEngine:
         n_decodes = sum(live.is_decoding for live in self._running)
         n_prefill = self._n_alone
         if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time
-            # a prompt has a pass of its own in every step, which has a price
             n_allowed = self._pace.n_prefill(n_decodes, self._spec.n_batch)
-            n_prefill = min(max(MIN_TOKENS, n_allowed), self._spec.n_batch)
+            n_prefill = min(max(self._n_least, n_allowed), self._spec.n_batch)
         started_at = time.perf_counter()
         try:
             told, n_prefilled = self._rows.step(n_prefill)
