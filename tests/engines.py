@@ -60,10 +60,12 @@ def generate(
     prompts: Mapping[int, list[int]],
     n_tokens: int,
     sampling: SamplingParams = GREEDY,
+    *,
+    reuses: bool = True,
 ) -> dict[int, list[int]]:
     """What the engine says to all prompts at once, up to `n_tokens` each."""
     for number, prompt in prompts.items():
-        engine.admit(number, list(prompt), sampling)
+        engine.admit(number, list(prompt), sampling, reuses=reuses)
     tokens: dict[int, list[int]] = {number: [] for number in prompts}
     while not engine.idle:
         result = engine.step()
