@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,11 +84,24 @@ async def answers(client: Client, seed: str, sizes: Sizes) -> Found:
 
 async def _tokens_per_s(client: Client, seed: str, n: int, n_answer: int) -> float:
     """From the first request to the last token."""
+    replies, wall_s = await _at_once(client, seed, n, 24, n_answer)
+    return sum(reply.n_tokens for reply in replies) / wall_s
+
+
+async def _at_once(
+    client: Client, seed: str, n: int, n_words: int, n_answer: int, system: str = ""
+) -> tuple[list[Reply], float]:
+    """So many requests, and the seconds until the last is answered."""
     started_at = time.perf_counter()
     replies = await asyncio.gather(
-        *(client.chat(asking(f"{seed}/{i}", 24), n_answer) for i in range(n))
+        *(client.chat(asking(f"{seed}/{i}", n_words, system), n_answer) for i in range(n))
     )
-    return sum(reply.n_tokens for reply in replies) / (time.perf_counter() - started_at)
+    return replies, time.perf_counter() - started_at
+
+
+def _gap_p99_ms(replies: Sequence[Reply], since_s: float = 0.0) -> float:
+    gaps_s = [gap_s for reply in replies for gap_s in reply.gaps_s(since_s)]
+    return 1e3 * float(np.percentile(gaps_s or [0.0], 99))
 
 
 async def cold(client: Client, seed: str, sizes: Sizes) -> Found:
@@ -101,30 +114,18 @@ async def prefix(client: Client, seed: str, sizes: Sizes) -> Found:
     """Eight at once with a common beginning that has been seen once."""
     system = words(f"{seed}/system", sizes.n_prefix_words)
     await client.chat(asking(f"{seed}/before", 12, system), 4)
-    started_at = time.perf_counter()
-    replies = await asyncio.gather(
-        *(client.chat(asking(f"{seed}/{i}", 12, system), 16) for i in range(8))
-    )
-    wall_s = time.perf_counter() - started_at
+    replies, wall_s = await _at_once(client, seed, 8, 12, 16, system)
     first_s = [reply.first_token_s for reply in replies]
     return {"prefix_wall_s": wall_s, "prefix_first_token_ms": 1e3 * float(np.median(first_s))}
 
 
 async def passages(client: Client, seed: str, sizes: Sizes) -> Found:
     """Eight at once that each ask about passages of their own, as after a search."""
-    started_at = time.perf_counter()
-    replies = await asyncio.gather(
-        *(
-            client.chat(asking(f"{seed}/{i}", sizes.n_passage_words), sizes.n_passage_answer)
-            for i in range(8)
-        )
-    )
-    first_s = [reply.first_token_s for reply in replies]
-    gaps_s = [gap_s for reply in replies for gap_s in reply.gaps_s(0.0)]
+    replies, wall_s = await _at_once(client, seed, 8, sizes.n_passage_words, sizes.n_passage_answer)
     return {
-        "passages_wall_s": time.perf_counter() - started_at,
-        "passages_first_token_s": float(np.median(first_s)),
-        "passages_gap_p99_ms": 1e3 * float(np.percentile(gaps_s or [0.0], 99)),
+        "passages_wall_s": wall_s,
+        "passages_first_token_s": float(np.median([reply.first_token_s for reply in replies])),
+        "passages_gap_p99_ms": _gap_p99_ms(replies),
     }
 
 
@@ -172,9 +173,8 @@ async def gap(client: Client, seed: str, sizes: Sizes) -> Found:
     intruder = await client.chat(asking(f"{seed}/long", sizes.n_intruder_words), 4)
     is_over.set()
     replies = await asyncio.gather(*watched)
-    gaps_s = [gap_s for reply in replies for gap_s in reply.gaps_s(since_s)]
     return {
-        "gap_p99_ms": 1e3 * float(np.percentile(gaps_s or [0.0], 99)),
+        "gap_p99_ms": _gap_p99_ms(replies, since_s),
         "gap_intruder_first_token_ms": 1e3 * intruder.first_token_s,
     }
 

@@ -10,9 +10,14 @@ MOST = 4096  # tokens that a step may have
 
 
 def taught(
-    decode_s: float, token_s: float, n_decodes: int = 4, max_stall_s: float | None = 0.2
+    decode_s: float,
+    token_s: float,
+    n_decodes: int = 4,
+    max_stall_s: float | None = 0.2,
+    *,
+    has_tiles: bool = True,
 ) -> Pace:
-    pace = Pace(max_stall_s, has_tiles=True)
+    pace = Pace(max_stall_s, has_tiles=has_tiles)
     pace.observe(n_decodes, 0, decode_s)
     pace.observe(0, 100, 100 * token_s)
     return pace
@@ -114,9 +119,7 @@ def test_deep_in_a_prompt_wide_steps_alternate_with_those_of_the_streams() -> No
 def test_elsewhere_steps_beside_streams_stay_short(
     max_stall_s: float | None, has_tiles: bool, token_s: float, wide_token_s: float, most_s: float
 ) -> None:
-    pace = Pace(max_stall_s, has_tiles=has_tiles)
-    pace.observe(4, 0, 0.04)
-    pace.observe(0, 100, 100 * 0.005)
+    pace = taught(0.04, 0.005, max_stall_s=max_stall_s, has_tiles=has_tiles)
     costs = {"token_s": token_s, "wide_token_s": wide_token_s}
     later = beside_streams(pace, decode_s=0.04, n_steps=200, **costs)[50:]
     assert max(seconds for _, seconds in later) < most_s * 1.01
@@ -127,9 +130,8 @@ def test_elsewhere_steps_beside_streams_stay_short(
 def test_where_wide_steps_turn_out_no_cheaper_there_is_one(token_s: float) -> None:
     """As on a machine that has become slow, or where a step is computed in two."""
     pace = taught(decode_s=0.04, token_s=0.005, max_stall_s=None)
-    steps = beside_streams(
-        pace, decode_s=0.04, token_s=token_s, wide_token_s=token_s, n_steps=300
-    )  # fmt: skip
+    costs = {"token_s": token_s, "wide_token_s": token_s}
+    steps = beside_streams(pace, decode_s=0.04, n_steps=300, **costs)
     assert [n for n, _ in steps].count(WIDE) == 1
 
 
@@ -202,8 +204,8 @@ def test_the_streams_count_as_the_nearest_number_that_was_measured() -> None:
 
 
 def test_steps_with_few_prompt_tokens_teach_nothing_about_prompts() -> None:
-    pace = taught(decode_s=0.05, token_s=0.001)
-    pace.observe(4, 1, 0.19)
+    pace = taught(decode_s=0.05, token_s=0.001, has_tiles=False)  # which owes streams nothing
+    pace.observe(4, 1, 5.0)
     assert pace.n_prefill(4, MOST) == 150
 
 
