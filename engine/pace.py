@@ -1,6 +1,8 @@
 """How many prompt tokens a step may take, so that running streams keep their pace."""
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 PROBE_TOKENS = 64  # of the first prompt, before anything was measured
@@ -38,23 +40,27 @@ class Pace:
         self._decode_s: dict[int, float] = {}  # of a step with so many streams and no prompt
         self._owed_s = 0.0  # to the streams
 
-    def n_prefill(self, n_decodes: int, n_most: int) -> int:
+    def n_prefill(self, n_decodes: int, n_most: int, burst: Sequence[int] = ()) -> int:
         """Prompt tokens for the next step beside `n_decodes` streams, `n_most` at most. With tiles
-        it may be none, where the streams waited too long before."""
+        it may be none, where the streams waited too long before. `burst`: how long the prompts are,
+        in their order, where no stream has said more than a token, so that none has a pace."""
         if self._token_s is None:
             return min(n_most, PROBE_TOKENS)
         if n_decodes == 0:
             return min(n_most, max(MIN_TOKENS, int(self._n_alone(self._token_s))))
         decode_s = self._expected_s(n_decodes)
-        if self._owed_s > decode_s:
+        n_burst = self._n_of_burst(n_decodes, n_most, burst)
+        if self._owed_s > decode_s and not n_burst:
             return 0
-        n = max(MIN_BESIDE, int((self._stall_s(decode_s) - decode_s) / self._token_s))
+        n = max(MIN_BESIDE, n_burst, int((self._stall_s(decode_s) - decode_s) / self._token_s))
         if n < WIDE <= n_most and self._is_deep(self._token_s):
             n = WIDE
         return min(n_most, n)
 
-    def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
-        """A step with so many tokens took so long."""
+    def observe(
+        self, n_decodes: int, n_prefill: int, seconds: float, *, is_burst: bool = False
+    ) -> None:
+        """A step with so many tokens took so long. In a burst its streams have no pace yet."""
         decode_s = self._expected_s(n_decodes)
         if n_prefill == 0:
             self._owed_s = max(0.0, self._owed_s - seconds)
@@ -63,7 +69,7 @@ class Pace:
             return
         if n_decodes == 0:
             self._owed_s = 0.0
-        elif self._has_tiles:
+        elif self._has_tiles and not is_burst:
             owed_s = self._owed_s + OWED * (seconds - self._stall_s(decode_s))
             self._owed_s = min(max(owed_s, 0.0), MOST_OWED_S)
         if n_prefill >= (MIN_BESIDE if n_decodes else MIN_TOKENS) or self._token_s is None:
@@ -90,6 +96,15 @@ class Pace:
             return max(n, min(most, 2 * TILE))
         is_far = FAR * self._least_token_s < token_s <= FAR_S / TILE
         return max(n, TILE) if is_far and self._max_stall_s is None else n
+
+    def _n_of_burst(self, n_decodes: int, n_most: int, burst: Sequence[int]) -> int:
+        """Tokens of as many prompts as end in a step as long as one alone; none, if those are fewer
+        than the streams that would wait for it."""
+        if self._max_stall_s is not None or self._token_s is None:
+            return 0
+        n_most = min(n_most, int(ALONE_S / self._token_s))
+        ends = [n for n in accumulate(burst) if n <= n_most]
+        return ends[-1] if len(ends) >= n_decodes else 0
 
     def _is_deep(self, token_s: float) -> bool:
         """Half of a token's cost beside streams is attention, and a wide step is not too long."""

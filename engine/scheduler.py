@@ -113,7 +113,7 @@ class Scheduler:
         get a token by `take`, or be cancelled, before the next plan."""
         n_prefill = batch.n_tokens - batch.n_decodes - batch.n_guesses
         if not batch.n_guesses:
-            self._pace.observe(batch.n_decodes, n_prefill, seconds)
+            self._pace.observe(batch.n_decodes, n_prefill, seconds, is_burst=batch.is_burst)
         if self._speculation and not n_prefill:
             self._speculation.observe(batch.n_tokens, seconds)
         for chunk in batch.chunks:
@@ -359,16 +359,18 @@ class Scheduler:
     # 5. prompts
 
     def _plan_prefills(self, batch: Batch) -> None:
-        prefilling = [s for s in self._running if s.n_pending > 1]
+        prefilling = sorted((s for s in self._running if s.n_pending > 1), key=self._length)
         if not prefilling:
             return
-        n_left = min(self._n_batch - batch.n_tokens, sum(s.n_pending for s in prefilling))
+        lengths = [sequence.n_pending for sequence in prefilling]
+        n_left = min(self._n_batch - batch.n_tokens, sum(lengths))
         if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time
-            n_left = self._pace.n_prefill(batch.n_decodes, n_left)
+            burst = lengths if batch.is_burst else ()
+            n_left = self._pace.n_prefill(batch.n_decodes, n_left, burst)
         while self._cells.n_free - batch.n_tokens < n_left and self._idle():
             self._make_room()
         n_left = min(n_left, self._cells.n_free - batch.n_tokens)
-        for sequence in sorted(prefilling, key=self._length):
+        for sequence in prefilling:
             n_tokens = min(sequence.n_pending, n_left)
             if n_tokens <= 0:
                 break

@@ -119,13 +119,21 @@ class Batch:
     chunks: list[Chunk] = field(default_factory=list)
     n_tokens: int = 0  # with guesses
     n_decodes: int = 0  # chunks of sequences that are past their prompts
+    n_new: int = 0  # of these, that have said no more than one token
     n_guesses: int = 0
     n_held: int = 0  # cells in use before it, by whomever
 
     def add(self, sequence: Sequence, n_tokens: int) -> None:
-        self.n_decodes += sequence.n_pending == 1
+        if sequence.n_pending == 1:
+            self.n_decodes += 1
+            self.n_new += len(sequence.tokens) <= sequence.n_prompt + 1
         self.chunks.append(Chunk(sequence, sequence.n_past, n_tokens))
         self.n_tokens += n_tokens
+
+    @property
+    def is_burst(self) -> bool:
+        """Prompts have company of none but those that have only just begun."""
+        return self.n_new == self.n_decodes
 
     def guess(self, chunk: Chunk, guesses: "array[int]") -> None:
         """Compute these too, behind a chunk that wants logits, and the logits after each."""

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from typing import Any
 
 import numpy as np
@@ -71,10 +72,12 @@ class FixedPace(Pace):
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
 
-    def n_prefill(self, n_decodes: int, n_most: int) -> int:
+    def n_prefill(self, n_decodes: int, n_most: int, burst: Sequence_[int] = ()) -> int:
         return min(self.n_tokens, n_most)
 
-    def observe(self, n_decodes: int, n_prefill: int, seconds: float) -> None:
+    def observe(
+        self, n_decodes: int, n_prefill: int, seconds: float, *, is_burst: bool = False
+    ) -> None:
         assert n_decodes == 0 or n_prefill <= self.n_tokens
 
 

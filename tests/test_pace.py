@@ -181,6 +181,35 @@ def test_without_streams_nothing_is_owed() -> None:
     assert pace.n_prefill(4, MOST) > 0
 
 
+@pytest.mark.parametrize(
+    ("n_decodes", "lengths", "max_stall_s", "n_tokens"),
+    [
+        (1, [100] * 10, None, 800),  # as many as end in a step alone
+        (2, [30, 300, 400, 500], None, 730),
+        (2, [30, 20], None, 100),  # what prompts get in any case
+        (2, [300, 600], None, 100),  # one would end, and two streams wait
+        (9, [100] * 10, None, 100),
+        (1, [900], None, 100),
+        (1, [100] * 10, 0.15, 100),  # what is set holds
+        (1, [], None, 100),  # a stream has a pace
+    ],
+)
+def test_prompts_that_come_together_start_together(
+    n_decodes: int, lengths: list[int], max_stall_s: float | None, n_tokens: int
+) -> None:
+    pace = taught(decode_s=0.05, token_s=0.001, max_stall_s=max_stall_s)
+    assert pace.n_prefill(n_decodes, MOST, lengths) == pytest.approx(n_tokens, abs=1)
+
+
+def test_who_has_just_begun_is_owed_nothing_and_may_wait_for_who_is() -> None:
+    pace = taught(decode_s=0.05, token_s=0.001, max_stall_s=None)
+    pace.observe(4, 800, 0.85, is_burst=True)
+    assert pace.n_prefill(4, MOST) == 100
+    pace.observe(4, 800, 0.85)
+    assert pace.n_prefill(4, MOST) == 0
+    assert pace.n_prefill(4, MOST, [100] * 10) == 800
+
+
 def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:
     assert taught(decode_s=0.5, token_s=0.001).n_prefill(4, MOST) == int(SHARE * 0.5 / 0.001)
     assert taught(decode_s=0.5, token_s=0.1).n_prefill(4, MOST) == MIN_BESIDE

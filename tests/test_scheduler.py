@@ -314,6 +314,25 @@ def test_a_long_prompt_ages_and_is_not_starved_by_short_ones() -> None:
         assert n_steps < 2 * 20 * AGEING / 12, f"{long.n_past} tokens after {n_steps} steps"
 
 
+def test_streams_wait_for_others_only_before_their_second_token() -> None:
+    bench = Bench(n_slots=8, n_cells=2000, n_batch=512)
+    bench.scheduler._pace = Pace(None, has_tiles=True)
+
+    def step() -> dict[int, int]:
+        batch = bench.plan()
+        bench.commit(batch, 0.01 * (batch.n_decodes > 0) + 0.002 * batch.n_tokens)
+        return {chunk.sequence.id: chunk.n_tokens for chunk in batch.chunks}
+
+    bench.add(1, tokens(1000, 40))
+    assert step() == {1: 40}
+    for id in (2, 3, 4):
+        bench.add(id, tokens(1000 * id, 50))
+    assert step() == {1: 1, 2: 50, 3: 50, 4: 50}
+    for id in (5, 6, 7, 8):
+        bench.add(id, tokens(1000 * id, 60))
+    assert sum(step().values()) < 50  # the first has said two
+
+
 @settings(max_examples=25, deadline=None)
 @given(token_s=st.floats(0.0005, 0.004), decode_s=st.floats(0.001, 0.02), rng=st.randoms())
 def test_no_step_goes_over_its_budget(token_s: float, decode_s: float, rng: random.Random) -> None:
