@@ -19,7 +19,10 @@ import random
 import statistics
 import time
 from array import array
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
+
+import llama_cpp as lib
 
 from chat.tools.base import Function
 from chat.tools.hermes import Hermes
@@ -34,19 +37,33 @@ from engine.wire import Grammar, GrammarPart, WorkerSpec
 GREEDY, DRAWN = SamplingParams(temperature=0), SamplingParams(seed=1)
 
 
+class Timed:
+    """A function of llama.cpp, and how long it took in all."""
+
+    def __init__(self, function: Callable[..., int]) -> None:
+        self.seconds = 0.0
+        self._function = function
+
+    def __call__(self, *args: Any) -> int:
+        started_at = time.perf_counter()
+        status = self._function(*args)
+        self.seconds += time.perf_counter() - started_at
+        return status
+
+
+LLAMA_DECODE = Timed(lib.llama_decode)
+
+
 class Meter:
-    """A decoder whose calls are counted and timed."""
+    """A decoder whose prompt tokens are counted."""
 
     def __init__(self, decoder: LlamaDecoder) -> None:
-        self.seconds = 0.0
         self.n_prompt_tokens = 0
         self._decode = decoder.decode
         decoder.decode = self.decode  # type: ignore[method-assign]
 
     def decode(self, batch: Batch) -> None:
-        started_at = time.perf_counter()
         self._decode(batch)
-        self.seconds += time.perf_counter() - started_at
         self.n_prompt_tokens += batch.n_tokens - batch.n_decodes
 
 
@@ -61,6 +78,7 @@ class Bench:
             n_threads=n_threads, n_gpu_layers=-1, max_stall_s=0.2, prefix_cache_bytes=1 << 30,
             flash_attention=flash_attention, lane_tokens=lane_tokens,
         )  # fmt: skip
+        lib.llama_decode = LLAMA_DECODE
         self.engine = cast(BatchEngine, load_engine(spec, lambda _: None))
         self.decoder = cast(LlamaDecoder, self.engine._decoder)
         self.meter = Meter(self.decoder)
@@ -103,14 +121,14 @@ class Bench:
         started: set[int] = set()
         while len(started) < n_sequences:
             started |= {id for id, _ in self.engine.step().tokens}
-        self.meter.seconds = 0.0
+        LLAMA_DECODE.seconds = 0.0
         at = time.perf_counter()
         for _ in range(n_tokens):
             self.engine.step()
         seconds = time.perf_counter() - at
         for id in ids:
             self.engine.cancel(id)
-        return n_sequences * n_tokens / seconds, self.meter.seconds / seconds
+        return n_sequences * n_tokens / seconds, LLAMA_DECODE.seconds / seconds
 
     def bare_tokens(self, n_sequences: int, n_tokens: int) -> float:
         """Tokens/s of llama_decode alone, on batches of the same shape at the same positions."""

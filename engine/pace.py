@@ -61,12 +61,12 @@ class Pace:
         self, n_decodes: int, n_prefill: int, seconds: float, *, is_burst: bool = False
     ) -> None:
         """A step with so many tokens took so long. In a burst its streams have no pace yet."""
-        decode_s = self._expected_s(n_decodes)
         if n_prefill == 0:
             self._owed_s = max(0.0, self._owed_s - seconds)
             old = self._decode_s.get(n_decodes, seconds)
             self._decode_s[n_decodes] = _smooth(old, min(seconds, 2 * old))
             return
+        decode_s = self._expected_s(n_decodes)
         if n_decodes == 0:
             self._owed_s = 0.0
         elif self._has_tiles and not is_burst:

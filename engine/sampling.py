@@ -95,7 +95,8 @@ class Rules:
         """Change the next row."""
         if self._n_without_end > 0:
             self._n_without_end -= 1
-            logits[self._ends] = -np.inf
+            for token in self._ends:
+                logits[token] = -np.inf
         if self._penalties:
             self._penalties.apply(logits)
         if self._bias:

@@ -41,7 +41,6 @@ class Slot:
 
     index: int
     sequence: Sequence | None = None
-    last_used: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,7 @@ class Scheduler:
         self._pace = pace
         self._speculation = speculation if self._cells.can_share else None
         self._slots = [Slot(i) for i in range(n_slots)]
+        self._ended: dict[int, Slot] = {}  # slots whose sequences ended, in that order
         self._waiting: list[Sequence] = []  # both by rank, then by age: ids grow with arrival
         self._running: list[Sequence] = []
         self._n_plans = 0
@@ -260,6 +260,7 @@ class Scheduler:
         elif source.n_tokens < n_held:
             self._cells.remember(slot.index)
             self._cells.truncate(slot.index, source.n_tokens)
+        self._ended.pop(slot.index, None)
         slot.sequence = sequence
         sequence.slot = slot.index
         sequence.n_past = len(self._cells.tokens[slot.index])
@@ -280,15 +281,16 @@ class Scheduler:
 
     def _idle(self) -> list[Slot]:
         """Slots with the cells of an ended sequence, least recently used first."""
-        idle = [s for s in self._slots if s.sequence is None and self._cells.tokens[s.index]]
-        return sorted(idle, key=lambda slot: slot.last_used)
+        for index in [index for index in self._ended if not self._cells.tokens[index]]:
+            del self._ended[index]
+        return list(self._ended.values())
 
     def _release(self, sequence: Sequence) -> Slot:
         assert sequence.slot is not None
         self._drop_guesses(sequence)
         slot = self._slots[sequence.slot]
         slot.sequence = None
-        slot.last_used = self._n_plans
+        self._ended[slot.index] = slot
         sequence.slot = None
         sequence.n_past = 0
         self._running.remove(sequence)
@@ -297,7 +299,7 @@ class Scheduler:
     # 2. ended sequences
 
     def _move_out_some(self) -> None:
-        if not (self._running and self._cells.can_share):
+        if not (self._running and self._cells.can_share and self._idle()):
             return
         n_to_move = self._cells.block
         if all(sequence.n_pending > 1 for sequence in self._running):  # nobody waits for a token
@@ -359,9 +361,10 @@ class Scheduler:
     # 5. prompts
 
     def _plan_prefills(self, batch: Batch) -> None:
-        prefilling = sorted((s for s in self._running if s.n_pending > 1), key=self._length)
+        prefilling = [s for s in self._running if s.n_pending > 1]
         if not prefilling:
             return
+        prefilling.sort(key=self._length)
         lengths = [sequence.n_pending for sequence in prefilling]
         n_left = min(self._n_batch - batch.n_tokens, sum(lengths))
         if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time

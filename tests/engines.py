@@ -83,8 +83,6 @@ def ids(engine: Engine, text: str) -> list[int]:
 
 def next_logits(model: Path, prompts: list[list[int]], **values: Any) -> list[Logits]:
     """The raw logits of llama.cpp after each prompt, all in one batch of a fresh context."""
-    import llama_cpp
-
     from engine.backends.llamacpp import LlamaDecoder
     from engine.batch_engine import BatchEngine
 
@@ -94,8 +92,8 @@ def next_logits(model: Path, prompts: list[list[int]], **values: Any) -> list[Lo
     sample = decoder.sample
 
     def record(row: int, sequence: Sequence) -> Sampled:
-        pointer = llama_cpp.llama_get_logits_ith(*decoder._rows[row])
-        rows[sequence.id] = np.ctypeslib.as_array(pointer, (decoder.tokenizer.n_vocab,)).copy()
+        _, _, logits = decoder._rows[row]
+        rows[sequence.id] = logits.copy()
         return sample(row, sequence)
 
     decoder.sample = record  # type: ignore[method-assign]

@@ -108,10 +108,10 @@ def decoder_of(engine: Engine) -> LlamaDecoder:
 def rows(decoder: LlamaDecoder, batch: Batch, n: int) -> npt.NDArray[np.float32]:
     decoder.decode(batch)
     assert len(decoder._rows) == n
-    shape = (decoder.tokenizer.n_vocab,)
-    return np.stack(
-        [np.ctypeslib.as_array(lib.llama_get_logits_ith(*row), shape) for row in decoder._rows]
-    ).copy()
+    for context, index, logits in decoder._rows:
+        pointer = lib.llama_get_logits_ith(context, index)
+        assert np.array_equal(logits, np.ctypeslib.as_array(pointer, logits.shape))
+    return np.stack([logits for _, _, logits in decoder._rows])
 
 
 @pytest.fixture(params=[True, False], ids=["flash", "plain"])

@@ -2,8 +2,6 @@
 
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import llama_cpp as lib
@@ -27,17 +25,21 @@ class ContextThreads:
         self._contexts.append(context)
         lib.llama_set_n_threads(context, self._n_set, self._n_set)
 
-    @contextmanager
-    def step(self, *, is_steady: bool = False) -> Iterator[None]:
-        """Around a step: give way where others want cores, unless it must have as many threads as
-        ever."""
+    def step(self, *, is_steady: bool = False) -> "ContextThreads":
+        """To be entered around a step: give way where others want cores, unless it must have as
+        many threads as ever."""
         self._look()
         n = self._n_most if is_steady else self._threads.n
         if n != self._n_set:
             self._n_set = n
             for context in self._contexts:
                 lib.llama_set_n_threads(context, n, n)
-        yield
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
         self._ended_at, self._own_s = time.monotonic(), time.process_time()
 
     def _look(self) -> None:

@@ -3,11 +3,13 @@
 import ctypes
 import logging
 from array import array
-from functools import partial
+from collections.abc import Sequence as Sequence_
+from functools import lru_cache, partial
 from typing import Any
 
 import llama_cpp as lib
 import numpy as np
+import numpy.typing as npt
 
 from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
 from engine.backends.llama_lanes import Lanes
@@ -34,7 +36,8 @@ logger = logging.getLogger("llama.cpp")
 
 BLOCK, MIN_BLOCK = 256, 16  # cells that are saved at once. Without flash attention values lie
 PLAIN_VALUES = 400_000  # transposed, and each is copied by itself where streams ran together
-Row = tuple[Any, int]  # of logits that are wanted: a context, and the token's index in its batch
+Logits = npt.NDArray[np.float32]  # of a token, for each that may follow
+Row = tuple[Any, int, Logits]  # before them where they are from: a context, an index in its batch
 
 
 def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
@@ -55,7 +58,8 @@ class LlamaDecoder:
         self._log = LlamaLog()
         self._model = load_model(spec, progress, self._log)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
-        is_flash = spec.flash_attention or has_gpu(spec)
+        self._has_gpu = has_gpu(spec)
+        is_flash = spec.flash_attention or self._has_gpu
         if is_flash and not spec.flash_attention:
             key = f"{spec.name.upper()}_FLASH_ATTENTION"
             logger.warning("%s=false is for CPUs, and does nothing with a GPU", key)
@@ -83,7 +87,7 @@ class LlamaDecoder:
         home = LlamaMemory(self._context, spec.n_parallel, is_cells=is_cells, block=block)
         self._memory: LlamaMemory | Lanes = home
         self._lanes: Lanes | None = None
-        if spec.lane_tokens and is_cells and not has_gpu(spec):
+        if spec.lane_tokens and is_cells and not self._has_gpu:
             n_ctx = spec.n_parallel * spec.lane_tokens
             new_lanes = partial(
                 new_context, n_ctx=n_ctx, n_seq_max=spec.n_parallel, is_unified=False
@@ -100,7 +104,6 @@ class LlamaDecoder:
         self._samplers = Samplers(self._model, tokenizer, self.n_cells)
         self._batch = _BatchArrays(self.n_batch)
         self._rows: list[Row] = []  # of the last batch
-        self._row: Any = ctypes.c_float * self.tokenizer.n_vocab  # of logits
 
     def close(self) -> None:
         if self._lanes:
@@ -151,63 +154,71 @@ class LlamaDecoder:
             raise CacheFull
         if status != 0:
             raise Error(f"llama_decode returned {status}")
-        # or a GPU's work would be missing in the step's time
-        lib.llama_synchronize(context)
+        if self._has_gpu:  # or its work would be missing in the step's time
+            lib.llama_synchronize(context)
+        logits = iter(self._logits(context, sum(map(len, wanted))))
         return {
-            chunk.slot: [(context, index) for index in indices]
+            chunk.slot: [(context, index, next(logits)) for index in indices]
             for chunk, indices in zip(chunks.values(), wanted, strict=True)
         }
+
+    def _logits(self, context: Any, n_rows: int) -> Sequence_[Logits]:
+        """All that the last batch wanted, in its order, until the next one is computed."""
+        if not n_rows:
+            return ()
+        first = lib.llama_get_logits(context)
+        return _rows_at(ctypes.addressof(first.contents), n_rows, self.tokenizer.n_vocab)
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> LlamaSampler:
         return self._samplers.new(sampling, prompt)
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
-        context, index = self._rows[row]
-        logits = lib.llama_get_logits_ith(context, index)
-        view = np.frombuffer(self._row.from_address(ctypes.addressof(logits.contents)), np.float32)
         sampler: LlamaSampler = sequence.sampler
-        return sampler.sample(context, index, view, sequence.constraint)
+        return sampler.sample(*self._rows[row], sequence.constraint)
 
 
 class _BatchArrays:
     """The arrays behind a llama_batch, allocated once and filled as slices."""
 
     def __init__(self, n_batch: int) -> None:
-        self._token = np.zeros(n_batch, dtype=np.int32)
-        self._pos = np.zeros(n_batch, dtype=np.int32)
-        self._sequence = np.zeros(n_batch, dtype=np.int32)
-        self._wanted = np.zeros(n_batch, dtype=np.int8)
-        self._n_seq_id = np.ones(n_batch, dtype=np.int32)
+        token, pos, sequence = (np.zeros(n_batch, np.int32) for _ in range(3))
+        wanted = np.zeros(n_batch, np.int8)
         # llama_batch.seq_id holds, for each token, the address of its list of sequences: one here
-        self._seq_id = self._sequence.ctypes.data + self._sequence.itemsize * np.arange(
-            n_batch, dtype=np.uintp
-        )
+        self._seq_id = sequence.ctypes.data + sequence.itemsize * np.arange(n_batch, dtype=np.uintp)
+        self._n_seq_id = np.ones(n_batch, dtype=np.int32)
         self.batch = lib.llama_batch(
-            token=pointer(self._token, "token"),
-            pos=pointer(self._pos, "pos"),
+            token=pointer(token, "token"),
+            pos=pointer(pos, "pos"),
             n_seq_id=pointer(self._n_seq_id, "n_seq_id"),
             seq_id=pointer(self._seq_id, "seq_id"),
-            logits=pointer(self._wanted, "logits"),
+            logits=pointer(wanted, "logits"),
         )
+        # numpy itself takes longer to set a few numbers
+        self._token, self._pos, self._sequence = token.data, pos.data, sequence.data
+        self._wanted = wanted.data
 
     def fill(self, chunks: dict[int, Chunk]) -> list[range]:
         """Chunks by the sequences they are for. The indices of each one's wanted logits."""
-        wanted = []
-        tokens, positions, sequences = array("i"), array("i"), array("i")
+        wanted, at = [], 0
         for sequence, chunk in chunks.items():
-            at = len(tokens)
-            tokens += chunk.tokens
-            n = len(tokens) - at
-            positions.extend(range(chunk.start, chunk.start + n))
-            sequences += array("i", [sequence]) * n
-            wanted.append(range(at + chunk.n_tokens - 1 if chunk.wants_logits else at + n, at + n))
-        n = len(tokens)
-        self._token[:n], self._pos[:n], self._sequence[:n] = tokens, positions, sequences
-        self._wanted[:n] = 0
-        for indices in wanted:
-            self._wanted[indices.start : indices.stop] = 1
-        self.batch.n_tokens = n
+            tokens = chunk.tokens
+            n, end = len(tokens), at + len(tokens)
+            n_wanted = n - chunk.n_tokens + 1 if chunk.wants_logits else 0
+            self._token[at:end] = tokens
+            self._pos[at:end] = array("i", range(chunk.start, chunk.start + n))
+            self._sequence[at:end] = array("i", [sequence]) * n
+            self._wanted[at:end] = array("b", [0]) * (n - n_wanted) + array("b", [1]) * n_wanted
+            wanted.append(range(end - n_wanted, end))
+            at = end
+        self.batch.n_tokens = at
         return wanted
+
+
+@lru_cache(maxsize=64)  # most steps have as many as those before, at the same place
+def _rows_at(address: int, n_rows: int, n_vocab: int) -> Sequence_[Logits]:
+    """Rows of numbers in llama.cpp's memory."""
+    numbers: Any = (ctypes.c_float * (n_rows * n_vocab)).from_address(address)
+    return tuple(np.frombuffer(numbers, np.float32).reshape(n_rows, n_vocab))
 
 
 def _plain_block(model: Any) -> int:
