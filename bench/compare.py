@@ -34,6 +34,7 @@ from bench.servers import OURS, Setup, default_binary, serving, versions
 from settings import DEFAULT_CHAT_MODEL, ROOT
 from worker_spec import default_n_threads
 
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # which kernels there are is up to them
 Round = dict[str, dict[str, float]]  # by server, then by metric
 
 
@@ -95,20 +96,22 @@ def alone(
 
 def machine() -> dict[str, Any]:
     return {
-        "cpu": _cpu_model(),
+        "cpu": _cpu("model name") or platform.processor() or platform.machine(),
+        "vectors": next((name for flag, name in VECTORS.items() if flag in _cpu("flags")), ""),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
-def _cpu_model() -> str:
+def _cpu(field: str) -> str:
+    """What Linux says of the first core."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    except OSError:  # another system
+        return ""
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in fields if name.strip() == field), "")
 
 
 def measured(

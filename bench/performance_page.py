@@ -102,7 +102,8 @@ def _sources(report: Report) -> Iterator[str]:
         n_rounds, _, text = key.partition(" ")
         about = json.loads(text)
         where = about["machine"]
-        hardware = f"{where['cpu']}, {where['cores']} cores, {where['memory_gb']} GB"
+        cpu = f"{where['cpu']} ({where['vectors']})" if where["vectors"] else where["cpu"]
+        hardware = f"{cpu}, {where['cores']} cores, {where['memory_gb']} GB"
         software = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         yield (
             f"- {', '.join(names)}: {about['date']}, medians of {n_rounds} rounds; {hardware}, "

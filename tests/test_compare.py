@@ -27,7 +27,9 @@ EVENTS = (
 ABOUT: dict[str, Any] = {
     "date": "2026-01-02", "versions": {"python": "3.10"}, "model": "tiny.gguf", "threads": 2,
     "slots": 16, "cells": 16384,
-    "machine": {"cpu": "CPU", "cores": 2, "memory_gb": 8, "system": "Linux"},
+    "machine": {
+        "cpu": "CPU", "vectors": "AVX2", "cores": 2, "memory_gb": 8, "system": "Linux",
+    },
 }  # fmt: skip
 
 

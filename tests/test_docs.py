@@ -461,6 +461,7 @@ ONLY_IN = {
         "engine.backends.llama_tokenizer",
         "bench.encoders",
         "bench.encoder_runtimes",
+        "bench.engine",
         "bench.speculation",
     },
     "gguf": {"models"},
