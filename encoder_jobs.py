@@ -20,6 +20,7 @@ from engine.types import Method, Output, Truncate
 from errors import BadRequest, ContextLengthExceeded, InternalError, ServiceError
 from lengths import check_colbert
 from rerankers import EQUAL_WEIGHTS, BGEReranker, EmbeddingReranker, Reranker
+from worker_requests import failure
 
 logger = logging.getLogger("worker.encoder_jobs")
 
@@ -448,14 +449,6 @@ class EncoderJobs:
         if isinstance(self._model, Embedder):
             return [*self._model.embed(ids, outputs, go_on)]
         return [*self._model.score(ids, go_on)]
-
-
-def failure(job: int, error: Exception) -> wire.Failed:
-    """What the server is told when a job ends without an answer."""
-    if not isinstance(error, ServiceError):
-        logger.error("Job %d failed", job, exc_info=error)
-        error = InternalError("The model failed at this request. The log has the reason.")
-    return wire.Failed(job, error.code, error.message, error.param, error.numbers)
 
 
 def _check_input(text: str | list[int], tokenizer: Tokenizer, what: str, at: int) -> None:

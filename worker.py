@@ -6,207 +6,35 @@ the process when the server has gone. The main thread owns the engine and does a
 A worker with an encoder has a loop of its own: batches in place of steps.
 """
 
-import itertools
 import logging
 import os
 import queue
-import re
 import signal
 import socket
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-import msgspec
-
 import logs
 from embedders import Embedder, new_embedder
-from encoder_jobs import EncoderJobs, Model, failure
+from encoder_jobs import EncoderJobs, Model
 from engine import wire
-from engine.backends.base import Constraint, Engine, Tokenizer, load_encoder, load_engine
-from engine.grammar import Compiler, GrammarState, control_token
-from engine.text import TextStream
-from engine.thinking import Thoughts
-from engine.types import Finish, Sampled, StepResult
-from errors import BadRequest, ContextLengthExceeded, ModelLoadFailed
+from engine.backends.base import Engine, Tokenizer, load_encoder, load_engine
+from engine.grammar import Compiler
+from errors import BadRequest, ModelLoadFailed
+from generation_jobs import Job, Jobs, prepare
 from rerankers import BGEReranker, EmbeddingReranker
+from worker_requests import convert, failure
 
 logger = logging.getLogger("worker")
 
 T = TypeVar("T")
 
-# The further answers of a job wait for the first ones of jobs that come within so many seconds.
-SECOND_ANSWER_RANK = 10.0
 ENCODER_SEATS = 256  # jobs that an encoder takes: the batcher shares it out among them
 LOGGERS = ("worker", "engine", "llama.cpp")
 EXIT_OK, EXIT_ENGINE_FAILED = 0, 70  # 70: EX_SOFTWARE of sysexits.h
-
-
-@dataclass(slots=True)
-class Job:
-    """One request in the worker, checked and tokenised."""
-
-    request: wire.Generate
-    prompt: list[int]
-    max_tokens: int
-    grammar: GrammarState | None  # at its beginning
-    logit_bias: dict[int, float]
-    visible: dict[int, bytes]  # control tokens that the text shows
-    ending: list[int]  # of thoughts that take too long
-    has_started: bool = False
-    answers: dict[int, "Answer"] = field(default_factory=dict)  # unfinished, by sequence
-
-
-class Answer:
-    """One of the answers to a job: its text so far, and what it may say next."""
-
-    def __init__(self, job: Job, index: int, tokenizer: Tokenizer) -> None:
-        self.job = job
-        self._index = index
-        self._tokenizer = tokenizer
-        self._grammar = job.grammar.copy() if job.grammar else None
-        self._thoughts = None
-        if thinking := job.request.thinking:
-            self._thoughts = Thoughts(thinking, self._piece, job.ending, self._grammar)
-        self._text = TextStream([] if self._thoughts else job.request.stop)
-        self.n_guessed = self.n_right = 0
-        self._n_tokens = 0
-        self._logprob = 0.0
-        self._held: deque[tuple[int, wire.TokenLogprob]] = deque()  # with where their text begins
-        self._n_bytes = 0  # of all tokens
-        self._n_bytes_out = 0
-
-    @property
-    def constraint(self) -> Constraint | None:
-        return self._thoughts or self._grammar
-
-    def accept(self, sampled: Sampled) -> wire.TokenOut | None:
-        """What the client gets for this token; None while it is all held back."""
-        if self.job.max_tokens == 0:  # asked for the prefill only
-            return self._last("", "length")
-        self._n_tokens += 1
-        if self._tokenizer.ends_generation(sampled.token):
-            return self._last(self._text.finish(), "stop")
-        piece = self._piece(sampled.token)
-        self._hold(piece, sampled)
-        if self._thoughts and self._thoughts.is_over:
-            self._text.stops = tuple(self.job.request.stop)
-        text = self._text.push(piece)
-        if self._text.stop is not None:
-            return self._last(text, "stop")
-        if self._n_tokens >= self.job.max_tokens:
-            return self._last(text + self._text.finish(), "length")
-        return self._out(text, None) if text else None
-
-    def _piece(self, token: int) -> bytes:
-        return self.job.visible.get(token) or self._tokenizer.piece(token)
-
-    def _hold(self, piece: bytes, sampled: Sampled) -> None:
-        if sampled.logprob is None:
-            return
-        self._logprob += sampled.logprob
-        top = [(self._piece(token), logprob) for token, logprob in sampled.top]
-        self._held.append((self._n_bytes, wire.TokenLogprob(piece, sampled.logprob, top)))
-        self._n_bytes += len(piece)
-
-    def _last(self, text: str, finish: Finish) -> wire.TokenOut:
-        mean = None
-        if self.job.request.sampling.n_logprobs is not None:
-            mean = self._logprob / max(self._n_tokens, 1)
-        is_valid = self._grammar.is_complete if self._grammar else None
-        stop = self._text.stop
-        done = wire.Done(finish, self._n_tokens, mean, is_valid, stop, self.n_guessed, self.n_right)
-        return self._out(text, done)
-
-    def _out(self, text: str, done: wire.Done | None) -> wire.TokenOut:
-        self._n_bytes_out += len(text.encode())
-        logprobs = []
-        while self._held and self._held[0][0] < self._n_bytes_out:
-            logprobs.append(self._held.popleft()[1])
-        return wire.TokenOut(
-            self.job.request.job, text, done, self._index, self._n_tokens, logprobs
-        )
-
-
-def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
-    """Tokenise and check a request. Raises a ServiceError that is the client's answer."""
-    grammar = compiler.compile(request.grammar) if request.grammar else None
-    bias = _logit_bias(request.logit_bias, engine.tokenizer)
-    prompt = _tokenize(request.prompt, request.add_bos, engine.tokenizer)
-    if not prompt:
-        raise BadRequest("The prompt is empty.", param="prompt")
-    _check_ids(prompt, engine.tokenizer, "prompt")
-    n_left = engine.n_ctx - len(prompt)
-    if n_left < 1:
-        raise ContextLengthExceeded(
-            f"The prompt has {len(prompt):,} tokens; the tier takes {engine.n_ctx:,} with the "
-            "answer (its N_CTX).",
-            param="prompt",
-            n_prompt_tokens=len(prompt),
-            n_ctx=engine.n_ctx,
-        )
-    max_tokens = n_left if request.max_tokens is None else min(request.max_tokens, n_left)
-    tokenizer = engine.tokenizer
-    marks = {text: control_token(text, tokenizer) for text in request.visible}
-    visible = {token: text.encode() for text, token in marks.items() if token is not None}
-    ending: list[int] = []
-    if request.thinking and request.thinking.budget is not None:
-        ending = tokenizer.tokenize(request.thinking.ending, parse_special=True, continues=True)
-    return Job(request, prompt, max_tokens, grammar, bias, visible, ending)
-
-
-def convert(
-    request: wire.Tokenize | wire.Detokenize, tokenizer: Tokenizer
-) -> wire.Tokens | wire.Text:
-    """Text to tokens, or tokens to text. Raises a ServiceError that is the client's answer."""
-    if isinstance(request, wire.Tokenize):
-        ids = _tokenize(request.segments, request.add_bos, tokenizer)
-        return wire.Tokens(request.job, ids, [tokenizer.literal(token) for token in ids])
-    _check_ids(request.tokens, tokenizer, "tokens")
-    data = b"".join(map(tokenizer.literal, request.tokens))
-    return wire.Text(request.job, data.decode(errors="replace"))
-
-
-def _check_ids(ids: Iterable[int], tokenizer: Tokenizer, param: str) -> None:
-    if any(not 0 <= token < tokenizer.n_vocab for token in ids):
-        raise BadRequest(f"Token ids must be from 0 to {tokenizer.n_vocab - 1}.", param=param)
-
-
-def _logit_bias(asked: dict[str, float], tokenizer: Tokenizer) -> dict[int, float]:
-    bias: dict[int, float] = {}
-    for key, value in asked.items():
-        if not re.fullmatch(r"-?[0-9]+", key):
-            ids = tokenizer.tokenize(key, parse_special=True, continues=True)
-            bias |= dict.fromkeys(ids, value)
-        elif len(key) < 10 and 0 <= int(key) < tokenizer.n_vocab:
-            bias[int(key)] = value
-        else:
-            raise BadRequest(
-                f"{key} is no token; ids go from 0 to {tokenizer.n_vocab - 1}.", param="logit_bias"
-            )
-    return bias
-
-
-def _tokenize(
-    prompt: Sequence[wire.Segment | int], add_bos: bool, tokenizer: Tokenizer
-) -> list[int]:
-    ids: list[int] = []
-    for n, piece in enumerate(prompt):
-        if isinstance(piece, int):
-            ids.append(piece)
-        else:
-            ids += tokenizer.tokenize(
-                piece.text, parse_special=piece.parse_special, continues=n > 0
-            )
-    is_text = any(isinstance(piece, wire.Segment) for piece in prompt[:1])
-    bos = tokenizer.bos
-    if add_bos and is_text and bos is not None and ids[:1] != [bos]:
-        ids.insert(0, bos)
-    return ids
 
 
 Answered = wire.Failed | wire.Tokens | wire.Text
@@ -422,86 +250,6 @@ def _encoder_loop(
             logger.critical("The encoder cannot go on; the worker ends", exc_info=True)
             return EXIT_ENGINE_FAILED
     return EXIT_OK
-
-
-class Jobs:
-    """The jobs in the engine, and the sequences that answer them."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._jobs: dict[int, Job] = {}
-        self._answers: dict[int, Answer] = {}  # by sequence
-        self._ids = itertools.count(1)
-
-    def admit(self, job: Job) -> None:
-        """Answer a job: after one prefill, which its sequences share."""
-        self._jobs[job.request.job] = job
-        sampling = job.request.sampling
-        for index in range(job.request.n):
-            number = next(self._ids)
-            seed = (sampling.seed + index) % 2**32
-            own = msgspec.structs.replace(sampling, seed=seed, logit_bias=job.logit_bias)
-            answer = Answer(job, index, self._engine.tokenizer)
-            try:
-                self._engine.admit(
-                    number,
-                    job.prompt,
-                    own,
-                    answer.constraint,
-                    reuses=job.request.reuse or index > 0,  # of the job's own first one
-                    rank=job.request.rank + SECOND_ANSWER_RANK * index,
-                )
-            except Exception:
-                self.cancel(job.request.job)
-                raise
-            job.answers[number] = self._answers[number] = answer
-
-    def cancel(self, job_id: int) -> None:
-        """Forget a job. Unknown ones are fine: it may just have ended."""
-        job = self._jobs.pop(job_id, None)
-        for number in job.answers if job else ():
-            del self._answers[number]
-            self._engine.cancel(number)
-
-    def report(self, result: StepResult) -> list[wire.Message]:
-        """The messages for one step. What ended is forgotten."""
-        failed = {self._answers[number].job.request.job: error for number, error in result.failed}
-        messages: list[wire.Message] = []
-        messages += (failure(job_id, error) for job_id, error in failed.items())
-        for job_id in failed:  # one that starts and fails at once is told by an HTTP status
-            self.cancel(job_id)
-        for number, n_cached in result.started:
-            answer = self._answers.get(number)
-            if answer is not None and not answer.job.has_started:
-                job = answer.job
-                job.has_started = True
-                messages.append(wire.Started(job.request.job, len(job.prompt), n_cached))
-        for number, n_guesses in result.guessed:
-            if answer := self._answers.get(number):
-                answer.n_guessed += n_guesses
-        for number in result.right:
-            if answer := self._answers.get(number):
-                answer.n_right += 1
-        outs = []
-        for number, sampled in result.tokens:
-            answer = self._answers.get(number)
-            if answer is None:
-                continue
-            out = answer.accept(sampled)
-            if out is not None:
-                outs.append(out)
-                if out.done:
-                    self._finish(number, answer.job)
-        if outs:
-            messages.append(wire.Step(outs))
-        return messages
-
-    def _finish(self, number: int, job: Job) -> None:
-        self._engine.cancel(number)
-        del self._answers[number]
-        del job.answers[number]
-        if not job.answers:
-            del self._jobs[job.request.job]
 
 
 def _configure_logging(spec: wire.WorkerSpec | None = None) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import errors
-from encoder_jobs import failure
 from engine import wire
 from engine.client import (
     EndReason,
@@ -27,6 +26,7 @@ from engine.types import SamplingParams
 from errors import ModelLoadFailed, ServiceError
 from tests.serving import in_threads
 from worker import EXIT_ENGINE_FAILED
+from worker_requests import failure
 
 WAIT_S = 20
 

@@ -29,11 +29,11 @@ from engine.machine import Cores
 from engine.model_file import read_model_file
 from engine.types import Sampled, SamplingParams
 from errors import ModelLoadFailed
+from generation_jobs import prepare
 from settings import TierSettings
 from tests import gguf_fixtures
 from tests.engines import GREEDY, engine_of, generate, ids, lanes_of, next_logits, open_lanes
 from tests.serving import events, serving, settings
-from worker import prepare
 
 pytestmark = pytest.mark.real
 

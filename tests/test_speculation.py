@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import worker
+import generation_jobs
 from engine import speculation, wire
 from engine.backends.fake import FakeDecoder, Script
 from engine.batch_engine import BatchEngine
@@ -253,9 +253,9 @@ def engine_with(rule: dict[str, Any], n_guesses: int) -> BatchEngine:
 
 def heard(engine: BatchEngine, requests: list[wire.Generate]) -> dict[tuple[int, int], list[Any]]:
     """What the worker would send for each job and answer, without the counts of guesses."""
-    jobs, compiler = worker.Jobs(engine), Compiler(engine.tokenizer)
+    jobs, compiler = generation_jobs.Jobs(engine), Compiler(engine.tokenizer)
     for request in requests:
-        jobs.admit(worker.prepare(request, engine, compiler))
+        jobs.admit(generation_jobs.prepare(request, engine, compiler))
     outs: dict[tuple[int, int], list[Any]] = defaultdict(list)
     for _ in range(1000):
         if engine.idle:
@@ -305,8 +305,8 @@ def test_what_clients_get_is_the_same_with_guesses(
 
 def test_guesses_are_counted() -> None:
     engine = engine_with({"answer": "abc" * 20}, 4)
-    jobs = worker.Jobs(engine)
-    jobs.admit(worker.prepare(request_for("Hi"), engine, Compiler(engine.tokenizer)))
+    jobs = generation_jobs.Jobs(engine)
+    jobs.admit(generation_jobs.prepare(request_for("Hi"), engine, Compiler(engine.tokenizer)))
     messages = []
     while not engine.idle:
         messages += jobs.report(engine.step())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import worker
+import generation_jobs
 from engine import wire
 from engine.backends.base import Constraint
 from engine.grammar import Compiler
@@ -180,7 +180,9 @@ def answer_text(
         visible=["<think>", "</think>", "<tool_call>"] if thinking else [],
     )
     engine: Any = SimpleNamespace(tokenizer=tokenizer, n_ctx=1000)
-    answer = worker.Answer(worker.prepare(request, engine, Compiler(tokenizer)), 0, tokenizer)
+    answer = generation_jobs.Answer(
+        generation_jobs.prepare(request, engine, Compiler(tokenizer)), 0, tokenizer
+    )
     text = ""
     for token in sampled(answer.constraint, [*tokens(tokenizer, script), END], tokenizer.n_vocab):
         if out := answer.accept(Sampled(token)):

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+import generation_jobs
 import worker
 from engine import wire
 from engine.backends import fake
@@ -19,6 +20,7 @@ from engine.batch_engine import MAX_FAILED_STEPS, BatchEngine
 from engine.grammar import Compiler
 from engine.types import SamplingParams, StepResult
 from errors import BadRequest, ContextLengthExceeded
+from worker_requests import convert
 
 WAIT_S = 20
 
@@ -38,8 +40,8 @@ def spec(model_path: str = "", **values: Any) -> wire.WorkerSpec:
     return wire.WorkerSpec(model_path=model_path, **defaults | values)
 
 
-def prepare(request: wire.Generate, engine: Engine) -> worker.Job:
-    return worker.prepare(request, engine, Compiler(engine.tokenizer))
+def prepare(request: wire.Generate, engine: Engine) -> generation_jobs.Job:
+    return generation_jobs.prepare(request, engine, Compiler(engine.tokenizer))
 
 
 def generate(
@@ -146,8 +148,8 @@ def test_a_text_becomes_tokens_with_their_pieces(engine: Engine) -> None:
     ids = [*"é".encode(), 256, *b"<|end|>"]
     pieces = [b"\xc3", b"\xa9", b"<|end|>", *(bytes([byte]) for byte in b"<|end|>")]
     request = wire.Tokenize(segments, add_bos=True, job=3)
-    assert worker.convert(request, engine.tokenizer) == wire.Tokens(3, ids, pieces)
-    nothing = worker.convert(wire.Tokenize([wire.Segment("", True)], True, 4), engine.tokenizer)
+    assert convert(request, engine.tokenizer) == wire.Tokens(3, ids, pieces)
+    nothing = convert(wire.Tokenize([wire.Segment("", True)], True, 4), engine.tokenizer)
     assert nothing == wire.Tokens(4, [], [])
 
 
@@ -155,21 +157,21 @@ def test_a_text_begins_with_bos_only_where_that_is_asked_for() -> None:
     tokenizer = TokenizerWithBos()
     for add_bos, ids in ((True, [7, 97]), (False, [97])):
         request = wire.Tokenize([wire.Segment("a", True)], add_bos)
-        answer = worker.convert(request, tokenizer)
+        answer = convert(request, tokenizer)
         assert isinstance(answer, wire.Tokens)
         assert answer.ids == ids
 
 
 def test_tokens_become_text_with_control_tokens_by_name(engine: Engine) -> None:
     request = wire.Detokenize([*"Größe".encode(), 256, 0xC3], job=3)
-    assert worker.convert(request, engine.tokenizer) == wire.Text(3, "Größe<|end|>\ufffd")
-    assert worker.convert(wire.Detokenize([]), engine.tokenizer) == wire.Text(0, "")
+    assert convert(request, engine.tokenizer) == wire.Text(3, "Größe<|end|>\ufffd")
+    assert convert(wire.Detokenize([]), engine.tokenizer) == wire.Text(0, "")
 
 
 @pytest.mark.parametrize("token", [-1, fake.FakeTokenizer.n_vocab, 2**63 - 1])
 def test_an_id_outside_the_vocabulary_has_no_text(token: int, engine: Engine) -> None:
     with pytest.raises(BadRequest, match="0 to") as error:
-        worker.convert(wire.Detokenize([0, token]), engine.tokenizer)
+        convert(wire.Detokenize([0, token]), engine.tokenizer)
     assert error.value.param == "tokens"
 
 
