@@ -2,8 +2,8 @@
 
     python -m bench.engine models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-1. How much of a step's time is llama_decode, and tokens/s beside a bare loop of llama_decode on the
-   same batches, taking turns.
+1. How much of a step's time is llama_decode, on a CPU, and tokens/s beside a bare loop of a decoder
+   on the same batches, taking turns.
 2. Prompt tokens that are decoded for eight requests with one system prompt, first cold, then warm,
    and for conversations whose turns are interleaved.
 3. One sequence beside many that are remembered, against a fresh context.
@@ -131,7 +131,7 @@ class Bench:
         return n_sequences * n_tokens / seconds, LLAMA_DECODE.seconds / seconds
 
     def bare_tokens(self, n_sequences: int, n_tokens: int) -> float:
-        """Tokens/s of llama_decode alone, on batches of the same shape at the same positions."""
+        """Tokens/s of a decoder alone, on batches of the same shape at the same positions."""
         sequences = self.fill(*[16] * n_sequences)
         ones = [1] * n_sequences
         seconds = sum(self.bare_step(sequences, ones) for _ in range(n_tokens))

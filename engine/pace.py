@@ -11,7 +11,7 @@ MIN_BESIDE = 4  # beside streams, which wait for it
 SHARE = 0.5  # of the streams' own time a prompt may take at least
 GAPS = 3  # times their own may the streams' gap become, where no time is set,
 LEAST_STALL_S = 0.06  # and so long in any case
-ALONE_S = 0.8  # may a step take when no stream waits for it,
+ALONE_S = 0.8  # may a step take when no stream waits for it, or only such as have just begun,
 ALONE = 4  # or so many times the time that is set
 TILE = 64  # tokens and more have their attention computed at half the cost for each,
 STRETCH, STRETCHED_S = 2.5, 2.0  # so for those a step alone may take so much longer, and so long
@@ -58,9 +58,9 @@ class Pace:
         return min(n_most, n)
 
     def observe(
-        self, n_decodes: int, n_prefill: int, seconds: float, *, is_burst: bool = False
+        self, n_decodes: int, n_prefill: int, seconds: float, *, is_beginning: bool = False
     ) -> None:
-        """A step with so many tokens took so long. In a burst its streams have no pace yet."""
+        """A step with so many tokens took so long. In a beginning no stream has a pace yet."""
         if n_prefill == 0:
             self._owed_s = max(0.0, self._owed_s - seconds)
             old = self._decode_s.get(n_decodes, seconds)
@@ -69,13 +69,13 @@ class Pace:
         decode_s = self._expected_s(n_decodes)
         if n_decodes == 0:
             self._owed_s = 0.0
-        elif self._has_tiles and not is_burst:
+        elif self._has_tiles and not is_beginning:
             owed_s = self._owed_s + OWED * (seconds - self._stall_s(decode_s))
             self._owed_s = min(max(owed_s, 0.0), MOST_OWED_S)
         if n_prefill >= (MIN_BESIDE if n_decodes else MIN_TOKENS) or self._token_s is None:
             token_s = max(seconds - decode_s, seconds / 10) / n_prefill
             kind: Kind = "narrow" if n_prefill < TILE else "wide"
-            kind = kind if n_decodes else "alone"
+            kind = kind if n_decodes and not is_beginning else "alone"
             if kind == "narrow":
                 self._narrow_s = token_s
             elif (self._kind, kind) == ("narrow", "wide") and token_s > CHEAPER * self._narrow_s:
@@ -98,8 +98,8 @@ class Pace:
         return max(n, TILE) if is_far and self._max_stall_s is None else n
 
     def _n_of_burst(self, n_decodes: int, n_most: int, burst: Sequence[int]) -> int:
-        """Tokens of as many prompts as end in a step as long as one alone; none, if those are fewer
-        than the streams that would wait for it."""
+        """Tokens of the first prompts, as many as should end in a step as long as one alone; none,
+        if those are fewer than the streams that would wait for it."""
         if self._max_stall_s is not None or self._token_s is None:
             return 0
         n_most = min(n_most, int(ALONE_S / self._token_s))

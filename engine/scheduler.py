@@ -113,7 +113,7 @@ class Scheduler:
         get a token by `take`, or be cancelled, before the next plan."""
         n_prefill = batch.n_tokens - batch.n_decodes - batch.n_guesses
         if not batch.n_guesses:
-            self._pace.observe(batch.n_decodes, n_prefill, seconds, is_burst=batch.is_burst)
+            self._pace.observe(batch.n_decodes, n_prefill, seconds, is_beginning=batch.is_beginning)
         if self._speculation and not n_prefill:
             self._speculation.observe(batch.n_tokens, seconds)
         for chunk in batch.chunks:
@@ -368,7 +368,7 @@ class Scheduler:
         lengths = [sequence.n_pending for sequence in prefilling]
         n_left = min(self._n_batch - batch.n_tokens, sum(lengths))
         if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time
-            burst = lengths if batch.is_burst else ()
+            burst = lengths if batch.is_beginning else ()
             n_left = self._pace.n_prefill(batch.n_decodes, n_left, burst)
         while self._cells.n_free - batch.n_tokens < n_left and self._idle():
             self._make_room()

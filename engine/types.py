@@ -131,8 +131,8 @@ class Batch:
         self.n_tokens += n_tokens
 
     @property
-    def is_burst(self) -> bool:
-        """Prompts have company of none but those that have only just begun."""
+    def is_beginning(self) -> bool:
+        """No stream has a pace yet, if there are any."""
         return self.n_new == self.n_decodes
 
     def guess(self, chunk: Chunk, guesses: "array[int]") -> None:

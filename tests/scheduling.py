@@ -76,7 +76,7 @@ class FixedPace(Pace):
         return min(self.n_tokens, n_most)
 
     def observe(
-        self, n_decodes: int, n_prefill: int, seconds: float, *, is_burst: bool = False
+        self, n_decodes: int, n_prefill: int, seconds: float, *, is_beginning: bool = False
     ) -> None:
         assert n_decodes == 0 or n_prefill <= self.n_tokens
 

@@ -203,11 +203,17 @@ def test_prompts_that_come_together_start_together(
 
 def test_who_has_just_begun_is_owed_nothing_and_may_wait_for_who_is() -> None:
     pace = taught(decode_s=0.05, token_s=0.001, max_stall_s=None)
-    pace.observe(4, 800, 0.85, is_burst=True)
+    pace.observe(4, 800, 0.85, is_beginning=True)
     assert pace.n_prefill(4, MOST) == 100
     pace.observe(4, 800, 0.85)
     assert pace.n_prefill(4, MOST) == 0
     assert pace.n_prefill(4, MOST, [100] * 10) == 800
+
+
+def test_a_slow_step_of_a_beginning_does_not_make_what_follows_wide() -> None:
+    pace = taught(decode_s=0.1, token_s=0.005, max_stall_s=None)
+    pace.observe(1, 100, 0.1 + 100 * 0.01, is_beginning=True)  # the machine is half as fast
+    assert pace.n_prefill(2, MOST) < TILE
 
 
 def test_a_prompt_gets_on_also_where_streams_alone_take_too_long() -> None:

@@ -37,7 +37,7 @@ logger = logging.getLogger("llama.cpp")
 BLOCK, MIN_BLOCK = 256, 16  # cells that are saved at once. Without flash attention values lie
 PLAIN_VALUES = 400_000  # transposed, and each is copied by itself where streams ran together
 Logits = npt.NDArray[np.float32]  # of a token, for each that may follow
-Row = tuple[Any, int, Logits]  # before them where they are from: a context, an index in its batch
+Row = tuple[Any, int, Logits]  # a context, a token's index in its batch, and what came of it
 
 
 def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
