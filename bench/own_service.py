@@ -13,6 +13,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 120.0  # until it is ready
+END_S = 30.0  # for its end: llama-server hangs there at times
 
 IsReady = Callable[[str], bool]  # of a URL; an httpx.HTTPError is a no
 Process = subprocess.Popen[bytes]
@@ -48,7 +49,12 @@ def running(
         yield process
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(END_S)
+        except subprocess.TimeoutExpired:  # so that what was measured is not lost
+            print(f"{command[0]} does not end, and is killed", file=sys.stderr)
+            process.kill()
+            process.wait()
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from bench import api_cost, busy, compare, growth, performance_page
+from bench import api_cost, busy, compare, growth, own_service, performance_page
 from bench.plain_client import Client, NoMeasurement, Reply
 from bench.scenarios import FIGURES, SCENARIOS, asking, words
 from bench.servers import LLAMA_SERVER, OURS, Setup
@@ -172,3 +174,18 @@ def test_the_cost_of_a_token_and_of_a_request_are_found() -> None:
         assert asyncio.run(api_cost.request_cpu_s(url, process, 20)) > 0
         with pytest.raises(NoMeasurement, match="400"):  # it was refused
             asyncio.run(Client(url).chat(asking("a", 3), -5))
+
+
+def test_a_server_that_does_not_end_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(own_service, "END_S", 0.2)
+    ready = tmp_path / "ready"
+    code = (
+        "import pathlib, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"pathlib.Path({str(ready)!r}).touch(); signal.pause()"
+    )
+    with own_service.running([sys.executable, "-c", code], "", lambda _: ready.exists()) as process:
+        pass
+    assert process.returncode == -signal.SIGKILL
+    assert "does not end" in capsys.readouterr().err
