@@ -135,7 +135,7 @@ class TierSettings(BaseSettings):
     max_stall_ms: float | None = Field(None, gt=0)  # that a new prompt may hold up running streams
     prefix_cache_mb: int | None = Field(None, ge=0)  # of host memory, for prompts seen before
     speculation: bool = True  # guesses tokens from what was said before, where that pays
-    flash_attention: bool = True  # off is faster far into few conversations, with AVX2
+    flash_attention: bool = True  # off is faster far into few conversations, without AVX-512
     n_threads: int | None = Field(None, ge=1)
     n_gpu_layers: int = -1  # -1: all
 

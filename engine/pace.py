@@ -49,7 +49,7 @@ class Pace:
         if n_decodes == 0:
             return min(n_most, max(MIN_TOKENS, int(self._n_alone(self._token_s))))
         decode_s = self._expected_s(n_decodes)
-        n_burst = self._n_of_burst(n_decodes, n_most, burst)
+        n_burst = self._n_of_burst(self._token_s, n_decodes, n_most, burst)
         if self._owed_s > decode_s and not n_burst:
             return 0
         n = max(MIN_BESIDE, n_burst, int((self._stall_s(decode_s) - decode_s) / self._token_s))
@@ -97,12 +97,12 @@ class Pace:
         is_far = FAR * self._least_token_s < token_s <= FAR_S / TILE
         return max(n, TILE) if is_far and self._max_stall_s is None else n
 
-    def _n_of_burst(self, n_decodes: int, n_most: int, burst: Sequence[int]) -> int:
+    def _n_of_burst(self, token_s: float, n_decodes: int, n_most: int, burst: Sequence[int]) -> int:
         """Tokens of the first prompts, as many as should end in a step as long as one alone; none,
         if those are fewer than the streams that would wait for it."""
-        if self._max_stall_s is not None or self._token_s is None:
+        if self._max_stall_s is not None:
             return 0
-        n_most = min(n_most, int(ALONE_S / self._token_s))
+        n_most = min(n_most, int(ALONE_S / token_s))
         ends = [n for n in accumulate(burst) if n <= n_most]
         return ends[-1] if len(ends) >= n_decodes else 0
 

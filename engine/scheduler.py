@@ -299,7 +299,7 @@ class Scheduler:
     # 2. ended sequences
 
     def _move_out_some(self) -> None:
-        if not (self._running and self._cells.can_share and self._idle()):
+        if not (self._running and self._cells.can_share):
             return
         n_to_move = self._cells.block
         if all(sequence.n_pending > 1 for sequence in self._running):  # nobody waits for a token

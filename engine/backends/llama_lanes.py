@@ -65,7 +65,7 @@ class Lanes:
     def choose(self, batch: Batch) -> dict[int, Chunk]:
         """What of a step is to be computed in lanes, by lane. The others have their cells at
         home."""
-        if len(batch.chunks) < self._least and not self._lanes:
+        if len(batch.chunks) < self._least and not self._lanes:  # the rule has nothing to weigh
             return {}
         chosen = self._worth_lanes(batch)
         if chosen and self.context is None:
