@@ -60,7 +60,7 @@ class BlockReply(ABC):
                     yield data
 
     def _read(self, out: turn.Out) -> Iterable[Data]:
-        logprobs = out.logprobs
+        logprobs = out.logprobs  # which go with the first text
         for said in out.events:
             is_call = isinstance(said, CallBegin)
             kind = CallArguments if is_call else type(said)
@@ -68,8 +68,11 @@ class BlockReply(ABC):
                 yield from self._close(is_whole=True)
                 self._kind = kind
                 yield from self.open(said)
-            if not isinstance(said, CallBegin):
-                yield from self.add(said.text, logprobs if isinstance(said, Text) else ())
+            if isinstance(said, Text):
+                yield from self.add(said.text, logprobs)
+                logprobs = ()
+            elif not isinstance(said, CallBegin):
+                yield from self.add(said.text, ())
         if out.end:
             yield from self._close(is_whole=out.end.finish != "length")
             yield from self.end(out.end)

@@ -49,7 +49,9 @@ async def create_chat_completion(
             events = _events(started, head, body, server.reasoning_field)
             return EventStream(events, headers | started.headers())
 
-        return await begun(stream(), waits_for=watch, patience_s=server.comment_after_s)
+        return await begun(
+            stream(), waits_for=watch, patience_s=server.comment_after_s, headers=headers
+        )
     started = await starting
     head = generation.head("chatcmpl", "chat.completion", tier, body.service_tier)
     choices = await while_connected(request.receive, started.fold())
@@ -128,7 +130,9 @@ async def _events(
             logprobs = _logprobs(out.logprobs) if out.logprobs else None
             for said in out.events:
                 delta = deltas[out.index].of(said)
-                of_text = logprobs if "content" in delta else None
+                of_text = None
+                if "content" in delta:  # all of them with the first text
+                    of_text, logprobs = logprobs, None
                 yield chunks.of(_choice(out.index, delta, of_text))
             if out.end:
                 ends.append(out.end)

@@ -123,7 +123,7 @@ async def create_completion(
             return EventStream(_events(answer, head, body), headers)
 
         patience_s = services.settings.server.comment_after_s
-        return await begun(stream(), waits_for=watch, patience_s=patience_s)
+        return await begun(stream(), waits_for=watch, patience_s=patience_s, headers=headers)
     answer, head = await start()
     sampled = await while_connected(request.receive, generation.fold(answer))
     usage = generation.usage(answer, sum(choice.done.n_tokens for choice in sampled))

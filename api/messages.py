@@ -5,12 +5,14 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from api import generation, turn
 from api.blocks import BlockReply, Data
-from api.deps import ServicesDep, fetched, while_connected
+from api.chat_request import ChatRequest
+from api.deps import Services, ServicesDep, fetched, while_connected
 from api.errors import client_names
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
@@ -18,6 +20,7 @@ from api.sampling import ignored_params, refuse, validity
 from api.sse import EventStream, begun
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
+from tier import Tier
 
 router = APIRouter()
 
@@ -33,6 +36,7 @@ DELTAS = {
     "thinking": ("thinking_delta", "thinking"),
     "tool_use": ("input_json_delta", "partial_json"),
 }
+EFFORT = "output_config.effort"
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -43,12 +47,15 @@ async def create_message(
     tier = services.chat_tier(body.model)
     refuse(body, UNSUPPORTED)
     strict = services.settings.server.strict_params
-    headers = ignored_params(body, UNSUPPORTED, strict=strict, parts=body.inner())
+    headers = ignored_params(
+        body, UNSUPPORTED, strict=strict, parts=body.inner(), left_out=body.left_out
+    )
     watch = generation.Watch(tier)
 
     async def start() -> turn.Turn:
         with client_names(body.names):
-            return await turn.start(request, services, tier, body.chat(), watch)
+            chat = await _chat(body, request, services, tier, headers)
+            return await turn.start(request, services, tier, chat, watch)
 
     if body.stream:
 
@@ -58,11 +65,15 @@ async def create_message(
             return EventStream(events, headers | started.headers(), last=b"")
 
         patience_s = services.settings.server.comment_after_s
-        return await begun(stream(), waits_for=watch, patience_s=patience_s, last=b"")
+        return await begun(
+            stream(), waits_for=watch, patience_s=patience_s, headers=headers, last=b""
+        )
     started = await start()
     reply = _Reply(started, tier.name)
     await while_connected(request.receive, reply.finish())
-    return JSONResponse(reply.message, headers=headers | started.whole_headers())
+    content = msgspec.json.encode(reply.message)
+    headers |= started.whole_headers()
+    return Response(content, media_type="application/json", headers=headers)
 
 
 @router.post("/v1/messages/count_tokens")
@@ -70,13 +81,31 @@ async def count_tokens(body: PromptRequest, request: Request, services: Services
     tier = services.chat_tier(body.model)
     refuse(body, UNSUPPORTED)
     strict = services.settings.server.strict_params
-    headers = ignored_params(body, UNSUPPORTED, strict=strict, parts=body.inner())
-    await fetched(request.receive, tier)
+    headers = ignored_params(
+        body, UNSUPPORTED, strict=strict, parts=body.inner(), left_out=body.left_out
+    )
     with client_names(body.names):
-        prompt = await asyncio.to_thread(prompt_of, services, tier, body.chat())
+        chat = await _chat(body, request, services, tier, headers)
+        prompt = await asyncio.to_thread(prompt_of, services, tier, chat)
     work = tier.tokenize(prompt.segments, add_bos=True)
     tokens = await while_connected(request.receive, work)
     return JSONResponse({"input_tokens": len(tokens.ids)}, headers=headers)
+
+
+async def _chat(
+    body: PromptRequest, request: Request, services: Services, tier: Tier, headers: dict[str, str]
+) -> ChatRequest:
+    """The request as a chat. An effort that is a hint is left out for a model that does not think,
+    which `headers` then say. Raises ClientLeft or ServiceError."""
+    chat = body.chat()
+    await fetched(request.receive, tier)
+    if body.has_effort_as_hint:
+        form = await asyncio.to_thread(services.chat_format, tier)
+        if not form.thinks:
+            named = headers.get("X-Ignored-Params")
+            headers["X-Ignored-Params"] = f"{named},{EFFORT}" if named else EFFORT
+            chat.reasoning_effort = None
+    return chat
 
 
 class _Reply(BlockReply):
@@ -124,7 +153,7 @@ class _Reply(BlockReply):
     def close(self, *, is_whole: bool) -> Iterable[Data]:
         block = self._content[-1]
         if block["type"] == "tool_use":
-            block["input"] = _object(self._arguments)
+            block["input"] = msgspec.Raw(_object(self._arguments).encode())
         yield self._event("content_block_stop")
 
     def end(self, end: turn.End) -> Iterable[Data]:
@@ -154,10 +183,15 @@ class _Reply(BlockReply):
         }
 
 
-def _object(arguments: str) -> dict[str, Any]:
-    """What they say; nothing where they were cut."""
+def _object(arguments: str) -> str:
+    """The arguments as they were written, since no number in them is to lose digits; none where
+    they were cut."""
     try:
-        value = json.loads(arguments)
+        is_object = isinstance(json.loads(arguments, parse_constant=_no_json), dict)
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        is_object = False
+    return arguments if is_object else "{}"
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON.")

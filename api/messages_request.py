@@ -1,6 +1,7 @@
 """What a client may ask of Anthropic's Messages, and the chat that it comes to."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
@@ -21,6 +22,8 @@ from api.transcript import Transcript
 from errors import BadRequest, UnsupportedParameter
 
 DEFAULT_EFFORT = "medium"  # where thinking is asked for and an effort is not
+# What Claude Code bills by: other words in each request, so no prompt would begin like another.
+BILLING = "x-anthropic-billing-header:"
 
 
 class ThinkingBlock(Extensible):
@@ -136,17 +139,32 @@ class PromptRequest(Extensible):
     cache_control: Any = None  # what prompts have in common is remembered anyway
 
     @property
-    def names(self) -> dict[str, str]:
+    def names(self) -> Mapping[str, str | Callable[[re.Match[str]], str]]:
         """What fields are called here, by what they are called in a chat."""
+        places = [n for n, tool in enumerate(self.tools or ()) if isinstance(tool, ClientTool)]
         is_asked = self.thinking is not None and self.thinking.type == "enabled"
         return {
             r"^continue_final_message$": "messages",
             r"^response_format.*": "output_config.format",
             r"^reasoning_effort$": "thinking" if is_asked else "output_config.effort",
             r"^thinking_budget_tokens$": "thinking.budget_tokens",
-            r"^(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
-            r"^(tools\[\d+\])\.function": r"\1",
+            r"\.function\.parameters": ".function.input_schema",
+            r"^tools\[(\d+)\]\.function": lambda at: f"tools[{places[int(at[1])]}]",
         }
+
+    @property
+    def left_out(self) -> list[str]:
+        """Tools that Anthropic defines, beside others, where none of them has to be used."""
+        others = [n for n, tool in enumerate(self.tools or ()) if isinstance(tool, ServerTool)]
+        has_own = len(others) < len(self.tools or ())
+        return [f"tools[{n}]" for n in others] if has_own else []
+
+    @property
+    def has_effort_as_hint(self) -> bool:
+        """It has an effort and does not ask for thoughts: in this API that is about all that the
+        model writes, and it is sent to every one."""
+        is_asked = self.thinking is not None and self.thinking.type == "enabled"
+        return bool(self.output_config and self.output_config.effort) and not is_asked
 
     def inner(self) -> Iterator[tuple[str, BaseModel]]:
         """What of the body may hold unknown fields, with its place."""
@@ -158,7 +176,8 @@ class PromptRequest(Extensible):
         }
         yield from ((name, part) for name, part in inner.items() if part)
         for n, tool in enumerate(self.tools or ()):
-            yield f"tools[{n}]", tool
+            if isinstance(tool, ClientTool):
+                yield f"tools[{n}]", tool
 
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises BadRequest."""
@@ -182,8 +201,8 @@ class PromptRequest(Extensible):
 
     def _messages(self) -> list[dict[str, Any]]:
         transcript = Transcript()
-        if self.system:
-            transcript.text("system", read_text(self.system, "system", self.model))
+        if system := self._system():
+            transcript.text("system", read_text(system, "system", self.model))
         for n, message in enumerate(self.messages):
             if isinstance(message.content, str):
                 transcript.text(message.role, message.content)
@@ -207,16 +226,22 @@ class PromptRequest(Extensible):
                     transcript.result(block.tool_use_id, text)
         return transcript.messages
 
+    def _system(self) -> Content:
+        if isinstance(self.system, list):
+            return [part for part in self.system if not (part.text or "").startswith(BILLING)]
+        return self.system
+
     def _tools(self) -> Iterator[dict[str, Any]]:
         for n, tool in enumerate(self.tools or ()):
-            if isinstance(tool, ServerTool):
+            if isinstance(tool, ClientTool):
+                definition = tool.model_dump(include={"name", "description", "strict"})
+                yield definition | {"parameters": tool.input_schema}
+            elif not self.left_out:
                 raise UnsupportedParameter(
                     f"The tool '{tool.name or tool.type}' is not there: only tools with an "
                     "'input_schema' are supported.",
                     param=f"tools[{n}].type",
                 )
-            definition = tool.model_dump(include={"name", "description", "strict"})
-            yield definition | {"parameters": tool.input_schema}
 
     def _thinking(self) -> dict[str, Any]:
         asked, effort = self.thinking, self.output_config and self.output_config.effort

@@ -13,7 +13,7 @@ from api import generation, turn
 from api.blocks import BlockReply, Data
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
-from api.responses_request import NAMES, ResponsesRequest
+from api.responses_request import ResponsesRequest
 from api.sampling import ignored_params, refuse, validity
 from api.sse import EventStream, begun, event
 from chat.events import CallBegin, Event, Reasoning
@@ -49,12 +49,13 @@ async def create_response(
         UNSUPPORTED,
         strict=services.settings.server.strict_params,
         parts=body.inner(),
+        left_out=body.left_out,
         also=body.ignored,
     )
     watch = generation.Watch(tier)
 
     async def start() -> turn.Turn:
-        with client_names(NAMES):
+        with client_names(body.names):
             return await turn.start(request, services, tier, body.chat(), watch)
 
     if body.stream:
@@ -68,8 +69,9 @@ async def create_response(
         patience_s = services.settings.server.comment_after_s
         failed = partial(_never_begun, body, tier)
         return await begun(
-            stream(), waits_for=watch, patience_s=patience_s, failed=failed, last=b""
-        )
+            stream(), waits_for=watch, patience_s=patience_s, headers=headers, failed=failed,
+            last=b"",
+        )  # fmt: skip
     started = await start()
     reply = _Reply(started, _head(body, tier))
     await while_connected(request.receive, reply.finish())

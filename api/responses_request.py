@@ -1,6 +1,7 @@
 """What a client may ask of OpenAI's Responses, and the chat that it comes to."""
 
-from collections.abc import Container, Iterator
+import re
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
@@ -43,7 +44,6 @@ NAMES = {
     r"^messages": "input",
     r"^reasoning_effort$": "reasoning.effort",
     r"^response_format(\.json_schema)?": "text.format",
-    r"^(tools\[\d+\])\.function": r"\1",
 }
 
 
@@ -188,12 +188,27 @@ class ResponsesRequest(Extensible):
         asked = enumerate(self.include or ())
         return [f"include[{n}]" for n, what in asked if what != LOGPROBS]
 
+    @property
+    def names(self) -> Mapping[str, str | Callable[[re.Match[str]], str]]:
+        """What fields are called here, by what they are called in a chat."""
+        places = [n for n, tool in enumerate(self.tools or ()) if isinstance(tool, FunctionTool)]
+        return NAMES | {r"^tools\[(\d+)\]\.function": lambda at: f"tools[{places[int(at[1])]}]"}
+
+    @property
+    def left_out(self) -> list[str]:
+        """Tools that are not there, beside functions, where none of them has to be used: clients
+        send what they have, such as `web_search`, and the model goes without."""
+        others = [n for n, tool in enumerate(self.tools or ()) if isinstance(tool, Other)]
+        has_functions = len(others) < len(self.tools or ())
+        return [f"tools[{n}]" for n in others] if has_functions else []
+
     def inner(self) -> Iterator[tuple[str, BaseModel]]:
         """What of the body may hold unknown fields, with its place."""
         inner = {"text": self.text, "text.format": self.format, "reasoning": self.reasoning}
         yield from ((name, part) for name, part in inner.items() if part)
         for n, tool in enumerate(self.tools or ()):
-            yield f"tools[{n}]", tool
+            if isinstance(tool, FunctionTool):
+                yield f"tools[{n}]", tool
 
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises BadRequest."""
@@ -257,12 +272,13 @@ class ResponsesRequest(Extensible):
 
     def _tools(self) -> Iterator[dict[str, Any]]:
         for n, tool in enumerate(self.tools or ()):
-            if not isinstance(tool, FunctionTool):
+            if isinstance(tool, FunctionTool):
+                yield tool.model_dump(include=set(FunctionDefinition.model_fields))
+            elif not self.left_out:
                 raise UnsupportedParameter(
                     f"Tools of type '{tool.type}' are not supported: only functions.",
                     param=f"tools[{n}].type",
                 )
-            yield tool.model_dump(include=set(FunctionDefinition.model_fields))
 
     def _tool_choice(self) -> Any:
         choice = self.tool_choice

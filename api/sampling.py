@@ -78,6 +78,10 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 ServiceTier = Literal["auto", "default", "flex", "priority"]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenLimit = Annotated[int, Field(ge=-1, lt=2**31)]  # -1, as some clients say it: no limit
+Seed = Annotated[  # -1, as some clients say it: any
+    Annotated[int, Field(ge=-(2**63), lt=2**64)] | None,
+    BeforeValidator(lambda value: None if value == -1 else value),
+]
 ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 OneChoice = Annotated[ChoiceCount, BeforeValidator(lambda value: 1 if value is None else value)]
 Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
@@ -158,7 +162,7 @@ class GenerationFields(BaseModel):
     ignore_eos: Switch = False
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    seed: Seed = None
     stop: StopList | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
     response_format: ResponseFormat | None = None
@@ -301,16 +305,18 @@ def ignored_params(
     *,
     strict: bool,
     parts: Iterable[tuple[str, BaseModel]] = (),
+    left_out: Iterable[str] = (),
     also: Iterable[str] = (),
 ) -> dict[str, str]:
     """The header that names what has no effect: the unknown fields of a body and of its `parts`,
-    which come with their places, known ones, and `also` these. Raises BadRequest for unknown ones
-    if `strict`."""
+    which come with their places, what is `left_out` of it, known ones, and `also` these. Raises
+    BadRequest for unknown ones and what is left out if `strict`."""
     extra = fields.model_extra or {}
     unknown = [name for name in extra if name not in known and name not in IGNORED]
     inner = ((name, getattr(fields, name, None)) for name in ("stream_options", "response_format"))
     parts = [*((name, part) for name, part in inner if part is not None), *parts]
     unknown += [f"{place}.{name}" for place, part in parts for name in part.model_extra or {}]
+    unknown += left_out
     if unknown and strict:
         raise BadRequest(
             f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]

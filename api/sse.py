@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -48,8 +49,8 @@ class Chunks:
 
 class LateStream(Response):
     """The reply to a stream that takes long to start: comments that say what it waits for, then its
-    events. Its status is sent already, so what goes wrong now is an event, or what `failed` makes
-    of it, and `last`."""
+    events. Its status and `headers` are sent already, so what goes wrong now is an event, or what
+    `failed` makes of it, and `last`."""
 
     media_type = "text/event-stream"
 
@@ -58,10 +59,11 @@ class LateStream(Response):
         starting: "asyncio.Future[EventStream]",
         waits_for: Callable[[], str],
         interval_s: float,
+        headers: Mapping[str, str],
         failed: Failed | None,
         last: bytes,
     ) -> None:
-        super().__init__(headers=HEADERS)
+        super().__init__(headers=HEADERS | dict(headers))
         del self.headers["content-length"]
         self._starting = starting
         self._waits_for = waits_for
@@ -95,18 +97,22 @@ async def begun(
     waits_for: Callable[[], str],
     patience_s: float,
     interval_s: float = 2.0,
+    headers: Mapping[str, str] = MappingProxyType({}),
     failed: Failed | None = None,
     last: bytes = DONE,
 ) -> Response:
     """The stream, once it has started. What goes wrong until `patience_s` are over is an HTTP
-    status; from then on the client hears what its request waits for."""
+    status; from then on the client hears what its request waits for, and has the `headers` that
+    are known by then."""
     task = asyncio.ensure_future(starting)
     try:
         done, _ = await asyncio.wait({task}, timeout=patience_s)
     except BaseException:
         task.cancel()
         raise
-    return task.result() if done else LateStream(task, waits_for, interval_s, failed, last)
+    if done:
+        return task.result()
+    return LateStream(task, waits_for, interval_s, headers, failed, last)
 
 
 class EventStream(Response):

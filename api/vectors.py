@@ -13,6 +13,7 @@ import numpy.typing as npt
 from engine import wire
 
 QUICKLY_ENCODED = 16 << 10  # bytes of vectors: some 0.3 ms as lists of numbers
+MAX_HEADER_CHARS = 4000  # of what was cut; clients take some 8,000 in a line
 
 Floats = npt.NDArray[np.float32]
 
@@ -86,6 +87,9 @@ def _base64(array: npt.NDArray[Any]) -> str:
 
 
 def truncated_header(cut: Iterable[tuple[str, int]]) -> dict[str, str]:
-    """Where a body has no place for it: which inputs were cut, and by how many tokens."""
-    named = [f"{what}={n_cut}" for what, n_cut in cut if n_cut]
-    return {"X-Truncated-Inputs": ",".join(named)} if named else {}
+    """Where a body has no place for it: which inputs were cut, and by how many tokens. Of more than
+    a header takes the first are named, and `...` comes after them."""
+    named = ",".join(f"{what}={n_cut}" for what, n_cut in cut if n_cut)
+    if len(named) > MAX_HEADER_CHARS:
+        named = named[: named.rindex(",", 0, MAX_HEADER_CHARS)] + ",..."
+    return {"X-Truncated-Inputs": named} if named else {}

@@ -18,8 +18,8 @@ from errors import BadRequest, UnsupportedParameter
 # what templates call the switch of thinking, and how far it goes
 SWITCHES = ("enable_thinking", "thinking")
 BUDGETS = {"none": 0, "minimal": 256, "low": 1024, "medium": 8192}  # where it knows no effort
-# that none knows
-TEMPLATE_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+COMMON_EFFORTS = ("low", "medium", "high")  # of templates that write whatever they are told
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,17 @@ class ChatFormat:
         fitting = next(family for family in FAMILIES if family.fits(source))
         self._family = BY_NAME.get(tool_format, fitting)
         self._tags = self._family.reasoning(source)
-        self._takes_system = self._renders("system", "user") or not self._renders("user")
+        self._takes_system = self._shows("system", "user") or not self._shows("user")
+        self._takes_later_system = self._takes_system and (
+            self._shows("system", "user", "assistant", "system", "user")
+            or not self._shows("system", "user", "assistant", "user")
+        )
+        self._efforts = self._known_efforts()
+
+    @property
+    def thinks(self) -> bool:
+        """The model writes thoughts that can be told from its answer."""
+        return self._tags is not None
 
     def prompt(
         self,
@@ -91,7 +101,7 @@ class ChatFormat:
         messages = with_names([normalised(message) for message in messages])
         turns = self._family.history(messages, [tool.definition for tool in tools])
         segments = self._template.render(
-            turns if self._takes_system else _without_system(turns),
+            turns if self._takes_later_system else _without_system(turns, self._takes_system),
             now=now,
             continues=continues,
             tools=[t.definition for t in tools] if tools and self._family.shows_tools else None,
@@ -164,10 +174,13 @@ class ChatFormat:
         if effort is None:
             return switches, budget
         switches = {name: effort != "none" for name in SWITCHES if name in source}
-        knows_effort = "reasoning_effort" in source
-        if knows_effort:
-            switches["reasoning_effort"] = TEMPLATE_EFFORTS.get(effort, effort)
-        if budget is None and (effort == "none" or not knows_effort):
+        if self._efforts:
+            asked = EFFORTS.index(effort)
+            switches["reasoning_effort"] = min(
+                self._efforts,
+                key=lambda known: (abs(EFFORTS.index(known) - asked), -EFFORTS.index(known)),
+            )
+        if budget is None and (effort == "none" or not self._efforts):
             budget = BUDGETS.get(effort)
         return switches, budget
 
@@ -184,22 +197,41 @@ class ChatFormat:
         end = "".join(segment.text for segment in segments).rstrip()
         return (None if end.endswith(tags.close) else tags), end.endswith(tags.open)
 
-    def _renders(self, *roles: str) -> bool:
-        """The template takes turns of these roles."""
-        turns = [{"role": role, "content": "."} for role in roles]
+    def _shows(self, *roles: str, **extra: Any) -> bool:
+        """The template takes turns of these roles, and the prompt has what each says."""
+        turns = [{"role": role, "content": f"text {n}"} for n, role in enumerate(roles)]
         try:
-            self._template.render(turns, now=datetime(2000, 1, 1))
+            segments = self._template.render(turns, now=datetime(2000, 1, 1), **extra)
         except BadRequest:
             return False
-        return True
+        prompt = "".join(segment.text for segment in segments)
+        return all(turn["content"] in prompt for turn in turns)
+
+    def _known_efforts(self) -> Sequence[str]:
+        """Those that the template may be told of; none where it knows no effort."""
+        if "reasoning_effort" not in self._template.source:
+            return ()
+        known = [e for e in EFFORTS[1:] if self._shows("user", reasoning_effort=e)]
+        return known if 0 < len(known) < len(EFFORTS[1:]) else COMMON_EFFORTS
 
 
-def _without_system(turns: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """For templates that refuse a system text: it begins the first user turn."""
-    if not turns or turns[0]["role"] != "system":
-        return turns
-    system, *rest = turns
-    if rest and rest[0]["role"] == "user":
-        user, *rest = rest
-        system = {**user, "content": f"{system['content']}\n\n{user['content']}"}
-    return [{**system, "role": "user"}, *rest]
+def _without_system(
+    turns: Sequence[Mapping[str, Any]], takes_first: bool
+) -> Sequence[Mapping[str, Any]]:
+    """For templates that refuse system texts, or leave them out, at the beginning or later: they
+    are the user's, and of one turn with neighbours, since many templates want turns to
+    alternate."""
+    told: list[Mapping[str, Any]] = []
+    was_system = False
+    for turn in turns:
+        is_system = turn["role"] == "system"
+        is_first = not told or told[-1]["role"] == "system"
+        if is_system and not (takes_first and is_first):
+            turn = {**turn, "role": "user"}
+        if (is_system or was_system) and told and told[-1]["role"] == turn["role"]:
+            text = f"{told[-1]['content']}\n\n{turn['content']}"
+            told[-1] = {**told[-1], **turn, "content": text}
+        else:
+            told.append(turn)
+        was_system = is_system
+    return told

@@ -237,9 +237,11 @@ def _tojson(
 
 
 def normalised(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message as templates expect it: nothing null, content a text, arguments an object, and
-    thoughts under the name that most know."""
+    """The message as templates expect it: nothing null, no list of no calls, content a text,
+    arguments an object, and thoughts under the name that most know."""
     given = {key: value for key, value in message.items() if value is not None}
+    if not given.get("tool_calls", True):  # templates ask only whether there is such a list
+        del given["tool_calls"]
     content = given.get("content", "")
     if not isinstance(content, str):
         content = "".join(part["text"] for part in content)
@@ -270,7 +272,7 @@ def with_names(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call["function"]
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = json.loads(function.get("arguments") or "{}")
     except (TypeError, ValueError, RecursionError):  # an object already, or no JSON
         return dict(call)
     if not isinstance(arguments, dict):

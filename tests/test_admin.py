@@ -350,9 +350,11 @@ def test_a_model_comes_from_the_hub_at_its_first_request(tmp_path: Path) -> None
 @pytest.mark.parametrize("path", WAYS)
 def test_a_stream_that_waits_says_for_what(tmp_path: Path, path: str) -> None:
     light = fake(script(tmp_path, load_s=0.6))
-    body = {"model": "light", "stream": True, **WAYS[path]}
+    body = {"model": "light", "stream": True, "frob": 1, **WAYS[path]}
     with serving(settings({"comment_after_s": 0.25}, light=light)) as service:
-        text = service.http.post(path, json=body).text
+        reply = service.http.post(path, json=body)
+        assert reply.headers["x-ignored-params"] == "frob"
+        text = reply.text
         assert text.startswith(": loading light ")
         again = service.http.post(path, json=body).text
         assert text.count("data:") == again.count("data:") > 3, "all came"

@@ -145,7 +145,14 @@ def test_a_template_gets_the_clients_arguments(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("role", ["system", "developer", "assistant", "tool"])
 def test_every_role_is_taken(service: Service, role: str) -> None:
     message = {"role": role, "content": "Be brief.", "tool_call_id": "x"}
-    assert text_of(ask(service, message, {"role": "user", "content": "Hi"})) == "You said: Hi"
+    heard = "<tool_response>\nBe brief.\n</tool_response>\n\nHi" if role == "tool" else "Hi"
+    assert text_of(ask(service, message, {"role": "user", "content": "Hi"})) == f"You said: {heard}"
+
+
+def test_a_past_call_may_lack_its_arguments(service: Service) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "f"}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert text_of(ask(service, turn, {"role": "user", "content": "Hi"})) == "You said: Hi"
 
 
 def test_content_may_be_parts_or_null(service: Service) -> None:
@@ -814,7 +821,13 @@ def test_the_seed_is_told_and_repeats_the_answer(service: Service) -> None:
     first = service.chat("Hi")
     assert 0 <= int(first.headers["x-seed"]) < 2**32
     assert service.chat("Hi", seed=7, stream=True).headers["x-seed"] == "7"
-    assert service.complete("Hi", seed=-1).headers["x-seed"] == str(2**32 - 1)
+    assert service.complete("Hi", seed=-2).headers["x-seed"] == str(2**32 - 2)
+
+
+def test_the_seed_minus_one_is_none(service: Service) -> None:
+    seeds = {service.chat("Hi", seed=-1, temperature=1).headers["x-seed"] for _ in range(3)}
+    assert len(seeds) == 3
+    assert service.chat("Hi", seed=-1, temperature=1).headers["x-cache"] == "BYPASS"
 
 
 def test_every_reply_says_how_long_it_waited_and_a_whole_one_how_long_it_took(

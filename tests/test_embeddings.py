@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from api import embeddings
+from api.vectors import truncated_header
 from engine.backends.fake_encoder import N_EMBD, N_VOCAB
 from tests.serving import Service, fake, script, serving, settings, wait_until
 
@@ -476,3 +477,13 @@ def test_tei_is_told_the_limits(service: Service) -> None:
     }
     with serving() as without:
         assert without.http.get("/info").status_code == 404
+
+
+def test_a_header_names_no_more_cuts_than_clients_take() -> None:
+    few = truncated_header([("query", 3), ("0", 0), ("1", 20)])
+    assert few == {"X-Truncated-Inputs": "query=3,1=20"}
+    named = truncated_header((str(n), 123) for n in range(2048))["X-Truncated-Inputs"]
+    *whole, end = named.split(",")
+    assert (end, whole[-1][-4:]) == ("...", "=123")
+    assert 3900 < len(named) < 4100
+    assert truncated_header([("0", 0)]) == {}

@@ -11,7 +11,14 @@ import pytest
 
 from api.errors import envelope
 from api.messages_request import MessagesRequest
-from errors import InternalError, ModelLoadFailed, QueueFull, ServiceError, TierUnavailable
+from errors import (
+    InternalError,
+    ModelLoadFailed,
+    QueueFull,
+    RequestTimeout,
+    ServiceError,
+    TierUnavailable,
+)
 from tests.serving import (
     THINKING_TEMPLATE,
     Service,
@@ -33,6 +40,7 @@ WEATHER = {
         "additionalProperties": False,
     },
 }
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 RULES = (
     {"match": "weather", "answer": f"<think>\nHm.\n</think>\n\nLet me look.\n{CALL}"},
@@ -40,6 +48,11 @@ RULES = (
     {"match": "counting", "answer": "one two three four"},
     {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
     {"match": "as json", "answer": '{"city": "Paris"}'},
+    {
+        "match": "odd",
+        "answer": '<tool_call>\n{"name": "get_weather", "arguments": '
+        '{"n": 1e999, "of": 12345678901234567890123}}\n</tool_call>',
+    },
 )
 
 
@@ -215,10 +228,26 @@ def test_a_model_that_does_not_think_says_so(service: Service) -> None:
     enabled = {"type": "enabled", "budget_tokens": 1024}
     error = error_of(service.message("Hi", model="heavy", thinking=enabled))
     assert error["message"] == "thinking: This model does not think."
-    error = error_of(service.message("Hi", model="heavy", output_config={"effort": "high"}))
-    assert error["message"] == "output_config.effort: This model does not think."
     for kind in ("disabled", "adaptive"):
         assert text_of(service.message("Hi", model="heavy", thinking={"type": kind}))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_effort_is_a_hint_where_no_thoughts_are_asked_for(
+    service: Service, stream: bool
+) -> None:
+    fields = {"output_config": {"effort": "high"}, "model": "heavy", "stream": stream, "frob": 1}
+    for thinking in ({}, {"thinking": {"type": "adaptive"}}):
+        response = service.message("Hi", **fields, **thinking)
+        assert response.status_code == 200
+        assert response.headers["x-ignored-params"] == "frob,output_config.effort"
+    body = {"model": "heavy", "messages": [{"role": "user", "content": "Hi"}]}
+    body["output_config"] = {"effort": "low"}
+    counted = service.http.post("/v1/messages/count_tokens", json=body)
+    assert counted.status_code == 200
+    assert counted.headers["x-ignored-params"] == "output_config.effort"
+    response = service.message("think", output_config={"effort": "high"})
+    assert "x-ignored-params" not in response.headers
 
 
 def test_a_text_has_the_form_that_is_asked_for(service: Service) -> None:
@@ -240,6 +269,14 @@ def chat(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 def text(content: str) -> dict[str, Any]:
     return {"type": "text", "text": content, "cache_control": {"type": "ephemeral"}}
+
+
+def test_the_line_that_differs_in_each_request_is_left_out() -> None:
+    billing = text("x-anthropic-billing-header: cc_version=2.1; cch=0a1b2;")
+    request = chat({"role": "user", "content": "Hi"}, system=[billing, text("Be brief.")])
+    assert request["messages"][0] == {"role": "system", "content": "Be brief."}
+    request = chat({"role": "user", "content": "Hi"}, system=[billing])
+    assert request["messages"] == [{"role": "user", "content": "Hi"}]
 
 
 def test_a_conversation_comes_back_as_it_was() -> None:
@@ -340,8 +377,10 @@ def test_what_cannot_be_read_cannot_be_counted(service: Service) -> None:
 @pytest.mark.parametrize(
     ("fields", "place"),
     [
-        ({"tools": [WEATHER, {"type": "web_search_20250305", "name": "web_search"}]}, "tools[1]"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0]"),
+        ({"tools": [SEARCH, WEATHER | {"input_schema": {"not": {}}, "strict": True}]},
+         "tools[1].input_schema"),
+        ({"tools": [SEARCH, WEATHER, WEATHER]}, "tools[2].name"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
         ({"container": "x"}, "container"),
         ({"speed": "fast"}, "speed"),
@@ -374,6 +413,20 @@ def test_what_is_not_there_is_refused_by_name(
     assert place in error["message"]
     assert "response_format" not in error["message"]
     assert "function" not in error["message"] or "functions" in error["message"]
+
+
+def test_tools_that_are_not_there_are_left_out_beside_others_and_named(service: Service) -> None:
+    response = service.message("weather", tools=[SEARCH, WEATHER])
+    assert body_of(response)["content"][-1]["name"] == "get_weather"
+    assert response.headers["x-ignored-params"] == "tools[0]"
+    choice = {"type": "tool", "name": "web_search"}
+    error = error_of(service.message("Hi", tools=[SEARCH, WEATHER], tool_choice=choice))
+    assert error["message"].startswith("tool_choice: There is no function 'web_search'")
+
+
+def test_arguments_are_told_as_they_were_written(service: Service) -> None:
+    body = service.message("odd", tools=[WEATHER | {"input_schema": {"type": "object"}}])
+    assert '"input":{"n": 1e999, "of": 12345678901234567890123}' in body.text
 
 
 @pytest.mark.parametrize(
@@ -459,6 +512,7 @@ def test_errors_of_the_model_are_too(service: Service) -> None:
     [
         (QueueFull("Full.", retry_after_s=3), "rate_limit_error"),
         (TierUnavailable("Later."), "overloaded_error"),
+        (RequestTimeout("Too long."), "timeout_error"),
         (ModelLoadFailed("Broken."), "api_error"),
         (InternalError("Oh."), "api_error"),
     ],

@@ -171,6 +171,20 @@ def test_log_probabilities_are_not_of_thoughts(service: Service) -> None:
     assert "".join(tokens).strip() == "Four."
 
 
+def test_a_stream_tells_log_probabilities_once(folder: Any) -> None:
+    """Also where one token makes two texts: the end of the thoughts, and what comes after it."""
+    tier = fake(script(folder, *ANSWERS, template=TEMPLATE))
+    with serving(settings({"reasoning_field": "none"}, light=tier)) as service:
+        whole = service.chat("sum", logprobs=True).json()["choices"][0]["logprobs"]["content"]
+        chunks = events(service.chat("sum", logprobs=True, stream=True))
+        told = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+        assert [entry for part in told if part for entry in part["content"]] == whole
+        body = {"input": "sum", "include": ["message.output_text.logprobs"], "model": "light"}
+        (message,) = service.http.post("/v1/responses", json=body).json()["output"]
+        (text,) = message["content"]
+        assert [entry["token"] for entry in text["logprobs"]] == [e["token"] for e in whole]
+
+
 @pytest.mark.parametrize("field", ["reasoning", "both", "none"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_field_of_the_thoughts_is_a_setting(folder: Any, field: str, stream: bool) -> None:

@@ -352,7 +352,6 @@ FIELDS = [
     ({"truncation": "auto"}, "truncation"),
     ({"include": ["message.output_text.logprobs", "file_search_call.results"]}, "include[1]"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
-    ({"tools": [WEATHER, {"type": "web_search"}]}, "tools[1].type"),
     ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
     ({"tools": [WEATHER], "tool_choice": {"type": "file_search"}}, "tool_choice.type"),
 ]
@@ -440,6 +439,18 @@ def test_values_that_ask_for_nothing_are_fine(service: Service) -> None:
     response = service.respond(**neutral)
     assert text_of(response) == "You said: Hi"
     assert "x-ignored-params" not in response.headers
+
+
+def test_tools_that_are_not_there_are_left_out_beside_functions_and_named(
+    service: Service,
+) -> None:
+    tools = [{"type": "web_search", "external_web_access": True}, WEATHER, {"type": "custom"}]
+    for choice in ("auto", "none", "required"):
+        response = service.respond("Hi", tools=tools, tool_choice=choice)
+        assert response.status_code == 200, response.text
+        assert response.headers["x-ignored-params"] == "tools[0],tools[2]"
+    error = error_of(service.respond("Hi", tools=[*tools, WEATHER]))
+    assert error["param"] == "tools[3].name"
 
 
 @pytest.mark.parametrize("stream", [False, True])

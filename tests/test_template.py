@@ -250,7 +250,8 @@ def test_other_keys_are_kept_and_null_ones_are_absent() -> None:
         ({"a": 1}, "{'a': 1}"),
         ("[1]", "[1]"),
         ("{broken", "{broken"),
-        ("", ""),
+        ("", "{}"),
+        (None, "{}"),
         ("[" * 100_000, "[" * 100_000),
     ],
 )

@@ -317,8 +317,106 @@ def test_a_template_that_refuses_a_system_text_gets_it_in_the_users() -> None:
     assert text(prompt(NO_SYSTEM, [*system("Be brief."), *user("Hi")])) == "user: Be brief.\n\nHi\n"
     assert text(prompt(NO_SYSTEM, system("Be brief."))) == "user: Be brief.\n"
     assert text(prompt(NO_SYSTEM, user("Hi"), TOOLS)) == f"user: {INSTRUCTIONS}\n\nHi\n"
-    with pytest.raises(BadRequest, match="No system turns"):
-        prompt(NO_SYSTEM, [*user("Hi"), *system("Be brief.")])
+    shown = text(prompt(NO_SYSTEM, [*user("Hi"), *system("Be brief."), *user("Well?")]))
+    assert shown == "user: Hi\n\nBe brief.\n\nWell?\n"
+
+
+LATER = (*user("Hi"), *assistant("Hello."), *system("Be brief."), *user("Well?"))
+SYSTEM_FIRST = """\
+{%- for message in messages %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('System message must be at the beginning.') }}
+    {%- endif %}
+    {{- message.role + ': ' + message.content + '\n' }}
+{%- endfor %}"""
+
+SYSTEM_HIDDEN = """\
+{%- for message in messages %}
+    {%- if message.role != 'system' or loop.first %}
+        {{- message.role + ': ' + message.content + '\n' }}
+    {%- endif %}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "turn"),
+    [
+        (SYSTEM_FIRST, "user: Be brief.\n\nWell?\n"),  # which refuses it later
+        (NO_SYSTEM, "user: Be brief.\n\nWell?\n"),
+        (SYSTEM_HIDDEN, "user: Be brief.\n\nWell?\n"),
+        ("mistral_v3", "[INST]{}Be brief.\n\nWell?[/INST]"),  # whose turns alternate
+        ("qwen3", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWell?"),
+    ],
+)
+def test_a_later_system_text_is_the_users_where_the_template_has_no_place_for_it(
+    template: str, turn: str
+) -> None:
+    for first in ("", "Talk."):
+        messages = (*system(first), *LATER) if first else LATER
+        shown = text(prompt(template, messages))
+        assert turn.replace("{}", first and f"{first}\n\n") in shown
+        assert shown.count("Be brief.") == 1
+        assert first in shown
+
+
+def test_system_texts_at_the_beginning_are_one_where_the_template_takes_one() -> None:
+    messages = [*system("Talk."), *system("Be brief."), *user("Hi"), *user("Well?")]
+    shown = text(prompt(SYSTEM_FIRST, messages))
+    assert shown == "system: Talk.\n\nBe brief.\nuser: Hi\nuser: Well?\n"
+
+
+ALTERNATING = """\
+{%- for message in messages %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('Turns must alternate.') }}
+    {%- endif %}
+    {{- message.role + ': ' + message.content + '\n' }}
+{%- endfor %}"""
+
+
+def test_what_a_user_says_after_a_result_is_in_its_turn() -> None:
+    messages = [*ONE_CALL, *user("And tomorrow?")]
+    shown = text(prompt(ALTERNATING, messages))
+    response = "<tool_response>\nrain\n</tool_response>"
+    assert shown.endswith(f"user: {response}\n\nAnd tomorrow?\n")
+
+
+@pytest.mark.parametrize("template", NAMES)
+def test_a_list_of_no_calls_is_none(template: str) -> None:
+    def shown(**fields: Any) -> str:
+        return text(prompt(template, [*user("Hi"), *assistant("Hello.", **fields), *user("Well?")]))
+
+    assert shown(tool_calls=[]) == shown()
+
+
+CHOOSY = """\
+{%- if reasoning_effort is defined and reasoning_effort not in LEVELS %}
+    {{- raise_exception('Unknown effort.') }}
+{%- endif %}
+{%- for m in messages %}{{ m.content }}{% endfor %}
+{{- reasoning_effort }}</think>"""
+
+
+@pytest.mark.parametrize(
+    ("levels", "asked", "told"),
+    [
+        (["low", "medium", "xhigh"], "high", "xhigh"),
+        (["low", "medium", "xhigh"], "max", "xhigh"),
+        (["low", "medium", "xhigh"], "minimal", "low"),
+        (["low", "medium", "xhigh"], "medium", "medium"),
+        (["none", "low", "medium", "high", "xhigh", "minimal", "max"], "max", "high"),
+        ([], "high", None),
+    ],
+)
+def test_a_template_is_told_of_the_nearest_effort_that_it_knows(
+    levels: list[str], asked: str, told: str | None
+) -> None:
+    template = CHOOSY.replace("LEVELS", repr(levels))
+    if told is None:
+        with pytest.raises(BadRequest, match="Unknown effort"):
+            prompt(template, user("Hi"), effort=asked)
+    else:
+        assert text(prompt(template, user("Hi"), effort=asked)).startswith(f"Hi{told}<")
 
 
 # which tools may be called

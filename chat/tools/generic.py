@@ -40,8 +40,9 @@ class Generic(Hermes):
         for message in messages:
             turn = _plain(message)
             is_result = message["role"] == "tool"
-            if is_result and turns and turns[-1].get("is_result"):
-                turns[-1]["content"] += "\n" + turn["content"]
+            if turn["role"] == "user" and turns and turns[-1]["is_result"]:
+                between = "\n" if is_result else "\n\n"
+                turns[-1]["content"] += between + turn["content"]
             else:
                 turns.append({**turn, "is_result": is_result})
         for turn in turns:
