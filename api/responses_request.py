@@ -265,10 +265,13 @@ class ResponsesRequest(Extensible):
             name = "content" if item.content else "summary"
             transcript.thoughts(text(getattr(item, name), name, REASONING_TEXT))
         else:
-            raise UnsupportedParameter(
-                f"Items of type '{item.type or 'item_reference'}' are not supported.",
-                param=f"{place}.type",
-            )
+            kind = item.type or "item_reference"
+            message = f"Items of type '{kind}' are not supported."
+            if kind == "item_reference":
+                message = (
+                    "Nothing is kept here: send the item itself (Vercel's AI SDK: store: false)."
+                )
+            raise UnsupportedParameter(message, param=f"{place}.type")
 
     def _tools(self) -> Iterator[dict[str, Any]]:
         for n, tool in enumerate(self.tools or ()):
