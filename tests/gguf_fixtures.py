@@ -71,14 +71,19 @@ def write_tiny_llama(
 
 
 def write_tiny_spm(
-    path: Path, *, n_ctx: int = 512, seed: int = 0, more_tokens: Sequence[str] = ()
+    path: Path,
+    *,
+    n_ctx: int = 512,
+    seed: int = 0,
+    more_tokens: Sequence[str] = (),
+    more_control: Sequence[str] = (),
 ) -> Path:
     """A llama of random F32 weights with a SentencePiece vocabulary of some hundred pieces, and of
-    `more_tokens` of the normal type."""
+    `more_tokens` of the normal type and `more_control` of the control type."""
     tokens, scores, types = spm_vocabulary()
-    tokens += more_tokens
-    scores += [-1e6] * len(more_tokens)
-    types += [_TYPE_NORMAL] * len(more_tokens)
+    tokens += [*more_tokens, *more_control]
+    scores += [-1e6] * (len(more_tokens) + len(more_control))
+    types += [_TYPE_NORMAL] * len(more_tokens) + [_TYPE_CONTROL] * len(more_control)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)

@@ -46,6 +46,14 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gguf_fixtures.write_tiny_spm(tmp_path_factory.mktemp("spm") / "spm.gguf")
 
 
+@pytest.fixture(scope="session")
+def harmony(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That with gpt-oss's control tokens, some of which llama.cpp takes for user-defined ones."""
+    names = "start message channel constrain end return call".split()
+    path = tmp_path_factory.mktemp("harmony") / "harmony.gguf"
+    return gguf_fixtures.write_tiny_spm(path, more_control=[f"<|{name}|>" for name in names])
+
+
 # many at once
 
 
@@ -322,7 +330,7 @@ WORDS = ["Hello", " world", "\n", "  two  spaces", "the city", "Größe", "世�
          "1234", "\t", "<x>", "</", "def f():", "'s"]  # fmt: skip
 
 
-@pytest.mark.parametrize("which", ["smollm2", "spm"])
+@pytest.mark.parametrize("which", ["smollm2", "spm", "harmony"])
 def test_prompts_have_the_ids_of_their_whole_text(
     which: str, request: pytest.FixtureRequest, load: Callable[..., Engine]
 ) -> None:

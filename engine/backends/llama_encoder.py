@@ -87,7 +87,7 @@ class EncoderTokenizer(LlamaTokenizer):
         return [
             token
             for token in self._call(data, parse_special=False)
-            if token == self._facts.unknown or not lib.llama_vocab_is_control(self._vocab, token)
+            if token == self._facts.unknown or not self._is_control(token)
         ]
 
 

@@ -8,6 +8,10 @@ import llama_cpp as lib
 
 from engine.backends.llama_model import Error
 
+# control tokens by the files of gpt-oss and Solar Open, which llama.cpp makes user-defined at load
+# (llama-vocab.cpp), and so finds in any text
+HARMONY = (b"<|start|>", b"<|message|>", b"<|channel|>", b"<|constrain|>", b"<|end|>")
+
 
 class LlamaTokenizer:
     """A GGUF's vocabulary. llama.cpp's tokenizer may be called from any thread (llama.h)."""
@@ -21,12 +25,19 @@ class LlamaTokenizer:
         # SPM vocabularies put a space before a text
         first = self._call(b"a", parse_special=False)[:1]
         self._adds_space = any(self.piece(token)[:1] == b" " for token in first)
+        self._harmony = {
+            token
+            for ids in (self._call(text, parse_special=True) for text in HARMONY)
+            for token in ids
+            if len(ids) == 1
+            and lib.llama_vocab_get_attr(self._vocab, token) & lib.LLAMA_TOKEN_ATTR_USER_DEFINED
+        }
 
     def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
         data = text.encode()
         ids = self._call(data, parse_special)
-        if not parse_special and any(lib.llama_vocab_is_control(self._vocab, i) for i in ids):
-            return self._spell(data)  # merges have put one together
+        if not parse_special and any(map(self._is_control, ids)):
+            return self._spell(data)  # merges have put one together, or llama.cpp looks for it
         if continues and self._adds_space and ids and self.piece(ids[0])[:1] == b" ":
             ids[:1] = self._spell(self.piece(ids[0])[1:])
         return ids
@@ -47,6 +58,9 @@ class LlamaTokenizer:
     def ends(self) -> list[int]:
         """Every token that ends a generation."""
         return [token for token in range(self.n_vocab) if self.ends_generation(token)]
+
+    def _is_control(self, token: int) -> bool:
+        return token in self._harmony or lib.llama_vocab_is_control(self._vocab, token)
 
     def _call(self, data: bytes, parse_special: bool) -> list[int]:
         n_room = len(data) + 16
