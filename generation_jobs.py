@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from engine import wire
 from engine.backends.base import Constraint, Engine, Tokenizer
@@ -35,6 +37,36 @@ class Job:
     answers: dict[int, "Answer"] = field(default_factory=dict)  # unfinished, by sequence
 
 
+class Progress:
+    """What an answer may say next; implements Constraint. It keeps what was so after each token
+    until the token is told: MLX chooses the next one before that."""
+
+    def __init__(self, grammar: GrammarState | None, thoughts: Thoughts | None) -> None:
+        self._grammar = grammar
+        self._thoughts = thoughts
+        self._own: Constraint | None = thoughts or grammar
+        self._ahead: deque[tuple[bool, bool | None]] = deque()
+        self.is_over, self.is_complete = self._now()
+
+    def apply(self, logits: npt.NDArray[np.float32]) -> None:
+        if self._own:
+            self._own.apply(logits)
+
+    def accept(self, token: int) -> None:
+        if self._own:
+            self._own.accept(token)
+        self._ahead.append(self._now())
+
+    def told(self) -> None:
+        """The next token was told: from here on all is as it was after that."""
+        self.is_over, self.is_complete = self._ahead.popleft()
+
+    def _now(self) -> tuple[bool, bool | None]:
+        """Whether thoughts are over, and whether the answer is a whole one by its grammar."""
+        is_over = self._thoughts is None or self._thoughts.is_over
+        return is_over, self._grammar.is_complete if self._grammar else None
+
+
 class Answer:
     """One of the answers to a job: its text so far, and what it may say next."""
 
@@ -42,11 +74,12 @@ class Answer:
         self.job = job
         self._index = index
         self._tokenizer = tokenizer
-        self._grammar = job.grammar.copy() if job.grammar else None
-        self._thoughts = None
+        grammar = job.grammar.copy() if job.grammar else None
+        thoughts = None
         if thinking := job.request.thinking:
-            self._thoughts = Thoughts(thinking, self._piece, job.ending, self._grammar)
-        self._text = TextStream([] if self._thoughts else job.request.stop)
+            thoughts = Thoughts(thinking, self._piece, job.ending, grammar)
+        self._progress = Progress(grammar, thoughts) if thoughts or grammar else None
+        self._text = TextStream([] if thoughts else job.request.stop)
         self.n_guessed = self.n_right = 0
         self._n_tokens = 0
         self._logprob = 0.0
@@ -56,18 +89,20 @@ class Answer:
 
     @property
     def constraint(self) -> Constraint | None:
-        return self._thoughts or self._grammar
+        return self._progress
 
     def accept(self, sampled: Sampled) -> wire.TokenOut | None:
         """What the client gets for this token; None while it is all held back."""
         if self.job.max_tokens == 0:  # asked for the prefill only
             return self._last("", "length")
         self._n_tokens += 1
+        if self._progress:
+            self._progress.told()
         if self._tokenizer.ends_generation(sampled.token):
             return self._last(self._text.finish(), "stop")
         piece = self._piece(sampled.token)
         self._hold(piece, sampled)
-        if self._thoughts and self._thoughts.is_over:
+        if self._progress and self._progress.is_over:
             self._text.stops = tuple(self.job.request.stop)
         text = self._text.push(piece)
         if self._text.stop is not None:
@@ -91,8 +126,10 @@ class Answer:
         mean = None
         if self.job.request.sampling.n_logprobs is not None:
             mean = self._logprob / max(self._n_tokens, 1)
-        is_valid = self._grammar.is_complete if self._grammar else None
         stop = self._text.stop
+        is_valid = self._progress.is_complete if self._progress else None
+        if is_valid and stop is not None:  # it was cut out of what the grammar saw
+            is_valid = False
         done = wire.Done(finish, self._n_tokens, mean, is_valid, stop, self.n_guessed, self.n_right)
         return self._out(text, done)
 

@@ -442,6 +442,15 @@ def test_an_answer_that_is_cut_says_that_it_is_not_whole(service: Service) -> No
     assert "schema_valid" not in free
 
 
+@pytest.mark.parametrize(("stop", "text"), [("}", '{"city": "Oslo", "old": false'), ("cit", '{"')])
+def test_an_answer_that_a_stop_string_cuts_is_not_whole(
+    service: Service, stop: str, text: str
+) -> None:
+    choice = service.chat(response_format=JSON_SCHEMA, stop=[stop]).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+    assert choice["schema_valid"] is False
+
+
 def test_each_of_n_answers_has_the_form(service: Service) -> None:
     body = service.chat(response_format=JSON_SCHEMA, n=5).json()
     assert [json.loads(c["message"]["content"])["city"] for c in body["choices"]] == ["Oslo"] * 5

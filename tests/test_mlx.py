@@ -12,8 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import generation_jobs
+from engine import wire
 from engine.backends.base import Engine
 from engine.chat_folder import AddedToken, TokenizerConfig, TokenizerFile, Vocabulary, end_tokens
+from engine.grammar import Compiler
 from engine.types import SamplingParams
 from errors import ModelLoadFailed
 from tests.engines import GREEDY, engine_of, generate, ids, needs_mlx
@@ -118,6 +121,32 @@ def test_who_is_put_off_goes_on_as_if_nothing_had_been(
                 engine.admit(3, [7, 8, 9], GREEDY, rank=1.0)
     assert said[2] == undisturbed
     assert order.index(3) < 8  # it did not wait for the end of the other
+
+
+def test_json_is_whole_only_with_its_last_token(tiny_mlx: Path, load: Load) -> None:
+    """Although the last one is chosen when the one before it is told."""
+    engine = load(tiny_mlx)
+    compiler = Compiler(engine.tokenizer)
+    schema = {"type": "array", "items": {"const": 7}, "minItems": 2, "maxItems": 2}
+    form = wire.Grammar((wire.GrammarPart("json_schema", json.dumps(schema), "response_format"),))
+    texts = {}
+    for max_tokens in range(8):
+        request = wire.Generate([5, 6, 7], False, GREEDY, [], max_tokens, grammar=form)
+        jobs = generation_jobs.Jobs(engine)
+        jobs.admit(generation_jobs.prepare(request, engine, compiler))
+        outs = []
+        while not engine.idle:
+            outs += [
+                out
+                for message in jobs.report(engine.step())
+                if isinstance(message, wire.Step)
+                for out in message.outs
+            ]
+        assert outs[-1].done
+        texts[max_tokens] = "".join(out.text for out in outs)
+        assert outs[-1].done.is_valid is (texts[max_tokens] == "[7, 7]"), max_tokens
+    assert texts[0] == ""
+    assert len(set(texts.values())) > 3
 
 
 # faults

@@ -210,6 +210,30 @@ def test_stop_strings_count_in_the_answer_only(
     assert said == text
 
 
+def test_a_stop_string_counts_from_the_answers_first_token_where_that_is_told_late() -> None:
+    """As a model cuts it: the line break behind the thoughts is one token, and so is a word."""
+    pieces = [b"Hm.", b"</think>", b"\n\n", b"Answer", b"\n\n", b"More", b""]
+    tokenizer: Any = SimpleNamespace(
+        n_vocab=len(pieces),
+        piece=lambda token: pieces[token],
+        ends_generation=lambda token: token == 6,
+    )
+    request = wire.Generate([], False, SamplingParams(), ["\n\n"], None, thinking=think())
+    job = generation_jobs.Job(request, [0], 100, None, {}, {}, [])
+    answer = generation_jobs.Answer(job, 0, tokenizer)
+    assert answer.constraint
+    text, done = "", None
+    answer.constraint.accept(0)
+    for token in range(6):
+        answer.constraint.accept(token + 1)
+        out = answer.accept(Sampled(token))
+        text += out.text if out else ""
+        if out and (done := out.done):
+            break
+    assert done
+    assert (text, done.stop) == ("Hm.</think>\n\nAnswer", "\n\n")
+
+
 @BOTH
 @pytest.mark.parametrize("stop", ["think", "</think>", ">", "Hm"])
 def test_a_stop_string_is_not_looked_for_in_the_tags(tokenizer: ByteTokenizer, stop: str) -> None:
