@@ -30,6 +30,7 @@ class BatchEngine:
         self._scheduler = Scheduler(
             decoder,
             n_slots=spec.n_parallel,
+            n_ctx=n_ctx,
             n_cells=n_cells,
             n_batch=n_batch,
             pace=Pace(spec.max_stall_s, has_tiles=spec.flash_attention),

@@ -58,6 +58,7 @@ class Scheduler:
         memory: Memory,
         *,
         n_slots: int,
+        n_ctx: int,
         n_cells: int,
         n_batch: int,
         pace: Pace,
@@ -65,6 +66,7 @@ class Scheduler:
         speculation: Speculation | None = None,
     ) -> None:
         self._cells = Cells(memory, tree, n_slots=n_slots, n_cells=n_cells)
+        self._n_ctx = n_ctx
         self._n_batch = n_batch
         self._pace = pace
         self._speculation = speculation if self._cells.can_share else None
@@ -349,8 +351,10 @@ class Scheduler:
         trusts = [chunk.sequence.guesses.trust for chunk in guessing]
         numbers = self._speculation.plan(trusts, n_others, n_room)
         for chunk, n in zip(guessing, numbers, strict=True):
-            if n:
-                batch.guess(chunk, chunk.sequence.guesses.next(chunk.sequence.tokens, n))
+            tokens = chunk.sequence.tokens
+            n = min(n, self._n_ctx - len(tokens))  # a model may have no more positions
+            if n > 0:
+                batch.guess(chunk, chunk.sequence.guesses.next(tokens, n))
 
     def _drop_guesses(self, sequence: Sequence) -> None:
         """Cells hold no more than what was said."""

@@ -120,6 +120,7 @@ class Bench:
         self,
         *,
         n_slots: int = 4,
+        n_ctx: int = 1000,
         n_cells: int = 1000,
         n_batch: int = 100,
         n_prefill: int = 1000,
@@ -135,6 +136,7 @@ class Bench:
         self.scheduler = Scheduler(
             self.memory,
             n_slots=n_slots,
+            n_ctx=n_ctx,
             n_cells=n_cells,
             n_batch=n_batch,
             pace=FixedPace(n_prefill),

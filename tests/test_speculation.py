@@ -239,6 +239,20 @@ def test_guesses_use_no_cells_that_others_would_miss() -> None:
     assert bench.started == [1, 2]
 
 
+def test_no_guess_lies_beyond_the_positions_of_the_model() -> None:
+    """Where these are learned, one more ends the process."""
+    bench = guessing(n=8, n_ctx=40)
+    bench.add(1, [1, 2, 3] * 5, n_wanted=40 - 15)
+    ends = []
+    while not bench.scheduler.idle:
+        batch = bench.plan()
+        ends += [chunk.start + len(chunk.tokens) for chunk in batch.chunks]
+        bench.commit(batch)
+    assert bench.n_guessed > 0
+    assert max(ends) == 40
+    assert bench.answers[1] == answer_to([1, 2, 3] * 5, 25, repetitive_token)
+
+
 # in the engine
 
 
