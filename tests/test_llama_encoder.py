@@ -228,6 +228,34 @@ def test_texts_have_their_begin_and_end_also_where_the_file_does_not_say_so(
     assert (ids[0], ids[-1], (ids[1:-1] > 3).all()) == (0, 2, True)
 
 
+@pytest.mark.parametrize(
+    ("begins", "ends", "borders"),
+    [
+        (None, None, (0, 2)),
+        (True, True, (0, 2)),
+        (False, False, (None, None)),
+        (False, True, (None, 2)),
+        (False, None, (None, None)),  # as EuroBERT's converter writes it
+    ],
+)
+def test_a_bpe_has_the_begin_and_end_that_its_file_says(
+    begins: Any, ends: Any, borders: tuple[int | None, int | None], tmp_path: Path, load: Load
+) -> None:
+    path = tiny.write_embedder(
+        tmp_path / "bpe.gguf",
+        tokenizer__ggml__model="gpt2",
+        tokenizer__ggml__pre="gpt-2",
+        tokenizer__ggml__merges=["h e"],
+        tokenizer__ggml__add_bos_token=begins,
+        tokenizer__ggml__add_eos_token=ends,
+    )
+    encoder = load(path)
+    assert (encoder.specials.begin, encoder.specials.end) == borders
+    assert encoder.specials.between == (2, 2)
+    (ids,) = sequences(embedder_of(encoder), ["hello"])
+    assert (0 in ids, 2 in ids) == tuple(border is not None for border in borders)
+
+
 def test_unknown_words_and_names_of_control_tokens_are_only_text(models: Path, load: Load) -> None:
     unknown = tiny.wordpieces().index("[UNK]")
     (ids,) = sequences(embedder_of(load(models / "plain" / "bert.gguf")), ["hello Ж [SEP] world"])

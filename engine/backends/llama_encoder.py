@@ -374,6 +374,14 @@ class _Facts:
             self.is_encoder = (
                 self.architecture in ENCODERS or self.tokenizer_model in ENCODER_TOKENIZERS
             )
+            # converters write of a BPE whether a text has a begin and an end; the older ones wrote
+            # neither key, and of other vocabularies some wrote what is wrong
+            self.says_ends = (
+                self.tokenizer_model == "gpt2"
+                and not header.metadata.keys().isdisjoint(
+                    ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token")
+                )
+            )
             self.unknown = header.metadata.get("tokenizer.ggml.unknown_token_id")
             keeps_spaces = not header.value(_KEEPS_SPACES, False)
         # transformers 5 makes converters write that XLM-R keeps runs of spaces, which it does not
@@ -393,7 +401,8 @@ def _heads(path: Path, n_embd: int, encoder: EncoderSpec) -> tuple[Heads | None,
 
 
 def _specials(vocab: Any, facts: _Facts) -> Specials:
-    """The tokens around texts. An encoder has them also where its file does not say so."""
+    """The tokens around texts. An encoder has them also where its file does not say so; between
+    two texts there is one in any case."""
 
     def known(token: int) -> int | None:
         return token if token >= 0 else None
@@ -405,16 +414,16 @@ def _specials(vocab: Any, facts: _Facts) -> Specials:
         )
     )  # fmt: skip
     unknown = facts.unknown if isinstance(facts.unknown, int) else None
+    begin = bos if lib.llama_vocab_get_add_bos(vocab) else None
+    end = eos if lib.llama_vocab_get_add_eos(vocab) else None
+    between = [] if end is None else [end, end]
     if facts.is_encoder:
         # BERT ends a text with what else stands between two, XLM-R and RoBERTa have both
-        begin = bos
-        end = sep if facts.tokenizer_model == "bert" or eos is None else eos
+        last = sep if facts.tokenizer_model == "bert" or eos is None else eos
         is_bert = facts.tokenizer_model == "bert" or _literal(vocab, bos) != b"<s>"
-    else:
-        begin = bos if lib.llama_vocab_get_add_bos(vocab) else None
-        end = eos if lib.llama_vocab_get_add_eos(vocab) else None
-        is_bert = False
-    between = [] if end is None else [end] if is_bert else [end, end]
+        between = [] if last is None else [last] if is_bert else [last, last]
+        if not facts.says_ends:
+            begin, end = bos, last
     unused = {begin, end, bos, eos, pad, unknown} - {None}
     return Specials(begin, end, tuple(between), frozenset(t for t in unused if t is not None))
 
