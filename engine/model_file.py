@@ -438,8 +438,12 @@ def _n_head(header: Header, architecture: str, n_layer: int) -> list[int]:
 
 def _kind(header: Header, architecture: str) -> Kind:
     pooling = header.number(f"{architecture}.pooling_type", _POOLING_NONE)
+    if pooling == _POOLING_RANK or "cls.output.weight" in header.tensors:
+        return "reranker"
+    # labels alone say nothing, since configs have them by default, and a ModernBERT that embeds may
+    # have the first layer of a head; where all of the head is that one, labels come with it
     has_labels = f"{architecture}.classifier.output_labels" in header.metadata
-    if pooling == _POOLING_RANK or has_labels or "cls.output.weight" in header.tensors:
+    if pooling == _POOLING_NONE and has_labels and "cls.weight" in header.tensors:
         return "reranker"
     return "embedding" if pooling != _POOLING_NONE or architecture in ENCODERS else "chat"
 

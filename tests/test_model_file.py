@@ -171,6 +171,9 @@ def test_ends_of_turn_are_control_tokens_where_no_type_is_given(tmp_path: Path) 
     assert read_model_file(path).control_tokens == ("<|im_end|>",)
 
 
+LABELS = {"bert.classifier.output_labels": ["LABEL_0"]}
+
+
 @pytest.mark.parametrize(
     ("architecture", "more", "kind"),
     [
@@ -178,7 +181,11 @@ def test_ends_of_turn_are_control_tokens_where_no_type_is_given(tmp_path: Path) 
         ("qwen3", {"qwen3.pooling_type": 3}, "embedding"),
         ("qwen3", {"qwen3.pooling_type": 4}, "reranker"),
         ("bert", {}, "embedding"),
-        ("bert", {"bert.classifier.output_labels": ["yes", "no"]}, "reranker"),
+        # as bge-small-en-v1.5, whose config has one label
+        ("bert", {**LABELS, "bert.pooling_type": 2}, "embedding"),
+        ("bert", LABELS, "embedding"),
+        ("bert", {**LABELS, "tensors": ("token_embd.weight", "cls.weight")}, "reranker"),
+        ("bert", {"tensors": ("token_embd.weight", "cls.weight")}, "embedding"),
         ("bert", {"tensors": ("token_embd.weight", "cls.output.weight")}, "reranker"),
     ],
 )
