@@ -128,6 +128,13 @@ def end_tokens(path: Path, tokenizer: TokenizerFile, settings: TokenizerConfig) 
     return {token for token in ends if isinstance(token, int)}
 
 
+def suppressed_tokens(path: Path) -> list[int]:
+    """Ids of tokens that the model never says. Raises ModelLoadFailed."""
+    file = path / "generation_config.json"
+    found = _decoded(file, dict[str, Any]).get("suppress_tokens") if file.is_file() else None
+    return [token for token in found or () if isinstance(token, int) and token >= 0]
+
+
 def adds_bos(tokenizer: TokenizerFile, settings: TokenizerConfig, bos: str) -> bool:
     """Whether the tokenizer puts a BOS before a text."""
     template = bytes(tokenizer.post_processor)

@@ -78,10 +78,17 @@ class Penalties:
 
 
 class Rules:
-    """What one sequence's rows of logits go through before a token is drawn: no end too early,
-    penalties, bias, grammar, in this order."""
+    """What one sequence's rows of logits go through before a token is drawn: nothing that the model
+    never says, no end too early, penalties, bias, grammar, in this order."""
 
-    def __init__(self, sampling: SamplingParams, prompt: Iterable[int], ends: list[int]) -> None:
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        prompt: Iterable[int],
+        ends: list[int],
+        suppressed: list[int],
+    ) -> None:
+        self._suppressed = np.array(suppressed, np.intp) if suppressed else None
         self._ends = ends
         self._n_without_end = sys.maxsize if sampling.ignore_eos else sampling.min_tokens
         self._bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
@@ -89,10 +96,13 @@ class Rules:
 
     def change(self, constraint: Constraint | None) -> bool:
         """Whether the next row is changed."""
-        return bool(self._penalties or self._bias or constraint or self._n_without_end > 0)
+        is_limited = self._suppressed is not None or self._n_without_end > 0
+        return bool(is_limited or self._penalties or self._bias or constraint)
 
     def apply(self, logits: npt.NDArray[np.float32], constraint: Constraint | None) -> None:
         """Change the next row."""
+        if self._suppressed is not None:
+            logits[self._suppressed] = -np.inf
         if self._n_without_end > 0:
             self._n_without_end -= 1
             for token in self._ends:

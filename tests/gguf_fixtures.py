@@ -77,9 +77,11 @@ def write_tiny_spm(
     seed: int = 0,
     more_tokens: Sequence[str] = (),
     more_control: Sequence[str] = (),
+    suppressed: Sequence[int] = (),
 ) -> Path:
     """A llama of random F32 weights with a SentencePiece vocabulary of some hundred pieces, and of
-    `more_tokens` of the normal type and `more_control` of the control type."""
+    `more_tokens` of the normal type and `more_control` of the control type. It is never to say the
+    tokens that are `suppressed`."""
     tokens, scores, types = spm_vocabulary()
     tokens += [*more_tokens, *more_control]
     scores += [-1e6] * (len(more_tokens) + len(more_control))
@@ -96,6 +98,8 @@ def write_tiny_spm(
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(True)
     writer.add_chat_template(CHATML)
+    if suppressed:
+        writer.add_array("tokenizer.ggml.suppress_tokens", list(suppressed))
     _write_llama(writer, np.array(types), 2, 64, 4, 2, n_ctx, seed)
     return path
 

@@ -323,6 +323,27 @@ def test_answers_have_the_form_that_is_asked_for(
         assert len(said["name"]) <= 8
 
 
+SAMPLINGS = [
+    GREEDY,
+    SamplingParams(temperature=0, n_logprobs=1, dry_multiplier=0.5),
+    SamplingParams(temperature=2, top_k=0, top_p=1, min_p=0, seed=1),
+    SamplingParams(temperature=1, mirostat=1, seed=1),
+    SamplingParams(temperature=1, mirostat=2, seed=1),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_what_the_file_suppresses_is_never_said(
+    sampling: SamplingParams, spm: Path, tmp_path: Path, load: Callable[..., Engine]
+) -> None:
+    prompts = {number: [1, 300 + number, 301] for number in range(4)}
+    said = {token for said in generate(load(spm), prompts, 20).values() for token in said}
+    path = gguf_fixtures.write_tiny_spm(tmp_path / "spm.gguf", suppressed=sorted(said))
+    found = generate(load(path, speculates=True), prompts, 40, sampling)
+    assert all(found.values())
+    assert said.isdisjoint(token for tokens in found.values() for token in tokens)
+
+
 # text
 
 

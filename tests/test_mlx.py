@@ -149,6 +149,20 @@ def test_json_is_whole_only_with_its_last_token(tiny_mlx: Path, load: Load) -> N
     assert len(set(texts.values())) > 3
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(**FREE, seed=3)])
+def test_what_the_directory_suppresses_is_never_said(
+    sampling: SamplingParams, engine: Engine, tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    prompt = {1: [1000 + i for i in range(20)]}
+    said = set(generate(engine, prompt, 16, sampling)[1])
+    for file in tiny_mlx.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    config = {"suppress_tokens": sorted(said)}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert said.isdisjoint(generate(load(tmp_path), prompt, 32, sampling)[1])
+
+
 # faults
 
 

@@ -23,11 +23,15 @@ class Samplers:
         self._tokenizer = tokenizer
         self._n_cells = n_cells
         vocab = lib.llama_model_get_vocab(model)
+        n = ctypes.c_int32()
+        suppressed = lib.llama_vocab_get_suppress_tokens(vocab, ctypes.byref(n))
+        self._suppressed: list[int] = suppressed[: n.value] if n.value else []
         self._dry = lru_cache(maxsize=8)(partial(LlamaDry, vocab))
 
     def new(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler":
         ends = self._tokenizer.ends if sampling.ignore_eos or sampling.min_tokens else []
-        return LlamaSampler(sampling, prompt, ends, self._new_chain(sampling, prompt))
+        rules = Rules(sampling, prompt, ends, self._suppressed)
+        return LlamaSampler(sampling, rules, self._new_chain(sampling, prompt))
 
     def _new_chain(self, sampling: SamplingParams, prompt: list[int]) -> Any:
         """llama.cpp's samplers in the order of its server; None where the likeliest token is all
@@ -87,12 +91,10 @@ class LlamaSampler:
     """How one sequence chooses: penalties, then argmax or a chain of llama.cpp's samplers, which
     it owns."""
 
-    def __init__(
-        self, sampling: SamplingParams, prompt: list[int], ends: list[int], chain: Any
-    ) -> None:
+    def __init__(self, sampling: SamplingParams, rules: Rules, chain: Any) -> None:
         self._chain = chain
         self._n_logprobs = sampling.n_logprobs
-        self._rules = Rules(sampling, prompt, ends)
+        self._rules = rules
 
     def sample(
         self,

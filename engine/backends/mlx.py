@@ -22,7 +22,7 @@ from engine.backends.mlx_rows import Rows, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
 from engine.backends.mlx_tokenizer import MlxTokenizer
 from engine.cells import view
-from engine.chat_folder import read_chat_folder
+from engine.chat_folder import read_chat_folder, suppressed_tokens
 from engine.model_file import ModelFile
 from engine.pace import MIN_BESIDE, MIN_TOKENS, Pace
 from engine.prefix import Tokens, n_common
@@ -136,6 +136,7 @@ class MlxEngine:
         self.tokenizer: Tokenizer = tokenizer
         self.n_ctx = min(spec.n_ctx, facts.n_ctx_train)
         self._ends = [token for token in tokenizer.ends if token < facts.n_vocab]
+        self._suppressed = [t for t in suppressed_tokens(facts.path) if t < facts.n_vocab]
         self._model: Any = model
         self._spec = spec
         self._mx = import_module("mlx.core")
@@ -165,7 +166,9 @@ class MlxEngine:
         reuses: bool = True,
         rank: float = 0.0,
     ) -> None:
-        chooser = new_chooser(sampling, prompt, constraint, self._ends, self.tokenizer.piece)
+        chooser = new_chooser(
+            sampling, prompt, constraint, self._ends, self._suppressed, self.tokenizer.piece
+        )
         insort(self._waiting, Live(id, array("i", prompt), chooser, reuses, rank), key=_order)
 
     def cancel(self, id: int) -> None:

@@ -37,10 +37,12 @@ def new_chooser(
     prompt: list[int],
     constraint: Constraint | None,
     ends: list[int],
+    suppressed: list[int],
     piece: Callable[[int], bytes],
 ) -> Chooser:
     is_plain = (
         constraint is None
+        and not suppressed
         and sampling.n_logprobs is None
         and not sampling.logit_bias
         and not sampling.min_tokens
@@ -52,7 +54,8 @@ def new_chooser(
         and sampling.xtc_probability <= 0
     )
     if not is_plain:
-        return RowChooser(sampling, prompt, constraint, ends, piece)
+        rules = Rules(sampling, prompt, ends, suppressed)
+        return RowChooser(sampling, prompt, constraint, rules, piece)
     return Likeliest() if sampling.is_greedy else Drawn(sampling)
 
 
@@ -129,12 +132,12 @@ class RowChooser:
         sampling: SamplingParams,
         prompt: list[int],
         constraint: Constraint | None,
-        ends: list[int],
+        rules: Rules,
         piece: Callable[[int], bytes],
     ) -> None:
         self._sampling = sampling
         self._constraint = constraint
-        self._rules = Rules(sampling, prompt, ends)
+        self._rules = rules
         self._dry = Dry(sampling, prompt, piece) if Dry.wanted(sampling) else None
         self._draw = Draw(sampling)
         self._chosen: deque[Sampled | Exception] = deque()
