@@ -22,6 +22,9 @@ def worker_spec(
     """What a worker is told, with the values that depend on the model and the machine decided."""
     n_ctx = effective_n_ctx(settings, model)
     kv_tokens = settings.kv_tokens or default_kv_tokens(n_ctx, settings.n_parallel, model)
+    n_short = model.n_ctx_short // wire.CELLS * wire.CELLS  # llama.cpp rounds cells up to these
+    if n_ctx <= n_short:  # or memory and N_PARALLEL would decide the numbers of all requests
+        kv_tokens = min(kv_tokens, n_short)
     least = wire.LEAST_IN_LANES if settings.flash_attention else wire.LEAST_IN_PLAIN_LANES
     encoder = None
     if model.kind != "chat":

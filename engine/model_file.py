@@ -49,6 +49,9 @@ class ModelFile:
     n_head: int = 0  # of attention, in the layer with most; 0: not known
     # every token has a cell in each layer, and its numbers do not depend on the context's size
     has_plain_cells: bool = False
+    # a context of more cells is computed with other factors of RoPE (Phi-3 and later); 0: there is
+    # but one set
+    n_ctx_short: int = 0
 
 
 def name_of(path: Path) -> str:
@@ -369,12 +372,15 @@ def _describe(path: Path, header: Header) -> ModelFile:
     bos_token = _special(header, tokens, "bos", _DEFAULT_BOS.get(tokenizer_model))
     names = [*header.metadata, *header.tensors]
     adds_bos = tokenizer_model in _BOS_TOKENIZERS or pre in _BOS_PRE_TOKENIZERS
+    n_ctx_train = header.size_of(f"{architecture}.context_length")
+    has_factors = any("rope_factors_long" in name for name in header.tensors)
+    original = f"{architecture}.rope.scaling.original_context_length"
     return ModelFile(
         path=path,
         size_bytes=_size_bytes(path, header),
         architecture=architecture,
         name=header.text("general.name") or path.stem,
-        n_ctx_train=header.size_of(f"{architecture}.context_length"),
+        n_ctx_train=n_ctx_train,
         n_layer=n_layer,
         n_embd=header.size_of(f"{architecture}.embedding_length"),
         n_vocab=tokens.count if tokens else header.number(f"{architecture}.vocab_size", 0),
@@ -389,6 +395,7 @@ def _describe(path: Path, header: Header) -> ModelFile:
         kind=_kind(header, architecture),
         n_head=max(_n_head(header, architecture, n_layer), default=0),
         has_plain_cells=not any(_OTHER_CELLS.search(name) for name in names),
+        n_ctx_short=header.number(original, n_ctx_train) if has_factors else 0,
     )
 
 

@@ -197,6 +197,17 @@ def test_kinds(tmp_path: Path, architecture: str, more: dict[str, Any], kind: st
         assert model.kv_bytes_per_token == 0
 
 
+def test_rope_for_long_contexts_begins_behind_the_short_one(tmp_path: Path) -> None:
+    def n_ctx_short(*tensors: str, original: int | None = 64) -> int:
+        key = {"phi3__rope__scaling__original_context_length": original}
+        path = write_minimal(tmp_path / "m.gguf", architecture="phi3", tensors=tensors, **key)
+        return read_model_file(path).n_ctx_short
+
+    assert n_ctx_short("token_embd.weight") == 0
+    assert n_ctx_short("rope_factors_long.weight", "rope_factors_short.weight") == 64
+    assert n_ctx_short("rope_factors_long.weight", original=None) == 128
+
+
 def test_an_unknown_architecture_passes_here(tmp_path: Path) -> None:
     """Whether it runs is llama.cpp's to say, and that changes from version to version."""
     model = read_model_file(write_unknown_architecture(tmp_path / "m.gguf"))

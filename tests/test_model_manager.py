@@ -557,6 +557,25 @@ def test_kv_tokens_are_never_less_than_one_request_needs() -> None:
     assert default_kv_tokens(1000, 4, replace(model, kv_bytes_per_token=1 << 40)) == 1000
 
 
+@pytest.mark.parametrize(
+    ("n_ctx", "kv_tokens", "expected"),
+    [
+        (2048, None, 4096),
+        (2048, 3000, 3000),
+        (4096, 9000, 4096),
+        (4097, 9000, 9000),
+        (None, None, 8192 * 4),
+    ],
+)
+def test_cells_do_not_decide_how_rope_is_scaled(
+    n_ctx: int | None, kv_tokens: int | None, expected: int
+) -> None:
+    """Where a request cannot have more tokens than the short context of a model, nor can all."""
+    model = replace(model_file(""), n_ctx_short=4100, n_ctx_train=1 << 17)
+    tier = TierSettings(backend="fake", n_ctx=n_ctx, kv_tokens=kv_tokens, n_parallel=4)
+    assert worker_spec("light", tier, model, ServerSettings()).kv_tokens == expected
+
+
 SMALL = replace(model_file(""), n_layer=30, n_head=9, size_bytes=98_000_000, has_plain_cells=True)
 
 
