@@ -1,5 +1,6 @@
 """The llama.cpp backend on real and on generated models. One thread: two collapse on a busy box."""
 
+import ctypes
 import gc
 import json
 import random
@@ -342,6 +343,35 @@ def test_what_the_file_suppresses_is_never_said(
     found = generate(load(path, speculates=True), prompts, 40, sampling)
     assert all(found.values())
     assert said.isdisjoint(token for tokens in found.values() for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, {*range(13)}),
+        ({"typical_p": 0.1}, {1, 2}),  # the likeliest one surprises too little
+        ({"mirostat": 1}, {*range(13)}),
+        ({"mirostat": 2}, {*range(13)}),
+    ],
+)
+@pytest.mark.parametrize("least", [-np.inf, -200.0])
+def test_filters_work_beside_what_is_forbidden(
+    values: dict[str, Any], expected: set[int], least: float, spm: Path, load: Callable[..., Engine]
+) -> None:
+    decoder = cast(LlamaDecoder, cast(BatchEngine, load(spm))._decoder)
+    free = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1}
+    logits = np.full(decoder.tokenizer.n_vocab, least, np.float32)
+    logits[:13] = np.log([0.4, *np.linspace(0.06, 0.04, 12)])
+    found = set()
+    for seed in range(150):
+        chain = decoder._samplers._new_chain(SamplingParams(**free | values | {"seed": seed}), [])
+        data = (lib.llama_token_data * len(logits))(*((i, v, 0) for i, v in enumerate(logits)))
+        candidates = lib.llama_token_data_array(data, len(logits), -1, False)
+        lib.llama_sampler_apply(chain, ctypes.byref(candidates))
+        found.add(data[candidates.selected].id)
+        lib.llama_sampler_free(chain)
+    assert found <= expected
+    assert len(found) > 1
 
 
 # text

@@ -13,6 +13,9 @@ from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.sampling import Rules, logprobs
 from engine.types import Sampled, SamplingParams
 
+# Before samplers that take the logarithm of each probability: one of 0 makes all of them NaN. So
+# much of the likeliest one's has every candidate that is not forbidden and could ever be drawn.
+NOT_ZERO = 1e-30
 MIROSTAT_M = 100  # likeliest tokens that version 1 estimates from, as in the paper and llama.cpp
 
 
@@ -50,6 +53,7 @@ class Samplers:
             add(lib.llama_sampler_init_temp(sampling.temperature))
             if sampling.mirostat == 1:
                 n_vocab = self._tokenizer.n_vocab
+                add(lib.llama_sampler_init_min_p(NOT_ZERO, 1))
                 add(lib.llama_sampler_init_mirostat(n_vocab, seed, tau, eta, MIROSTAT_M))
             else:
                 add(lib.llama_sampler_init_mirostat_v2(seed, tau, eta))
@@ -57,6 +61,7 @@ class Samplers:
         if sampling.top_k > 0:
             add(lib.llama_sampler_init_top_k(sampling.top_k))
         if sampling.typical_p < 1:
+            add(lib.llama_sampler_init_min_p(NOT_ZERO, 1))
             add(lib.llama_sampler_init_typical(sampling.typical_p, 1))
         if sampling.top_p < 1:
             add(lib.llama_sampler_init_top_p(sampling.top_p, 1))
