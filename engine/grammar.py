@@ -7,6 +7,7 @@ that it cannot parse ends the process.
 
 import json
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,12 @@ _MARK = re.compile(
     "«(?:(?:unlike (?P<unlike>[^»]+?) ?)?(?:until (?P<until>[^»]+))?"
     "|(?P<spaced>spaced )?(?P<text>[^»]+))»"
 )
+# what of GBNF holds characters, and comments, which hold none; one character; those of one letter
+_GBNF = re.compile(r'#[^\r\n]*|"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\.', re.DOTALL)
+_CHARACTER = re.compile(
+    r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([tnr\"\\\[\]-]))|.", re.DOTALL
+)
+_LETTERS = {"t": "\t", "n": "\n", "r": "\r"}
 # what llguidance reads over although it limits what is valid
 UNENFORCED = ("minProperties", "maxProperties")
 
@@ -169,11 +176,57 @@ def _source(part: GrammarPart) -> dict[str, Any]:
     text = part.text
     if "::=" in text:
         try:
-            text = gbnf_to_lark(text)
+            text = gbnf_to_lark(_GBNF.sub(_plain, text))
         except Exception as error:  # the converter raises bare ones
             reason = _first_line(str(error)) or "it is nested too deeply"
             raise BadRequest(f"The GBNF cannot be used: {reason}.", param=part.param) from None
     return {"lark_grammar": text}
+
+
+def _plain(match: re.Match[str]) -> str:
+    """A part of GBNF in which each character stands for itself, or is written as all read it. The
+    converter to Lark drops zeros of \\u00e9, and takes dots and classes for those of a regex, where
+    a dot is no line break and && intersects."""
+    part = match[0]
+    if part[0] == "#":
+        return part
+    if part == ".":
+        return "[\\x00-\U0010ffff]"
+    found = list(_CHARACTER.finditer(part[1:-1]))
+    if part[0] == '"':
+        return f'"{"".join(_in_literal(_character(one)) for one in found)}"'
+    is_negated = bool(found) and found[0][0] == "^"
+    marks = [one[0] for one in found[is_negated:]]
+    chars = [_in_class(_character(one)) for one in found[is_negated:]]
+    inner, at = "", 0
+    while at < len(chars):
+        inner += chars[at]
+        if marks[at + 1 : at + 2] == ["-"] and at + 2 < len(chars):
+            inner += f"-{chars[at + 2]}"
+            at += 2
+        at += 1
+    return f"[{'^' * is_negated}{inner}]"
+
+
+def _character(match: re.Match[str]) -> str:
+    if code := match[1] or match[2] or match[3]:
+        number = int(code, 16)
+        if number > sys.maxunicode or 0xD800 <= number < 0xE000:
+            raise ValueError(f"{match[0]} is no character")
+        return chr(number)
+    if match[0] == "\\":
+        raise ValueError("a backslash begins no escape that GBNF has")
+    return _LETTERS.get(match[4], match[4]) if match[4] else match[0]
+
+
+def _in_literal(char: str) -> str:
+    if char in '"\\':
+        return f"\\{char}"
+    return char if char.isprintable() or char > "\xff" else f"\\x{ord(char):02x}"
+
+
+def _in_class(char: str) -> str:
+    return char if char.isalnum() or char > "\xff" else f"\\x{ord(char):02x}"
 
 
 def _styled(part: GrammarPart) -> dict[str, Any]:

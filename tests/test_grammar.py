@@ -138,9 +138,43 @@ def test_gbnf_and_lark_are_enforced(text: str, pattern: str) -> None:
         assert not is_whole or re.fullmatch(pattern, said)
 
 
+SPELLINGS = [
+    (r'"d\u00e9cembre" "\xe9\x09"', "décembreé\t", "d\ue9cembreé\t"),
+    (r'"\U0001F600\u4e16"', "😀世", "F600世"),
+    (r'"\\u00e9" "\"[]-/#."', '\\u00e9"[]-/#.', 'é"[]-/#.'),
+    (r'"\[a\]\-" "^&&"', "[a]-^&&", "a-^&&"),
+    ('"a\nb\x7f"', "a\nb\x7f", "a b\x7f"),
+    (r'. . "."  # a "." is [.', "\n😀.", "\n😀a"),
+    (r"[\u00e0-\u00ff] [\U0001F600]", "é😀", "e😀"),
+    (r"[a&&b] [^&&] [~~] [+--]", "&a~,", "&&~,"),
+    (r"[-a] [a-] [a\-z] [^-] [a^]", "---a^", "--ya^"),
+    (r"[\]\\] [^\]] [\[/] [^^]", "\\\n/-", "\\]/-"),
+    (r"[^\x22\n] [ -~] [a-zé-ü]", "'~é", '"~é'),
+]
+
+
+@pytest.mark.parametrize(("rule", "right", "wrong"), SPELLINGS)
+def test_characters_of_gbnf_are_what_llama_cpp_takes_them_for(
+    rule: str, right: str, wrong: str
+) -> None:
+    def is_accepted(text: str) -> bool:
+        state = COMPILER.compile(lark(f"root ::= {rule}\n"))
+        for byte in text.encode():
+            logits = np.zeros(TOKENIZER.n_vocab, np.float32)
+            state.apply(logits)
+            if logits[byte] < 0:
+                return False
+            state.accept(byte)
+        return state.is_complete
+
+    assert (is_accepted(right), is_accepted(wrong)) == (True, False)
+
+
 @pytest.mark.parametrize(
     "text",
-    ["nonsense", 'root ::= "a', "root ::= undefined", "a ::= b", 'root ::= (' * 2000, "start: rule",
+    [r'root ::= "\q"', r'root ::= "\ud83d"', r'root ::= "\U00110000"', r'root ::= "\u12"',
+     r"root ::= [b-a]", "root ::= []", "nonsense", 'root ::= "a',
+     "root ::= undefined", "a ::= b", 'root ::= (' * 2000, "start: rule",
      "::=", "::=::=", "start: /(?=x)y/", "\0", "start: start", "%json {"],
 )  # fmt: skip
 def test_a_grammar_that_means_nothing_is_refused(text: str) -> None:
