@@ -82,7 +82,7 @@ class Answer:
         self._text = TextStream([] if thoughts else job.request.stop)
         self.n_guessed = self.n_right = 0
         self._n_tokens = 0
-        self._logprob = 0.0
+        self._logprob = 0.0  # of all tokens, also of the end
         self._held: deque[tuple[int, wire.TokenLogprob]] = deque()  # with where their text begins
         self._n_bytes = 0  # of all tokens
         self._n_bytes_out = 0
@@ -96,6 +96,7 @@ class Answer:
         if self.job.max_tokens == 0:  # asked for the prefill only
             return self._last("", "length")
         self._n_tokens += 1
+        self._logprob += sampled.logprob or 0.0
         if self._progress:
             self._progress.told()
         if self._tokenizer.ends_generation(sampled.token):
@@ -117,7 +118,6 @@ class Answer:
     def _hold(self, piece: bytes, sampled: Sampled) -> None:
         if sampled.logprob is None:
             return
-        self._logprob += sampled.logprob
         top = [(self._piece(token), logprob) for token, logprob in sampled.top]
         self._held.append((self._n_bytes, wire.TokenLogprob(piece, sampled.logprob, top)))
         self._n_bytes += len(piece)

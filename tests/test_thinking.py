@@ -269,6 +269,22 @@ def test_the_text_shows_the_control_tokens_that_were_asked_for_and_no_others() -
     assert answer_text(script, tokenizer=tokenizer)[0] == "ab"
 
 
+def test_the_end_counts_in_the_mean_of_log_probabilities_and_is_not_shown() -> None:
+    """Or of several answers those with an unlikely end would be the best."""
+    sampling = SamplingParams(n_logprobs=0)
+    request = wire.Generate([wire.Segment("Hi", True)], False, sampling, [], None)
+    engine: Any = SimpleNamespace(tokenizer=LETTERS, n_ctx=1000)
+    job = generation_jobs.prepare(request, engine, Compiler(LETTERS))
+    answer = generation_jobs.Answer(job, 0, LETTERS)
+    first = answer.accept(Sampled(ord("a"), -1.0))
+    last = answer.accept(Sampled(END, -5.0))
+    assert first
+    assert last
+    assert last.done
+    assert (last.done.n_tokens, last.done.mean_logprob) == (2, -3.0)
+    assert [one.logprob for out in (first, last) for one in out.logprobs] == [-1.0]
+
+
 def test_an_answer_may_end_in_its_thoughts() -> None:
     assert answer_text("Hm", thinking=think()) == ("Hm", "stop")
     assert answer_text("Hm, oh", thinking=think(), max_tokens=4) == ("Hm, ", "length")
