@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.backends.base import Memory
+from engine.marks import Marks
 from engine.prefix import Match, PrefixTree, Tokens, n_common
 
 
@@ -22,12 +23,14 @@ class Cells:
         self.tokens = [array("i") for _ in range(n_slots)]  # and what they were computed from
         self._memory = memory
         self._tree = tree
+        self._marks = Marks(tree.max_bytes)
+        self.can_mark = not memory.is_cells and tree.max_bytes > 0
         self._free = list(range(n_cells))
         self._n_holders = np.zeros(n_cells, np.int32)
 
     @property
     def can_share(self) -> bool:
-        """Cells may be shared, cut and saved; else a slot is only ever continued or cleared."""
+        """Cells may be shared, cut and saved anywhere; else only where they are marked."""
         return self._memory.is_cells
 
     @property
@@ -56,7 +59,8 @@ class Cells:
     def n_common(self, slot: int, wanted: Tokens) -> int:
         """How many of the slot's first cells are right for a prompt that begins with `wanted`."""
         n = n_common(view(self.tokens[slot]), wanted)
-        return n if self.can_share or n == len(self.tokens[slot]) else 0
+        is_usable = self.can_share or n == len(self.tokens[slot])
+        return n if is_usable else self._marks.last(slot, n)
 
     def match(self, wanted: Tokens) -> Match:
         """The longest beginning of `wanted` in the prefix tree."""
@@ -81,9 +85,30 @@ class Cells:
         self.held[slot].extend(cells)
         self.tokens[slot].extend(tokens)
 
+    def want_mark(self, slot: int, n_tokens: int) -> None:
+        """Somebody waits for so many of the tokens that are being computed in a slot."""
+        self._marks.want(slot, n_tokens)
+
+    def next_mark(self, slot: int, n_prompt: int) -> int:
+        """How many tokens of its prompt a slot will have where it is marked next; 0: nowhere."""
+        return self._marks.next(slot, len(self.tokens[slot]), n_prompt)
+
+    def mark(self, slot: int) -> None:
+        """Make a slot's end a place to which it can be cut, and up to which it can be shared."""
+        saved = self._memory.mark(slot)
+        if saved is not None:
+            self._marks.put(slot, len(self.tokens[slot]), saved)
+
     def share(self, source: int, slot: int, n_tokens: int) -> None:
-        """Let an empty slot hold the first cells of another too."""
+        """Let an empty slot hold the first cells of another too; none, where the memory refuses."""
         self._memory.share(source, slot, n_tokens)
+        if not self.can_share:
+            is_whole = n_tokens == len(self.tokens[source])
+            saved = self._memory.mark(source) if is_whole else self._marks.get(source, n_tokens)
+            if saved is None or not self._memory.rewind(slot, saved, n_tokens):
+                self._memory.clear(slot)
+                return
+            self._marks.copy(source, slot, n_tokens)
         self.held[slot] = self.held[source][:n_tokens]
         self.tokens[slot] = self.tokens[source][:n_tokens]
         self._n_holders[view(self.held[slot])] += 1
@@ -92,9 +117,10 @@ class Cells:
         """Drop all but the first cells of a slot; all, where the memory refuses."""
         if n_tokens == len(self.held[slot]):
             return
-        if n_tokens == 0 or not self._memory.truncate(slot, n_tokens):
+        if n_tokens == 0 or not self._cut(slot, n_tokens):
             self.clear(slot)
             return
+        self._marks.forget(slot, n_tokens)
         self._let_go(self.held[slot][n_tokens:])
         del self.held[slot][n_tokens:]
         del self.tokens[slot][n_tokens:]
@@ -102,6 +128,7 @@ class Cells:
     def clear(self, slot: int) -> None:
         self._let_go(self.held[slot])
         self._memory.clear(slot)
+        self._marks.forget(slot)
         self.held[slot] = array("i")
         self.tokens[slot] = array("i")
 
@@ -145,6 +172,11 @@ class Cells:
                 self.clear(slot)
                 return
             self.extend(slot, array("i", node.tokens[: end - node.start].tolist()))
+
+    def _cut(self, slot: int, n_tokens: int) -> bool:
+        if self.can_share:
+            return self._memory.truncate(slot, n_tokens)
+        return self._memory.rewind(slot, self._marks.get(slot, n_tokens), n_tokens)
 
     def _n_held(self, slots: Iterable[int]) -> npt.NDArray[np.int32]:
         """By how many of these slots each cell is held."""

@@ -59,7 +59,7 @@ class PrefixTree:
 
     def __init__(self, max_bytes: int) -> None:
         self.n_bytes = 0
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._root = Node(0, np.empty(0, np.int32), None, None)
         self._clock = 0
 
@@ -79,7 +79,7 @@ class PrefixTree:
     def insert(self, tokens: Tokens, save: Callable[[int, int], Saved | None]) -> bool:
         """Remember `tokens`. `save(start, end)` is asked for the cells that are not known yet; it
         may answer None. False if they are not remembered."""
-        if self._max_bytes == 0:
+        if self.max_bytes == 0:
             return False
         match = self.match(tokens)
         self.touch(match)
@@ -87,7 +87,7 @@ class PrefixTree:
             return True
         saved = save(match.n_tokens, len(tokens))
         n_bytes_before = sum(node.saved.nbytes for node in match.nodes)
-        if saved is None or n_bytes_before + saved.nbytes > self._max_bytes:
+        if saved is None or n_bytes_before + saved.nbytes > self.max_bytes:
             return False
         parent = match.nodes[-1] if match.nodes else self._root
         run = tokens[match.n_tokens :].copy()
@@ -104,11 +104,11 @@ class PrefixTree:
             node.last_used = self._clock
 
     def _shrink(self) -> None:
-        if self.n_bytes <= self._max_bytes:
+        if self.n_bytes <= self.max_bytes:
             return
         leaves = [(node.last_used, number, node) for number, node in enumerate(self._leaves())]
         heapify(leaves)
-        while self.n_bytes > self._max_bytes:
+        while self.n_bytes > self.max_bytes:
             _, number, oldest = heappop(leaves)
             parent = oldest.parent
             assert parent is not None

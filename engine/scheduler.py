@@ -119,8 +119,11 @@ class Scheduler:
         if self._speculation and not n_prefill:
             self._speculation.observe(batch.n_tokens, seconds)
         for chunk in batch.chunks:
+            mark = self._next_mark(chunk.sequence)
             self._cells.extend(chunk.slot, chunk.tokens)
             chunk.sequence.n_past = chunk.end
+            if chunk.end == mark:
+                self._cells.mark(chunk.slot)
 
     def take(self, chunk: Chunk, token: int) -> bool:
         """A sequence gets its next token. True where that was guessed: then the logits after it
@@ -197,8 +200,7 @@ class Scheduler:
         best = Source()
         for slot in sorted(self._slots, key=lambda slot: slot.sequence is not None):
             n_tokens = self._cells.n_common(slot.index, wanted)
-            is_usable = slot.sequence is None or self._cells.can_share
-            if is_usable and n_tokens > best.n_tokens:
+            if n_tokens > best.n_tokens:
                 best = Source(n_tokens, slot)
         match = self._cells.match(wanted)
         if match.n_tokens > max(best.n_tokens, NOT_WORTH_RECALLING):
@@ -209,11 +211,12 @@ class Scheduler:
         """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
         prefilling = [other for other in self._running if other.n_pending > 1]
         coming = [
-            n_tokens
+            (n_tokens, other)
             for other in prefilling
             if (n_tokens := n_common(view(other.tokens), wanted)) > other.n_past
+            and (self._cells.can_share or self._can_mark(other))
         ]
-        if not coming or not self._cells.can_share:
+        if not coming:
             return False
         settled = [
             self._cells.n_common(slot.index, wanted)
@@ -221,7 +224,13 @@ class Scheduler:
             if slot.sequence not in prefilling
         ]
         n_settled = max(self._cells.match(wanted).n_tokens, *settled, 0)
-        return max(coming) >= n_settled + WORTH_WAITING_FOR
+        n_coming, other = max(coming, key=lambda of: of[0])
+        if n_coming < n_settled + WORTH_WAITING_FOR:
+            return False
+        if not self._cells.can_share:
+            assert other.slot is not None
+            self._cells.want_mark(other.slot, n_coming)
+        return True
 
     def _fits(self, sequence: Sequence, source: Source) -> bool:
         """The prompt, and what is still to come of the running ones, fits into the cells that are
@@ -231,7 +240,7 @@ class Scheduler:
         running = [slot.index for slot in self._slots if slot.sequence is not None]
         idle = [slot.index for slot in self._slots if slot.sequence is None]
         n_new = len(sequence.tokens) + 1
-        if source.slot is not None and self._cells.can_share:
+        if source.slot is not None:
             n_new -= self._cells.n_also_in(source.slot.index, source.n_tokens, running)
         n_pending = sum(other.n_pending for other in self._running)
         return n_new + n_pending <= self._cells.n_free + self._cells.n_only_in(idle)
@@ -240,7 +249,8 @@ class Scheduler:
         """Give a slot to a newcomer, with the cells of its source.
 
         1. What an idle slot holds goes on in it, if that is all the beginning of the newcomer's
-           prompt, or if no slot is empty; what it knows beyond moves out first.
+           prompt, or if no slot is empty; what it knows beyond moves out first. Where it cannot
+           move out it is lost, so there it must be less than what the newcomer takes over.
         2. Else an empty slot gets the cells; if there is none, the idle slot that was not used for
            longest moves out.
         """
@@ -249,9 +259,13 @@ class Scheduler:
         slot = source.slot
         n_held = len(self._cells.tokens[slot.index]) if slot else 0
         empty = [s for s in self._slots if s.sequence is None and not self._cells.tokens[s.index]]
-        is_idle = slot is not None and slot.sequence is None
-        if slot is None or not is_idle or (source.n_tokens < n_held and empty):
-            target = empty[0] if empty else self._idle()[0]
+        target = empty[0] if empty else self._idle()[0]
+        n_beyond = n_held - source.n_tokens
+        if self._cells.can_share:
+            is_left = n_beyond > 0 and bool(empty)
+        else:
+            is_left = n_beyond > source.n_tokens and target is not slot
+        if slot is None or slot.sequence is not None or is_left:
             self._cells.move_out(target.index)
             if slot is not None:
                 self._cells.share(slot.index, target.index, source.n_tokens)
@@ -379,10 +393,23 @@ class Scheduler:
         n_left = min(n_left, self._cells.n_free - batch.n_tokens)
         for sequence in prefilling:
             n_tokens = min(sequence.n_pending, n_left)
+            if mark := self._next_mark(sequence):
+                n_tokens = min(n_tokens, mark - sequence.n_past)
             if n_tokens <= 0:
                 break
             batch.add(sequence, n_tokens)
             n_left -= n_tokens
+
+    def _next_mark(self, sequence: Sequence) -> int:
+        """Where its prompt is to be marked next, so that a chunk must end there; 0: nowhere."""
+        if not self._can_mark(sequence):
+            return 0
+        assert sequence.slot is not None
+        return self._cells.next_mark(sequence.slot, sequence.n_prompt)
+
+    def _can_mark(self, sequence: Sequence) -> bool:
+        """Without reuse it is computed in the same chunks every time."""
+        return self._cells.can_mark and sequence.reuses
 
     def _length(self, sequence: Sequence) -> float:
         """Of what is pending, as it counts."""

@@ -147,6 +147,52 @@ def write_tiny_gemma3(path: Path, *, n_ctx: int = 1024, window: int = 16, seed: 
     return path
 
 
+def write_tiny_lfm2(path: Path, *, n_ctx: int = 1024, seed: int = 0) -> Path:
+    """An lfm2 of random F32 weights: every second layer has no cells but a state."""
+    tokens, scores, types = spm_vocabulary()
+    n_layer, n_embd, n_head, n_head_kv, n_conv = 6, 64, 4, 2, 4
+    n_embd_head, n_ff = n_embd // n_head, 2 * n_embd
+    writer = gguf.GGUFWriter(path, "lfm2")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_vocab_size(len(tokens))
+    writer.add_context_length(n_ctx)
+    writer.add_block_count(n_layer)
+    writer.add_embedding_length(n_embd)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv([0, n_head_kv] * (n_layer // 2))
+    writer.add_shortconv_l_cache(n_conv)
+    writer.add_layer_norm_rms_eps(1e-5)
+    weights = _Weights(writer, seed)
+    weights.matrix("token_embd", len(tokens), n_embd, np.sqrt(n_embd))
+    weights.norm("token_embd_norm", n_embd)  # as its converter calls the output's
+    weights.matrix("output", len(tokens), n_embd, np.sqrt(n_embd))
+    for i in range(n_layer):
+        weights.norm(f"blk.{i}.attn_norm", n_embd)
+        weights.norm(f"blk.{i}.ffn_norm", n_embd)
+        if i % 2:
+            weights.norm(f"blk.{i}.attn_q_norm", n_embd_head)
+            weights.norm(f"blk.{i}.attn_k_norm", n_embd_head)
+            weights.matrix(f"blk.{i}.attn_q", n_embd, n_embd, 1.7)
+            weights.matrix(f"blk.{i}.attn_k", n_head_kv * n_embd_head, n_embd, 1.7)
+            weights.matrix(f"blk.{i}.attn_v", n_head_kv * n_embd_head, n_embd, 1.5)
+            weights.matrix(f"blk.{i}.attn_output", n_embd, n_embd, 1.5)
+        else:
+            weights.matrix(f"blk.{i}.shortconv.in_proj", 3 * n_embd, n_embd, 1.5)
+            weights.matrix(f"blk.{i}.shortconv.conv", n_embd, n_conv, 1.5)
+            weights.matrix(f"blk.{i}.shortconv.out_proj", n_embd, n_embd, 1.5)
+        weights.matrix(f"blk.{i}.ffn_gate", n_ff, n_embd, 1.5)
+        weights.matrix(f"blk.{i}.ffn_up", n_ff, n_embd, 1.5)
+        weights.matrix(f"blk.{i}.ffn_down", n_embd, n_ff, 1.5)
+    _write(writer)
+    return path
+
+
 def spm_vocabulary() -> tuple[list[str], list[float], list[int]]:
     """Texts, scores and types of write_tiny_spm's tokens."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]

@@ -19,13 +19,15 @@ BLOCK = 256  # tokens that are saved at once
 
 class Memory:
     """What a decoder remembers: cells with a token each, which slots may share. `is_cells=False`
-    is a memory that cannot be cut, shared or saved."""
+    is a memory that cannot be saved, and cut and shared only where it was marked."""
 
     def __init__(self, n_slots: int, n_cells: int, *, is_cells: bool = True) -> None:
         self.slots: list[list[list[int]]] = [[] for _ in range(n_slots)]
         self.n_cells = n_cells
         self.is_cells, self.block = is_cells, BLOCK
         self.n_loaded = 0
+        self.n_rewound = 0  # times
+        self._uncut: set[int] = set()  # slots that share what must be cut first
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
         assert self.is_cells
@@ -33,9 +35,10 @@ class Memory:
         return True
 
     def share(self, source: int, slot: int, n_tokens: int) -> None:
-        assert self.is_cells
         assert self.slots[slot] == []
         self.slots[slot] = self.slots[source][:n_tokens]
+        if not self.is_cells:
+            self._uncut.add(slot)
 
     def save(self, slot: int, start: int, end: int) -> Any:
         assert self.is_cells
@@ -48,8 +51,21 @@ class Memory:
         self.slots[slot] += [[int(token)] for token in saved[: end - start]]
         return True
 
+    def mark(self, slot: int) -> Any:
+        assert not self.is_cells
+        return np.array(self.tokens(slot), np.int32)
+
+    def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
+        assert not self.is_cells
+        assert self.tokens(slot)[:n_tokens] == saved.tolist(), "a mark is of what is before it"
+        del self.slots[slot][n_tokens:]
+        self._uncut.discard(slot)
+        self.n_rewound += 1
+        return True
+
     def clear(self, slot: int) -> None:
         self.slots[slot] = []
+        self._uncut.discard(slot)
 
     def tokens(self, slot: int) -> list[int]:
         return [token for (token,) in self.slots[slot]]
@@ -61,6 +77,7 @@ class Memory:
     def decode(self, batch: Batch) -> None:
         for chunk in batch.chunks:
             cells = self.slots[chunk.slot]
+            assert chunk.slot not in self._uncut
             assert len(cells) == chunk.start, "a chunk begins where the cells of its slot end"
             cells += [[token] for token in chunk.tokens]
         assert self.n_used <= self.n_cells
@@ -221,6 +238,7 @@ class Bench:
             self.memory.tokens(slot) for slot in range(len(self.memory.slots))
         ]
         assert self.tree.n_bytes <= self.tree_bytes
+        assert cells._marks.n_bytes <= self.tree_bytes
 
     def cells_of(self, sequence: Sequence) -> list[int]:
         assert sequence.slot is not None

@@ -251,6 +251,42 @@ def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -
     engine.close()
 
 
+@pytest.mark.parametrize("write", [gguf_fixtures.write_tiny_gemma3, gguf_fixtures.write_tiny_lfm2])
+def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
+    tmp_path: Path, write: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "model.gguf")
+    room = {"n_parallel": 3, "kv_tokens": 3072, "n_batch": 128, "prefix_cache_bytes": 32 << 20}
+    n_rewound: list[int] = []
+    rewind = LlamaDecoder.rewind
+
+    def counted(self: LlamaDecoder, slot: int, saved: Any, n_tokens: int) -> bool:
+        n_rewound.append(n_tokens)
+        return rewind(self, slot, saved, n_tokens)
+
+    monkeypatch.setattr(LlamaDecoder, "rewind", counted)
+    dice = random.Random(1)
+    engine = engine_of(path, **room)
+    history = [[dice.randint(3, 390) for _ in range(700)]]
+    for number in range(0, 36, 3):
+        prompts = {}
+        for id in range(number, number + dice.randint(1, 3)):
+            said = dice.choice(history[-6:])
+            end = min(dice.randint(len(said) // 3, len(said)), 900)
+            rest = [dice.randint(3, 390) for _ in range(dice.randint(5, 40))]
+            prompts[id] = said[:end] + rest
+        answers = generate(engine, prompts, dice.randint(3, 20))
+        for id, prompt in prompts.items():
+            history.append(prompt + answers[id])
+            fresh = engine_of(path, **room)
+            alone = generate(fresh, {id: prompt}, len(answers[id]))[id]
+            fresh.close()
+            assert answers[id][:8] == alone[:8]  # later ones may differ by rounding
+    engine.close()
+    assert {n for n in n_rewound if n in (256, 512)}
+    assert {n for n in n_rewound if n not in (256, 512)}
+
+
 def longest_repetition(tokens: list[int]) -> int:
     """Length of the longest run of tokens that was there before."""
     best = 0

@@ -1,6 +1,7 @@
 """What a newcomer need not compute, as lists of plain calls: cells of conversations that went
 before, of sequences that run, and of the prefix tree."""
 
+from engine.marks import TAIL
 from engine.scheduler import WORTH_WAITING_FOR
 from tests.scheduling import BLOCK, Bench, answer_to, tokens
 
@@ -209,6 +210,72 @@ def test_memory_that_cannot_be_cut_remembers_a_conversation_in_each_slot() -> No
         bench.talk(id, tokens(1000 * id, 10))
     for id in (2, 3, 1):
         assert bench.talk(10 + id, [*tokens(1000 * id, 10), 7, 8]).n_cached == 10
+
+
+def conversation(bench: Bench, id: int, prompt: list[int]) -> list[int]:
+    """A prompt, and its continuation in which the answer is another than was said."""
+    bench.talk(id, prompt, n_wanted=20)
+    return [*prompt, *tokens(9000, 5), *tokens(id * 100, 20)]
+
+
+def test_memory_that_cannot_be_cut_goes_on_from_near_a_prompts_end() -> None:
+    bench = Bench(is_cells=False)
+    again = conversation(bench, 1, tokens(1000, 150))
+    assert bench.talk(2, again, n_wanted=5).n_cached == 150 - TAIL
+    assert bench.answers[2] == answer_to(again, 5)
+
+
+def test_it_is_marked_at_lengths_that_double() -> None:
+    bench = Bench(is_cells=False, n_batch=200)
+    prompt = tokens(1000, 700)
+    bench.talk(1, prompt)
+    for n, n_cached in ((699, 696), (600, 512), (511, 256), (256, 256), (255, 0)):
+        other = prompt[:n] + tokens(3000, 30)
+        assert bench.talk(10 + n, other).n_cached == n_cached
+        assert bench.answers[10 + n] == answer_to(other, 1)
+
+
+def test_a_conversation_is_not_lost_for_a_shorter_beginning() -> None:
+    bench = Bench(is_cells=False, n_slots=3)
+    first = conversation(bench, 1, tokens(1000, 600))
+    bench.talk(2, tokens(1000, 260) + tokens(5000, 30))
+    assert bench.memory.n_rewound == 1, "in a slot of its own"
+    assert bench.talk(3, first).n_cached == 600 - TAIL
+
+
+def test_it_is_lost_where_more_is_gained_or_no_slot_is_left() -> None:
+    bench = Bench(is_cells=False, n_slots=1)
+    first = conversation(bench, 1, tokens(1000, 600))
+    assert bench.talk(2, tokens(1000, 260) + tokens(5000, 30)).n_cached == 256
+    assert bench.talk(3, first).n_cached == 256
+
+
+def test_newcomers_wait_for_marks_that_another_prefill_comes_to() -> None:
+    bench = Bench(is_cells=False, n_cells=3000, n_batch=100)
+    for id in (1, 2, 3):
+        bench.add(id, tokens(1000, 300) + tokens(1000 * (id + 1), 20), n_wanted=3)
+    bench.run()
+    assert bench.n_decoded == 320 + 2 * 20
+    for id in (1, 2, 3):
+        prompt = tokens(1000, 300) + tokens(1000 * (id + 1), 20)
+        assert bench.answers[id] == answer_to(prompt, 3)
+
+
+def test_marks_have_a_bound_in_bytes_and_none_are_made_without_room() -> None:
+    bench = Bench(is_cells=False, tree_bytes=4 * 150)
+    bench.talk(1, tokens(1000, 150))
+    bench.talk(2, tokens(3000, 150))
+    assert bench.talk(3, [*tokens(3000, 148), *tokens(7000, 20)]).n_cached == 146
+    assert bench.talk(4, [*tokens(1000, 148), *tokens(7000, 20)]).n_cached == 0
+    bench = Bench(is_cells=False, tree_bytes=0)
+    bench.add(1, tokens(1000, 90))
+    assert bench.step() == {1: 90}, "in one piece"
+
+
+def test_whoever_must_not_reuse_is_computed_in_the_same_pieces() -> None:
+    bench = Bench(is_cells=False)
+    bench.add(1, tokens(1000, 90), reuses=False)
+    assert bench.step() == {1: 90}
 
 
 def test_memory_that_cannot_be_cut_holds_nobody_up() -> None:

@@ -93,7 +93,8 @@ class Memory(Protocol):
 
     is_cells: bool
     """False for memories that are no list of cells (recurrent, hybrid, behind a sliding window):
-    they are never asked to truncate, share, save or load."""
+    they are never asked to truncate, save or load, and cut by `mark` and `rewind`, as are slots
+    that share with another; cells are never asked for these."""
     block: int
     """Tokens that are saved at once, at most; they come back together."""
 
@@ -109,6 +110,13 @@ class Memory(Protocol):
     def load(self, slot: int, saved: Saved, start: int, end: int) -> bool:
         """Put saved cells behind those of a slot: of what was saved from `start`, the positions
         before `end`. There must be free cells for all that was saved. False where that fails."""
+
+    def mark(self, slot: int) -> Saved | None:
+        """Copy what cannot be cut of a slot, as it is now. None where that fails."""
+
+    def rewind(self, slot: int, saved: Saved, n_tokens: int) -> bool:
+        """Bring a slot back to its first `n_tokens`, at which it or that which it shares with was
+        marked. Where that fails False, and the slot must be cleared."""
 
     def clear(self, slot: int) -> None: ...
 

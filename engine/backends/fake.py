@@ -192,6 +192,12 @@ class FakeDecoder:
         self.cells[slot] += [[int(token)] for token in saved[: end - start]]
         return True
 
+    def mark(self, slot: int) -> Saved | None:
+        return None  # its cells can be cut anywhere
+
+    def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
+        return False
+
     def clear(self, slot: int) -> None:
         self.cells[slot] = []
 

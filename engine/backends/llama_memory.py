@@ -10,6 +10,7 @@ import numpy.typing as npt
 from engine.prefix import Saved
 
 Bytes = npt.NDArray[np.uint8]
+_UNCUT = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # recurrent states, cells behind a sliding window
 
 
 class LlamaMemory:
@@ -46,24 +47,34 @@ class LlamaMemory:
         self.clear(self._scratch)
         return is_read
 
+    def mark(self, slot: int) -> Saved | None:
+        try:
+            saved = np.empty(state_size(self.context, slot, _UNCUT), np.uint8)
+            return saved if read_state(self.context, slot, saved, _UNCUT) else None
+        except MemoryError:
+            return None
+
+    def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
+        return write_state(self.context, slot, saved, _UNCUT) and self.truncate(slot, n_tokens)
+
     def clear(self, slot: int) -> None:
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
 
 
-def state_size(context: Any, sequence: int) -> int:
+def state_size(context: Any, sequence: int, flags: int = 0) -> int:
     """Bytes of all cells of a sequence, as llama.cpp writes them."""
-    return int(lib.llama_state_seq_get_size_ext(context, sequence, 0))
+    return int(lib.llama_state_seq_get_size_ext(context, sequence, flags))
 
 
-def read_state(context: Any, sequence: int, into: Bytes) -> bool:
+def read_state(context: Any, sequence: int, into: Bytes, flags: int = 0) -> bool:
     """Copy all cells of a sequence into as many bytes as they have. False where that fails."""
-    n = lib.llama_state_seq_get_data_ext(context, _pointer(into), into.nbytes, sequence, 0)
+    n = lib.llama_state_seq_get_data_ext(context, _pointer(into), into.nbytes, sequence, flags)
     return bool(n == into.nbytes)
 
 
-def write_state(context: Any, sequence: int, state: Bytes) -> bool:
+def write_state(context: Any, sequence: int, state: Bytes, flags: int = 0) -> bool:
     """Put cells in the place of those of a sequence. False where that fails."""
-    n = lib.llama_state_seq_set_data_ext(context, _pointer(state), state.nbytes, sequence, 0)
+    n = lib.llama_state_seq_set_data_ext(context, _pointer(state), state.nbytes, sequence, flags)
     return bool(n == state.nbytes)
 
 

@@ -85,6 +85,7 @@ class LlamaDecoder:
         block = BLOCK if is_flash else _plain_block(self._model)
         self._threads = ContextThreads(self._context, spec.n_threads)
         home = LlamaMemory(self._context, spec.n_parallel, is_cells=is_cells, block=block)
+        self._home = home
         self._memory: LlamaMemory | Lanes = home
         self._lanes: Lanes | None = None
         if spec.lane_tokens and is_cells and not self._has_gpu:
@@ -124,6 +125,12 @@ class LlamaDecoder:
 
     def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
         return self._memory.load(slot, saved, start, end)
+
+    def mark(self, slot: int) -> Saved | None:
+        return self._home.mark(slot)
+
+    def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
+        return self._home.rewind(slot, saved, n_tokens)
 
     def clear(self, slot: int) -> None:
         self._memory.clear(slot)
@@ -237,6 +244,7 @@ def _new_context(
     # a context aborts that has more sequences than a batch has tokens
     n_batch = max(min(spec.n_batch, n_ctx), spec.n_parallel + 1)
     params.n_batch = params.n_ubatch = n_batch
+    params.swa_full = False  # behind a sliding window there are cells for the windows only
     if not is_flash:
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if not is_flash or not is_unified:
