@@ -67,7 +67,8 @@ class Model:
 
     def matrix(self, name: str, n_out: int, n_in: int) -> None:
         """In Q8_0, where its rows have whole blocks of that."""
-        weights = self._dice.standard_normal((n_out, n_in)).astype(np.float32) / np.sqrt(n_in)
+        drawn = self._dice.standard_normal((n_out, n_in)) / np.sqrt(n_in)
+        weights = drawn.astype(np.float32)
         if n_in % 32:
             self.writer.add_tensor(f"{name}.weight", weights)
             return
