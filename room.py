@@ -18,7 +18,7 @@ class Occupant:
     is_pinned: bool
     is_wanted: bool  # somebody waits for it, or is in it
     used_at: float  # for the last time
-    stays_until: float  # whoever has just been loaded stays for a while
+    stays_until: float  # whoever has just been loaded stays for a while; inf during the load
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,13 @@ def decide(
 
     1. It fits beside all others: go.
     2. It would not, if all went that are not pinned: never.
-    3. Models that nobody wants are stopped, least recently used first. One that was just loaded
-       stays for as long as the load took, so that at most half of the time goes into loads.
-    4. From `impatient_at` on those that are wanted go as well: they finish what is in them, and
+    3. One that is being loaded, or has been loaded for less time than that took, stays, so that at
+       most half of the time goes into loads.
+    4. Of the others those that nobody wants are stopped, least recently used first.
+    5. From `impatient_at` on those that are wanted go as well: they finish what is in them, and
        their next requests wait for their turn. So what waits for a loaded model is served first,
        but not for ever.
-    5. Else it waits.
+    6. Else it waits.
     """
     excess = sum(occupant.n_bytes for occupant in occupants) + needed - limit
     if excess <= 0:
@@ -68,11 +69,11 @@ def decide(
     if excess > sum(occupant.n_bytes for occupant in movable):
         return Never(limit - sum(o.n_bytes for o in occupants if o.is_pinned))
     movable.sort(key=lambda occupant: (occupant.is_wanted, occupant.used_at))
-    may_go = [
-        occupant
-        for occupant in movable
-        if (now >= occupant.stays_until and not occupant.is_wanted) or now >= impatient_at
-    ]
+
+    def leaves_at(occupant: Occupant) -> float:
+        return max(occupant.stays_until, impatient_at if occupant.is_wanted else 0.0)
+
+    may_go = [occupant for occupant in movable if now >= leaves_at(occupant)]
     chosen = []
     for occupant in may_go:
         if excess <= 0:
@@ -81,8 +82,7 @@ def decide(
         excess -= occupant.n_bytes
     if excess <= 0:
         return Stop(chosen)
-    times = [o.stays_until for o in movable if not o.is_wanted and o.stays_until > now]
-    return Wait(min([*times, impatient_at]))
+    return Wait(min(at for o in movable if (at := leaves_at(o)) > now))
 
 
 class Tenant(Protocol):
@@ -116,7 +116,7 @@ class Room:
         self._tenants[tenant.name] = tenant
 
     def changed(self) -> None:
-        """Somebody has left, or is wanted no more."""
+        """Somebody has left, is wanted no more, or has just been loaded."""
         self._changed.set()
 
     async def wait_for(self, tenant: Tenant, needed: int) -> bool:

@@ -651,7 +651,7 @@ class Tier:
             if not await self._room.wait_for(self, self._footprint.most):
                 self.state = "stopped"
                 return None
-            self._held_bytes = self._footprint.most
+            self._held_bytes, self._stays_until = self._footprint.most, math.inf
             self.state, self.progress = "starting", 0.0
             started_at = time.monotonic()
             logger.info("Tier %s: loading %s", self.name, model.name)
@@ -684,6 +684,7 @@ class Tier:
         self._used_at = time.monotonic()
         load_s = self._used_at - started_at
         self._stays_until = self._used_at + load_s
+        self._room.changed()
         logger.info(
             "Tier %s: ready after %.1f s, %d tokens of context, %d requests at once, about %d MB",
             self.name, load_s, self._worker.ready.n_ctx, self._worker.ready.n_parallel,
@@ -692,7 +693,7 @@ class Tier:
         return self._worker
 
     def _free(self) -> None:
-        self._held_bytes = 0
+        self._held_bytes, self._stays_until = 0, 0.0
         self._has_stopped.set()
         self._room.changed()
 

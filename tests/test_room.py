@@ -1,6 +1,7 @@
 """Who may have memory: decisions as a list of calls, and tiers that share too little of it."""
 
 import asyncio
+import math
 import random
 from typing import Any
 
@@ -55,6 +56,15 @@ def test_patience_ends_also_with_those_that_are_wanted() -> None:
     assert decided(20, *both, now=131) == Stop(["b", "a"])
 
 
+def test_one_that_loads_stays_and_then_as_long_as_that_took_also_where_patience_ends() -> None:
+    loads = of("a", 20, is_wanted=True, stays_until=math.inf)
+    assert decided(20, loads, now=131) == Wait(math.inf)
+    assert decided(20, of("a", 20, is_wanted=True, stays_until=150), now=131) == Wait(150)
+    assert decided(20, of("a", 20, is_wanted=True, stays_until=150), now=150) == Stop(["a"])
+    assert decided(20, of("a", 20, is_wanted=True), loads, now=131) == Wait(math.inf)
+    assert decided(10, of("a", 20, is_wanted=True), loads, now=131) == Stop(["a"])
+
+
 FAKE = 42 << 20  # what a worker of the fake backend is taken to need
 TWO = {"memory_limit": "100M", "swap_wait_s": 0.05}
 
@@ -87,6 +97,22 @@ def test_one_that_is_used_makes_way_after_a_while_and_nothing_is_cut(tmp_path: A
         assert await later == "You said: after"
 
     run(test, server=TWO | {"memory_limit": "50M"}, light=fake(path), heavy=fake(path))
+
+
+def test_two_that_take_turns_stay_for_as_long_as_they_load(tmp_path: Any) -> None:
+    path = script(tmp_path, load_s=0.2)
+    launches = Launches()
+
+    async def test(manager: ModelManager) -> None:
+        async def busy(tier: Tier) -> None:
+            for _ in range(10):
+                await ask(tier)
+
+        light, heavy = manager.tiers["light"], manager.tiers["heavy"]
+        await asyncio.gather(*(busy(tier) for tier in (light, heavy) for _ in range(3)))
+        assert 2 <= len(launches.handles) <= 10
+
+    run(test, launches, TWO | {"memory_limit": "50M"}, light=fake(path), heavy=fake(path))
 
 
 def test_what_never_fits_is_refused_with_the_numbers() -> None:
