@@ -110,6 +110,7 @@ class Room:
         self._patience_s = patience_s
         self._tenants: dict[str, Tenant] = {}
         self._turn = asyncio.Lock()  # of those for whom others must go
+        self._coming = 0  # bytes of the one for whom others are going
         self._changed = asyncio.Event()
 
     def enter(self, tenant: Tenant) -> None:
@@ -123,7 +124,7 @@ class Room:
         """True as soon as there is room for the tenant's model: what it has from now on must be
         in its `occupant`. False when nobody wants it any more. Raises InsufficientMemory when
         waiting would not help."""
-        if isinstance(self._decide(tenant, needed, 0.0), Go):
+        if isinstance(self._decide(tenant, needed + self._coming, 0.0), Go):
             return True
         impatient_at = time.monotonic() + self._patience_s
         async with self._turn:
@@ -136,7 +137,11 @@ class Room:
                     raise self.insufficient(needed, decision.n_bytes)
                 if isinstance(decision, Stop):
                     leaving = [self._tenants[name].make_way() for name in decision.names]
-                    await asyncio.gather(*leaving)
+                    self._coming = needed
+                    try:
+                        await asyncio.gather(*leaving)
+                    finally:
+                        self._coming = 0
                     continue
                 try:
                     timeout_s = max(decision.until - time.monotonic(), 0.001)

@@ -11,7 +11,7 @@ from engine import wire
 from engine.client import launch_process
 from errors import InsufficientMemory, QueueFull, QueueTimeout
 from model_manager import ModelManager
-from room import Go, Never, Occupant, Stop, Wait, decide
+from room import Go, Never, Occupant, Room, Stop, Wait, decide
 from tests.serving import fake, script
 from tests.test_model_manager import Launches, ask, outcome, request, run, until
 from tier import Tier
@@ -63,6 +63,57 @@ def test_one_that_loads_stays_and_then_as_long_as_that_took_also_where_patience_
     assert decided(20, of("a", 20, is_wanted=True, stays_until=150), now=150) == Stop(["a"])
     assert decided(20, of("a", 20, is_wanted=True), loads, now=131) == Wait(math.inf)
     assert decided(10, of("a", 20, is_wanted=True), loads, now=131) == Stop(["a"])
+
+
+class Comer:
+    """A tenant that wants to come back whenever it has made way."""
+
+    def __init__(self, name: str, n_bytes: int, room: Room, leaves_after: int = 0) -> None:
+        self.name = name
+        self.is_wanted = True
+        self.stays_until = 0.0
+        self.n_held = 0
+        self.comes: list[asyncio.Task[None]] = []
+        self._n_bytes = n_bytes
+        self._room = room
+        self._leaves_after = leaves_after  # turns of the event loop
+        room.enter(self)
+
+    def occupant(self) -> Occupant | None:
+        if not self.n_held:
+            return None
+        return of(self.name, self.n_held, is_wanted=True, stays_until=self.stays_until)
+
+    async def come(self) -> None:
+        if await self._room.wait_for(self, self._n_bytes):
+            self.n_held = self._n_bytes
+            self._room.changed()
+
+    async def make_way(self) -> None:
+        for _ in range(self._leaves_after):
+            await asyncio.sleep(0)
+        self.n_held = 0
+        self._room.changed()
+        self.comes.append(asyncio.create_task(self.come()))
+
+
+def test_who_makes_way_with_others_does_not_come_back_before_all_have() -> None:
+    async def test() -> None:
+        room = Room(100, patience_s=0)
+        light = Comer("light", 40, room)
+        medium = Comer("medium", 40, room, leaves_after=10)
+        heavy = Comer("heavy", 90, room)
+        heavy.stays_until = math.inf
+        await asyncio.gather(light.come(), medium.come())
+        await asyncio.wait_for(heavy.come(), 5)
+        assert (light.n_held, medium.n_held, heavy.n_held) == (0, 0, 90)
+        assert len(light.comes) == len(medium.comes) == 1
+        heavy.n_held = 0
+        room.changed()
+        await asyncio.gather(*light.comes, *medium.comes)
+        assert (light.n_held, medium.n_held) == (40, 40)
+
+    asyncio.run(test())
 
 
 FAKE = 42 << 20  # what a worker of the fake backend is taken to need
