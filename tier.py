@@ -284,13 +284,9 @@ class Tier:
         if self._source.is_here():
             return
         with self.lease():
-            if self._fetching is None:
+            if self._fetching is None or self._fetching.done():
                 self._fetching = asyncio.create_task(self._fetch(), name=f"fetch {self.name}")
-            try:
-                await asyncio.shield(self._fetching)
-            finally:
-                if self._fetching is not None and self._fetching.done():
-                    self._fetching = None
+            await asyncio.shield(self._fetching)
 
     async def _fetch(self) -> None:
         loop = asyncio.get_running_loop()
@@ -301,11 +297,22 @@ class Tier:
         def on_progress(fraction: float) -> None:
             loop.call_soon_threadsafe(self._on_progress, fraction)
 
+        has_said_no = False
+
         def is_wanted() -> bool:
-            return self.is_wanted and not self._is_closing
+            nonlocal has_said_no
+            has_said_no = not self.is_wanted or self._is_closing
+            return not has_said_no
 
         try:
-            await asyncio.to_thread(self._source.fetch, on_progress, is_wanted)
+            while True:
+                has_said_no = False
+                try:
+                    await asyncio.to_thread(self._source.fetch, on_progress, is_wanted)
+                    break
+                except ModelLoadFailed:
+                    if not has_said_no or not is_wanted():  # somebody may have come meanwhile
+                        raise
             self.reason = None
             seconds = time.monotonic() - started_at
             logger.info("Tier %s: downloaded after %.1f s", self.name, seconds)

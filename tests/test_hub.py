@@ -1,9 +1,11 @@
 """Models on the hub: which files are meant, and how they come, out of an imitation on loopback."""
 
+import asyncio
 import shutil
 import threading
+import time
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ import hub as hub_module
 from errors import ModelLoadFailed
 from hub import Hub
 from hub_model import HubModel, parse, pick
+from model_manager import ModelManager
+from model_source import ModelSource
 from settings import ServerSettings, TierSettings
 from tests.hub_imitation import HubImitation, Repo, hub_imitation
+from tests.test_model_manager import run, until
 
 REPO = "owner/small-GGUF"
 MODEL = HubModel(REPO, "Q4_K_M")
@@ -467,6 +472,73 @@ def test_who_waits_for_anothers_download_can_stop_too(far: HubImitation, near: H
     go_on.set()
     first.join(10)
     assert near.cached(MODEL, "llamacpp")
+
+
+# by a tier
+
+
+def asking_for(far: HubImitation, near: Hub) -> dict[str, Any]:
+    server = {"hf_endpoint": far.endpoint, "hf_hub_cache": str(near.cache)}
+    return {"server": server, "light": TierSettings(model_path=f"hf:{REPO}")}
+
+
+async def leave(request: "asyncio.Task[None]") -> None:
+    request.cancel()
+    await asyncio.wait([request])
+
+
+def test_a_download_that_everybody_left_goes_on_with_the_next_request(
+    far: HubImitation, near: Hub
+) -> None:
+    go_on = threading.Event()
+    far.cut_after = [1_048_576]
+    far.on_content = lambda: None if far.cut_after else go_on.wait(10) and None
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        request = asyncio.create_task(tier.fetched())
+        await until(lambda: tier.progress == 0.5 and len(far.contents()) == 2)
+        assert tier.state == "downloading"
+        await leave(request)
+        go_on.set()
+        await until(lambda: tier.state == "stopped")
+        assert not tier.is_downloaded
+        await tier.fetched()
+        assert tier.is_downloaded
+
+    run(test, **asking_for(far, near))
+
+
+def test_who_comes_while_a_download_stops_does_not_fail_with_it(
+    far: HubImitation, near: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_heard_no, goes_on = threading.Event(), threading.Event()
+    n_fetches = 0
+
+    def fetch(_: Any, on_progress: Any, is_wanted: Callable[[], bool]) -> None:
+        nonlocal n_fetches
+        n_fetches += 1
+        if n_fetches == 1:
+            while is_wanted():
+                time.sleep(0.001)
+            has_heard_no.set()
+            goes_on.wait(10)
+            raise ModelLoadFailed("It was stopped.")
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        first = asyncio.create_task(tier.fetched())
+        await until(lambda: n_fetches)
+        await leave(first)
+        await until(has_heard_no.is_set)
+        second = asyncio.create_task(tier.fetched())
+        await until(lambda: tier.is_wanted)
+        goes_on.set()
+        await second
+
+    monkeypatch.setattr(ModelSource, "fetch", fetch)
+    run(test, **asking_for(far, near))
+    assert n_fetches == 2
 
 
 # who may have it
