@@ -176,6 +176,11 @@ class ModelLoadFailed(ServiceError):
 
 class WorkerCrashed(ServiceError):
     code = "worker_crashed"
+    is_fault_of_request = False  # it was in two workers that died, in the second one alone
+
+    def headers(self) -> dict[str, str]:
+        no = {"x-should-retry": "false"}
+        return super().headers() | (no if self.is_fault_of_request else {})
 
 
 class InternalError(ServiceError):

@@ -736,11 +736,16 @@ class Tier:
         self._n_deaths += 1
         self.metrics.deaths.inc()
         crashed = WorkerCrashed(f"The process with the model of tier '{self.name}' died ({end}).")
+        guilty = WorkerCrashed(
+            f"The process with the model of tier '{self.name}' died again with this request in it "
+            f"({end})."
+        )
+        guilty.is_fault_of_request = True
         for generation in self._running.values():
             generation.n_crashes += 1
             if generation.has_answered or generation.n_crashes > 1:
                 self._encodings.discard(generation)
-                generation.fail(crashed)
+                generation.fail(guilty if generation.n_crashes > 1 else crashed)
             else:
                 self._suspects.append(generation)
         self._running.clear()

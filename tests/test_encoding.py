@@ -318,6 +318,7 @@ def test_a_poison_text_is_its_requests_error_and_its_neighbours_get_their_vector
             *asked, vectors(tier, "a", "poison"), return_exceptions=True
         )
         assert isinstance(guilty, WorkerCrashed)
+        assert guilty.headers() == {"x-should-retry": "false"}
         assert all(isinstance(found, list) and found[0] for found in innocents)
 
     launches = Launches(launch_process)

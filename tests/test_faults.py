@@ -136,6 +136,7 @@ def test_a_worker_that_is_killed_for_memory_is_told_so_and_the_next_request_work
         assert reply.status_code == 500
         error = reply.json()["error"]
         assert error["code"] == "worker_crashed"
+        assert reply.headers["x-should-retry"] == "false", "it has been tried twice"
         assert "SIGKILL, probably because memory ran out: see MEMORY_LIMIT" in error["message"]
         assert "memory" in service.http.get("/v1/models/light").json()["reason"]
         assert service.chat().status_code == 200

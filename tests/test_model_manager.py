@@ -500,10 +500,12 @@ def test_a_worker_that_dies_costs_only_those_that_had_text_and_the_poison(tmp_pa
             await until(lambda: said)
             batch = ["poison", *(f"{i}" for i in range(8))]  # more than there are sequences
             tasks = [asyncio.create_task(outcome(ask(tier, text))) for text in batch]
-            with pytest.raises(WorkerCrashed, match="died"):
+            with pytest.raises(WorkerCrashed, match="died") as caught:
                 await telling
+            assert "x-should-retry" not in caught.value.headers()
         poisoned, *results = await asyncio.gather(*tasks)
         assert isinstance(poisoned, WorkerCrashed)
+        assert poisoned.headers() == {"x-should-retry": "false"}
         assert results == [f"You said: {i}" for i in range(8)]
         assert await elsewhere == "You said: " + "hello " * 50
         assert await ask(tier) == "You said: Hi"
