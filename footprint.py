@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from engine.model_file import ModelFile
-from engine.wire import CELLS, PLAIN_TOKENS, WorkerSpec
+from engine.wire import CELLS, DECODER_STEP, PLAIN_TOKENS, WorkerSpec
 
 MB = 1 << 20
 # Measured on x86-64 Linux: an idle worker of each backend, with the libraries that it loads.
@@ -47,7 +47,13 @@ def estimate(spec: WorkerSpec, model: ModelFile) -> Footprint:
     n_tokens = spec.n_batch if spec.encoder is None else spec.encoder.batch_tokens
     compute = n_tokens * model.n_embd * 4 * ROWS
     if spec.encoder is not None:
-        return Footprint(model.size_bytes, 0, compute, process, 0, 0)
+        kv = 0
+        if spec.backend == "llamacpp" and model.kv_bytes_per_token:  # a decoder
+            n_most = max(spec.n_ctx, n_tokens)
+            kv = -(-n_most // CELLS) * CELLS * model.kv_bytes_per_token
+            # logits of every token of a call, where they are computed and where they are kept
+            compute += 2 * min(DECODER_STEP, n_most) * model.n_vocab * 4
+        return Footprint(model.size_bytes, kv, compute, process, 0, 0)
     outputs = spec.n_parallel * model.n_vocab * 4
     n_cells = -(-spec.kv_tokens // CELLS) * CELLS
     kv = n_cells * model.kv_bytes_per_token

@@ -83,6 +83,24 @@ def test_an_embedding_model_takes_what_was_estimated(e5: Path) -> None:
     run(test, launch_process, embedding=of(Settings.load(None).tiers["embedding"].path))
 
 
+def test_a_decoder_that_embeds_takes_what_was_estimated_for_cells_and_logits(
+    smollm2: Path,
+) -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["embedding"]
+        with tier.embed(wire.Embed(["word " * 600], ["dense"], "end")) as encoding:
+            await encoding.all()
+        measured = tier.memory_bytes
+        assert measured is not None
+        footprint = tier.footprint()
+        assert footprint.loaded == pytest.approx(measured, rel=0.15)
+        assert footprint.kv == 2048 * 23040
+        assert footprint.compute > 2 * 512 * 49152 * 4
+
+    embedding = of(smollm2, embedding_mode=True, pooling="last", n_ctx=2000)
+    run(test, launch_process, embedding=embedding)
+
+
 def test_without_flash_attention_scores_lie_in_memory(smollm2: Path) -> None:
     model = read_model_file(smollm2)
     plain, flash = (

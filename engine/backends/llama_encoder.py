@@ -40,15 +40,12 @@ from engine.heads import Heads, missing_heads, read_heads
 from engine.machine import available_bytes
 from engine.model_file import ENCODERS, open_header
 from engine.types import Pooling, Scale
-from engine.wire import EncoderSpec, WorkerSpec
+from engine.wire import DECODER_STEP, EncoderSpec, WorkerSpec
 from errors import InsufficientMemory, ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
 
 MAX_SEQUENCES = 64  # of a batch; llama.cpp takes 256
-# Tokens of a decoder in one call: it computes logits of every token whose row is wanted, which for
-# 8,192 tokens of a large vocabulary are gigabytes. What is before them stays in its memory.
-DECODER_STEP = 512
 MAX_SPARE_BYTES = 1 << 29  # of room for outputs beyond what a batch needs
 SPARE_TOKENS = 128  # the same where its pages cannot be given back
 MAX_ROW_BYTES = 1 << 24  # then pages are given back
