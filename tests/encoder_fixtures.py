@@ -523,10 +523,16 @@ JUDGE_TEMPLATE = (
 )
 
 
-def write_decoder(path: Path) -> Path:
+def write_decoder(path: Path, no_numbers_of: int | None = None) -> Path:
+    """Of that token it makes what is no number."""
     writer = _qwen3_writer(path, adds_eos=True)
     writer.add_pooling_type(gguf.PoolingType.LAST)
-    _write_tensors(writer, tiny_decoder().tensors, "F32")
+    tensors = dict(tiny_decoder().tensors)
+    if no_numbers_of is not None:
+        table = tensors["token_embd.weight"].copy()
+        table[no_numbers_of] = np.nan
+        tensors["token_embd.weight"] = table
+    _write_tensors(writer, tensors, "F32")
     return path
 
 

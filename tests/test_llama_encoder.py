@@ -539,6 +539,40 @@ def test_a_cross_encoder_that_needs_token_types_is_refused(
         load(path)
 
 
+@pytest.mark.parametrize("flash", [False, True])
+def test_a_decoders_cells_leave_nothing_behind(flash: bool, tmp_path: Path, load: Load) -> None:
+    path = tiny.write_decoder(tmp_path / "decoder.gguf", no_numbers_of=40)
+    used, fresh = (load(path, flash_attention=flash) for _ in range(2))
+    batch = [np.arange(50, 80, dtype=np.int32), np.arange(60, 67, dtype=np.int32)]
+    wanted = fresh.encode(batch).copy()
+    for before in ([50] * 500, [50, 40, 50] * 100):
+        rows = used.encode([np.array(before, np.int32)])
+        assert np.isfinite(rows).all() == (40 not in before)
+        assert np.array_equal(used.encode(batch), wanted)
+
+
+def test_cells_are_cleared_where_they_are_no_cells_or_hold_no_numbers(
+    models: Path, load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cleared: list[bool] = []
+    clear = llama_cpp.llama_memory_clear
+
+    def note(memory: Any, data: bool) -> None:
+        cleared.append(data)
+        clear(memory, data)
+
+    monkeypatch.setattr(llama_cpp, "llama_memory_clear", note)
+    encoder = load(tiny.write_decoder(tmp_path / "decoder.gguf", no_numbers_of=40))
+    for token in (50, 50, 40, 50, 50):
+        encoder.encode([np.array([token], np.int32)])
+    assert cleared == [False, False, False, True, False]
+    monkeypatch.setattr(llama_cpp, "llama_model_is_recurrent", lambda _: True)
+    cleared.clear()
+    encoder = load(models / "plain" / "decoder.gguf")
+    encoder.encode([np.array([50], np.int32)])
+    assert cleared == [True]
+
+
 def test_a_decoder_that_scores_without_a_prompt_is_refused(
     tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,11 @@ class LlamaEncoder:
         self._context = self._new_context(spec, encoder)
         self._threads = ContextThreads(self._context, spec.n_threads)
         self._memory = lib.llama_get_memory(self._context)
+        # of cells nothing is seen that is not the text's own; a state goes on from what it was
+        self._is_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(
+            self._model
+        )
+        self._has_no_numbers = False  # in the memory: 0 times them is none either
         self.tokenizer: Tokenizer = EncoderTokenizer(self._model, facts)
         vocab = lib.llama_model_get_vocab(self._model)
         self.specials = _specials(vocab, facts)
@@ -192,13 +197,16 @@ class LlamaEncoder:
     def encode(self, batch: Sequence[Ids], go_on: Callable[[], bool] = lambda: True) -> Floats:
         n_tokens = self._fill(batch)
         if self._memory:
-            lib.llama_memory_clear(self._memory, True)
+            lib.llama_memory_clear(self._memory, self._is_state or self._has_no_numbers)
         elif min(n_tokens, self._step) > self._room:
             self._make_room(min(n_tokens, self._step))
             self._fill(batch)
         self._go_on = go_on
-        if self.scale is not None:
-            return self._scores(batch, n_tokens)
+        found = self._all_rows(n_tokens) if self.scale is None else self._scores(batch, n_tokens)
+        self._has_no_numbers = bool(self._memory) and not np.isfinite(found).all()
+        return found
+
+    def _all_rows(self, n_tokens: int) -> Floats:
         if self._step >= n_tokens:
             if self._row_bytes > MAX_ROW_BYTES:
                 self._give_back()
