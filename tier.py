@@ -179,6 +179,23 @@ class Tier:
         return self.state, self.reason
 
     @property
+    def can_be_tried(self) -> bool:
+        """The next request would not be refused for what is known of the model."""
+        if self._worker is not None or not self._source.is_here():
+            return True
+        try:
+            self.model()
+        except ModelLoadFailed:
+            return False
+        return self._back_off_s() <= 0
+
+    def _back_off_s(self) -> float:
+        """For so long no load is tried after one that failed; a file that has changed is at
+        once."""
+        has_changed = self._failed_signature != self._source.signature()
+        return 0.0 if has_changed else self._retry_at - time.monotonic()
+
+    @property
     def created(self) -> int:
         """When the model file was written, in seconds since 1970. Raises ModelLoadFailed."""
         self.model()
@@ -643,8 +660,7 @@ class Tier:
         """The worker; None when nobody wants it any more. Raises ServiceError."""
         if self._worker is not None:
             return self._worker
-        wait_s = self._retry_at - time.monotonic()
-        if wait_s > 0 and self._failed_signature == self._source.signature():
+        if (wait_s := self._back_off_s()) > 0:
             raise TierUnavailable(
                 f"{self.reason} It is tried again in {wait_s:.0f} s.",
                 retry_after_s=math.ceil(wait_s),

@@ -28,7 +28,7 @@ def ready(services: ServicesDep, tier: str | None = None) -> Response:
     manager = services.manager
     tiers = manager.tiers.values() if tier is None else [manager.resolve(tier)]
     states = {tier.name: state_of(tier) for tier in tiers}
-    is_ready = all(state["state"] != "failed" for state in states.values())
+    is_ready = all(tier.can_be_tried for tier in tiers)
     body = {"status": "ready" if is_ready else "not ready", "tiers": states}
     return JSONResponse(body, status_code=200 if is_ready else 503)
 

@@ -110,6 +110,25 @@ def test_ready_says_which_tier_is_not(tmp_path: Path) -> None:
         assert service.http.get("/ready", params={"tier": "x"}).status_code == 404
 
 
+def test_ready_again_when_the_next_request_would_load_what_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(script(tmp_path, fault="load"))
+    with serving(settings(light=fake(str(path)))) as service:
+        assert service.chat().status_code == 500
+        reply = service.http.get("/ready")
+        assert (reply.status_code, reply.json()["tiers"]["light"]["state"]) == (503, "failed")
+        clock = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 60)
+        reply = service.http.get("/ready")
+        assert (reply.status_code, reply.json()["tiers"]["light"]["state"]) == (200, "failed")
+        monkeypatch.undo()
+        assert service.http.get("/ready").status_code == 503
+        path.write_text('{"load_s": 0}')
+        assert service.http.get("/ready").status_code == 200
+        assert service.chat().status_code == 200
+
+
 @pytest.mark.parametrize("value", [0, "0", "0s", "1ms", "0.001"])
 def test_a_model_leaves_as_soon_as_the_request_says(service: Service, value: object) -> None:
     assert service.chat(keep_alive=value).status_code == 200
