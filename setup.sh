@@ -21,6 +21,7 @@ set -euo pipefail # and bash 3.2, which is what macOS has
 cd "$(dirname "${BASH_SOURCE[0]}")"
 trap 'exit 130' INT TERM # pip handles Ctrl-C by itself; without this we would go on to the next step
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+export PIP_USER=0 # `user = true` in a pip.conf is an error in a .venv
 
 UPSTREAM_WHEELS=https://abetlen.github.io/llama-cpp-python/whl
 TORCH_WHEELS=https://download.pytorch.org/whl/cpu

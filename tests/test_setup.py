@@ -60,6 +60,7 @@ case "$*" in
   "-m pip "*)
     shift 2
     echo "pip $*" >>"$FAKE_LOG"
+    case "$FAKE_PIP_CONF ${PIP_USER-1} $*" in "user = true 1 install "*) exit 1 ;; esac
     case "$*" in
       *--index-url*)
         case "$FAKE_PAGE" in
@@ -251,6 +252,11 @@ def test_a_new_lock_is_installed(machine: Machine) -> None:
     with (machine.root / "requirements.lock").open("a") as lock:
         lock.write("# changed\n")
     assert machine.run("setup.sh", "--current")[0] == 1
+
+
+def test_a_pip_that_installs_for_the_user_does_not_do_so_here(machine: Machine) -> None:
+    assert machine.run(FAKE_PIP_CONF="user = true")[0] == 0
+    assert machine.is_complete()
 
 
 def test_flag_adds_its_list_on_demand_only(machine: Machine) -> None:
