@@ -411,9 +411,9 @@ class Tier:
         self.drop(job)
         wait_s = self._wait_s(len(self._waiting) + 1)
         if self.state == "waiting":
-            footprint = self.footprint()
-            free = self._room.free_bytes
-            job.fail(self._room.insufficient(footprint.most, free, retry_after_s=wait_s))
+            assert self._footprint is not None
+            needed, free = self._footprint.most, self._room.free_bytes
+            job.fail(self._room.insufficient(needed, free, retry_after_s=wait_s))
             return
         job.fail(
             QueueTimeout(

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,6 +194,28 @@ def test_waiting_for_memory_has_an_end_that_says_when_to_try_again(tmp_path: Any
 
     server = {"memory_limit": "50M", "queue_timeout_s": 0.1}
     run(test, server=server, light=fake(path), heavy=fake(path))
+
+
+def test_waiting_for_memory_has_an_end_also_where_the_file_has_gone(tmp_path: Any) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 3000}, step_ms=1)
+    other = Path(script(tmp_path))
+
+    def remove() -> None:
+        other.unlink()
+
+    async def test(manager: ModelManager) -> None:
+        light, heavy = manager.tiers["light"], manager.tiers["heavy"]
+        with light.submit(request("long")) as generation:
+            await generation.started()
+            waiting = asyncio.create_task(ask(heavy))
+            await until(lambda: heavy.state == "waiting")
+            remove()
+            with pytest.raises(InsufficientMemory) as caught:
+                await asyncio.wait_for(waiting, 10)
+            assert caught.value.numbers["needed_bytes"] == FAKE
+
+    server = {"memory_limit": "50M", "queue_timeout_s": 0.2}
+    run(test, server=server, light=fake(path), heavy=fake(str(other)))
 
 
 def test_waiting_in_line_has_an_end(tmp_path: Any) -> None:
