@@ -163,9 +163,10 @@ class Tier:
         return self._lengths().least_tokens(prompt)
 
     def model(self) -> ModelFile:
-        """What the file's header says, read again when the file has changed and is not loaded.
-        Raises ModelLoadFailed."""
-        return self._source.read(is_loaded=self._worker is not None)
+        """What the file's header says, read again when the file has changed and is neither loaded
+        nor on its way. Raises ModelLoadFailed."""
+        is_loaded = self._worker is not None or self.state == "starting"
+        return self._source.read(is_loaded=is_loaded)
 
     def status(self) -> tuple[State, str | None]:
         """The state, and why the tier is not as it should be."""

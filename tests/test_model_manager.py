@@ -241,6 +241,28 @@ def test_a_repaired_file_is_loaded_at_once_also_after_a_worker_failed(tmp_path: 
     run(test, light=fake(str(path)))
 
 
+def test_a_file_that_is_replaced_during_the_load_is_not_taken_for_what_answers(
+    tmp_path: Path,
+) -> None:
+    path, other = Path(script(tmp_path, load_s=0.2)), Path(script(tmp_path, step_ms=1))
+
+    def replace_it() -> None:
+        other.replace(path)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        asked = asyncio.create_task(ask(tier))
+        await until(lambda: tier.state == "starting")
+        before = tier.identity
+        replace_it()
+        assert tier.identity == before
+        await asked
+        assert tier.identity == before
+        assert not tier.is_still(before)
+
+    run(test, light=fake(str(path)))
+
+
 def test_a_request_that_cannot_be_sent_fails_alone(tmp_path: Path) -> None:
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
