@@ -285,10 +285,11 @@ class Tier:
     @property
     def memory_bytes(self) -> int | None:
         """What the worker has now, with what is mapped of its file; None where that is unknown."""
-        if self._worker is None or not self._worker.pid:
+        worker = self._worker  # which another thread may set to None
+        if worker is None or not worker.pid:
             return None
         with suppress(psutil.Error):
-            return int(psutil.Process(self._worker.pid).memory_info().rss)
+            return int(psutil.Process(worker.pid).memory_info().rss)
         return None
 
     @property

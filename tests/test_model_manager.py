@@ -263,6 +263,25 @@ def test_a_file_that_is_replaced_during_the_load_is_not_taken_for_what_answers(
     run(test, light=fake(str(path)))
 
 
+def test_memory_is_unknown_of_a_worker_that_ends_while_it_is_asked() -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        await ask(tier)
+        worker = tier._worker
+
+        class Ending:
+            @property
+            def pid(self) -> int:
+                tier._worker = None  # as the event loop does, beside the thread that asks
+                return 1 << 40
+
+        tier._worker = Ending()  # type: ignore[assignment]
+        assert tier.memory_bytes is None
+        tier._worker = worker
+
+    run(test)
+
+
 def test_a_request_that_cannot_be_sent_fails_alone(tmp_path: Path) -> None:
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
