@@ -226,7 +226,7 @@ def check_config(manager: ModelManager) -> tuple[str, bool]:
     for tier in manager.tiers.values():
         if tier.is_downloaded:
             try:
-                footprint = tier.footprint()
+                footprint = tier.life.footprint()
             except ModelLoadFailed as error:
                 lines.append(f"  {tier.name:10} {error.message}")
                 is_well = False

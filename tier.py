@@ -1,9 +1,9 @@
-"""One model and everybody who wants it: a queue, the life of its worker, and what happens when that
-dies.
+"""One model and everybody who wants it: a queue, leases, who is handed to the worker, and what
+happens to requests when that dies.
 
 A tier's state goes stopped → waiting (for memory) → starting → ready → stopping → stopped, or to
 failed from starting; before it has a file it may be downloading. One task makes every transition,
-so none of them can race:
+so none of them can race (`worker_life.py` has what a transition does):
 
 1. A waiting job starts the worker. A load that fails fails the jobs that wait for it; a worker
    that could not load is tried again after a back-off, when the next job comes.
@@ -28,12 +28,10 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import msgspec
-import psutil
 
 from encoding import Encoding
 from engine import wire
@@ -41,36 +39,27 @@ from engine.client import EndReason, Launcher, Worker
 from engine.model_file import ModelFile
 from errors import (
     BadRequest,
-    InsufficientMemory,
     InternalError,
-    ModelLoadFailed,
     QueueFull,
     QueueTimeout,
     ServiceError,
     TierUnavailable,
     WorkerCrashed,
 )
-from footprint import Footprint, estimate
 from generating import Conversion, Generation
 from hub_model import FOLDER_BACKENDS
 from lengths import Lengths
 from metrics import Metrics
-from model_source import ModelSource, Signature
 from progress import ProgressLog
 from room import Occupant, Room
 from settings import ENCODER_TIERS, ServerSettings, TierName, TierSettings
 from waiting import WaitingLine
-from worker_spec import effective_n_ctx, worker_spec
+from worker_life import State, WorkerLife
+from worker_spec import effective_n_ctx
 
 logger = logging.getLogger(__name__)
 
-# waiting: for memory
-State = Literal["stopped", "downloading", "waiting", "starting", "ready", "stopping", "failed"]
-
-MAX_BACK_OFF_S = 60.0
 MAX_RETRY_AFTER_S = 60
-MAX_DEATHS = 5  # of workers in a row without an answer; two are one poisonous request
-
 
 Job = Generation | Encoding[wire.Vector] | Encoding[wire.Scored]
 
@@ -91,18 +80,20 @@ class Tier:
     ) -> None:
         self.name = name
         self.settings = settings
-        self.state: State = "stopped"
-        self.progress = 0.0  # of a load, 0…1
-        self.reason: str | None = None  # of the last failure, until a load succeeds
         self._server = server
         self._room = room
         self.metrics = metrics.of(name)
-        self._launch = launch
-        self._progress_log = progress_log
-        self._source = ModelSource(name, settings, server.hub)
-        self._fetching: asyncio.Task[None] | None = None
-        self._worker: Worker | None = None
-        self._encoder: wire.EncoderInfo | None = None
+        self.life = WorkerLife(
+            name,
+            settings,
+            server,
+            tenant=self,
+            on_lost=self._on_lost,
+            room=room,
+            metrics=self.metrics,
+            launch=launch,
+            progress_log=progress_log,
+        )
         self._waiting: WaitingLine[Job] = WaitingLine()
         self._suspects: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by job
@@ -110,9 +101,6 @@ class Tier:
         self._conversions: dict[int, Conversion] = {}  # that somebody waits for, by job
         self._job_ids = itertools.count(1)
         self._n_leases = 0
-        self._n_load_failures = 0
-        self._retry_at = 0.0  # unless the file has changed
-        self._failed_signature: Signature = 0, 0
         self._job_s = 1.0  # what a job takes, averaged; for Retry-After
         self._text_s = 0.01  # what a text takes an encoder, averaged
         self._counted_at = 0.0
@@ -120,16 +108,14 @@ class Tier:
         self._is_closing = False
         self._is_refusing = False  # new requests
         self._n_making_way = 0  # for how many others
-        self._has_stopped = asyncio.Event()
-        self._held_bytes = 0  # of the memory, from before the start to after the end
-        self._footprint: Footprint | None = None  # of the worker that was started last
-        self._used_at = 0.0
-        self._stays_until = 0.0
         self._keep_alive_s: float | None = None  # as the last request wants it
-        self._n_deaths = 0  # of workers in a row that had answered nobody
         self._wakeup = asyncio.Event()
         self._wakeup.set()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> State:
+        return self.life.state
 
     @property
     def n_ctx(self) -> int:
@@ -139,7 +125,7 @@ class Tier:
     @property
     def encoder(self) -> wire.EncoderInfo | None:
         """What the model can do that embeds or scores, once it has been loaded."""
-        return self._encoder
+        return self.life.encoder
 
     @property
     def aliases(self) -> list[str]:
@@ -163,61 +149,31 @@ class Tier:
         return self._lengths().least_tokens(prompt)
 
     def model(self) -> ModelFile:
-        """What the file's header says, read again when the file has changed and is neither loaded
-        nor on its way. Raises ModelLoadFailed."""
-        is_loaded = self._worker is not None or self.state == "starting"
-        return self._source.read(is_loaded=is_loaded)
-
-    def status(self) -> tuple[State, str | None]:
-        """The state, and why the tier is not as it should be."""
-        if not self._source.is_here():
-            return self.state, self.reason
-        if self._worker is None and self.state != "starting":
-            try:
-                self.model()
-            except ModelLoadFailed as error:
-                return "failed", error.message
-        return self.state, self.reason
-
-    @property
-    def can_be_tried(self) -> bool:
-        """The next request would not be refused for what is known of the model."""
-        if self._worker is not None or not self._source.is_here():
-            return True
-        try:
-            self.model()
-        except ModelLoadFailed:
-            return False
-        return self._back_off_s() <= 0
-
-    def _back_off_s(self) -> float:
-        """For so long no load is tried after one that failed; a file that has changed is at
-        once."""
-        has_changed = self._failed_signature != self._source.signature()
-        return 0.0 if has_changed else self._retry_at - time.monotonic()
+        """What the file's header says. Raises ModelLoadFailed."""
+        return self.life.model()
 
     @property
     def created(self) -> int:
         """When the model file was written, in seconds since 1970. Raises ModelLoadFailed."""
         self.model()
-        return self._source.created
+        return self.life.source.created
 
     @property
     def fingerprint(self) -> str:
         """Changes with all that changes answers: the file, its template, the backend."""
         self.model()
-        return self._source.fingerprint
+        return self.life.source.fingerprint
 
     @property
     def identity(self) -> str:
         """Stands for all of the model, its library and its settings that decides what a request is
         answered. Raises ModelLoadFailed."""
         self.model()
-        return self._source.identity
+        return self.life.source.identity
 
     def is_still(self, identity: str) -> bool:
         """What has just answered was that for certain, and not a file that was put in its place."""
-        return self._source.identity == identity and self._source.is_unchanged()
+        return self.life.source.identity == identity and self.life.source.is_unchanged()
 
     @contextmanager
     def lease(self) -> Iterator[None]:
@@ -227,7 +183,7 @@ class Tier:
             yield
         finally:
             self._n_leases -= 1
-            self._used_at = time.monotonic()
+            self.life.used_at = time.monotonic()
             self._wakeup.set()
             self._room.changed()
 
@@ -241,15 +197,14 @@ class Tier:
     @property
     def is_wanted(self) -> bool:
         """Somebody waits for the model, or is in it."""
+        if self._is_closing:
+            return False
         return bool(self._n_leases or self._is_to_load or self._suspects or self._waiting)
 
     def waits_for(self, job: Generation | None) -> str:
         """In words for people: what happens before the job's answer begins."""
-        if self.state in ("downloading", "starting"):
-            verb = "loading" if self.state == "starting" else self.state
-            return f"{verb} {self.name} {self.progress:.0%}"
-        if self.state == "waiting":
-            return f"waiting for memory for {self.name}"
+        if (doing := self.life.doing()) is not None:
+            return doing
         n_before = self._waiting.n_before(job) if job is not None else None
         if n_before is not None:
             return f"queue {n_before + 1}/{len(self._waiting)}"
@@ -265,83 +220,20 @@ class Tier:
 
     def occupant(self) -> Occupant | None:
         """What the tier has of the memory, as `room` sees it."""
-        if not self._held_bytes:
-            return None
-        return Occupant(
-            self.name, self._held_bytes, self.settings.pin, self.is_wanted, self._used_at,
-            self._stays_until,
-        )  # fmt: skip
-
-    def footprint(self) -> Footprint:
-        """What the worker takes of the memory, or would take. Raises ModelLoadFailed."""
-        if self._footprint is None or self._worker is None:
-            model = self.model()
-            return estimate(self._spec(model), model)
-        return self._footprint
-
-    def _spec(self, model: ModelFile) -> wire.WorkerSpec:
-        return worker_spec(self.name, self._source.settings, model, self._server)
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """What the worker has now, with what is mapped of its file; None where that is unknown."""
-        worker = self._worker  # which another thread may set to None
-        if worker is None or not worker.pid:
-            return None
-        with suppress(psutil.Error):
-            return int(psutil.Process(worker.pid).memory_info().rss)
-        return None
+        return self.life.occupant()
 
     @property
     def is_downloaded(self) -> bool:
         """False while the model is still to be fetched from the hub."""
-        return self._source.is_here()
+        return self.life.source.is_here()
 
     async def fetched(self) -> None:
         """Returns when the model's file is here: at once, but for one from the hub that was never
         asked for. Raises ModelLoadFailed."""
-        if self._source.is_here():
+        if self.life.source.is_here():
             return
         with self.lease():
-            if self._fetching is None or self._fetching.done():
-                self._fetching = asyncio.create_task(self._fetch(), name=f"fetch {self.name}")
-            await asyncio.shield(self._fetching)
-
-    async def _fetch(self) -> None:
-        loop = asyncio.get_running_loop()
-        before, self.state = self.state, "downloading"
-        started_at = time.monotonic()
-        logger.info("Tier %s: downloading %s", self.name, self.settings.model_path)
-
-        def on_progress(fraction: float) -> None:
-            loop.call_soon_threadsafe(self._on_progress, fraction)
-
-        has_said_no = False
-
-        def is_wanted() -> bool:
-            nonlocal has_said_no
-            has_said_no = not self.is_wanted or self._is_closing
-            return not has_said_no
-
-        try:
-            while True:
-                has_said_no = False
-                try:
-                    await asyncio.to_thread(self._source.fetch, on_progress, is_wanted)
-                    break
-                except ModelLoadFailed:
-                    if not has_said_no or not is_wanted():  # somebody may have come meanwhile
-                        raise
-            self.reason = None
-            seconds = time.monotonic() - started_at
-            logger.info("Tier %s: downloaded after %.1f s", self.name, seconds)
-        except ModelLoadFailed as error:
-            self.reason = error.message
-            logger.error("Tier %s: %s", self.name, error.message)
-            raise
-        finally:
-            self.state = before
-            self._progress_log.end(self.name)
+            await self.life.fetched()
 
     async def load(self) -> None:
         """Load the model, if it is not. Raises ServiceError."""
@@ -358,7 +250,7 @@ class Tier:
 
     async def make_way(self) -> None:
         """Stop the worker for another's. Returns when it has ended what was in it."""
-        if self._worker is not None:
+        if self.life.worker is not None:
             self.metrics.evictions.inc()
         await self._leave()
 
@@ -367,10 +259,10 @@ class Tier:
         nothing new."""
         self._n_making_way += 1
         try:
-            while self._held_bytes and not self._is_closing:
-                self._has_stopped.clear()
+            while self.life.held_bytes and not self._is_closing:
+                self.life.has_stopped.clear()
                 self._wakeup.set()
-                await self._has_stopped.wait()
+                await self.life.has_stopped.wait()
         finally:
             self._n_making_way -= 1
             self._wakeup.set()
@@ -413,8 +305,7 @@ class Tier:
         self.drop(job)
         wait_s = self._wait_s(len(self._waiting) + 1)
         if self.state == "waiting":
-            assert self._footprint is not None
-            needed, free = self._footprint.most, self._room.free_bytes
+            needed, free = self.life.needed_bytes, self._room.free_bytes
             job.fail(self._room.insufficient(needed, free, retry_after_s=wait_s))
             return
         job.fail(
@@ -471,7 +362,7 @@ class Tier:
 
     def count(self, n_texts: int) -> None:
         """So many texts have just been computed."""
-        self._n_deaths = 0
+        self.life.answered()
         self.metrics.batch_size.observe(n_texts)
         now = time.monotonic()
         text_s = (now - self._counted_at) / max(n_texts, 1)
@@ -537,9 +428,9 @@ class Tier:
             handed_at = self._running.pop(job).handed_at
             self._job_s += 0.2 * (time.monotonic() - handed_at - self._job_s)
             if generation.has_answered:
-                self._n_deaths = 0
-            assert self._worker is not None
-            self._worker.cancel(job)
+                self.life.answered()
+            assert self.life.worker is not None
+            self.life.worker.cancel(job)
         self._waiting.leave(generation)
         if generation in self._suspects:
             self._suspects.remove(generation)
@@ -579,13 +470,15 @@ class Tier:
             try:
                 await self._hand_out()
             except ServiceError as error:
+                self._is_to_load = False
                 self._fail_waiting(error)
             except Exception:
+                self._is_to_load = False
                 logger.exception("Tier %s: its requests fail by a fault of ours", self.name)
                 self._fail_waiting(InternalError("The tier failed. The log has the reason."))
             if self._n_making_way and not self._is_busy:
                 await self._stop_worker()
-                self._has_stopped.set()
+                self.life.has_stopped.set()
             try:
                 await asyncio.wait_for(self._wakeup.wait(), self._idle_timeout_s())
             except asyncio.TimeoutError:
@@ -594,7 +487,7 @@ class Tier:
                     await self._stop_worker()
 
     def _idle_timeout_s(self) -> float | None:
-        if self._worker is None or self._n_leases or self.settings.pin:
+        if self.life.worker is None or self._n_leases or self.settings.pin:
             return None
         seconds = self.settings.idle_ttl_s if self._keep_alive_s is None else self._keep_alive_s
         return seconds if seconds >= 0 else None
@@ -609,7 +502,7 @@ class Tier:
         while self._is_to_load or self._suspects or self._waiting or self._unsent:
             if self._n_making_way:
                 return
-            worker = await self._ensure_ready()
+            worker = await self.life.ready()
             if worker is None:
                 return
             self._is_to_load = False
@@ -658,101 +551,14 @@ class Tier:
         ranks = [g.request.rank for g in self._running.values() if isinstance(g, Generation)]
         return bool(ranks) and self._waiting.first_place < max(ranks)
 
-    async def _ensure_ready(self) -> Worker | None:
-        """The worker; None when nobody wants it any more. Raises ServiceError."""
-        if self._worker is not None:
-            return self._worker
-        if (wait_s := self._back_off_s()) > 0:
-            raise TierUnavailable(
-                f"{self.reason} It is tried again in {wait_s:.0f} s.",
-                retry_after_s=math.ceil(wait_s),
-            )
-        try:
-            await self.fetched()
-            model = await asyncio.to_thread(self.model)
-            spec = self._spec(model)
-            self._footprint = estimate(spec, model)
-            self.state = "waiting"
-            if not await self._room.wait_for(self, self._footprint.most):
-                self.state = "stopped"
-                return None
-            self._held_bytes, self._stays_until = self._footprint.most, math.inf
-            self.state, self.progress = "starting", 0.0
-            started_at = time.monotonic()
-            logger.info("Tier %s: loading %s", self.name, model.name)
-            try:
-                self._worker = await Worker.start(
-                    spec,
-                    launch=self._launch,
-                    on_progress=self._on_progress,
-                    on_lost=self._on_lost,
-                    timeout_s=self._server.watchdog_s,
-                )
-            finally:
-                self._progress_log.end(self.name)
-        except InsufficientMemory:
-            self.state, self._is_to_load = "stopped", False
-            raise
-        except Exception as error:
-            self._free()
-            reason = error.message if isinstance(error, ServiceError) else "A fault of ours."
-            self._fail_for_a_while(reason)
-            raise
-        except BaseException:
-            self._free()
-            self.state = "stopped"
-            raise
-        self.metrics.loads.inc()
-        self.state, self.reason = "ready", None
-        self._n_load_failures *= bool(self._n_deaths)
-        self._encoder = self._worker.ready.encoder
-        self._used_at = time.monotonic()
-        load_s = self._used_at - started_at
-        self._stays_until = self._used_at + load_s
-        self._room.changed()
-        logger.info(
-            "Tier %s: ready after %.1f s, %d tokens of context, %d requests at once, about %d MB",
-            self.name, load_s, self._worker.ready.n_ctx, self._worker.ready.n_parallel,
-            self._footprint.loaded >> 20,
-        )  # fmt: skip
-        return self._worker
-
-    def _free(self) -> None:
-        self._held_bytes, self._stays_until = 0, 0.0
-        self._has_stopped.set()
-        self._room.changed()
-
-    def _on_progress(self, fraction: float) -> None:
-        self.progress = fraction
-        self._progress_log.tell(self.name, self.waits_for(None), time.monotonic())
-
-    def _fail_for_a_while(self, reason: str) -> None:
-        self.state, self.reason = "failed", reason
-        self._is_to_load = False
-        logger.error("Tier %s cannot be loaded: %s", self.name, self.reason)
-        self._failed_signature = self._source.signature()
-        if self._source.is_known:  # the header was fine, so trying again costs a process
-            self._n_load_failures += 1
-            self._retry_at = time.monotonic() + min(2.0**self._n_load_failures, MAX_BACK_OFF_S)
-
     async def _stop_worker(self) -> None:
-        if self._worker is not None:
-            self.state = "stopping"
-            await self._worker.stop()
-            self._worker = None  # not before: who cancels this must find it
+        if self.life.worker is not None:
+            await self.life.stop()
             self._keep_alive_s = None
-            self.state = "stopped"
-            self._free()
 
     def _on_lost(self, worker: Worker, end: EndReason) -> None:
         logger.error("Tier %s: its worker died with %d requests in it: %s",
                      self.name, len(self._running), end)  # fmt: skip
-        self._worker = None
-        self._free()
-        self.state = "stopped"
-        self.reason = f"The worker died ({end}); the next request starts another."
-        self._n_deaths += 1
-        self.metrics.deaths.inc()
         crashed = WorkerCrashed(f"The process with the model of tier '{self.name}' died ({end}).")
         guilty = WorkerCrashed(
             f"The process with the model of tier '{self.name}' died again with this request in it "
@@ -770,10 +576,6 @@ class Tier:
         for conversion in self._conversions.values():
             if conversion.worker is worker:
                 conversion.fail(crashed)
-        if self._n_deaths >= MAX_DEATHS:
-            self._fail_for_a_while(
-                f"The worker died {self._n_deaths} times without an answer, at last with {end}."
-            )
         self._wakeup.set()
 
     def _fail_waiting(self, error: ServiceError) -> None:

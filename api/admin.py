@@ -28,7 +28,7 @@ def ready(services: ServicesDep, tier: str | None = None) -> Response:
     manager = services.manager
     tiers = manager.tiers.values() if tier is None else [manager.resolve(tier)]
     states = {tier.name: state_of(tier) for tier in tiers}
-    is_ready = all(tier.can_be_tried for tier in tiers)
+    is_ready = all(tier.life.can_be_tried for tier in tiers)
     body = {"status": "ready" if is_ready else "not ready", "tiers": states}
     return JSONResponse(body, status_code=200 if is_ready else 503)
 
@@ -74,11 +74,11 @@ class TierGauges(Collector):
         yield gauge("model_loaded", "1: loaded", ((t.name, t.state == "ready") for t in tiers))
         yield gauge(
             "model_failed", "1: cannot be loaded",
-            ((t.name, t.status()[0] == "failed") for t in tiers),
+            ((t.name, t.life.status()[0] == "failed") for t in tiers),
         )  # fmt: skip
         yield gauge(
             "worker_memory_bytes", "Memory of the worker as measured",
-            ((t.name, t.memory_bytes or 0) for t in tiers),
+            ((t.name, t.life.memory_bytes or 0) for t in tiers),
         )  # fmt: skip
         yield gauge(
             "worker_memory_estimated_bytes", "Memory set aside for it, as estimated at its start",

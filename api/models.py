@@ -69,8 +69,8 @@ def describe(tier: Tier) -> dict[str, Any]:
         about |= {"vectors": encoder.outputs, "methods": encoder.methods}
         about |= {"dimensions": encoder.n_embd} if encoder.outputs else {}
     with suppress(ModelLoadFailed):
-        about["memory"] = {"estimated_bytes": tier.footprint().loaded} | (
-            {} if (measured := tier.memory_bytes) is None else {"measured_bytes": measured}
+        about["memory"] = {"estimated_bytes": tier.life.footprint().loaded} | (
+            {} if (measured := tier.life.memory_bytes) is None else {"measured_bytes": measured}
         )
     return about | state_of(tier)
 
@@ -87,10 +87,10 @@ def _stand_in(tier: Tier, aliases: Sequence[str]) -> dict[str, Any]:
 
 
 def state_of(tier: Tier) -> dict[str, Any]:
-    state, reason = tier.status()
+    state, reason = tier.life.status()
     about: dict[str, Any] = {"state": state}
     if state in ("starting", "downloading"):
-        about["progress"] = round(tier.progress, 2)
+        about["progress"] = round(tier.life.progress, 2)
     if reason is not None:
         about["reason"] = reason
     return about

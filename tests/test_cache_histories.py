@@ -466,7 +466,7 @@ async def played(world: World, history: History) -> None:
 async def revived(tier: Tier) -> None:
     """Ready for the next history, whatever this one has done to it."""
     for _ in range(100):
-        tier._retry_at = tier._n_deaths = tier._n_load_failures = 0
+        tier.life._retry_at = tier.life._n_deaths = tier.life._n_load_failures = 0
         try:
             return await tier.load()
         except ServiceError:

@@ -339,8 +339,8 @@ def test_what_had_come_before_a_crash_is_kept(tmp_path: Path) -> None:
         ):
             items = aiter(encoding)
             found = {item.index: item.dense for item in [await anext(items) for _ in range(200)]}
-            assert tier._worker is not None
-            tier._worker._handle.kill()
+            assert tier.life.worker is not None
+            tier.life.worker._handle.kill()
             async for item in items:
                 assert item.index not in found
                 found[item.index] = item.dense
@@ -397,12 +397,12 @@ def test_a_file_is_served_only_by_the_tier_that_it_is_made_for(tmp_path: Path) -
     reranker = encoder_fixtures.write_reranker(tmp_path / "reranker.gguf")
 
     async def test(manager: ModelManager) -> None:
-        assert manager.tiers["embedding"].status()[0] == "failed"
-        reason = manager.tiers["embedding"].status()[1]
+        assert manager.tiers["embedding"].life.status()[0] == "failed"
+        reason = manager.tiers["embedding"].life.status()[1]
         assert reason == "reranker.gguf is a model for reranking and not for embeddings."
-        reason = manager.tiers["reranker"].status()[1]
+        reason = manager.tiers["reranker"].life.status()[1]
         assert reason == "embedder.gguf is a model for embeddings and not for reranking."
-        reason = manager.tiers["light"].status()[1]
+        reason = manager.tiers["light"].life.status()[1]
         assert reason == "embedder.gguf is a model for embeddings and not for chat."
 
     def of(path: Path) -> Any:

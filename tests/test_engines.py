@@ -226,8 +226,8 @@ def test_a_worker_that_dies_or_hangs_costs_only_its_streams(model: Path, fault: 
                 has_begun = asyncio.Event()
                 telling = asyncio.create_task(generation.tell(lambda _: has_begun.set()))
                 await has_begun.wait()
-                assert light._worker
-                os.kill(light._worker.pid, fault)
+                assert light.life.worker
+                os.kill(light.life.worker.pid, fault)
                 with pytest.raises(Exception, match="killed by SIGKILL"):
                     await telling
             short = msgspec.structs.replace(REQUEST, max_tokens=5)
@@ -258,8 +258,8 @@ def test_a_cancelled_stream_makes_room_and_a_full_queue_is_told(model: Path) -> 
                         pass
                     light.drop(first)
                     await second.started()
-                    assert light._worker
-                    handle = light._worker._handle
+                    assert light.life.worker
+                    handle = light.life.worker._handle
             await light.unload()
             assert await handle.wait() == "exit code 0"
 

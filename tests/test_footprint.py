@@ -33,12 +33,12 @@ def test_a_chat_model_takes_what_was_estimated(smollm2: Path, values: dict[str, 
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         assert await ask(tier)
-        measured = tier.memory_bytes
+        measured = tier.life.memory_bytes
         assert measured is not None
-        assert tier.footprint().loaded == pytest.approx(measured, rel=0.15)
+        assert tier.life.footprint().loaded == pytest.approx(measured, rel=0.15)
         occupant = tier.occupant()
         assert occupant is not None
-        assert occupant.n_bytes == tier.footprint().most
+        assert occupant.n_bytes == tier.life.footprint().most
 
     light = of(smollm2, **values, n_ctx=1024, max_tokens=4)
     run(test, launch_process, light=light)
@@ -48,8 +48,8 @@ def test_several_answers_at_once_take_what_was_estimated_for_their_lanes(smollm2
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         await asyncio.gather(*(ask(tier, "Hi" * n, 40) for n in range(1, 5)))
-        footprint = tier.footprint()
-        assert tier.memory_bytes == pytest.approx(footprint.loaded + footprint.lanes, rel=0.15)
+        footprint = tier.life.footprint()
+        assert tier.life.memory_bytes == pytest.approx(footprint.loaded + footprint.lanes, rel=0.15)
         assert footprint.lanes > 0.3 * footprint.loaded
 
     run(test, launch_process, light=of(smollm2, kv_tokens=8192, n_parallel=4, n_ctx=2048))
@@ -62,9 +62,9 @@ def test_a_model_on_mlx_takes_what_was_estimated_but_cells_only_as_they_fill(
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         assert await ask(tier)
-        measured = tier.memory_bytes
+        measured = tier.life.memory_bytes
         assert measured is not None
-        footprint = tier.footprint()
+        footprint = tier.life.footprint()
         assert footprint.loaded - footprint.kv == pytest.approx(measured, rel=0.2)
 
     light = of(tiny_mlx, kv_tokens=1024, n_ctx=64, n_batch=64, n_parallel=2)
@@ -76,9 +76,9 @@ def test_an_embedding_model_takes_what_was_estimated(e5: Path) -> None:
         tier = manager.tiers["embedding"]
         with tier.embed(wire.Embed(["word " * 600] * 3, ["dense"], "end")) as encoding:
             await encoding.all()
-        measured = tier.memory_bytes
+        measured = tier.life.memory_bytes
         assert measured is not None
-        assert tier.footprint().loaded == pytest.approx(measured, rel=0.15)
+        assert tier.life.footprint().loaded == pytest.approx(measured, rel=0.15)
 
     run(test, launch_process, embedding=of(Settings.load(None).tiers["embedding"].path))
 
@@ -90,9 +90,9 @@ def test_a_decoder_that_embeds_takes_what_was_estimated_for_cells_and_logits(
         tier = manager.tiers["embedding"]
         with tier.embed(wire.Embed(["word " * 600], ["dense"], "end")) as encoding:
             await encoding.all()
-        measured = tier.memory_bytes
+        measured = tier.life.memory_bytes
         assert measured is not None
-        footprint = tier.footprint()
+        footprint = tier.life.footprint()
         assert footprint.loaded == pytest.approx(measured, rel=0.15)
         assert footprint.kv == 2048 * 23040
         assert footprint.compute > 2 * 512 * 49152 * 4

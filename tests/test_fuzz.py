@@ -293,4 +293,4 @@ def test_nothing_is_left_behind(service: Service) -> None:
     tier = service.manager.tiers["light"]
     wait_until(lambda: not tier._running and not tier._waiting and not tier._n_leases)
     assert service.chat().status_code == 200
-    assert tier.status() == ("ready", None)
+    assert tier.life.status() == ("ready", None)

@@ -110,9 +110,9 @@ def service(
     with serving(settings(**tiers), launch=launch) as service:
         assert service.embed("a", return_colbert=True).status_code == 200
         assert service.rerank("a", ["b"]).status_code == 200
-        workers = [tier._worker for tier in service.manager.tiers.values()]
+        workers = [tier.life.worker for tier in service.manager.tiers.values()]
         yield service
-        assert [tier._worker for tier in service.manager.tiers.values()] == workers, "one died"
+        assert [tier.life.worker for tier in service.manager.tiers.values()] == workers, "one died"
 
 
 def post(service: Service, path: str, body: Any) -> Any:
@@ -190,6 +190,6 @@ def test_nothing_is_left_behind(service: Service) -> None:
         wait_until(lambda tier=tier: not tier._encodings and not tier._n_leases)
         assert not tier._running
         assert not tier._waiting
-        assert tier.status() == ("ready", None)
+        assert tier.life.status() == ("ready", None)
     reply: httpx.Response = service.rerank("a", ["b", "a"])
     assert reply.json()["results"][0]["index"] == 1

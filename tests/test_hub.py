@@ -497,7 +497,7 @@ def test_a_download_that_everybody_left_goes_on_with_the_next_request(
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         request = asyncio.create_task(tier.fetched())
-        await until(lambda: tier.progress == 0.5 and len(far.contents()) == 2)
+        await until(lambda: tier.life.progress == 0.5 and len(far.contents()) == 2)
         assert tier.state == "downloading"
         await leave(request)
         go_on.set()
@@ -505,6 +505,29 @@ def test_a_download_that_everybody_left_goes_on_with_the_next_request(
         assert not tier.is_downloaded
         await tier.fetched()
         assert tier.is_downloaded
+
+    run(test, **asking_for(far, near))
+
+
+def test_a_load_that_everybody_left_while_it_downloads_has_not_failed(
+    far: HubImitation, near: Hub
+) -> None:
+    go_on = threading.Event()
+    far.cut_after = [1_048_576]
+    far.on_content = lambda: None if far.cut_after else go_on.wait(10) and None
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        loading = asyncio.create_task(tier.load())
+        await until(lambda: tier.life.progress == 0.5 and len(far.contents()) == 2)
+        await leave(loading)
+        go_on.set()
+        await until(lambda: tier.state == "stopped")
+        assert "was stopped at" in (tier.life.reason or "")
+        with pytest.raises(ModelLoadFailed, match=GGUF):  # it is here, and no model
+            await tier.load()
+        assert tier.is_downloaded
+        assert tier.state == "failed"
 
     run(test, **asking_for(far, near))
 

@@ -221,7 +221,7 @@ def test_a_file_that_was_repaired_is_loaded(tmp_path: Path) -> None:
             await ask(tier)
         repair()
         assert await ask(tier) == "You said: Hi"
-        assert tier.status() == ("ready", None)
+        assert tier.life.status() == ("ready", None)
 
     run(test, light=fake(str(path)))
 
@@ -267,17 +267,17 @@ def test_memory_is_unknown_of_a_worker_that_ends_while_it_is_asked() -> None:
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         await ask(tier)
-        worker = tier._worker
+        worker = tier.life.worker
 
         class Ending:
             @property
             def pid(self) -> int:
-                tier._worker = None  # as the event loop does, beside the thread that asks
+                tier.life.worker = None  # as the event loop does, beside the thread that asks
                 return 1 << 40
 
-        tier._worker = Ending()  # type: ignore[assignment]
-        assert tier.memory_bytes is None
-        tier._worker = worker
+        tier.life.worker = Ending()  # type: ignore[assignment]
+        assert tier.life.memory_bytes is None
+        tier.life.worker = worker
 
     run(test)
 
@@ -550,7 +550,7 @@ def test_a_worker_that_dies_costs_only_those_that_had_text_and_the_poison(tmp_pa
         assert results == [f"You said: {i}" for i in range(8)]
         assert await elsewhere == "You said: " + "hello " * 50
         assert await ask(tier) == "You said: Hi"
-        assert tier.status() == ("ready", None)
+        assert tier.life.status() == ("ready", None)
 
     tiers = {"light": fake(path, n_parallel=4), "heavy": fake(script(tmp_path, step_ms=1))}
     run(test, launches, **tiers)

@@ -209,8 +209,8 @@ def test_real_weights_give_the_vectors_of_torch_and_llama_cpp(e5: Path, tmp_path
         with tier.embed(asked) as encoding:
             vectors = await encoding.all()
         found[tier.settings.backend] = [np.frombuffer(v.dense or b"", "<f4") for v in vectors]
-        assert tier.memory_bytes is not None
-        assert tier.footprint().loaded == pytest.approx(tier.memory_bytes, rel=0.15)
+        assert tier.life.memory_bytes is not None
+        assert tier.life.footprint().loaded == pytest.approx(tier.life.memory_bytes, rel=0.15)
 
     for backend, path in (("onnx", folder), ("llamacpp", e5)):
         tier = TierSettings(backend=backend, model_path=str(path), pooling="cls", n_threads=1)  # type: ignore[arg-type]

@@ -328,6 +328,6 @@ def test_workers_that_die_again_and_again_are_not_started_for_ever(tmp_path: Any
         assert errors[:2] == ["WorkerCrashed"] * 2
         assert errors[-1] == "TierUnavailable"
         assert light.state == "failed"
-        assert "died" in (light.reason or "")
+        assert "died" in (light.life.reason or "")
 
     run(test, launch_process, light=fake(path))
