@@ -111,6 +111,7 @@ class Room:
         self._tenants: dict[str, Tenant] = {}
         self._turn = asyncio.Lock()  # of those for whom others must go
         self._coming = 0  # bytes of the one for whom others are going
+        self._leaving: set[str] = set()  # of these, who has not gone yet
         self._changed = asyncio.Event()
 
     def enter(self, tenant: Tenant) -> None:
@@ -124,7 +125,7 @@ class Room:
         """True as soon as there is room for the tenant's model: what it has from now on must be
         in its `occupant`. False when nobody wants it any more. Raises InsufficientMemory when
         waiting would not help."""
-        if isinstance(self._decide(tenant, needed + self._coming, 0.0), Go):
+        if self._fits_beside_all(tenant, needed):
             return True
         impatient_at = time.monotonic() + self._patience_s
         async with self._turn:
@@ -136,12 +137,7 @@ class Room:
                 if isinstance(decision, Never):
                     raise self.insufficient(needed, decision.n_bytes)
                 if isinstance(decision, Stop):
-                    leaving = [self._tenants[name].make_way() for name in decision.names]
-                    self._coming = needed
-                    try:
-                        await asyncio.gather(*leaving)
-                    finally:
-                        self._coming = 0
+                    await self._stop(decision.names, needed)
                     continue
                 try:
                     timeout_s = max(decision.until - time.monotonic(), 0.001)
@@ -149,6 +145,26 @@ class Room:
                 except asyncio.TimeoutError:
                     pass  # it may be time for somebody to go
         return False
+
+    def _fits_beside_all(self, tenant: Tenant, needed: int) -> bool:
+        """Also beside the one for whom others are going."""
+        others = self._occupants(tenant)
+        n_now = sum(occupant.n_bytes for occupant in others)
+        n_leaving = sum(o.n_bytes for o in others if o.name in self._leaving)
+        return needed + n_now + max(self._coming - n_leaving, 0) <= self.limit_bytes
+
+    async def _stop(self, names: Sequence[str], coming: int) -> None:
+        """Stop these for one of so many bytes."""
+
+        async def leave(name: str) -> None:
+            await self._tenants[name].make_way()
+            self._leaving.discard(name)
+
+        self._coming, self._leaving = coming, set(names)
+        try:
+            await asyncio.gather(*map(leave, names))
+        finally:
+            self._coming, self._leaving = 0, set()
 
     def insufficient(
         self, needed: int, available: int, *, retry_after_s: int | None = None

@@ -185,7 +185,6 @@ class WorkerLife:
 
         try:
             while True:
-                has_said_no = False
                 try:
                     await asyncio.to_thread(self.source.fetch, on_progress, is_wanted)
                     break
@@ -222,15 +221,19 @@ class WorkerLife:
         try:
             if not await self._is_fetched():
                 return None
-            model = await asyncio.to_thread(self.model)
-            spec = self._spec(model)
-            self._footprint = estimate(spec, model)
-            self.needed_bytes = self._footprint.most
-            self.state = "waiting"
-            if not await self._room.wait_for(self._tenant, self.needed_bytes):
-                self.state = "stopped"
-                return None
-            self.held_bytes, self._stays_until = self.needed_bytes, math.inf
+            while True:
+                model = await asyncio.to_thread(self.model)
+                spec = self._spec(model)
+                self._footprint = estimate(spec, model)
+                self.needed_bytes = self._footprint.most
+                self.state = "waiting"
+                if not await self._room.wait_for(self._tenant, self.needed_bytes):
+                    self.state = "stopped"
+                    return None
+                self.held_bytes, self._stays_until = self.needed_bytes, math.inf
+                if await asyncio.to_thread(self.model) is model:
+                    break
+                self._free()  # it waited for another file's memory
             self.state, self.progress = "starting", 0.0
             started_at = time.monotonic()
             logger.info("Tier %s: loading %s", self.name, model.name)

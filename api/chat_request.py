@@ -1,7 +1,7 @@
 """What a client may ask of a chat, in OpenAI's fields. The other chat endpoints translate theirs
 into these."""
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
@@ -49,6 +49,19 @@ class ContentPart(Extensible):
 ToolName = Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")]
 ThinkingBudget = Annotated[int, Field(ge=0, lt=2**31)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+def left_out(tools: Sequence[BaseModel] | None, kind: type[BaseModel]) -> list[str]:
+    """The places of tools that are not there, beside functions, which are of this kind: clients
+    send what they have, such as `web_search`, and the model goes without."""
+    others = [n for n, tool in enumerate(tools or ()) if not isinstance(tool, kind)]
+    return [f"tools[{n}]" for n in others] if len(others) < len(tools or ()) else []
+
+
+def tool_names(tools: Sequence[BaseModel] | None, kind: type[BaseModel]) -> dict[str, str]:
+    """What the functions of a chat's tools are called where others stand among them."""
+    places = [n for n, tool in enumerate(tools or ()) if isinstance(tool, kind)]
+    return {rf"^tools\[{i}\]\.function": f"tools[{n}]" for i, n in enumerate(places)}
 
 
 def _content_kind(value: Any) -> str:

@@ -3,7 +3,7 @@ ask."""
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,7 +74,7 @@ def envelope(error: ServiceError, scope: Scope) -> dict[str, Any]:
 
 
 @contextmanager
-def client_names(names: Mapping[str, str | Callable[[re.Match[str]], str]]) -> Iterator[None]:
+def client_names(names: Mapping[str, str]) -> Iterator[None]:
     """Names the field at fault as the client knows it, in a request that was translated. `names`
     has what to put in place of each pattern."""
     try:

@@ -1,7 +1,6 @@
 """What a client may ask of Anthropic's Messages, and the chat that it comes to."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
@@ -14,7 +13,9 @@ from api.chat_request import (
     Extensible,
     ThinkingBudget,
     ToolName,
+    left_out,
     read_text,
+    tool_names,
 )
 from api.keep_alive import KeepAlive
 from api.sampling import StopList, Switch, TopK, UnitInterval
@@ -139,9 +140,8 @@ class PromptRequest(Extensible):
     cache_control: Any = None  # what prompts have in common is remembered anyway
 
     @property
-    def names(self) -> Mapping[str, str | Callable[[re.Match[str]], str]]:
+    def names(self) -> dict[str, str]:
         """What fields are called here, by what they are called in a chat."""
-        places = [n for n, tool in enumerate(self.tools or ()) if isinstance(tool, ClientTool)]
         is_asked = self.thinking is not None and self.thinking.type == "enabled"
         return {
             r"^continue_final_message$": "messages",
@@ -149,15 +149,12 @@ class PromptRequest(Extensible):
             r"^reasoning_effort$": "thinking" if is_asked else "output_config.effort",
             r"^thinking_budget_tokens$": "thinking.budget_tokens",
             r"\.function\.parameters": ".function.input_schema",
-            r"^tools\[(\d+)\]\.function": lambda at: f"tools[{places[int(at[1])]}]",
+            **tool_names(self.tools, ClientTool),
         }
 
     @property
     def left_out(self) -> list[str]:
-        """Tools that Anthropic defines, beside others, where none of them has to be used."""
-        others = [n for n, tool in enumerate(self.tools or ()) if isinstance(tool, ServerTool)]
-        has_own = len(others) < len(self.tools or ())
-        return [f"tools[{n}]" for n in others] if has_own else []
+        return left_out(self.tools, ClientTool)
 
     @property
     def has_effort_as_hint(self) -> bool:
@@ -201,8 +198,12 @@ class PromptRequest(Extensible):
 
     def _messages(self) -> list[dict[str, Any]]:
         transcript = Transcript()
-        if system := self._system():
-            transcript.text("system", read_text(system, "system", self.model))
+        for n, part in enumerate(self.system if isinstance(self.system, list) else ()):
+            text = part.read(f"system[{n}]", self.model)
+            if not text.startswith(BILLING):
+                transcript.text("system", text, between="")
+        if self.system and isinstance(self.system, str):
+            transcript.text("system", self.system)
         for n, message in enumerate(self.messages):
             if isinstance(message.content, str):
                 transcript.text(message.role, message.content)
@@ -225,11 +226,6 @@ class PromptRequest(Extensible):
                     )  # templates know no other way
                     transcript.result(block.tool_use_id, text)
         return transcript.messages
-
-    def _system(self) -> Content:
-        if isinstance(self.system, list):
-            return [part for part in self.system if not (part.text or "").startswith(BILLING)]
-        return self.system
 
     def _tools(self) -> Iterator[dict[str, Any]]:
         for n, tool in enumerate(self.tools or ()):

@@ -1,7 +1,6 @@
 """What a client may ask of OpenAI's Responses, and the chat that it comes to."""
 
-import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
@@ -15,7 +14,9 @@ from api.chat_request import (
     Extensible,
     FunctionDefinition,
     FunctionName,
+    left_out,
     read_text,
+    tool_names,
 )
 from api.keep_alive import KeepAlive
 from api.sampling import (
@@ -189,18 +190,13 @@ class ResponsesRequest(Extensible):
         return [f"include[{n}]" for n, what in asked if what != LOGPROBS]
 
     @property
-    def names(self) -> Mapping[str, str | Callable[[re.Match[str]], str]]:
+    def names(self) -> dict[str, str]:
         """What fields are called here, by what they are called in a chat."""
-        places = [n for n, tool in enumerate(self.tools or ()) if isinstance(tool, FunctionTool)]
-        return NAMES | {r"^tools\[(\d+)\]\.function": lambda at: f"tools[{places[int(at[1])]}]"}
+        return NAMES | tool_names(self.tools, FunctionTool)
 
     @property
     def left_out(self) -> list[str]:
-        """Tools that are not there, beside functions, where none of them has to be used: clients
-        send what they have, such as `web_search`, and the model goes without."""
-        others = [n for n, tool in enumerate(self.tools or ()) if isinstance(tool, Other)]
-        has_functions = len(others) < len(self.tools or ())
-        return [f"tools[{n}]" for n in others] if has_functions else []
+        return left_out(self.tools, FunctionTool)
 
     def inner(self) -> Iterator[tuple[str, BaseModel]]:
         """What of the body may hold unknown fields, with its place."""

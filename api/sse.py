@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -96,8 +95,8 @@ async def begun(
     *,
     waits_for: Callable[[], str],
     patience_s: float,
+    headers: Mapping[str, str],
     interval_s: float = 2.0,
-    headers: Mapping[str, str] = MappingProxyType({}),
     failed: Failed | None = None,
     last: bytes = DONE,
 ) -> Response:

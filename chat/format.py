@@ -67,11 +67,14 @@ class ChatFormat:
         fitting = next(family for family in FAMILIES if family.fits(source))
         self._family = BY_NAME.get(tool_format, fitting)
         self._tags = self._family.reasoning(source)
-        self._takes_system = self._shows("system", "user") or not self._shows("user")
-        self._takes_later_system = self._takes_system and (
-            self._shows("system", "user", "assistant", "system", "user")
-            or not self._shows("system", "user", "assistant", "user")
+        # some write it only before the last user turn
+        self._takes_system = all(
+            self._shows("system", *turns) or not self._shows(*turns)
+            for turns in (["user"], ["user", "assistant"])
         )
+        self._takes_later_system = self._shows(
+            "system", "user", "assistant", "system", "user", in_order=True
+        ) or not self._shows("system", "user", "assistant", "user")
         self._efforts = self._known_efforts()
 
     @property
@@ -99,9 +102,10 @@ class ChatFormat:
         self._check(callable_, choice, answer, continues)
         switches, budget = self._effort(effort, budget)
         messages = with_names([normalised(message) for message in messages])
-        turns = self._family.history(messages, [tool.definition for tool in tools])
+        told = messages if self._takes_later_system else _without_system(messages, but_first=True)
+        turns = self._family.history(told, [tool.definition for tool in tools])
         segments = self._template.render(
-            turns if self._takes_later_system else _without_system(turns, self._takes_system),
+            turns if self._takes_system else _without_system(turns, but_first=False),
             now=now,
             continues=continues,
             tools=[t.definition for t in tools] if tools and self._family.shows_tools else None,
@@ -197,7 +201,7 @@ class ChatFormat:
         end = "".join(segment.text for segment in segments).rstrip()
         return (None if end.endswith(tags.close) else tags), end.endswith(tags.open)
 
-    def _shows(self, *roles: str, **extra: Any) -> bool:
+    def _shows(self, *roles: str, in_order: bool = False, **extra: Any) -> bool:
         """The template takes turns of these roles, and the prompt has what each says."""
         turns = [{"role": role, "content": f"text {n}"} for n, role in enumerate(roles)]
         try:
@@ -205,32 +209,39 @@ class ChatFormat:
         except BadRequest:
             return False
         prompt = "".join(segment.text for segment in segments)
-        return all(turn["content"] in prompt for turn in turns)
+        places = [prompt.find(turn["content"]) for turn in turns]
+        return min(places) >= 0 and (places == sorted(places) or not in_order)
 
     def _known_efforts(self) -> Sequence[str]:
         """Those that the template may be told of; none where it knows no effort."""
-        if "reasoning_effort" not in self._template.source:
+        source = self._template.source
+        if "reasoning_effort" not in source:
             return ()
-        known = [e for e in EFFORTS[1:] if self._shows("user", reasoning_effort=e)]
-        return known if 0 < len(known) < len(EFFORTS[1:]) else COMMON_EFFORTS
+        known = [effort for effort in EFFORTS if self._shows("user", reasoning_effort=effort)]
+        if 0 < len(known) < len(EFFORTS):
+            return known
+        # it refuses none, so what it makes of one that it does not name is not known
+        return [
+            e for e in EFFORTS if e in COMMON_EFFORTS or f"'{e}'" in source or f'"{e}"' in source
+        ]
 
 
 def _without_system(
-    turns: Sequence[Mapping[str, Any]], takes_first: bool
+    turns: Sequence[Mapping[str, Any]], *, but_first: bool
 ) -> Sequence[Mapping[str, Any]]:
-    """For templates that refuse system texts, or leave them out, at the beginning or later: they
-    are the user's, and of one turn with neighbours, since many templates want turns to
-    alternate."""
+    """For templates that refuse system texts, or leave them out: all of them, or all but those at
+    the beginning, which are one. They are the user's, and of one turn with neighbours, since many
+    templates want turns to alternate; behind the result of a tool they are at its end."""
     told: list[Mapping[str, Any]] = []
     was_system = False
     for turn in turns:
         is_system = turn["role"] == "system"
-        is_first = not told or told[-1]["role"] == "system"
-        if is_system and not (takes_first and is_first):
-            turn = {**turn, "role": "user"}
-        if (is_system or was_system) and told and told[-1]["role"] == turn["role"]:
+        last = told[-1]["role"] if told else "system"
+        if is_system and not (but_first and last == "system"):
+            turn = {**turn, "role": "tool" if last == "tool" else "user"}
+        if told and (is_system or was_system) and last == turn["role"]:
             text = f"{told[-1]['content']}\n\n{turn['content']}"
-            told[-1] = {**told[-1], **turn, "content": text}
+            told[-1] = {**turn, **told[-1], "content": text}
         else:
             told.append(turn)
         was_system = is_system

@@ -24,7 +24,7 @@ class Cells:
         self._memory = memory
         self._tree = tree
         self._marks = Marks(tree.max_bytes)
-        self.can_mark = not memory.is_cells and tree.max_bytes > 0
+        self.can_mark = memory.can_mark and tree.max_bytes > 0
         self._free = list(range(n_cells))
         self._n_holders = np.zeros(n_cells, np.int32)
 
@@ -32,6 +32,11 @@ class Cells:
     def can_share(self) -> bool:
         """Cells may be shared, cut and saved anywhere; else only where they are marked."""
         return self._memory.is_cells
+
+    @property
+    def shares_cells(self) -> bool:
+        """Cells that several slots hold are there once."""
+        return self._memory.shares_cells
 
     @property
     def block(self) -> int:
@@ -95,20 +100,30 @@ class Cells:
 
     def mark(self, slot: int) -> None:
         """Make a slot's end a place to which it can be cut, and up to which it can be shared."""
-        saved = self._memory.mark(slot)
+        saved = self._memory.mark(slot, self._marks.max_bytes)
         if saved is not None:
             self._marks.put(slot, len(self.tokens[slot]), saved)
 
+    def has_mark_behind(self, slot: int, n_tokens: int) -> bool:
+        """More of a slot than its last answer would be lost if it were cut there."""
+        return self._marks.last(slot, len(self.tokens[slot])) > n_tokens
+
     def share(self, source: int, slot: int, n_tokens: int) -> None:
-        """Let an empty slot hold the first cells of another too; none, where the memory refuses."""
+        """Let an empty slot hold the first cells of another too; none, where the memory refuses.
+        If it does not share cells, so many must be free."""
+        if not self.can_share and self._marks.last(source, n_tokens) < n_tokens:  # all of it
+            self.mark(source)
+            if self._marks.last(source, n_tokens) < n_tokens:
+                return
         self._memory.share(source, slot, n_tokens)
         if not self.can_share:
-            is_whole = n_tokens == len(self.tokens[source])
-            saved = self._memory.mark(source) if is_whole else self._marks.get(source, n_tokens)
-            if saved is None or not self._memory.rewind(slot, saved, n_tokens):
+            if not self._memory.rewind(slot, self._marks.get(source, n_tokens), n_tokens):
                 self._memory.clear(slot)
                 return
             self._marks.copy(source, slot, n_tokens)
+        if not self.shares_cells:
+            self.extend(slot, self.tokens[source][:n_tokens])
+            return
         self.held[slot] = self.held[source][:n_tokens]
         self.tokens[slot] = self.tokens[source][:n_tokens]
         self._n_holders[view(self.held[slot])] += 1

@@ -200,7 +200,8 @@ class Scheduler:
         best = Source()
         for slot in sorted(self._slots, key=lambda slot: slot.sequence is not None):
             n_tokens = self._cells.n_common(slot.index, wanted)
-            if n_tokens > best.n_tokens:
+            is_usable = slot.sequence is None or self._cells.can_share or self._cells.can_mark
+            if is_usable and n_tokens > best.n_tokens:
                 best = Source(n_tokens, slot)
         match = self._cells.match(wanted)
         if match.n_tokens > max(best.n_tokens, NOT_WORTH_RECALLING):
@@ -240,7 +241,7 @@ class Scheduler:
         running = [slot.index for slot in self._slots if slot.sequence is not None]
         idle = [slot.index for slot in self._slots if slot.sequence is None]
         n_new = len(sequence.tokens) + 1
-        if source.slot is not None:
+        if source.slot is not None and self._cells.shares_cells:
             n_new -= self._cells.n_also_in(source.slot.index, source.n_tokens, running)
         n_pending = sum(other.n_pending for other in self._running)
         return n_new + n_pending <= self._cells.n_free + self._cells.n_only_in(idle)
@@ -250,7 +251,8 @@ class Scheduler:
 
         1. What an idle slot holds goes on in it, if that is all the beginning of the newcomer's
            prompt, or if no slot is empty; what it knows beyond moves out first. Where it cannot
-           move out it is lost, so there it must be less than what the newcomer takes over.
+           move out it is lost; so there it may be the last answer, or less than what the newcomer
+           takes over, or no other slot or no cells may be left.
         2. Else an empty slot gets the cells; if there is none, the idle slot that was not used for
            longest moves out.
         """
@@ -264,10 +266,14 @@ class Scheduler:
         if self._cells.can_share:
             is_left = n_beyond > 0 and bool(empty)
         else:
-            is_left = n_beyond > source.n_tokens and target is not slot
+            is_left = self._is_worth_leaving(source, sequence) and (
+                bool(empty) or (n_beyond > source.n_tokens and target is not slot)
+            )
         if slot is None or slot.sequence is not None or is_left:
             self._cells.move_out(target.index)
             if slot is not None:
+                if not self._cells.shares_cells:
+                    self._make_room_for(sequence)
                 self._cells.share(slot.index, target.index, source.n_tokens)
             elif source.match is not None:
                 self._make_room_for(sequence)
@@ -282,6 +288,13 @@ class Scheduler:
         sequence.n_past = len(self._cells.tokens[slot.index])
         sequence.admitted_at = self._n_plans
         insort(self._running, sequence, key=_order)
+
+    def _is_worth_leaving(self, source: Source, sequence: Sequence) -> bool:
+        """An idle slot that cannot move out has more than is of use now, and another has room."""
+        if source.slot is None or source.slot.sequence is not None:
+            return False
+        has_room = self._cells.shares_cells or self._cells.n_free >= len(sequence.tokens)
+        return has_room and self._cells.has_mark_behind(source.slot.index, source.n_tokens)
 
     def _make_room_for(self, sequence: Sequence) -> None:
         """Move idle slots out until a whole prompt has room."""

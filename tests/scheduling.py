@@ -21,10 +21,13 @@ class Memory:
     """What a decoder remembers: cells with a token each, which slots may share. `is_cells=False`
     is a memory that cannot be saved, and cut and shared only where it was marked."""
 
-    def __init__(self, n_slots: int, n_cells: int, *, is_cells: bool = True) -> None:
+    def __init__(
+        self, n_slots: int, n_cells: int, *, is_cells: bool = True, shares_cells: bool = True
+    ) -> None:
         self.slots: list[list[list[int]]] = [[] for _ in range(n_slots)]
         self.n_cells = n_cells
-        self.is_cells, self.block = is_cells, BLOCK
+        self.is_cells, self.can_mark, self.block = is_cells, not is_cells, BLOCK
+        self.shares_cells = shares_cells
         self.n_loaded = 0
         self.n_rewound = 0  # times
         self._uncut: set[int] = set()  # slots that share what must be cut first
@@ -37,6 +40,8 @@ class Memory:
     def share(self, source: int, slot: int, n_tokens: int) -> None:
         assert self.slots[slot] == []
         self.slots[slot] = self.slots[source][:n_tokens]
+        if not self.shares_cells:
+            self.slots[slot] = [list(cell) for cell in self.slots[slot]]
         if not self.is_cells:
             self._uncut.add(slot)
 
@@ -51,8 +56,10 @@ class Memory:
         self.slots[slot] += [[int(token)] for token in saved[: end - start]]
         return True
 
-    def mark(self, slot: int) -> Any:
+    def mark(self, slot: int, max_bytes: int) -> Any:
         assert not self.is_cells
+        if 4 * len(self.slots[slot]) > max_bytes:
+            return None
         return np.array(self.tokens(slot), np.int32)
 
     def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
@@ -143,11 +150,12 @@ class Bench:
         n_prefill: int = 1000,
         tree_bytes: int = 1 << 20,  # four for each token
         is_cells: bool = True,
+        shares_cells: bool = True,
         speculation: Speculation | None = None,
         next_token: Callable[[list[int]], int] = next_token,
     ) -> None:
         self.next_token = next_token
-        self.memory = Memory(n_slots, n_cells, is_cells=is_cells)
+        self.memory = Memory(n_slots, n_cells, is_cells=is_cells, shares_cells=shares_cells)
         self.n_batch = n_batch
         self.tree = PrefixTree(tree_bytes)
         self.scheduler = Scheduler(

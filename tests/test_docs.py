@@ -489,7 +489,7 @@ ONLY_IN = {
         "bench.engine",
         "bench.speculation",
     },
-    "gguf": {"models"},
+    "gguf": {"bench.uncut_models", "models"},
     "mlx": {"engine.backends.mlx", "engine.backends.mlx_bert", "engine.backends.mlx_rows"},
     "onnx": {"engine.backends.onnx_bert", "bench.encoder_runtimes"},
     "huggingface_hub": {"hub"},

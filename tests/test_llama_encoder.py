@@ -566,6 +566,10 @@ def test_cells_are_cleared_where_they_are_no_cells_or_hold_no_numbers(
     for token in (50, 50, 40, 50, 50):
         encoder.encode([np.array([token], np.int32)])
     assert cleared == [False, False, False, True, False]
+    with pytest.raises(Interrupted):
+        encoder.encode([np.array([40] * 400, np.int32)], lambda: False)
+    encoder.encode([np.array([50], np.int32)])
+    assert cleared[-2:] == [False, True]
     monkeypatch.setattr(llama_cpp, "llama_model_is_recurrent", lambda _: True)
     cleared.clear()
     encoder = load(models / "plain" / "decoder.gguf")

@@ -8,6 +8,7 @@ import re
 import weakref
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -251,12 +252,22 @@ def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -
     engine.close()
 
 
-@pytest.mark.parametrize("write", [gguf_fixtures.write_tiny_gemma3, gguf_fixtures.write_tiny_lfm2])
+@pytest.mark.parametrize(
+    ("write", "kv_tokens"),
+    [
+        (gguf_fixtures.write_tiny_lfm2, 3072),
+        (gguf_fixtures.write_tiny_gemma3, 3072),
+        (partial(gguf_fixtures.write_tiny_gemma3, window=256), 1024),  # each needs its own cells
+    ],
+)
 def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
-    tmp_path: Path, write: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    write: Callable[[Path], Path],
+    kv_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = write(tmp_path / "model.gguf")
-    room = {"n_parallel": 3, "kv_tokens": 3072, "n_batch": 128, "prefix_cache_bytes": 32 << 20}
+    room = {"n_parallel": 3, "kv_tokens": kv_tokens, "n_batch": 128, "prefix_cache_bytes": 32 << 20}
     n_rewound: list[int] = []
     rewind = LlamaDecoder.rewind
 
@@ -267,6 +278,8 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
     monkeypatch.setattr(LlamaDecoder, "rewind", counted)
     dice = random.Random(1)
     engine = engine_of(path, **room)
+    decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
+    assert (decoder.can_mark, decoder.shares_cells) == (True, kv_tokens > 1024)
     history = [[dice.randint(3, 390) for _ in range(700)]]
     for number in range(0, 36, 3):
         prompts = {}

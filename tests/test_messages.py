@@ -18,6 +18,7 @@ from errors import (
     RequestTimeout,
     ServiceError,
     TierUnavailable,
+    UnsupportedParameter,
 )
 from tests.serving import (
     THINKING_TEMPLATE,
@@ -277,6 +278,9 @@ def test_the_line_that_differs_in_each_request_is_left_out() -> None:
     assert request["messages"][0] == {"role": "system", "content": "Be brief."}
     request = chat({"role": "user", "content": "Hi"}, system=[billing])
     assert request["messages"] == [{"role": "user", "content": "Hi"}]
+    with pytest.raises(UnsupportedParameter) as caught:
+        chat({"role": "user", "content": "Hi"}, system=[billing, {"type": "image"}])
+    assert caught.value.param == "system[1].type"
 
 
 def test_a_conversation_comes_back_as_it_was() -> None:

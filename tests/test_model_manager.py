@@ -263,6 +263,36 @@ def test_a_file_that_is_replaced_during_the_load_is_not_taken_for_what_answers(
     run(test, light=fake(str(path)))
 
 
+def test_a_file_that_is_replaced_while_memory_is_waited_for_is_the_one_that_is_loaded(
+    tmp_path: Path,
+) -> None:
+    path = Path(script(tmp_path, {"match": "Hi", "answer": "old"}))
+    other = Path(script(tmp_path, {"match": "Hi", "answer": "new"}))
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        wait_for = manager.room.wait_for
+        n_waits = 0
+
+        def replace_it() -> None:
+            if other.exists():
+                other.replace(path)
+                tier.model()  # as any request does
+
+        async def replaced_meanwhile(tenant: Any, needed: int) -> bool:
+            nonlocal n_waits
+            n_waits += 1
+            replace_it()
+            return await wait_for(tenant, needed)
+
+        manager.room.wait_for = replaced_meanwhile  # type: ignore[method-assign]
+        assert await ask(tier) == "new"
+        assert tier.is_still(tier.identity)
+        assert n_waits == 2, "for the memory of each"
+
+    run(test, light=fake(str(path)))
+
+
 def test_memory_is_unknown_of_a_worker_that_ends_while_it_is_asked() -> None:
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]

@@ -243,6 +243,29 @@ def test_a_conversation_is_not_lost_for_a_shorter_beginning() -> None:
     assert bench.talk(3, first).n_cached == 600 - TAIL
 
 
+def test_nor_for_a_longer_one_while_a_slot_is_empty() -> None:
+    bench = Bench(is_cells=False, n_slots=2, n_cells=3000)
+    first = conversation(bench, 1, tokens(1000, 600))
+    bench.talk(2, tokens(1000, 530) + tokens(5000, 30))
+    assert bench.talk(3, first).n_cached == 600 - TAIL
+
+
+def test_where_each_needs_cells_of_its_own_a_newcomer_waits_until_there_are() -> None:
+    bench = Bench(is_cells=False, shares_cells=False, n_cells=700)
+    for id in (1, 2, 3):
+        bench.add(id, tokens(1000, 300) + tokens(1000 * (id + 1), 20), n_wanted=3)
+    bench.run()
+    assert len(bench.answers) == 3
+    assert bench.n_decoded < 2 * 330
+
+
+def test_a_copy_larger_than_the_bound_costs_no_other_mark() -> None:
+    bench = Bench(is_cells=False, tree_bytes=4 * 200)
+    bench.talk(1, tokens(1000, 150))
+    bench.talk(2, tokens(3000, 700))
+    assert bench.talk(3, [*tokens(1000, 148), *tokens(7000, 20)]).n_cached == 146
+
+
 def test_it_is_lost_where_more_is_gained_or_no_slot_is_left() -> None:
     bench = Bench(is_cells=False, n_slots=1)
     first = conversation(bench, 1, tokens(1000, 600))

@@ -117,6 +117,29 @@ def test_who_makes_way_with_others_does_not_come_back_before_all_have() -> None:
     asyncio.run(test())
 
 
+def test_who_fits_now_and_beside_the_one_that_comes_does_not_wait_for_who_goes() -> None:
+    async def test() -> None:
+        room = Room(100, patience_s=0)
+        medium = Comer("medium", 60, room, leaves_after=20)
+        heavy, small, large = (
+            Comer("heavy", 80, room),
+            Comer("small", 10, room),
+            Comer("l", 30, room),
+        )
+        await medium.come()
+        coming = asyncio.create_task(heavy.come())
+        await asyncio.sleep(0)
+        await small.come()
+        assert (medium.n_held, small.n_held, heavy.n_held) == (60, 10, 0)
+        beyond = asyncio.create_task(large.come())
+        await coming
+        assert (heavy.n_held, small.n_held, large.n_held) == (80, 10, 0)
+        for task in (beyond, *medium.comes):
+            task.cancel()
+
+    asyncio.run(test())
+
+
 FAKE = 42 << 20  # what a worker of the fake backend is taken to need
 TWO = {"memory_limit": "100M", "swap_wait_s": 0.05}
 

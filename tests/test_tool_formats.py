@@ -359,6 +359,40 @@ def test_a_later_system_text_is_the_users_where_the_template_has_no_place_for_it
         assert first in shown
 
 
+GATHERS = """\
+{%- for message in messages if message.role == 'system' %}{{ message.content }}{% endfor %}
+{%- for message in messages if message.role != 'system' %}
+    {{- message.role + ': ' + message.content + '\n' }}
+{%- endfor %}"""
+
+
+def test_a_later_system_text_keeps_its_place() -> None:
+    shown = text(prompt(GATHERS, [*system("Talk."), *LATER]))
+    assert shown == "Talk.user: Hi\nassistant: Hello.\nuser: Be brief.\n\nWell?\n"
+
+
+@pytest.mark.parametrize("template", NAMES)
+def test_a_system_text_behind_a_result_is_read(template: str) -> None:
+    for more in (system("Be brief."), user("Be brief.")):
+        messages = [*ONE_CALL, *more]
+        shown = text(prompt(template, messages, TOOLS))
+        assert shown.index("rain") < shown.index("Be brief.")
+
+
+LAST_TURN_HAS_IT = """\
+{%- for message in messages if message.role != 'system' %}
+    {%- if loop.last and message.role == 'user' and messages[0].role == 'system' %}
+        {{- messages[0].content + ' ' }}
+    {%- endif %}
+    {{- message.role + ': ' + message.content + '\n' }}
+{%- endfor %}"""
+
+
+def test_a_system_text_is_not_lost_where_the_last_turn_is_no_users() -> None:
+    shown = text(prompt(LAST_TURN_HAS_IT, [*system("Talk."), *ONE_CALL]))
+    assert shown.startswith("user: Talk.\n\nWeather?")
+
+
 def test_system_texts_at_the_beginning_are_one_where_the_template_takes_one() -> None:
     messages = [*system("Talk."), *system("Be brief."), *user("Hi"), *user("Well?")]
     shown = text(prompt(SYSTEM_FIRST, messages))
@@ -397,6 +431,12 @@ CHOOSY = """\
 {{- reasoning_effort }}</think>"""
 
 
+def test_a_template_that_refuses_no_effort_is_told_of_those_that_it_names() -> None:
+    for named, asked, told in (("", "max", "high"), ("'max'", "max", "max"), ("", "none", "low")):
+        template = "{{ messages[0].content + reasoning_effort }}</think>{# " + named + " #}"
+        assert text(prompt(template, user("Hi"), effort=asked)).startswith(f"Hi{told}<")
+
+
 @pytest.mark.parametrize(
     ("levels", "asked", "told"),
     [
@@ -404,7 +444,9 @@ CHOOSY = """\
         (["low", "medium", "xhigh"], "max", "xhigh"),
         (["low", "medium", "xhigh"], "minimal", "low"),
         (["low", "medium", "xhigh"], "medium", "medium"),
-        (["none", "low", "medium", "high", "xhigh", "minimal", "max"], "max", "high"),
+        (["none", "high"], "low", "high"),
+        (["none", "high"], "none", "none"),
+        (["none", "low", "medium", "high", "xhigh", "minimal", "max"], "max", "max"),
         ([], "high", None),
     ],
 )

@@ -43,10 +43,14 @@ class Mistral(ToolFormat):
         return MistralSplitter(OPEN, only_first=only_first)
 
     def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
-        """Its templates refuse ids that are not nine letters and digits."""
-        turns = []
+        """Its templates refuse ids that are not nine letters and digits, and a user's turn behind
+        the result of a tool, of which it becomes the end."""
+        turns: list[dict[str, Any]] = []
         for message in messages:
             turn = dict(message)
+            if turn["role"] == "user" and turns and turns[-1]["role"] == "tool":
+                turns[-1]["content"] += f"\n\n{turn['content']}"
+                continue
             if "tool_call_id" in turn:
                 turn["tool_call_id"] = _short_id(turn["tool_call_id"])
             if "tool_calls" in turn:

@@ -95,6 +95,11 @@ class Memory(Protocol):
     """False for memories that are no list of cells (recurrent, hybrid, behind a sliding window):
     they are never asked to truncate, save or load, and cut by `mark` and `rewind`, as are slots
     that share with another; cells are never asked for these."""
+    can_mark: bool
+    """Whether such a memory can; it shares too only where it can."""
+    shares_cells: bool
+    """Cells that several slots see are there once. Else each needs its own, as where windows are as
+    large as all cells."""
     block: int
     """Tokens that are saved at once, at most; they come back together."""
 
@@ -111,8 +116,8 @@ class Memory(Protocol):
         """Put saved cells behind those of a slot: of what was saved from `start`, the positions
         before `end`. There must be free cells for all that was saved. False where that fails."""
 
-    def mark(self, slot: int) -> Saved | None:
-        """Copy what cannot be cut of a slot, as it is now. None where that fails."""
+    def mark(self, slot: int, max_bytes: int) -> Saved | None:
+        """Copy what cannot be cut of a slot, as it is now. None where that fails, or is larger."""
 
     def rewind(self, slot: int, saved: Saved, n_tokens: int) -> bool:
         """Bring a slot back to its first `n_tokens`, at which it or that which it shares with was

@@ -160,7 +160,7 @@ class FakeDecoder:
     """Implements `engine.backends.base.Decoder`. A cell is a list with its token, since slots may
     share it."""
 
-    is_cells, block = True, 256
+    is_cells, can_mark, shares_cells, block = True, False, True, 256
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class FakeDecoder:
         self.cells[slot] += [[int(token)] for token in saved[: end - start]]
         return True
 
-    def mark(self, slot: int) -> Saved | None:
+    def mark(self, slot: int, max_bytes: int) -> Saved | None:
         return None  # its cells can be cut anywhere
 
     def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:

@@ -202,8 +202,9 @@ class LlamaEncoder:
             self._make_room(min(n_tokens, self._step))
             self._fill(batch)
         self._go_on = go_on
+        self._has_no_numbers = bool(self._memory)  # unless it comes to its end, and has
         found = self._all_rows(n_tokens) if self.scale is None else self._scores(batch, n_tokens)
-        self._has_no_numbers = bool(self._memory) and not np.isfinite(found).all()
+        self._has_no_numbers &= not np.isfinite(found).all()
         return found
 
     def _all_rows(self, n_tokens: int) -> Floats:

@@ -47,9 +47,12 @@ class LlamaMemory:
         self.clear(self._scratch)
         return is_read
 
-    def mark(self, slot: int) -> Saved | None:
+    def mark(self, slot: int, max_bytes: int) -> Saved | None:
+        n_bytes = state_size(self.context, slot, _UNCUT)
+        if n_bytes > max_bytes:
+            return None
         try:
-            saved = np.empty(state_size(self.context, slot, _UNCUT), np.uint8)
+            saved = np.empty(n_bytes, np.uint8)
             return saved if read_state(self.context, slot, saved, _UNCUT) else None
         except MemoryError:
             return None
@@ -69,13 +72,13 @@ def state_size(context: Any, sequence: int, flags: int = 0) -> int:
 def read_state(context: Any, sequence: int, into: Bytes, flags: int = 0) -> bool:
     """Copy all cells of a sequence into as many bytes as they have. False where that fails."""
     n = lib.llama_state_seq_get_data_ext(context, _pointer(into), into.nbytes, sequence, flags)
-    return bool(n == into.nbytes)
+    return bool(0 < n == into.nbytes)
 
 
 def write_state(context: Any, sequence: int, state: Bytes, flags: int = 0) -> bool:
     """Put cells in the place of those of a sequence. False where that fails."""
     n = lib.llama_state_seq_set_data_ext(context, _pointer(state), state.nbytes, sequence, flags)
-    return bool(n == state.nbytes)
+    return bool(0 < n == state.nbytes)
 
 
 def _pointer(array: Bytes) -> Any:

@@ -100,6 +100,11 @@ class LlamaDecoder:
         self.is_cells, self.block = is_cells, block
         self.n_cells: int = lib.llama_n_ctx(self._context)
         self.n_batch: int = lib.llama_n_batch(self._context)
+        # slots of DeepSeek V4 can only be copied whole, and in a step of their own
+        self.can_mark = not is_cells and _architecture(self._model) != b"deepseek4"
+        n_windows = lib.llama_model_n_swa(self._model) * (spec.n_parallel + 1) + self.n_batch
+        has_windows = lib.llama_model_n_swa(self._model) > 0
+        self.shares_cells = not has_windows or n_windows <= self.n_cells
         tokenizer = LlamaTokenizer(self._model)
         self.tokenizer: Tokenizer = tokenizer
         self._samplers = Samplers(self._model, tokenizer, self.n_cells)
@@ -126,8 +131,8 @@ class LlamaDecoder:
     def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
         return self._memory.load(slot, saved, start, end)
 
-    def mark(self, slot: int) -> Saved | None:
-        return self._home.mark(slot)
+    def mark(self, slot: int, max_bytes: int) -> Saved | None:
+        return self._home.mark(slot, max_bytes)
 
     def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
         return self._home.rewind(slot, saved, n_tokens)
@@ -226,6 +231,12 @@ def _rows_at(address: int, n_rows: int, n_vocab: int) -> Sequence_[Logits]:
     """Rows of numbers in llama.cpp's memory."""
     numbers: Any = (ctypes.c_float * (n_rows * n_vocab)).from_address(address)
     return tuple(np.frombuffer(numbers, np.float32).reshape(n_rows, n_vocab))
+
+
+def _architecture(model: Any) -> bytes:
+    text = ctypes.create_string_buffer(64)
+    lib.llama_model_meta_val_str(model, b"general.architecture", text, len(text))
+    return text.value
 
 
 def _plain_block(model: Any) -> int:
