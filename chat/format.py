@@ -102,8 +102,9 @@ class ChatFormat:
         self._check(callable_, choice, answer, continues)
         switches, budget = self._effort(effort, budget)
         messages = with_names([normalised(message) for message in messages])
-        told = messages if self._takes_later_system else _without_system(messages, but_first=True)
-        turns = self._family.history(told, [tool.definition for tool in tools])
+        if not (self._takes_system and self._takes_later_system):
+            messages = _without_system(messages, but_first=True)
+        turns = self._family.history(messages, [tool.definition for tool in tools])
         segments = self._template.render(
             turns if self._takes_system else _without_system(turns, but_first=False),
             now=now,
@@ -231,14 +232,14 @@ def _without_system(
 ) -> Sequence[Mapping[str, Any]]:
     """For templates that refuse system texts, or leave them out: all of them, or all but those at
     the beginning, which are one. They are the user's, and of one turn with neighbours, since many
-    templates want turns to alternate; behind the result of a tool they are at its end."""
+    templates want turns to alternate."""
     told: list[Mapping[str, Any]] = []
     was_system = False
     for turn in turns:
         is_system = turn["role"] == "system"
         last = told[-1]["role"] if told else "system"
         if is_system and not (but_first and last == "system"):
-            turn = {**turn, "role": "tool" if last == "tool" else "user"}
+            turn = {**turn, "role": "user"}
         if told and (is_system or was_system) and last == turn["role"]:
             text = f"{told[-1]['content']}\n\n{turn['content']}"
             told[-1] = {**turn, **told[-1], "content": text}

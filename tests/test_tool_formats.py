@@ -379,6 +379,13 @@ def test_a_system_text_behind_a_result_is_read(template: str) -> None:
         assert shown.index("rain") < shown.index("Be brief.")
 
 
+@pytest.mark.parametrize("template", [*NAMES, SYSTEM_FIRST, NO_SYSTEM])
+def test_each_result_keeps_its_place_beside_a_system_text(template: str) -> None:
+    messages = [*TWO_CALLS[1:4], *system("Be brief."), TWO_CALLS[4]]
+    shown = text(prompt(template, messages, TOOLS))
+    assert shown.count("rain") == shown.count("noon") == shown.count("Be brief.") == 1
+
+
 LAST_TURN_HAS_IT = """\
 {%- for message in messages if message.role != 'system' %}
     {%- if loop.last and message.role == 'user' and messages[0].role == 'system' %}

@@ -204,7 +204,7 @@ class LlamaEncoder:
         self._go_on = go_on
         self._has_no_numbers = bool(self._memory)  # unless it comes to its end, and has
         found = self._all_rows(n_tokens) if self.scale is None else self._scores(batch, n_tokens)
-        self._has_no_numbers &= not np.isfinite(found).all()
+        self._has_no_numbers = self._has_no_numbers and not np.isfinite(found).all()
         return found
 
     def _all_rows(self, n_tokens: int) -> Floats:
