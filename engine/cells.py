@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.backends.base import Memory
-from engine.marks import Marks
+from engine.marks import Kept, Marks
 from engine.prefix import Match, PrefixTree, Tokens, n_common
 
 
@@ -24,7 +24,7 @@ class Cells:
         self._memory = memory
         self._tree = tree
         self._marks = Marks(tree.max_bytes)
-        self.can_mark = memory.can_mark and tree.max_bytes > 0
+        self.can_mark = self.can_keep = memory.can_mark and tree.max_bytes > 0
         self._free = list(range(n_cells))
         self._n_holders = np.zeros(n_cells, np.int32)
 
@@ -70,6 +70,10 @@ class Cells:
     def match(self, wanted: Tokens) -> Match:
         """The longest beginning of `wanted` in the prefix tree."""
         return self._tree.match(wanted)
+
+    def match_kept(self, wanted: Tokens) -> tuple[int, Kept | None]:
+        """The same of slots that are kept outside of a memory that cannot be cut."""
+        return self._marks.match(wanted)
 
     def touch(self, match: Match) -> None:
         """A match will be of use."""
@@ -153,9 +157,25 @@ class Cells:
             pass
 
     def move_out(self, slot: int) -> None:
-        """Put all of a slot into the prefix tree, and clear it."""
-        self.remember(slot)
+        """Put all of a slot into the prefix tree, or keep it whole, and clear it."""
+        if self.can_share:
+            self.remember(slot)
+        elif self.can_keep:
+            self._keep(slot)
         self.clear(slot)
+
+    def put_away(self, slot: int) -> None:
+        """Keep a slot that cannot be cut whole outside of the memory, if there is room for it."""
+        self._keep(slot)
+        if self.can_keep:
+            self.clear(slot)
+
+    def _keep(self, slot: int) -> None:
+        """Once one is too large no other is tried: copies take their time."""
+        tokens = view(self.tokens[slot])
+        if len(tokens):
+            saved = self._memory.save(slot, 0, len(tokens))
+            self.can_keep = saved is not None and self._marks.keep(slot, tokens, saved)
 
     def move_out_block(self, slot: int) -> bool:
         """Put the next block of a slot into the prefix tree; after the last one it is cleared. So
@@ -192,6 +212,22 @@ class Cells:
         if self.can_share:
             return self._memory.truncate(slot, n_tokens)
         return self._memory.rewind(slot, self._marks.get(slot, n_tokens), n_tokens)
+
+    def touch_kept(self, kept: Kept) -> None:
+        """It will be of use."""
+        self._marks.touch(kept)
+
+    def take_back(self, slot: int, kept: Kept, n_tokens: int) -> None:
+        """Bring the first tokens of one that is kept into an empty slot, if it still is and there
+        is room for all of it."""
+        if not self._marks.has(kept) or len(kept.tokens) > self.n_free:
+            return
+        if not self._memory.load(slot, kept.saved, 0, len(kept.tokens)):
+            self._memory.clear(slot)
+            return
+        self.extend(slot, array("i", kept.tokens.tolist()))
+        self._marks.take(kept, slot, n_tokens)
+        self.truncate(slot, n_tokens)
 
     def _n_held(self, slots: Iterable[int]) -> npt.NDArray[np.int32]:
         """By how many of these slots each cell is held."""

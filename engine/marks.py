@@ -1,37 +1,53 @@
-"""Where the slots of a memory that cannot be cut can be brought back to.
+"""Where the slots of a memory that cannot be cut can be brought back to, and slots that are kept
+outside of it.
 
 Recurrent states, and cells behind a sliding window, are not there any more for tokens before the
 last ones. So they are copied while a prompt is computed: near its end, from where the next turn of
 a conversation goes on whatever its template makes of the answer; where somebody waits for a common
-beginning; and at lengths that double, so that who comes later has at least half of it.
+beginning; and at lengths that double, so that who comes later has at least half of it. A slot whose
+place or cells are wanted is kept whole, with its marks.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from engine.prefix import Saved
+from engine.prefix import Saved, Tokens, n_common
 
 FIRST = 256  # tokens; then twice as many, and so on
 TAIL = 4  # tokens at a prompt's end that the next turn may not have, such as of no thoughts
 WORTH = 32  # tokens since the last mark, for one near a prompt's end: fewer are faster computed
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """A slot outside of the memory."""
+
+    tokens: Tokens
+    saved: Saved
+
+
+Place = tuple[int | Kept, int]  # a slot, or one that is kept, and a number of its tokens
+
+
 class Marks:
-    """Copies by slot and number of tokens. Up to `max_bytes` are kept, those used last."""
+    """Copies by place, up to `max_bytes` of those used last; slots that are kept go first."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._saved: OrderedDict[tuple[int, int], Saved] = OrderedDict()
+        self._saved: OrderedDict[Place, Saved] = OrderedDict()
+        self._kept: list[Kept] = []  # least recently used first
         self._wanted: set[tuple[int, int]] = set()
 
     @property
     def n_bytes(self) -> int:
         """Each copy counted once, as slots may share them."""
-        return sum({id(saved): saved.nbytes for saved in self._saved.values()}.values())
+        marks = {id(saved): saved.nbytes for saved in self._saved.values()}
+        return sum(marks.values()) + sum(kept.saved.nbytes for kept in self._kept)
 
-    def last(self, slot: int, n_tokens: int) -> int:
-        """How long the longest beginning of a slot is that is marked and not longer; 0: none."""
-        return max((n for n in self._of(slot) if n <= n_tokens), default=0)
+    def last(self, of: int | Kept, n_tokens: int) -> int:
+        """How long its longest beginning is that is marked and not longer; 0: none."""
+        return max((n for n in self._of(of) if n <= n_tokens), default=0)
 
     def want(self, slot: int, n_tokens: int) -> None:
         """Somebody waits for so many of the tokens that are being computed in a slot."""
@@ -52,14 +68,13 @@ class Marks:
     def put(self, slot: int, n_tokens: int, saved: Saved) -> None:
         self._wanted.discard((slot, n_tokens))
         self._saved[slot, n_tokens] = saved
-        while self.n_bytes > self.max_bytes:
-            self._saved.popitem(last=False)
+        self._shrink()
 
     def get(self, slot: int, n_tokens: int) -> Saved:
         self._saved.move_to_end((slot, n_tokens))
         return self._saved[slot, n_tokens]
 
-    def copy(self, source: int, slot: int, n_tokens: int) -> None:
+    def copy(self, source: int | Kept, slot: int, n_tokens: int) -> None:
         """A slot has so many of another's first tokens."""
         for n in [n for n in self._of(source) if n <= n_tokens]:
             self._saved[slot, n] = self._saved[source, n]
@@ -70,5 +85,54 @@ class Marks:
         for n in [n for n in self._of(slot) if n > n_tokens]:
             del self._saved[slot, n]
 
-    def _of(self, slot: int) -> Iterator[int]:
-        return (n for of, n in self._saved if of == slot)
+    def keep(self, slot: int, tokens: Tokens, saved: Saved) -> bool:
+        """A slot leaves the memory, and its marks are those of the one that is kept. False where
+        there is no room for it."""
+        n_bytes = sum(self._saved[slot, n].nbytes for n in self._of(slot))
+        if n_bytes + saved.nbytes > self.max_bytes:
+            return False
+        kept = Kept(tokens.copy(), saved)
+        for n in list(self._of(slot)):
+            self._saved[kept, n] = self._saved.pop((slot, n))
+        self._kept.append(kept)
+        self._shrink()
+        return True
+
+    def match(self, wanted: Tokens) -> tuple[int, Kept | None]:
+        """The one that is kept with most of the beginning of `wanted`, and how much that is."""
+        best: tuple[int, Kept | None] = 0, None
+        for kept in self._kept:
+            n = n_common(kept.tokens, wanted)
+            n = n if n == len(kept.tokens) else self.last(kept, n)
+            best = max(best, (n, kept), key=lambda of: of[0])
+        return best
+
+    def has(self, kept: Kept) -> bool:
+        """It has not been given up for others."""
+        return kept in self._kept
+
+    def touch(self, kept: Kept) -> None:
+        """It will be of use."""
+        self._kept.remove(kept)
+        self._kept.append(kept)
+
+    def take(self, kept: Kept, slot: int, n_tokens: int) -> None:
+        """Its first tokens are in a slot again. It stays if it has more than an answer beyond."""
+        self.copy(kept, slot, n_tokens)
+        if self.last(kept, len(kept.tokens)) <= n_tokens:
+            self._kept.remove(kept)
+            self._forget_all(kept)
+
+    def _shrink(self) -> None:
+        while self.n_bytes > self.max_bytes:
+            if self._kept:
+                self._forget_all(self._kept.pop(0))
+            else:
+                self._saved.popitem(last=False)
+
+    def _forget_all(self, of: Kept) -> None:
+        for n in list(self._of(of)):
+            del self._saved[of, n]
+
+    def _of(self, of: int | Kept) -> Iterator[int]:
+        return (n for one, n in self._saved if one == of)

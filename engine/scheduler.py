@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from engine.backends.base import Memory
 from engine.cells import Cells, view
+from engine.marks import Kept
 from engine.pace import Pace
 from engine.prefix import Match, PrefixTree, Tokens, n_common
 from engine.speculation import Guesses, Speculation
@@ -45,11 +46,13 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the first `n_tokens` of a newcomer's prompt come from: a slot, or the prefix tree."""
+    """Where the first `n_tokens` of a newcomer's prompt come from: a slot, the prefix tree, or a
+    slot that is kept."""
 
     n_tokens: int = 0
     slot: Slot | None = None
     match: Match | None = None
+    kept: Kept | None = None
 
 
 class Scheduler:
@@ -206,6 +209,9 @@ class Scheduler:
         match = self._cells.match(wanted)
         if match.n_tokens > max(best.n_tokens, NOT_WORTH_RECALLING):
             return Source(match.n_tokens, None, match)
+        n_kept, kept = self._cells.match_kept(wanted)
+        if n_kept > max(best.n_tokens, NOT_WORTH_RECALLING):
+            return Source(n_kept, None, None, kept)
         return best
 
     def _is_coming(self, wanted: Tokens) -> bool:
@@ -258,6 +264,8 @@ class Scheduler:
         """
         if source.match is not None:
             self._cells.touch(source.match)  # or it might be forgotten for what moves out now
+        if source.kept is not None:
+            self._cells.touch_kept(source.kept)
         slot = source.slot
         n_held = len(self._cells.tokens[slot.index]) if slot else 0
         empty = [s for s in self._slots if s.sequence is None and not self._cells.tokens[s.index]]
@@ -273,11 +281,14 @@ class Scheduler:
             self._cells.move_out(target.index)
             if slot is not None:
                 if not self._cells.shares_cells:
-                    self._make_room_for(sequence)
+                    self._make_room_for(len(sequence.tokens))
                 self._cells.share(slot.index, target.index, source.n_tokens)
             elif source.match is not None:
-                self._make_room_for(sequence)
+                self._make_room_for(len(sequence.tokens))
                 self._cells.recall(target.index, source.match)
+            elif source.kept is not None:
+                self._make_room_for(max(len(sequence.tokens), len(source.kept.tokens)))
+                self._cells.take_back(target.index, source.kept, source.n_tokens)
             slot = target
         elif source.n_tokens < n_held:
             self._cells.remember(slot.index)
@@ -296,10 +307,10 @@ class Scheduler:
         has_room = self._cells.shares_cells or self._cells.n_free >= len(sequence.tokens)
         return has_room and self._cells.has_mark_behind(source.slot.index, source.n_tokens)
 
-    def _make_room_for(self, sequence: Sequence) -> None:
-        """Move idle slots out until a whole prompt has room."""
+    def _make_room_for(self, n_tokens: int) -> None:
+        """Move idle slots out until so many have room."""
         for slot in self._idle():
-            if self._cells.n_free >= len(sequence.tokens):
+            if self._cells.n_free >= n_tokens:
                 break
             self._cells.move_out(slot.index)
 
@@ -328,10 +339,13 @@ class Scheduler:
     # 2. ended sequences
 
     def _move_out_some(self) -> None:
+        is_alone = all(sequence.n_pending > 1 for sequence in self._running)  # nobody waits
+        if self._cells.can_keep and self._running and is_alone and (idle := self._idle()):
+            self._cells.put_away(idle[0].index)  # whole, which takes too long beside streams
         if not (self._running and self._cells.can_share):
             return
         n_to_move = self._cells.block
-        if all(sequence.n_pending > 1 for sequence in self._running):  # nobody waits for a token
+        if is_alone:
             n_pending = sum(sequence.n_pending for sequence in self._running)
             n_to_move += min(n_pending, self._n_batch)
         for _ in range(n_to_move // self._cells.block):

@@ -275,7 +275,15 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
         n_rewound.append(n_tokens)
         return rewind(self, slot, saved, n_tokens)
 
+    n_loaded: list[int] = []
+    load = LlamaDecoder.load
+
+    def loaded(self: LlamaDecoder, slot: int, saved: Any, start: int, end: int) -> bool:
+        n_loaded.append(end)
+        return load(self, slot, saved, start, end)
+
     monkeypatch.setattr(LlamaDecoder, "rewind", counted)
+    monkeypatch.setattr(LlamaDecoder, "load", loaded)
     dice = random.Random(1)
     engine = engine_of(path, **room)
     decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
@@ -298,6 +306,7 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
     engine.close()
     assert {n for n in n_rewound if n in (256, 512)}
     assert {n for n in n_rewound if n not in (256, 512)}
+    assert n_loaded
 
 
 def longest_repetition(tokens: list[int]) -> int:

@@ -266,6 +266,52 @@ def test_a_copy_larger_than_the_bound_costs_no_other_mark() -> None:
     assert bench.talk(3, [*tokens(1000, 148), *tokens(7000, 20)]).n_cached == 146
 
 
+def test_conversations_are_kept_outside_of_the_memory_when_others_come() -> None:
+    bench = Bench(is_cells=False, n_slots=2, n_cells=3000, tree_bytes=100_000)
+    again = [conversation(bench, id, tokens(1000 * id, 200 + id)) for id in range(1, 6)]
+    for id, prompt in enumerate(again, 1):
+        assert bench.talk(10 + id, prompt, n_wanted=3).n_cached == 200 + id - TAIL
+        assert bench.answers[10 + id] == answer_to(prompt, 3)
+
+
+def test_who_takes_a_beginning_of_one_that_is_kept_leaves_it_there() -> None:
+    bench = Bench(is_cells=False, n_slots=1, n_cells=3000, tree_bytes=100_000)
+    first = conversation(bench, 1, tokens(1000, 600))
+    bench.talk(2, tokens(5000, 50))
+    assert bench.talk(3, tokens(1000, 530) + tokens(6000, 50)).n_cached == 512
+    assert bench.talk(4, first).n_cached == 600 - TAIL
+
+
+def test_one_that_is_given_up_for_the_slot_that_makes_way_is_computed_anew() -> None:
+    bench = Bench(is_cells=False, n_slots=1, n_cells=3000, tree_bytes=4 * 700)
+    first = conversation(bench, 1, tokens(1000, 200))
+    bench.talk(2, tokens(5000, 200), n_wanted=150)  # which takes the room that there is
+    assert bench.talk(3, first, n_wanted=3).n_cached == 0
+    assert bench.answers[3] == answer_to(first, 3)
+
+
+def test_idle_slots_do_not_stay_in_the_memory_beside_prompts_alone() -> None:
+    bench = Bench(is_cells=False, n_cells=3000, n_batch=50, tree_bytes=100_000)
+    for id in (1, 2, 3):
+        bench.talk(id, tokens(1000 * id, 200))
+    bench.add(4, tokens(5000, 300), n_wanted=1)
+    for _ in range(5):
+        bench.step()
+    assert [len(slot) > 0 for slot in bench.memory.slots].count(True) == 1
+    bench.add(5, [*tokens(1000, 200), 7], n_wanted=2)
+    bench.run()
+    assert bench.answers[5] == answer_to([*tokens(1000, 200), 7], 2)
+    assert bench.scheduler._cells._marks.n_bytes <= 100_000
+
+
+def test_what_is_too_large_to_be_kept_stays_where_it_is() -> None:
+    bench = Bench(is_cells=False, n_cells=3000, tree_bytes=4 * 300)
+    bench.talk(1, tokens(1000, 200), n_wanted=5)
+    history = [*tokens(1000, 200), *bench.answers[1]]
+    bench.talk(2, tokens(5000, 100))
+    assert bench.talk(3, [*history, 7]).n_cached == 204
+
+
 def test_it_is_lost_where_more_is_gained_or_no_slot_is_left() -> None:
     bench = Bench(is_cells=False, n_slots=1)
     first = conversation(bench, 1, tokens(1000, 600))

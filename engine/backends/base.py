@@ -93,8 +93,8 @@ class Memory(Protocol):
 
     is_cells: bool
     """False for memories that are no list of cells (recurrent, hybrid, behind a sliding window):
-    they are never asked to truncate, save or load, and cut by `mark` and `rewind`, as are slots
-    that share with another; cells are never asked for these."""
+    they are never asked to truncate, save and load only whole slots, and are cut by `mark` and
+    `rewind`, as are slots that share with another; cells are never asked for these."""
     can_mark: bool
     """Whether such a memory can; it shares too only where it can."""
     shares_cells: bool

@@ -31,16 +31,17 @@ class LlamaMemory:
         lib.llama_memory_seq_cp(self._memory, source, slot, 0, n_tokens)
 
     def save(self, slot: int, start: int, end: int) -> Saved | None:
+        if not self.is_cells:
+            return self._saved(slot)
         lib.llama_memory_seq_cp(self._memory, slot, self._scratch, start, end)
         try:
-            saved = np.empty(state_size(self.context, self._scratch), np.uint8)
-            return saved if read_state(self.context, self._scratch, saved) else None
-        except MemoryError:
-            return None
+            return self._saved(self._scratch)
         finally:
             self.clear(self._scratch)
 
     def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
+        if not self.is_cells:
+            return write_state(self.context, slot, saved)
         is_read = write_state(self.context, self._scratch, saved)
         if is_read:
             lib.llama_memory_seq_cp(self._memory, self._scratch, slot, start, end)
@@ -48,17 +49,18 @@ class LlamaMemory:
         return is_read
 
     def mark(self, slot: int, max_bytes: int) -> Saved | None:
-        n_bytes = state_size(self.context, slot, _UNCUT)
-        if n_bytes > max_bytes:
-            return None
-        try:
-            saved = np.empty(n_bytes, np.uint8)
-            return saved if read_state(self.context, slot, saved, _UNCUT) else None
-        except MemoryError:
-            return None
+        is_larger = state_size(self.context, slot, _UNCUT) > max_bytes
+        return None if is_larger else self._saved(slot, _UNCUT)
 
     def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
         return write_state(self.context, slot, saved, _UNCUT) and self.truncate(slot, n_tokens)
+
+    def _saved(self, sequence: int, flags: int = 0) -> Bytes | None:
+        try:
+            saved = np.empty(state_size(self.context, sequence, flags), np.uint8)
+        except MemoryError:
+            return None
+        return saved if read_state(self.context, sequence, saved, flags) else None
 
     def clear(self, slot: int) -> None:
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
