@@ -407,6 +407,7 @@ MAY_IMPORT = {
     "engine.scheduler": {
         "engine.backends.base",
         "engine.cells",
+        "engine.marks",
         "engine.pace",
         "engine.prefix",
         "engine.speculation",
