@@ -24,7 +24,7 @@ class Cells:
         self._memory = memory
         self._tree = tree
         self._marks = Marks(tree.max_bytes)
-        self.can_mark = self.can_keep = memory.can_mark and tree.max_bytes > 0
+        self.can_mark = memory.can_mark and tree.max_bytes > 0
         self._free = list(range(n_cells))
         self._n_holders = np.zeros(n_cells, np.int32)
 
@@ -160,22 +160,21 @@ class Cells:
         """Put all of a slot into the prefix tree, or keep it whole, and clear it."""
         if self.can_share:
             self.remember(slot)
-        elif self.can_keep:
-            self._keep(slot)
+        elif self.can_mark:
+            self.put_away(slot)
         self.clear(slot)
 
-    def put_away(self, slot: int) -> None:
-        """Keep a slot that cannot be cut whole outside of the memory, if there is room for it."""
-        self._keep(slot)
-        if self.can_keep:
-            self.clear(slot)
-
-    def _keep(self, slot: int) -> None:
-        """Once one is too large no other is tried: copies take their time."""
-        tokens = view(self.tokens[slot])
-        if len(tokens):
-            saved = self._memory.save(slot, 0, len(tokens))
-            self.can_keep = saved is not None and self._marks.keep(slot, tokens, saved)
+    def put_away(self, slot: int) -> bool:
+        """Keep a slot that cannot be cut whole outside of the memory. False, and it is as it was,
+        where there is no room for it."""
+        if not self.tokens[slot]:
+            return False
+        saved = self._memory.mark(slot, self._marks.room_to_keep, is_whole=True)
+        if saved is None:
+            return False
+        self._marks.keep(slot, view(self.tokens[slot]), saved)
+        self.clear(slot)
+        return True
 
     def move_out_block(self, slot: int) -> bool:
         """Put the next block of a slot into the prefix tree; after the last one it is cleared. So

@@ -85,27 +85,33 @@ class Marks:
         for n in [n for n in self._of(slot) if n > n_tokens]:
             del self._saved[slot, n]
 
-    def keep(self, slot: int, tokens: Tokens, saved: Saved) -> bool:
-        """A slot leaves the memory, and its marks are those of the one that is kept. False where
-        there is no room for it."""
-        n_bytes = sum(self._saved[slot, n].nbytes for n in self._of(slot))
-        if n_bytes + saved.nbytes > self.max_bytes:
-            return False
+    @property
+    def room_to_keep(self) -> int:
+        """Bytes that one that is kept may have: others that are kept make way, and marks do not."""
+        marks = {id(s): s.nbytes for (of, _), s in self._saved.items() if isinstance(of, int)}
+        return self.max_bytes - sum(marks.values())
+
+    def keep(self, slot: int, tokens: Tokens, saved: Saved) -> None:
+        """A slot leaves the memory, and its marks are those of the one that is kept."""
         kept = Kept(tokens.copy(), saved)
         for n in list(self._of(slot)):
             self._saved[kept, n] = self._saved.pop((slot, n))
         self._kept.append(kept)
         self._shrink()
-        return True
 
     def match(self, wanted: Tokens) -> tuple[int, Kept | None]:
-        """The one that is kept with most of the beginning of `wanted`, and how much that is."""
-        best: tuple[int, Kept | None] = 0, None
+        """The one that is kept with most of the beginning of `wanted`, the shortest of several, and
+        how much that is."""
+        best, best_n = None, 0
         for kept in self._kept:
             n = n_common(kept.tokens, wanted)
+            if not n or n < best_n:  # before its marks are looked through
+                continue
             n = n if n == len(kept.tokens) else self.last(kept, n)
-            best = max(best, (n, kept), key=lambda of: of[0])
-        return best
+            is_shorter = best is not None and len(kept.tokens) < len(best.tokens)
+            if n > best_n or (n == best_n and is_shorter):
+                best, best_n = kept, n
+        return best_n, best
 
     def has(self, kept: Kept) -> bool:
         """It has not been given up for others."""

@@ -31,6 +31,7 @@ from engine.speculation import Guesses, Speculation
 from engine.types import Batch, Chunk, Sequence
 
 WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
+OF_KEPT = 16  # parts of a slot that is kept, of which more than one must be of use
 NOT_WORTH_RECALLING = 8  # tokens in the prefix tree: they are as fast computed
 RANKING = 256  # tokens that a prompt counts as shorter for each rank (a second) that it is lower
 AGEING = 32  # tokens that a prompt counts as shorter for each step since it got its slot
@@ -210,9 +211,15 @@ class Scheduler:
         if match.n_tokens > max(best.n_tokens, NOT_WORTH_RECALLING):
             return Source(match.n_tokens, None, match)
         n_kept, kept = self._cells.match_kept(wanted)
-        if n_kept > max(best.n_tokens, NOT_WORTH_RECALLING):
+        if kept is not None and self._is_worth_taking(kept, n_kept - best.n_tokens):
             return Source(n_kept, None, None, kept)
         return best
+
+    def _is_worth_taking(self, kept: Kept, n_gained: int) -> bool:
+        """All of it is loaded, whatever is of use, and has room beside those that run."""
+        idle = [slot.index for slot in self._slots if slot.sequence is None]
+        has_room = len(kept.tokens) <= self._cells.n_free + self._cells.n_only_in(idle)
+        return has_room and n_gained > max(NOT_WORTH_RECALLING, len(kept.tokens) // OF_KEPT)
 
     def _is_coming(self, wanted: Tokens) -> bool:
         """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
@@ -230,7 +237,8 @@ class Scheduler:
             for slot in self._slots
             if slot.sequence not in prefilling
         ]
-        n_settled = max(self._cells.match(wanted).n_tokens, *settled, 0)
+        n_kept, _ = self._cells.match_kept(wanted)
+        n_settled = max(self._cells.match(wanted).n_tokens, n_kept, *settled, 0)
         n_coming, other = max(coming, key=lambda of: of[0])
         if n_coming < n_settled + WORTH_WAITING_FOR:
             return False
@@ -340,8 +348,9 @@ class Scheduler:
 
     def _move_out_some(self) -> None:
         is_alone = all(sequence.n_pending > 1 for sequence in self._running)  # nobody waits
-        if self._cells.can_keep and self._running and is_alone and (idle := self._idle()):
-            self._cells.put_away(idle[0].index)  # whole, which takes too long beside streams
+        if self._cells.can_mark and self._running and is_alone:
+            # one of them, whole: beside streams that takes too long
+            any(self._cells.put_away(slot.index) for slot in self._idle())
         if not (self._running and self._cells.can_share):
             return
         n_to_move = self._cells.block

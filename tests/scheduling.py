@@ -46,7 +46,7 @@ class Memory:
             self._uncut.add(slot)
 
     def save(self, slot: int, start: int, end: int) -> Any:
-        assert self.is_cells or (start, end) == (0, len(self.slots[slot])), "whole"
+        assert self.is_cells
         return np.array(self.tokens(slot)[start:end], np.int32)
 
     def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
@@ -56,7 +56,7 @@ class Memory:
         self.slots[slot] += [[int(token)] for token in saved[: end - start]]
         return True
 
-    def mark(self, slot: int, max_bytes: int) -> Any:
+    def mark(self, slot: int, max_bytes: int, *, is_whole: bool = False) -> Any:
         assert not self.is_cells
         if 4 * len(self.slots[slot]) > max_bytes:
             return None

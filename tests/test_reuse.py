@@ -304,6 +304,37 @@ def test_idle_slots_do_not_stay_in_the_memory_beside_prompts_alone() -> None:
     assert bench.scheduler._cells._marks.n_bytes <= 100_000
 
 
+def test_one_that_is_kept_is_not_loaded_for_a_small_part_of_it() -> None:
+    bench = Bench(is_cells=False, n_slots=1, n_cells=9000, n_batch=500, tree_bytes=200_000)
+    bench.talk(1, tokens(1000, 5000))
+    bench.talk(2, tokens(20_000, 50))
+    assert bench.talk(3, tokens(1000, 290) + tokens(30_000, 20)).n_cached == 0
+    assert bench.talk(4, tokens(1000, 1100) + tokens(30_000, 20)).n_cached == 1024
+
+
+def test_one_that_is_kept_does_not_wait_for_less_than_it_has() -> None:
+    bench = Bench(is_cells=False, n_cells=3000, n_batch=50, tree_bytes=100_000)
+    again = conversation(bench, 1, tokens(1000, 500))
+    bench.add(2, tokens(1000, 300) + tokens(5000, 300), n_wanted=1)
+    bench.step()
+    bench.step()
+    assert not any(bench.memory.tokens(slot)[:500] == again[:500] for slot in range(4)), "kept"
+    bench.add(3, again, n_wanted=1)
+    bench.step()
+    assert bench.started == [1, 2, 3]
+    bench.run()
+    assert bench.answers[3] == answer_to(again, 1)
+
+
+def test_one_is_not_kept_at_the_cost_of_marks() -> None:
+    bench = Bench(is_cells=False, n_cells=3000, n_batch=100, tree_bytes=4 * 600)
+    bench.talk(1, tokens(1000, 150))
+    bench.add(2, tokens(5000, 700), n_wanted=1)
+    for _ in range(4):
+        bench.step()
+    assert bench.talk(3, [*tokens(1000, 148), *tokens(7000, 20)]).n_cached == 146
+
+
 def test_what_is_too_large_to_be_kept_stays_where_it_is() -> None:
     bench = Bench(is_cells=False, n_cells=3000, tree_bytes=4 * 300)
     bench.talk(1, tokens(1000, 200), n_wanted=5)

@@ -93,7 +93,7 @@ class Memory(Protocol):
 
     is_cells: bool
     """False for memories that are no list of cells (recurrent, hybrid, behind a sliding window):
-    they are never asked to truncate, save and load only whole slots, and are cut by `mark` and
+    they are never asked to truncate or save, load only whole slots, and are cut by `mark` and
     `rewind`, as are slots that share with another; cells are never asked for these."""
     can_mark: bool
     """Whether such a memory can; it shares too only where it can."""
@@ -116,8 +116,9 @@ class Memory(Protocol):
         """Put saved cells behind those of a slot: of what was saved from `start`, the positions
         before `end`. There must be free cells for all that was saved. False where that fails."""
 
-    def mark(self, slot: int, max_bytes: int) -> Saved | None:
-        """Copy what cannot be cut of a slot, as it is now. None where that fails, or is larger."""
+    def mark(self, slot: int, max_bytes: int, *, is_whole: bool = False) -> Saved | None:
+        """Copy what cannot be cut of a slot, as it is now, or all of it for `load`. None where that
+        fails, or is larger."""
 
     def rewind(self, slot: int, saved: Saved, n_tokens: int) -> bool:
         """Bring a slot back to its first `n_tokens`, at which it or that which it shares with was

@@ -192,7 +192,7 @@ class FakeDecoder:
         self.cells[slot] += [[int(token)] for token in saved[: end - start]]
         return True
 
-    def mark(self, slot: int, max_bytes: int) -> Saved | None:
+    def mark(self, slot: int, max_bytes: int, *, is_whole: bool = False) -> Saved | None:
         return None  # its cells can be cut anywhere
 
     def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:

@@ -31,8 +31,6 @@ class LlamaMemory:
         lib.llama_memory_seq_cp(self._memory, source, slot, 0, n_tokens)
 
     def save(self, slot: int, start: int, end: int) -> Saved | None:
-        if not self.is_cells:
-            return self._saved(slot)
         lib.llama_memory_seq_cp(self._memory, slot, self._scratch, start, end)
         try:
             return self._saved(self._scratch)
@@ -48,9 +46,10 @@ class LlamaMemory:
         self.clear(self._scratch)
         return is_read
 
-    def mark(self, slot: int, max_bytes: int) -> Saved | None:
-        is_larger = state_size(self.context, slot, _UNCUT) > max_bytes
-        return None if is_larger else self._saved(slot, _UNCUT)
+    def mark(self, slot: int, max_bytes: int, *, is_whole: bool = False) -> Saved | None:
+        flags = 0 if is_whole else _UNCUT
+        is_larger = state_size(self.context, slot, flags) > max_bytes
+        return None if is_larger else self._saved(slot, flags)
 
     def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
         return write_state(self.context, slot, saved, _UNCUT) and self.truncate(slot, n_tokens)

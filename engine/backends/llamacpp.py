@@ -131,8 +131,8 @@ class LlamaDecoder:
     def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
         return self._memory.load(slot, saved, start, end)
 
-    def mark(self, slot: int, max_bytes: int) -> Saved | None:
-        return self._home.mark(slot, max_bytes)
+    def mark(self, slot: int, max_bytes: int, *, is_whole: bool = False) -> Saved | None:
+        return self._home.mark(slot, max_bytes, is_whole=is_whole)
 
     def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
         return self._home.rewind(slot, saved, n_tokens)
