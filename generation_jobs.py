@@ -41,20 +41,21 @@ class Progress:
     """What an answer may say next; implements Constraint. It keeps what was so after each token
     until the token is told: MLX chooses the next one before that."""
 
-    def __init__(self, grammar: GrammarState | None, thoughts: Thoughts | None) -> None:
+    def __init__(
+        self, own: Constraint, grammar: GrammarState | None, thoughts: Thoughts | None
+    ) -> None:
+        """`own` is that of the two which is asked; the thoughts ask the grammar."""
+        self._own = own
         self._grammar = grammar
         self._thoughts = thoughts
-        self._own: Constraint | None = thoughts or grammar
         self._ahead: deque[tuple[bool, bool | None]] = deque()
         self.is_over, self.is_complete = self._now()
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
-        if self._own:
-            self._own.apply(logits)
+        self._own.apply(logits)
 
     def accept(self, token: int) -> None:
-        if self._own:
-            self._own.accept(token)
+        self._own.accept(token)
         self._ahead.append(self._now())
 
     def told(self) -> None:
@@ -78,7 +79,8 @@ class Answer:
         thoughts = None
         if thinking := job.request.thinking:
             thoughts = Thoughts(thinking, self._piece, job.ending, grammar)
-        self._progress = Progress(grammar, thoughts) if thoughts or grammar else None
+        own = thoughts or grammar
+        self._progress = Progress(own, grammar, thoughts) if own else None
         self._text = TextStream([] if thoughts else job.request.stop)
         self.n_guessed = self.n_right = 0
         self._n_tokens = 0

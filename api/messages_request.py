@@ -142,11 +142,12 @@ class PromptRequest(Extensible):
     @property
     def names(self) -> dict[str, str]:
         """What fields are called here, by what they are called in a chat."""
-        is_asked = self.thinking is not None and self.thinking.type == "enabled"
         return {
             r"^continue_final_message$": "messages",
             r"^response_format.*": "output_config.format",
-            r"^reasoning_effort$": "thinking" if is_asked else "output_config.effort",
+            r"^reasoning_effort$": "thinking"
+            if self._asks_for_thoughts
+            else "output_config.effort",
             r"^thinking_budget_tokens$": "thinking.budget_tokens",
             r"\.function\.parameters": ".function.input_schema",
             **tool_names(self.tools, ClientTool),
@@ -160,8 +161,12 @@ class PromptRequest(Extensible):
     def has_effort_as_hint(self) -> bool:
         """It has an effort and does not ask for thoughts: in this API that is about all that the
         model writes, and it is sent to every one."""
-        is_asked = self.thinking is not None and self.thinking.type == "enabled"
-        return bool(self.output_config and self.output_config.effort) and not is_asked
+        has_effort = self.output_config is not None and self.output_config.effort is not None
+        return has_effort and not self._asks_for_thoughts
+
+    @property
+    def _asks_for_thoughts(self) -> bool:
+        return self.thinking is not None and self.thinking.type == "enabled"
 
     def inner(self) -> Iterator[tuple[str, BaseModel]]:
         """What of the body may hold unknown fields, with its place."""

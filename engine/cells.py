@@ -115,16 +115,10 @@ class Cells:
     def share(self, source: int, slot: int, n_tokens: int) -> None:
         """Let an empty slot hold the first cells of another too; none, where the memory refuses.
         If it does not share cells, so many must be free."""
-        if not self.can_share and self._marks.last(source, n_tokens) < n_tokens:  # all of it
-            self.mark(source)
-            if self._marks.last(source, n_tokens) < n_tokens:
-                return
-        self._memory.share(source, slot, n_tokens)
-        if not self.can_share:
-            if not self._memory.rewind(slot, self._marks.get(source, n_tokens), n_tokens):
-                self._memory.clear(slot)
-                return
-            self._marks.copy(source, slot, n_tokens)
+        if self.can_share:
+            self._memory.share(source, slot, n_tokens)
+        elif not self._share_at_mark(source, slot, n_tokens):
+            return
         if not self.shares_cells:
             self.extend(slot, self.tokens[source][:n_tokens])
             return
@@ -207,11 +201,6 @@ class Cells:
                 return
             self.extend(slot, array("i", node.tokens[: end - node.start].tolist()))
 
-    def _cut(self, slot: int, n_tokens: int) -> bool:
-        if self.can_share:
-            return self._memory.truncate(slot, n_tokens)
-        return self._memory.rewind(slot, self._marks.get(slot, n_tokens), n_tokens)
-
     def touch_kept(self, kept: Kept) -> None:
         """It will be of use."""
         self._marks.touch(kept)
@@ -227,6 +216,24 @@ class Cells:
         self.extend(slot, array("i", kept.tokens.tolist()))
         self._marks.take(kept, slot, n_tokens)
         self.truncate(slot, n_tokens)
+
+    def _share_at_mark(self, source: int, slot: int, n_tokens: int) -> bool:
+        """False where that fails, and the slot is empty."""
+        if self._marks.last(source, n_tokens) < n_tokens:  # it is all of the source
+            self.mark(source)
+            if self._marks.last(source, n_tokens) < n_tokens:
+                return False
+        self._memory.share(source, slot, n_tokens)
+        if not self._memory.rewind(slot, self._marks.get(source, n_tokens), n_tokens):
+            self._memory.clear(slot)
+            return False
+        self._marks.copy(source, slot, n_tokens)
+        return True
+
+    def _cut(self, slot: int, n_tokens: int) -> bool:
+        if self.can_share:
+            return self._memory.truncate(slot, n_tokens)
+        return self._memory.rewind(slot, self._marks.get(slot, n_tokens), n_tokens)
 
     def _n_held(self, slots: Iterable[int]) -> npt.NDArray[np.int32]:
         """By how many of these slots each cell is held."""

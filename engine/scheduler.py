@@ -217,8 +217,7 @@ class Scheduler:
 
     def _is_worth_taking(self, kept: Kept, n_gained: int) -> bool:
         """All of it is loaded, whatever is of use, and has room beside those that run."""
-        idle = [slot.index for slot in self._slots if slot.sequence is None]
-        has_room = len(kept.tokens) <= self._cells.n_free + self._cells.n_only_in(idle)
+        has_room = len(kept.tokens) <= self._n_room()
         return has_room and n_gained > max(NOT_WORTH_RECALLING, len(kept.tokens) // OF_KEPT)
 
     def _is_coming(self, wanted: Tokens) -> bool:
@@ -253,12 +252,16 @@ class Scheduler:
         if not self._running:
             return True
         running = [slot.index for slot in self._slots if slot.sequence is not None]
-        idle = [slot.index for slot in self._slots if slot.sequence is None]
         n_new = len(sequence.tokens) + 1
         if source.slot is not None and self._cells.shares_cells:
             n_new -= self._cells.n_also_in(source.slot.index, source.n_tokens, running)
         n_pending = sum(other.n_pending for other in self._running)
-        return n_new + n_pending <= self._cells.n_free + self._cells.n_only_in(idle)
+        return n_new + n_pending <= self._n_room()
+
+    def _n_room(self) -> int:
+        """Cells that are free, or that only idle slots hold."""
+        idle = [slot.index for slot in self._slots if slot.sequence is None]
+        return self._cells.n_free + self._cells.n_only_in(idle)
 
     def _occupy(self, sequence: Sequence, source: Source) -> None:
         """Give a slot to a newcomer, with the cells of its source.
@@ -347,11 +350,13 @@ class Scheduler:
     # 2. ended sequences
 
     def _move_out_some(self) -> None:
+        idle = self._idle()
+        if not (self._running and idle):
+            return
         is_alone = all(sequence.n_pending > 1 for sequence in self._running)  # nobody waits
-        if self._cells.can_mark and self._running and is_alone:
-            # one of them, whole: beside streams that takes too long
-            any(self._cells.put_away(slot.index) for slot in self._idle())
-        if not (self._running and self._cells.can_share):
+        if not self._cells.can_share:
+            if self._cells.can_mark and is_alone:  # whole, which takes too long beside streams
+                any(self._cells.put_away(slot.index) for slot in idle)
             return
         n_to_move = self._cells.block
         if is_alone:

@@ -28,6 +28,7 @@ SPM_WORDS = (
     "one two three four five red green blue sun moon rain music code line"
 ).split()
 
+FF = 2  # times a row's numbers are there between the matrices of a feed-forward layer
 _TYPE_NORMAL, _TYPE_UNKNOWN, _TYPE_CONTROL, _TYPE_BYTE = 1, 2, 3, 6
 _COPIED_SCALARS = (
     "add_space_prefix",
@@ -106,21 +107,10 @@ def write_tiny_spm(
 
 def write_tiny_gemma3(path: Path, *, n_ctx: int = 1024, window: int = 16, seed: int = 0) -> Path:
     """A gemma3 of random F32 weights: six of its seven layers see through a sliding window."""
-    tokens, scores, types = spm_vocabulary()
+    n_vocab = len(spm_vocabulary()[0])
     n_layer, n_embd, n_head, n_head_kv = 7, 64, 4, 2
-    n_embd_head, n_ff = n_embd // n_head, 2 * n_embd
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
-    writer.add_token_types(types)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_context_length(n_ctx)
-    writer.add_block_count(n_layer)
-    writer.add_embedding_length(n_embd)
-    writer.add_feed_forward_length(n_ff)
-    writer.add_head_count(n_head)
+    n_embd_head = n_embd // n_head
+    writer = _small_writer(path, "gemma3", n_ctx, n_layer, n_embd, n_head)
     writer.add_head_count_kv(n_head_kv)
     writer.add_key_length(n_embd_head)
     writer.add_value_length(n_embd_head)
@@ -128,67 +118,45 @@ def write_tiny_gemma3(path: Path, *, n_ctx: int = 1024, window: int = 16, seed: 
     writer.add_sliding_window(window)
     writer.add_rope_freq_base(10000.0)
     weights = _Weights(writer, seed)
-    weights.matrix("token_embd", len(tokens), n_embd, 1.0)
+    weights.matrix("token_embd", n_vocab, n_embd, 1.0)
     weights.norm("output_norm", n_embd)
-    weights.matrix("output", len(tokens), n_embd, np.sqrt(n_embd))
+    weights.matrix("output", n_vocab, n_embd, np.sqrt(n_embd))
     for i in range(n_layer):
         for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"):
             weights.norm(f"blk.{i}.{name}", n_embd)
         weights.norm(f"blk.{i}.attn_q_norm", n_embd_head)
         weights.norm(f"blk.{i}.attn_k_norm", n_embd_head)
-        weights.matrix(f"blk.{i}.attn_q", n_embd, n_embd, 1.7)
-        weights.matrix(f"blk.{i}.attn_k", n_head_kv * n_embd_head, n_embd, 1.7)
-        weights.matrix(f"blk.{i}.attn_v", n_head_kv * n_embd_head, n_embd, 1.5)
-        weights.matrix(f"blk.{i}.attn_output", n_embd, n_embd, 1.5)
-        weights.matrix(f"blk.{i}.ffn_gate", n_ff, n_embd, 1.5)
-        weights.matrix(f"blk.{i}.ffn_up", n_ff, n_embd, 1.5)
-        weights.matrix(f"blk.{i}.ffn_down", n_embd, n_ff, 1.5)
+        weights.attention(f"blk.{i}", n_embd, n_head_kv * n_embd_head)
+        weights.feed_forward(f"blk.{i}", n_embd)
     _write(writer)
     return path
 
 
 def write_tiny_lfm2(path: Path, *, n_ctx: int = 1024, seed: int = 0) -> Path:
     """An lfm2 of random F32 weights: every second layer has no cells but a state."""
-    tokens, scores, types = spm_vocabulary()
+    n_vocab = len(spm_vocabulary()[0])
     n_layer, n_embd, n_head, n_head_kv, n_conv = 6, 64, 4, 2, 4
-    n_embd_head, n_ff = n_embd // n_head, 2 * n_embd
-    writer = gguf.GGUFWriter(path, "lfm2")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
-    writer.add_token_types(types)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_vocab_size(len(tokens))
-    writer.add_context_length(n_ctx)
-    writer.add_block_count(n_layer)
-    writer.add_embedding_length(n_embd)
-    writer.add_feed_forward_length(n_ff)
-    writer.add_head_count(n_head)
+    n_embd_head = n_embd // n_head
+    writer = _small_writer(path, "lfm2", n_ctx, n_layer, n_embd, n_head)
     writer.add_head_count_kv([0, n_head_kv] * (n_layer // 2))
     writer.add_shortconv_l_cache(n_conv)
     writer.add_layer_norm_rms_eps(1e-5)
     weights = _Weights(writer, seed)
-    weights.matrix("token_embd", len(tokens), n_embd, np.sqrt(n_embd))
+    weights.matrix("token_embd", n_vocab, n_embd, np.sqrt(n_embd))
     weights.norm("token_embd_norm", n_embd)  # as its converter calls the output's
-    weights.matrix("output", len(tokens), n_embd, np.sqrt(n_embd))
+    weights.matrix("output", n_vocab, n_embd, np.sqrt(n_embd))
     for i in range(n_layer):
         weights.norm(f"blk.{i}.attn_norm", n_embd)
         weights.norm(f"blk.{i}.ffn_norm", n_embd)
         if i % 2:
             weights.norm(f"blk.{i}.attn_q_norm", n_embd_head)
             weights.norm(f"blk.{i}.attn_k_norm", n_embd_head)
-            weights.matrix(f"blk.{i}.attn_q", n_embd, n_embd, 1.7)
-            weights.matrix(f"blk.{i}.attn_k", n_head_kv * n_embd_head, n_embd, 1.7)
-            weights.matrix(f"blk.{i}.attn_v", n_head_kv * n_embd_head, n_embd, 1.5)
-            weights.matrix(f"blk.{i}.attn_output", n_embd, n_embd, 1.5)
+            weights.attention(f"blk.{i}", n_embd, n_head_kv * n_embd_head)
         else:
             weights.matrix(f"blk.{i}.shortconv.in_proj", 3 * n_embd, n_embd, 1.5)
             weights.matrix(f"blk.{i}.shortconv.conv", n_embd, n_conv, 1.5)
             weights.matrix(f"blk.{i}.shortconv.out_proj", n_embd, n_embd, 1.5)
-        weights.matrix(f"blk.{i}.ffn_gate", n_ff, n_embd, 1.5)
-        weights.matrix(f"blk.{i}.ffn_up", n_ff, n_embd, 1.5)
-        weights.matrix(f"blk.{i}.ffn_down", n_embd, n_ff, 1.5)
+        weights.feed_forward(f"blk.{i}", n_embd)
     _write(writer)
     return path
 
@@ -287,6 +255,39 @@ class _Weights:
     def norm(self, name: str, n_embd: int) -> None:
         self._writer.add_tensor(f"{name}.weight", np.ones(n_embd, np.float32))
 
+    def attention(self, layer: str, n_embd: int, n_kv: int) -> None:
+        self.matrix(f"{layer}.attn_q", n_embd, n_embd, 1.7)
+        self.matrix(f"{layer}.attn_k", n_kv, n_embd, 1.7)
+        self.matrix(f"{layer}.attn_v", n_kv, n_embd, 1.5)
+        self.matrix(f"{layer}.attn_output", n_embd, n_embd, 1.5)
+
+    def feed_forward(self, layer: str, n_embd: int) -> None:
+        n_ff = FF * n_embd
+        self.matrix(f"{layer}.ffn_gate", n_ff, n_embd, 1.5)
+        self.matrix(f"{layer}.ffn_up", n_ff, n_embd, 1.5)
+        self.matrix(f"{layer}.ffn_down", n_embd, n_ff, 1.5)
+
+
+def _small_writer(
+    path: Path, architecture: str, n_ctx: int, n_layer: int, n_embd: int, n_head: int
+) -> gguf.GGUFWriter:
+    """A model's file with the vocabulary of write_tiny_spm, and what all architectures say."""
+    tokens, scores, types = spm_vocabulary()
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_vocab_size(len(tokens))
+    writer.add_context_length(n_ctx)
+    writer.add_block_count(n_layer)
+    writer.add_embedding_length(n_embd)
+    writer.add_feed_forward_length(FF * n_embd)
+    writer.add_head_count(n_head)
+    return writer
+
 
 def _write_llama(
     writer: gguf.GGUFWriter,
@@ -298,12 +299,12 @@ def _write_llama(
     n_ctx: int,
     seed: int,
 ) -> None:
-    n_vocab, n_ff, n_embd_head = len(types), 2 * n_embd, n_embd // n_head
+    n_vocab, n_embd_head = len(types), n_embd // n_head
     writer.add_name("Tiny Llama of random weights")
     writer.add_context_length(n_ctx)
     writer.add_block_count(n_layer)
     writer.add_embedding_length(n_embd)
-    writer.add_feed_forward_length(n_ff)
+    writer.add_feed_forward_length(FF * n_embd)
     writer.add_head_count(n_head)
     writer.add_head_count_kv(n_head_kv)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -322,14 +323,9 @@ def _write_llama(
     writer.add_tensor("output.weight", output)
     for i in range(n_layer):
         weights.norm(f"blk.{i}.attn_norm", n_embd)
-        weights.matrix(f"blk.{i}.attn_q", n_embd, n_embd, 1.7)
-        weights.matrix(f"blk.{i}.attn_k", n_head_kv * n_embd_head, n_embd, 1.7)
-        weights.matrix(f"blk.{i}.attn_v", n_head_kv * n_embd_head, n_embd, 1.5)
-        weights.matrix(f"blk.{i}.attn_output", n_embd, n_embd, 1.5)
+        weights.attention(f"blk.{i}", n_embd, n_head_kv * n_embd_head)
         weights.norm(f"blk.{i}.ffn_norm", n_embd)
-        weights.matrix(f"blk.{i}.ffn_gate", n_ff, n_embd, 1.5)
-        weights.matrix(f"blk.{i}.ffn_up", n_ff, n_embd, 1.5)
-        weights.matrix(f"blk.{i}.ffn_down", n_embd, n_ff, 1.5)
+        weights.feed_forward(f"blk.{i}", n_embd)
     _write(writer)
 
 

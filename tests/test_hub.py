@@ -23,6 +23,7 @@ from model_source import ModelSource
 from settings import ServerSettings, TierSettings
 from tests.hub_imitation import HubImitation, Repo, hub_imitation
 from tests.test_model_manager import run, until
+from tier import Tier
 
 REPO = "owner/small-GGUF"
 MODEL = HubModel(REPO, "Q4_K_M")
@@ -482,6 +483,18 @@ def asking_for(far: HubImitation, near: Hub) -> dict[str, Any]:
     return {"server": server, "light": TierSettings(model_path=f"hf:{REPO}")}
 
 
+def held_back_in_the_middle(far: HubImitation) -> threading.Event:
+    """The hub breaks off after half of the file, and tells the rest when this is set."""
+    go_on = threading.Event()
+    far.cut_after = [1_048_576]
+    far.on_content = lambda: None if far.cut_after else go_on.wait(10) and None
+    return go_on
+
+
+def is_in_the_middle(tier: Tier, far: HubImitation) -> bool:
+    return tier.life.progress == 0.5 and len(far.contents()) == 2
+
+
 async def leave(request: "asyncio.Task[None]") -> None:
     request.cancel()
     await asyncio.wait([request])
@@ -490,14 +503,12 @@ async def leave(request: "asyncio.Task[None]") -> None:
 def test_a_download_that_everybody_left_goes_on_with_the_next_request(
     far: HubImitation, near: Hub
 ) -> None:
-    go_on = threading.Event()
-    far.cut_after = [1_048_576]
-    far.on_content = lambda: None if far.cut_after else go_on.wait(10) and None
+    go_on = held_back_in_the_middle(far)
 
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         request = asyncio.create_task(tier.fetched())
-        await until(lambda: tier.life.progress == 0.5 and len(far.contents()) == 2)
+        await until(lambda: is_in_the_middle(tier, far))
         assert tier.state == "downloading"
         await leave(request)
         go_on.set()
@@ -512,14 +523,12 @@ def test_a_download_that_everybody_left_goes_on_with_the_next_request(
 def test_a_load_that_everybody_left_while_it_downloads_has_not_failed(
     far: HubImitation, near: Hub
 ) -> None:
-    go_on = threading.Event()
-    far.cut_after = [1_048_576]
-    far.on_content = lambda: None if far.cut_after else go_on.wait(10) and None
+    go_on = held_back_in_the_middle(far)
 
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         loading = asyncio.create_task(tier.load())
-        await until(lambda: tier.life.progress == 0.5 and len(far.contents()) == 2)
+        await until(lambda: is_in_the_middle(tier, far))
         await leave(loading)
         go_on.set()
         await until(lambda: tier.state == "stopped")

@@ -77,10 +77,11 @@ class LlamaDecoder:
             raise ModelLoadFailed(f"{name_of(spec)} is an encoder; it cannot generate text.")
         # behind a sliding window llama.cpp uses cells again, and does not tell; parts of a
         # recurrent memory it takes for cells: answers would be wrong
+        n_swa: int = lib.llama_model_n_swa(self._model)
         is_cells = not (
             lib.llama_model_is_recurrent(self._model)
             or lib.llama_model_is_hybrid(self._model)
-            or lib.llama_model_n_swa(self._model) > 0
+            or n_swa > 0
         )
         block = BLOCK if is_flash else _plain_block(self._model)
         self._threads = ContextThreads(self._context, spec.n_threads)
@@ -102,9 +103,8 @@ class LlamaDecoder:
         self.n_batch: int = lib.llama_n_batch(self._context)
         # slots of DeepSeek V4 can only be copied whole, and in a step of their own
         self.can_mark = not is_cells and _architecture(self._model) != b"deepseek4"
-        n_windows = lib.llama_model_n_swa(self._model) * (spec.n_parallel + 1) + self.n_batch
-        has_windows = lib.llama_model_n_swa(self._model) > 0
-        self.shares_cells = not has_windows or n_windows <= self.n_cells
+        n_windows = n_swa * (spec.n_parallel + 1) + self.n_batch
+        self.shares_cells = n_swa == 0 or n_windows <= self.n_cells
         tokenizer = LlamaTokenizer(self._model)
         self.tokenizer: Tokenizer = tokenizer
         self._samplers = Samplers(self._model, tokenizer, self.n_cells)
