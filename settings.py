@@ -147,7 +147,16 @@ class TierSettings(BaseSettings):
     max_tokens: int | None = Field(None, ge=1)  # None: to the end of the context
 
     tool_format: Literal[
-        "auto", "hermes", "llama3", "mistral", "mistral-v11", "harmony", "generic"
+        "auto",
+        "hermes",
+        "qwen3-coder",
+        "glm",
+        "gemma4",
+        "llama3",
+        "mistral",
+        "mistral-v11",
+        "harmony",
+        "generic",
     ] = "auto"  # how the model calls tools; auto: by its template
 
     queue_size: int = Field(64, ge=1)  # requests that may wait

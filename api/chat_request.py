@@ -14,7 +14,8 @@ from api.sampling import (
     TopLogprobs,
     schema_part,
 )
-from chat.format import NO_TOOLS, Tool, ToolChoice
+from chat.format import NO_TOOLS, ToolChoice
+from chat.tools.base import Tool
 from errors import BadRequest, UnsupportedParameter
 
 MAX_TOOLS = 128  # OpenAI's limit

@@ -10,7 +10,7 @@ from chat.events import Splitter
 from chat.splitter import ReasoningTags
 from chat.template import ChatTemplate, normalised, with_names
 from chat.tools import BY_NAME, FAMILIES
-from chat.tools.base import Function
+from chat.tools.base import Tool
 from engine.model_file import ModelFile
 from engine.wire import Grammar, GrammarPart, Segment, Thinking
 from errors import BadRequest, UnsupportedParameter
@@ -20,18 +20,6 @@ SWITCHES = ("enable_thinking", "thinking")
 BUDGETS = {"none": 0, "minimal": 256, "low": 1024, "medium": 8192}  # where it knows no effort
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 COMMON_EFFORTS = ("low", "medium", "high")  # of templates that write whatever they are told
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function as templates take it, and the rule of its arguments."""
-
-    definition: Mapping[str, Any]
-    arguments: GrammarPart
-
-    @property
-    def name(self) -> str:
-        return str(self.definition["function"]["name"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +102,10 @@ class ChatFormat:
         )
         continued = messages[-1]["content"] if continues else None
         tags, is_open = self._thoughts(segments, continued)
-        parts = ([answer] if answer else []) + [tool.arguments for tool in callable_]
-        functions = [
-            Function(tool.name, f"@p{n}") for n, tool in enumerate(callable_, answer is not None)
-        ]
+        parts = [answer] if answer else []
+        functions = [self._family.function(tool, parts) for tool in callable_]
         grammar = None
-        if parts:
+        if parts or functions:
             frame = self._family.frame(
                 functions,
                 answer="@p0" if answer else None,

@@ -32,7 +32,7 @@ JSON_STYLE = {
 _ANYTHING = r"(.|\n)*"
 _SPACES = "[ \\n]{0,4}"
 _MARK = re.compile(
-    "«(?:(?:unlike (?P<unlike>[^»]+?) ?)?(?:until (?P<until>[^»]+))?"
+    "«(?:(?:unlike (?P<unlike>[^»]+?) ?)?(?:(?P<inside>inside )?until (?P<until>[^»]+))?"
     "|(?P<spaced>spaced )?(?P<text>[^»]+))»"
 )
 # what of GBNF holds characters, and comments, which hold none; one character; those of one letter
@@ -102,11 +102,11 @@ class Compiler:
         return known.copy()
 
     def _new(self, grammar: Grammar) -> GrammarState:
-        size = sum(len(part.text.encode()) for part in grammar.parts)
+        size = sum(len(text.encode()) for text in (grammar.frame, *(p.text for p in grammar.parts)))
         if size > MAX_GRAMMAR_BYTES:
             raise BadRequest(
                 f"Grammars and schemas may have {MAX_GRAMMAR_BYTES:,} bytes in all.",
-                param=grammar.parts[0].param,
+                param=grammar.param,
             )
         sources = [_source(part) for part in grammar.parts]
         named = [{"name": f"p{n}", **source} for n, source in enumerate(sources)]
@@ -117,8 +117,8 @@ class Compiler:
                 if (alone := self._matcher([source])).is_error():
                     raise BadRequest(_explain(alone.get_error(), part), param=part.param)
             reason = _first_line(matcher.get_error())
-            raise BadRequest(f"The grammar cannot be used: {reason}", param=grammar.parts[0].param)
-        state = GrammarState(matcher, self._tokenizer.n_vocab, grammar.parts[0].param)
+            raise BadRequest(f"The grammar cannot be used: {reason}", param=grammar.param)
+        state = GrammarState(matcher, self._tokenizer.n_vocab, grammar.param)
         state.copy().apply(np.zeros(self._tokenizer.n_vocab, np.float32))  # it must begin
         return state
 
@@ -150,6 +150,12 @@ class Compiler:
                 return literal(mark["text"], bool(mark["spaced"]))
             until, n = mark["until"], len(rules)
             but = but_spelt
+            if mark["inside"]:
+                but = (
+                    ""
+                    if tokens[until] is None
+                    else f" & ~/{_ANYTHING}{_escaped(until)}{_ANYTHING}/"
+                )
             if mark["unlike"]:
                 but += f" & ~/({mark['unlike']}){_ANYTHING}/"
             if until and tokens[until] is None:

@@ -93,11 +93,17 @@ class Grammar(msgspec.Struct, frozen=True):
     one, `«spaced x»` for the same behind spaces or none. `«»` stands for any text, `«until x»` for
     any that ends with the first x, and `«unlike P»` and `«unlike P until x»` for such whose
     beginning does not fit the regular expression P. None of these texts has a control token in it,
-    nor one of the frame's spelt in letters.
+    nor one of the frame's spelt in letters, but for those of `«inside until x»`: only x may not be
+    spelt in them.
     """
 
     parts: tuple[GrammarPart, ...]
     frame: str = "start: @p0"
+
+    @property
+    def param(self) -> str:
+        """The client's field, for faults that are not of one part. Only tools are without any."""
+        return self.parts[0].param if self.parts else "tools"
 
 
 class Thinking(msgspec.Struct, frozen=True):

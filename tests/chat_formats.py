@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from chat.format import ChatFormat, Prompt, Tool, ToolChoice
+from chat.format import ChatFormat, Prompt, ToolChoice
+from chat.tools.base import Tool
 from engine.model_file import ModelFile
 from engine.wire import GrammarPart
 
@@ -21,6 +22,12 @@ MISTRAL_TOKENS = (
 CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
     "qwen2_5": (*CHATML_TOKENS, "<tool_call>", "</tool_call>"),
     "qwen3": (*CHATML_TOKENS, "<tool_call>", "</tool_call>", "<think>", "</think>"),
+    "qwen3_coder": (*CHATML_TOKENS, "<tool_call>", "</tool_call>", "<think>", "</think>"),
+    "glm": (
+        "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
+        "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
+        "<think>", "</think>",
+    ),
     "llama3_1": (
         "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>",
     ),
@@ -32,6 +39,10 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
     "gpt_oss": (
         "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>",
         "<|return|>",
+    ),
+    "gemma4": (
+        "<bos>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|tool>",
+        "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
     ),
     "smollm2": CHATML_TOKENS,
     "deepseek_r1": ("<s>", "</s>", "<|User|>", "<|Assistant|>", "<think>", "</think>"),
@@ -68,7 +79,9 @@ def chat_format(template: str, tool_format: str = "auto") -> ChatFormat:
     return ChatFormat(model, tool_format)
 
 
-def tool(name: str, *required: str, schema: Mapping[str, Any] | None = None) -> Tool:
+def tool(
+    name: str, *required: str, schema: Mapping[str, Any] | None = None, is_strict: bool = False
+) -> Tool:
     """A function whose arguments are texts, or as the schema says."""
     schema = schema or {
         "type": "object",
@@ -77,7 +90,7 @@ def tool(name: str, *required: str, schema: Mapping[str, Any] | None = None) -> 
         "additionalProperties": False,
     }
     function = {"name": name, "description": f"What {name} does", "parameters": schema}
-    part = GrammarPart("json_schema", json.dumps(schema), "tools", is_lenient=True)
+    part = GrammarPart("json_schema", json.dumps(schema), "tools", is_lenient=not is_strict)
     return Tool({"type": "function", "function": function}, part)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import jsonschema
@@ -91,6 +92,19 @@ def test_a_forced_call_is_valid(client: openai.OpenAI, choice: object, seed: int
     if isinstance(choice, dict):
         assert call.function.name == "get_überblick"
     jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
+
+
+@pytest.mark.parametrize("tool_format", ["qwen3-coder", "glm", "gemma4"])
+def test_a_call_in_another_form_is_valid(smollm2: Path, tool_format: str) -> None:
+    tier = TierSettings(
+        model_path=str(smollm2), n_ctx=2048, kv_tokens=4096, tool_format=tool_format
+    )
+    with (
+        serving(settings(light=tier), launch=launch_process) as service,
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        for choice in ("required", {"type": "function", "function": {"name": "get_überblick"}}):
+            test_a_forced_call_is_valid(client, choice, seed=1)
 
 
 @pytest.mark.parametrize("seed", range(2))

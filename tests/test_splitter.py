@@ -1,5 +1,6 @@
 """From the raw text of an answer to what it consists of, however it comes cut into pieces."""
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,10 +13,18 @@ from chat.events import Call, Message, Splitter
 from chat.splitter import InlineReasoning, JsonSpan, PlainText, ReasoningSplitter, ReasoningTags
 from chat.tools import BY_NAME
 from chat.tools.base import CallReader, Function
+from chat.tools.parameters import Parameters
+from engine.wire import GrammarPart
 
 Make = Callable[[], Splitter]
 THINK = ReasoningTags("<think>", "</think>")
-FUNCTIONS = [Function("get_weather", "@p0"), Function("f", "@p1")]
+SCHEMA = {"properties": {"a": {"type": "string"}, "n": {"type": ["integer", "null"]},
+                         "list": {"type": "array"}, "any": {}}}  # fmt: skip
+PARAMETERS = Parameters(GrammarPart("json_schema", json.dumps(SCHEMA), "tools", True)).listed
+FUNCTIONS = [
+    Function("get_weather", "@p0"),
+    Function("f", "@p1", {parameter.name: parameter for parameter in PARAMETERS}),
+]
 
 
 def of_family(name: str, *, only_first: bool = False) -> Make:
@@ -31,6 +40,7 @@ def inline(make: Make) -> Make:
 
 
 HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
+CODER, GLM, GEMMA = map(of_family, ["qwen3-coder", "glm", "gemma4"])
 
 
 def said(text: str = "", *calls: tuple[str, str], reasoning: str = "") -> Message:
@@ -134,6 +144,103 @@ HERMES_ROWS = [
         f'<tool_call>{{"x": 1}}</tool_call>\n{hermes_call("f", "{}")}',
         said('<tool_call>{"x": 1}</tool_call>', ("f", "{}")),
     ),
+]  # fmt: skip
+
+
+def coder_call(name: str, *arguments: tuple[str, str]) -> str:
+    texts = (f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments)
+    return f"<tool_call>\n<function={name}>\n{''.join(texts)}</function>\n</tool_call>"
+
+
+def glm_call(name: str, *arguments: tuple[str, str], space: str = "\n") -> str:
+    texts = (
+        f"<arg_key>{key}</arg_key>{space}<arg_value>{value}</arg_value>{space}"
+        for key, value in arguments
+    )
+    return f"<tool_call>{name}{space}{''.join(texts)}</tool_call>"
+
+
+# what is written of an argument, and its JSON
+WRITTEN = [
+    ("a", "Paris", '"Paris"'),
+    ("a", "", '""'),
+    ("a", "\n  two\n\nlines \n", r'"\n  two\n\nlines \n"'),
+    ("a", '"quoted" \\ {} é 🎉', r'"\"quoted\" \\ {} é 🎉"'),
+    ("a", "a < b, </, </tool_call>, <tool_call>", '"a < b, </, </tool_call>, <tool_call>"'),
+    ("a", "5", '"5"'),
+    ("a", "null", '"null"'),
+    ("n", "5", "5"),
+    ("n", "null", "null"),
+    ("list", '[1, {"a": "</arg_value>"}]', '[1, {"a": "</arg_value>"}]'),
+    ("any", "true", "true"),
+    ("any", "-1.5e3", "-1.5e3"),
+    ("any", ' {"a": [1]}', '{"a": [1]}'),
+    ("any", '"a"', r'"\"a\""'),
+    ("any", "NaN", '"NaN"'),
+    ("any", "nothing much", '"nothing much"'),
+    ("other", "7", "7"),
+    ("other", "text", '"text"'),
+]
+TWO = '{"a": "x", "n": 5}'
+
+
+def tagged_rows(call: Callable[..., str]) -> list[tuple[str, Message]]:
+    return [
+        *(
+            (call("f", (key, value)), said("", ("f", f'{{"{key}": {argument}}}')))
+            for key, value, argument in WRITTEN
+        ),
+        (call("f"), said("", ("f", "{}"))),
+        (call("f", ("a", "x"), ("n", "5")), said("", ("f", TWO))),
+        (f"Let me look.\n\n{call('f')}\n", said("Let me look.", ("f", "{}"))),
+        (f"{call('f')}\n{call('g', ('a', '1'))}", said("", ("f", "{}"), ("g", '{"a": 1}'))),
+        (f"{call('f')} Hello", said("Hello", ("f", "{}"))),
+        (f"A <tool_call> is {call('f')}", said("A <tool_call> is", ("f", "{}"))),
+        ("a <tool_call>", said("a <tool_call>")),
+        ('<tool_call>\n{"name": "f"}', said('<tool_call>\n{"name": "f"}')),
+    ]
+
+
+CODER_ROWS = [
+    *tagged_rows(coder_call),
+    ("<tool_call>\n<function=f>\n</function>", said("", ("f", "{}"))),
+    ("<tool_call>\n<function=f>\n</function> Hi", said("Hi", ("f", "{}"))),
+    ("<tool_call>\n<function=f>\nHi", said("Hi", ("f", "{}"))),
+    ("<tool_call>\n<funct", said("<tool_call>\n<funct")),
+    ("<tool_call>\n<function=>", said("<tool_call>\n<function=>")),
+]
+GLM_ROWS = [
+    *tagged_rows(glm_call),
+    (glm_call("f", ("a", "x"), ("n", "5"), space=""), said("", ("f", TWO))),
+    ("<tool_call>f\nHi", said("<tool_call>f\nHi")),
+    ("<tool_call>f<b>", said("<tool_call>f<b>")),
+]
+
+
+def gemma_call(name: str, arguments: str) -> str:
+    return f"<|tool_call>call:{name}{arguments}<tool_call|>"
+
+
+GEMMA_ROWS = [
+    *(
+        (gemma_call("f", notation), said("", ("f", arguments)))
+        for notation, arguments in [
+            ("{}", "{}"),
+            ('{a:<|"|>x<|"|>,n:5}', TWO),
+            ('{a:<|"|><|"|>}', '{"a": ""}'),
+            ('{a:<|"|>{"}, [\n: \\ <||> é<|"|>}', r'{"a": "{\"}, [\n: \\ <||> é"}'),
+            ("{a:true,b:null,c:None,d:-1.5e3}", '{"a": true, "b": null, "c": null, "d": -1.5e3}'),
+            ('{a:[1,[],{}],b:{c:<|"|>x<|"|>}}', '{"a": [1, [], {}], "b": {"c": "x"}}'),
+            ('{<|"|>a b<|"|>:1}', '{"a b": 1}'),
+        ]
+    ),
+    (f"Look. {gemma_call('f', '{}')}\n", said("Look.", ("f", "{}"))),
+    (gemma_call("f", "{}") + gemma_call("g", "{n:1}"), said("", ("f", "{}"), ("g", '{"n": 1}'))),
+    (f"{gemma_call('f', '{}')} Hello", said("Hello", ("f", "{}"))),
+    ("<|tool_call>call:f{}", said("", ("f", "{}"))),
+    ("<|tool_call>call:f{} Hello", said("Hello", ("f", "{}"))),
+    *((text, said(text)) for text in ["<|tool_call>", "a <|tool_call>cal", "<|tool_call>call: x",
+                                      "<|tool_call>calls:f{}", "<|tool_call>call:{}"]),
 ]  # fmt: skip
 
 NESTED = '{"a": {"b": "}\\""}}'
@@ -361,6 +468,9 @@ ONLY_FIRST_ROWS = [
         *rows(of_family("hermes", only_first=True), *ONLY_FIRST_ROWS),
         *rows(MISTRAL, *MISTRAL_ROWS, *MISTRAL_V11_ROWS),  # one splitter takes both forms
         *rows(LLAMA3, *LLAMA3_ROWS),
+        *rows(CODER, *CODER_ROWS),
+        *rows(GLM, *GLM_ROWS),
+        *rows(GEMMA, *GEMMA_ROWS),
         *rows(HARMONY, *HARMONY_ROWS),
         *rows(thinking(), *THINK_ROWS),
         *rows(thinking(is_open=True), *OPEN_THINK_ROWS),
@@ -408,7 +518,10 @@ def test_arguments_come_piece_by_piece_behind_the_name() -> None:
 
 
 def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
-    for make, opener in ((HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]")):
+    for make, opener in (
+        (HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]"), (CODER, "<tool_call>"),
+        (GLM, "<tool_call>"), (GEMMA, "<|tool_call>"),
+    ):  # fmt: skip
         splitter = make()
         text = f"The tag {opener} is a word,"
         assert Message.of(splitter.feed(text)).text == text
@@ -439,6 +552,7 @@ BEFORE_CALLS = {  # with the call that follows
     "thoughts": (thinking(HERMES, is_open=True), f"Hm.</think>{hermes_call('f', NESTED)}"),
     "mistral": (MISTRAL, f'Look. [TOOL_CALLS] [{{"name": "f", "arguments": {NESTED}}}]'),
     "mistral-v11": (MISTRAL, f"Look. [TOOL_CALLS]f[ARGS]{NESTED}"),
+    "gemma4": (GEMMA, 'Look. <|tool_call>call:f{a:{b:<|"|>}"<|"|>}}<tool_call|>'),
     "llama3": (LLAMA3, f'\n<|python_tag|>{{"name": "f", "parameters": {NESTED}}}'),
     "harmony": (
         HARMONY,
@@ -550,8 +664,15 @@ PIECES = {
     "harmony": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|constrain|>",
                 "assistant", "analysis", "final", "commentary", " to=functions.f", "{", "}", '"',
                 "<|", " to"],
+    "qwen3-coder": ["<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=a>\n",
+                    "<parameter=n>\n", "\n</parameter>\n", "</", "<fun", "5", '"', "f", "[", "]"],
+    "glm": ["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
+            "a", "n", "f", "<", "5", '"', "[", "]"],
+    "gemma4": ["<|tool_call>", "<tool_call|>", "call:f{", "call:", '<|"|>', "{", "}", "[", "]", ":",
+               ",", "f", "5", '"', "<|"],
 }  # fmt: skip
-MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY}
+MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY,
+         "qwen3-coder": CODER, "glm": GLM, "gemma4": GEMMA}  # fmt: skip
 MAKES |= {f"{name} in thoughts": thinking(make, is_open=True) for name, make in MAKES.items()}
 MAKES |= {f"{name} inline": inline(thinking(make)) for name, make in MAKES.items()}
 
@@ -578,6 +699,12 @@ WHOLES = {
     "llama3": ["<|python_tag|>", "<|", '{"name": "f", "parameters": {}}', '{"name": "g"}'],
     "harmony": ["<|end|>", "<|message|>", ANALYSIS, FINAL, NEXT, "<|call|>",
                 f"{COMMENTARY} to=functions.f<|message|>{{}}"],
+    "qwen3-coder": ["<tool_call>", "</tool_call>", "<tool_", "<function=", coder_call("f"),
+                    coder_call("f", ("a", "x"))],
+    "glm": ["<tool_call>", "</tool_call>", "<tool_", "<arg_value>", glm_call("f"),
+            glm_call("f", ("a", "x"))],
+    "gemma4": ["<|tool_call>", "<tool_call|>", "<|tool_", "call:", gemma_call("f", "{}"),
+               gemma_call("f", "{n:1}")],
 }  # fmt: skip
 
 

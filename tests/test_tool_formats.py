@@ -31,6 +31,7 @@ from tests.chat_formats import (
 
 ANSWER = GrammarPart("json_schema", '{"type": "object"}', "response_format")
 THINKING = ("qwen3", "gpt_oss", "deepseek_r1")
+ALSO_THINKING = ("qwen3_coder", "glm", "gemma4")
 
 
 # which family a template is of
@@ -45,6 +46,9 @@ def family_of(source: str) -> str:
     [
         ("qwen2_5", "hermes"),
         ("qwen3", "hermes"),
+        ("qwen3_coder", "qwen3-coder"),
+        ("glm", "glm"),
+        ("gemma4", "gemma4"),
         ("llama3_1", "llama3"),
         ("mistral_v3", "mistral"),
         ("mistral_v11", "mistral-v11"),
@@ -61,8 +65,7 @@ def test_a_family_is_known_by_its_template(template: str, family: str) -> None:
     "source",
     [
         "",
-        "{{ '<tool_call>\n<function=' + name + '>\n<parameter=' }}",
-        "{{ '<tool_call>' + name + '\n<arg_key>' }}",
+        "{{ '<seed:tool_call>\n<function=' + name + '>\n<parameter=' }}",
         "{{ ns_token ~ '<tool_call>' }}{{ '<invoke name=\"' + name + '\">' }}",
         "{{ 'use <tool_call></tool_call>: <tool_calls>[{\"name\": ' }}",
         "{{ '<function=' + name + '>' }}{{ '<|python_tag|>' }}",
@@ -78,7 +81,10 @@ def test_a_family_may_be_chosen_by_name() -> None:
         raw = {"llama3": '{"name": "get_time", "parameters": {}}',
                "harmony": "<|channel|>commentary to=functions.get_time<|message|>{}",
                "mistral": '[TOOL_CALLS] [{"name": "get_time", "arguments": {}}]',
-               "mistral-v11": "[TOOL_CALLS]get_time[ARGS]{}"}  # fmt: skip
+               "mistral-v11": "[TOOL_CALLS]get_time[ARGS]{}",
+               "qwen3-coder": "<tool_call>\n<function=get_time>\n</function>\n</tool_call>",
+               "glm": "<tool_call>get_time</tool_call>",
+               "gemma4": "<|tool_call>call:get_time{}<tool_call|>"}  # fmt: skip
         hermes = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
         splitter = prompt(chat_format("smollm2", name), ONE_CALL, TOOLS).splitter()
         message = Message.of([*splitter.feed(raw.get(name, hermes)), *splitter.finish()])
@@ -95,6 +101,8 @@ def test_a_family_may_be_chosen_by_name() -> None:
         ("{# </thinking> #}", ("<thinking>", "</thinking>")),
         ("{# <|END_THINKING|> #}", ("<|START_THINKING|>", "<|END_THINKING|>")),
         ("{# </seed:think> #}", ("<seed:think>", "</seed:think>")),
+        ("{# <|tool_call>call: <channel|> #}", ("<|channel>", "<channel|>")),
+        ("{# <|tool_call>call: #}", None),
         ("{# <|channel|> <|message|> #}", ("<|channel|>analysis<|message|>", "<|end|>")),
     ],
 )
@@ -159,6 +167,10 @@ def test_instructions_are_a_system_turn_where_there_is_none() -> None:
     assert INSTRUCTIONS not in text(prompt("smollm2", ONE_CALL))
 
 
+def tagged(name: str, city: str) -> str:
+    return f"<function={name}>\n<parameter=city>\n{city}\n</parameter>\n</function>"
+
+
 # what comes behind the first question
 TURNS = {
     "qwen2_5": """<|im_end|>
@@ -204,6 +216,18 @@ Thanks<|eot_id|><|start_header_id|>assistant<|end_header_id|>
     "[TOOL_RESULTS]74196fe72[TOOL_CONTENT]rain[/TOOL_RESULTS]"
     "[TOOL_RESULTS]1b68f83fa[TOOL_CONTENT]noon[/TOOL_RESULTS]"
     "Rain at noon.</s>[INST]Thanks[/INST]",
+    "glm": "<|assistant|></think><tool_call>get_weather<arg_key>city</arg_key>"
+    "<arg_value>Paris</arg_value></tool_call><tool_call>get_time<arg_key>city</arg_key>"
+    "<arg_value>Rome</arg_value></tool_call><|observation|><tool_response>rain</tool_response>"
+    "<tool_response>noon</tool_response><|assistant|></think>Rain at noon.<|user|>Thanks"
+    "<|assistant|><think>",
+    "gemma4": "<turn|>\n<|turn>model\n"
+    '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
+    '<|tool_call>call:get_time{city:<|"|>Rome<|"|>}<tool_call|>'
+    '<|tool_response>response:get_weather{value:<|"|>rain<|"|>}<tool_response|>'
+    '<|tool_response>response:get_time{value:<|"|>noon<|"|>}<tool_response|>'
+    "Rain at noon.<turn|>\n<|turn>user\nThanks<turn|>\n<|turn>model\n"
+    "<|channel>thought\n<channel|>",
     "gpt_oss": "<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary json"
     '<|message|>{"city": "Paris"}<|call|>'
     '<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>"rain"<|end|>'
@@ -214,6 +238,13 @@ Thanks<|eot_id|><|start_header_id|>assistant<|end_header_id|>
     "<|start|>user<|message|>Thanks<|end|><|start|>assistant",
 }
 TURNS["qwen3"] = TURNS["qwen2_5"]
+TURNS["qwen3_coder"] = (
+    TURNS["qwen2_5"]
+    .replace(
+        '{"name": "get_weather", "arguments": {"city": "Paris"}}', tagged("get_weather", "Paris")
+    )
+    .replace('{"name": "get_time", "arguments": {"city": "Rome"}}', tagged("get_time", "Rome"))
+) + "<think>\n"
 
 
 @pytest.mark.parametrize("template", TURNS)
@@ -233,7 +264,10 @@ def test_whatever_a_conversation_holds_is_in_the_prompt(template: str) -> None:
                 assert message["content"] is None or message["content"] in shown
                 for call in message.get("tool_calls", ()):
                     assert call["function"]["name"] in shown
-                    assert call["function"]["arguments"] in shown
+                    arguments = call["function"]["arguments"]
+                    is_json = template not in ("qwen3_coder", "glm", "gemma4")
+                    for said in [arguments] if is_json else json.loads(arguments).values():
+                        assert said in shown
             assert ("What get_time does" in shown) == bool(tools)
 
 
@@ -477,7 +511,8 @@ def test_all_tools_are_shown_and_those_that_are_chosen_may_be_called() -> None:
         made = prompt(name, ONE_CALL, TOOLS, choice=choice)
         assert "What get_weather does" in text(made)
         assert made.grammar
-        assert made.grammar.parts == (TIME.arguments,)
+        is_json = name not in ("qwen3_coder", "glm", "gemma4")
+        assert made.grammar.parts == ((TIME.arguments,) if is_json else ())
         assert "get_weather" not in made.grammar.frame
 
 
@@ -537,6 +572,11 @@ def test_an_answer_in_json_may_be_mistaken_for_a_call_of_llama(template: str) ->
         ("deepseek_r1", {"effort": "none"}, "<think>\n", True, 0),
         ("deepseek_r1", {"budget": 0}, "<think>\n", True, 0),
         ("deepseek_r1", {"effort": "low"}, "<think>\n", True, 1024),
+        ("qwen3_coder", {}, "<think>\n", True, None),
+        ("qwen3_coder", {"effort": "low"}, "<think>\n", True, 1024),
+        ("glm", {}, "<think>", True, None),
+        ("gemma4", {"effort": "low"}, "<|turn>model\n", False, 1024),
+        ("gemma4", {"extra": {"enable_thinking": True}}, "<|turn>model\n", False, None),
         ("gpt_oss", {}, "assistant", False, None),
         ("gpt_oss", {"effort": "high"}, "assistant", False, None),
         ("gpt_oss", {"effort": "none"}, "assistant", False, 0),
@@ -575,7 +615,7 @@ def test_an_effort_is_told_to_a_template_that_knows_efforts(effort: str | None, 
     assert f"Reasoning: {told}\n" in text(prompt("gpt_oss", user("Hi"), effort=effort))
 
 
-@pytest.mark.parametrize("template", set(NAMES) - set(THINKING))
+@pytest.mark.parametrize("template", sorted({*NAMES} - {*THINKING, *ALSO_THINKING}))
 def test_a_model_that_does_not_think_has_no_effort(template: str) -> None:
     assert prompt(template, user("Hi"), effort="none", budget=0).thinking is None
     for fields, param in (

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from chat.events import Call, Message
-from chat.format import Prompt, Tool
+from chat.format import Prompt
+from chat.tools.base import Tool
 from engine.grammar import Compiler, GrammarState
 from engine.thinking import Thoughts
 from engine.wire import GrammarPart
+from errors import UnsupportedParameter
 from tests.byte_tokenizer import END, ByteTokenizer, sampled
 from tests.chat_formats import (
     CONTROL_TOKENS,
@@ -31,6 +33,11 @@ ANSWER_SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "re
                  "additionalProperties": False}  # fmt: skip
 ANSWER = GrammarPart("json_schema", json.dumps(ANSWER_SCHEMA), "response_format")
 REQUIRED = choose(TOOLS, is_required=True)
+TAGGED = {
+    "qwen3_coder": "<tool_call>\n<function=NAME>\nARGUMENTS</function>\n</tool_call>",
+    "glm": "<tool_call>NAME\nARGUMENTS</tool_call>",
+}
+OPEN_THOUGHTS = ("deepseek_r1", *TAGGED)
 HERMES = ("qwen2_5", "qwen3", "smollm2", "deepseek_r1")
 
 
@@ -43,7 +50,7 @@ class Model:
         self.has_tokens = has_tokens
         self.tokenizer = ByteTokenizer(*(CONTROL_TOKENS[template] if has_tokens else ()))
         self.compiler = Compiler(self.tokenizer)
-        self.thinks = template in ("qwen3", "gpt_oss", "deepseek_r1")
+        self.thinks = template in (*OPEN_THOUGHTS, "qwen3", "gpt_oss", "gemma4")
         self.is_parallel = template not in ("llama3_1", "gpt_oss")  # several calls in a turn
 
     def __repr__(self) -> str:
@@ -58,6 +65,18 @@ class Model:
                 f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
                 for name, arguments in calls
             )
+        if self.template in TAGGED:
+            return "\n".join(
+                TAGGED[self.template]
+                .replace("NAME", name)
+                .replace("ARGUMENTS", self._tagged(arguments))
+                for name, arguments in calls
+            )
+        if self.template == "gemma4":
+            return "".join(
+                f"<|tool_call>call:{name}{noted(json.loads(arguments))}<tool_call|>"
+                for name, arguments in calls
+            )
         if self.template == "mistral_v3":
             listed = (f'{{"name": "{call[0]}", "arguments": {call[1]}}}' for call in calls)
             return f"[TOOL_CALLS] [{', '.join(listed)}]"
@@ -69,6 +88,16 @@ class Model:
         to = f"<|channel|>commentary to=functions.{name}"
         return f"{to} <|constrain|>json<|message|>{arguments}"
 
+    def _tagged(self, arguments: str) -> str:
+        """Arguments one by one; what is no object, as one of a name that no function knows."""
+        values = json.loads(arguments)
+        values = values if isinstance(values, dict) else {"?": values}
+        form = "<parameter={}>\n{}\n</parameter>\n"
+        if self.template == "glm":
+            form = "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n"
+        texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
+        return "".join(form.format(name, text) for name, text in texts.items())
+
     def answer(self, text: str) -> str:
         return f"<|channel|>final<|message|>{text}" if self.template == "gpt_oss" else text
 
@@ -78,15 +107,30 @@ class Model:
         return f"{text}\n"
 
     def thoughts(self, text: str) -> str:
-        """And what leads on from them. R1's have begun in the prompt."""
+        """And what leads on from them. Some have begun in the prompt."""
         if self.template == "gpt_oss":
             return f"<|channel|>analysis<|message|>{text}<|end|><|start|>assistant"
-        opening = "" if self.template == "deepseek_r1" else "<think>\n"
+        if self.template == "gemma4":
+            return f"<|channel>thought\n{text}<channel|>"
+        opening = "" if self.template in OPEN_THOUGHTS else "<think>\n"
         return f"{opening}{text}\n</think>\n\n"
 
     def asked(self, tools: Sequence[Tool] = TOOLS, **fields: Any) -> "Turn":
         messages = fields.pop("messages", user("Hi"))
+        if self.template == "gemma4":  # which thinks if it is asked to
+            fields.setdefault("extra", {"enable_thinking": True})
         return Turn(self, prompt(self.template, messages, tools, **fields))
+
+
+def noted(value: Any) -> str:
+    """A value in Gemma's notation."""
+    if isinstance(value, str):
+        return f'<|"|>{value}<|"|>'
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{noted(value[key])}' for key in sorted(value))}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(noted, value))}]"
+    return json.dumps(value)
 
 
 class Turn:
@@ -106,17 +150,17 @@ class Turn:
 
     def says(self, said: str, thoughts: str | None = None) -> Message:
         """How it is read that the model says this, which it may."""
-        raw = self._raw(said, thoughts)
+        raw = self.raw(said, thoughts)
         assert self.stop([*self.model.ids(raw), END]) is None
         return self.split(raw)
 
     def may_begin(self, said: str, thoughts: str | None = None) -> bool:
-        return self.stop(self.model.ids(self._raw(said, thoughts))) is None
+        return self.stop(self.model.ids(self.raw(said, thoughts))) is None
 
     def may_say(self, said: str, thoughts: str | None = None) -> bool:
-        return self.stop([*self.model.ids(self._raw(said, thoughts)), END]) is None
+        return self.stop([*self.model.ids(self.raw(said, thoughts)), END]) is None
 
-    def _raw(self, said: str, thoughts: str | None) -> str:
+    def raw(self, said: str, thoughts: str | None = None) -> str:
         if thoughts is not None:
             return self.model.thoughts(thoughts) + said
         is_open = self.made.thinking and self.made.thinking.is_open
@@ -306,6 +350,8 @@ def test_no_call_of_what_is_no_function_or_with_wrong_arguments(
     raw = model.calls(call)
     if model.template == "llama3_1" and call[0] != "get_time" and not is_required:
         assert turn.says(raw) == Message(raw)  # some other JSON
+    elif model.template in TAGGED and call[1] == '{"city": 5}':  # a text has no quotes
+        assert turn.says(raw).calls == [Call("get_time", '{"city": "5"}')]
     else:
         assert not turn.may_begin(raw)
 
@@ -392,6 +438,156 @@ def test_a_control_token_is_not_spelt_in_letters(template: str, before: str, mar
     assert last not in allowed(state, model)
 
 
+# arguments that are written one by one, or in a notation
+
+FORECAST = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "unit": {"enum": ["celsius", "kelvin", ""]},
+        "note": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+        "places": {"type": "array", "items": {"$ref": "#/$defs/place"}, "maxItems": 2},
+        "more": {},
+    },
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+    "$defs": {"place": {"type": "object", "properties": {"name": {"type": "string"},
+                                                         "at": {"type": "number"}},
+                        "required": ["name"], "additionalProperties": False}},
+}  # fmt: skip
+NOT_JSON = pytest.mark.parametrize(
+    "model", [model for model in MODELS.values() if model.template in (*TAGGED, "gemma4")], ids=repr
+)
+
+
+@NOT_JSON
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"city": "Oslo", "unit": "kelvin"},
+        {"city": 'a "b" <c>\n\n</d> \\ {e}, é 世界 ', "unit": ""},
+        {"city": "5", "unit": "celsius", "note": None},
+        {"city": "null", "unit": "celsius", "note": "null and void"},
+        {"city": "", "unit": "celsius", "note": "", "days": 14},
+        {"city": "x", "unit": "celsius", "places": []},
+        {"city": "x", "unit": "celsius", "days": 3, "places": [{"name": "[}", "at": -1.5},
+                                                              {"name": ""}]},
+        {"city": "x", "unit": "celsius", "more": {"a": [True, None, 2, {"b": "c"}]}},
+        {"city": "x", "unit": "celsius", "more": [1, "a"]},
+        {"city": "x", "unit": "celsius", "more": "text"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments_of_all_types(model: Model, arguments: dict[str, Any]) -> None:
+    turn = model.asked([tool("forecast", schema=FORECAST)])
+    said = turn.says(model.calls(("forecast", json.dumps(arguments))))
+    (call,) = said.calls
+    assert json.loads(call.arguments) == arguments
+    assert not said.text
+
+
+@NOT_JSON
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"city": "x"},
+        {"unit": "celsius"},
+        {"city": "x", "unit": "rankine"},
+        {"city": "x", "unit": "celsius", "days": 15},
+        {"city": "x", "unit": "celsius", "days": "three"},
+        {"city": "x", "unit": "celsius", "places": [{"at": 1}]},
+        {"city": "x", "unit": "celsius", "places": [{"name": "a"}] * 3},
+        {"city": "x", "unit": "celsius", "other": 1},
+    ],
+    ids=str,
+)
+def test_no_arguments_but_those_of_the_schema(model: Model, arguments: dict[str, Any]) -> None:
+    turn = model.asked([tool("forecast", schema=FORECAST)])
+    assert not turn.may_begin(model.calls(("forecast", json.dumps(arguments))))
+
+
+@NOT_JSON
+def test_arguments_of_which_the_schema_says_nothing(model: Model) -> None:
+    turn = model.asked([tool("free", schema={"type": "object"})])
+    for arguments in ({}, {"a": 1, "b_2": "x"}, {"a": {"b": [None]}}):
+        (call,) = turn.says(model.calls(("free", json.dumps(arguments)))).calls
+        assert json.loads(call.arguments) == arguments
+
+
+@NOT_JSON
+def test_a_text_may_spell_what_calls_are_made_of(model: Model) -> None:
+    """A file about such calls can be written, if it is with letters."""
+    text = "A <tool_call> or <|tool_call> begins, </tool_call> or <tool_call|> ends."
+    arguments = json.dumps({"city": text})
+    turn = model.asked(choice=REQUIRED)
+    raw = turn.raw(model.calls(("get_time", arguments)))
+    begun, written, ended = raw.partition(text)
+    tokens = [*model.ids(begun), *written.encode(), *model.ids(ended), END]
+    if model.has_tokens:
+        assert turn.stop(tokens) is None
+    assert turn.split(raw).calls == [Call("get_time", arguments)]
+
+
+STRICT = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "maxLength": 2}, "b": {"type": ["string", "null"]},
+                   "c": {"type": ["string", "integer"]}},
+    "required": ["a", "b", "c"],
+    "additionalProperties": False,
+}  # fmt: skip
+
+
+@NOT_JSON
+def test_a_strict_schema_is_kept_to_the_letter(model: Model) -> None:
+    turn = model.asked([tool("f", schema=STRICT, is_strict=True)])
+    if model.template == "gemma4":
+        quoted = model.calls(("f", '{"a": "xy", "b": null, "c": "5"}'))
+        longer = quoted.replace("xy", "xyz")
+    else:  # what a text could not say exactly is JSON, quotes and all
+        quoted = model.calls(("f", r'{"a": "\"xy\"", "b": "null", "c": "\"5\""}'))
+        longer = quoted.replace("xy", "xyz")
+    assert turn.says(quoted).calls == [Call("f", '{"a": "xy", "b": null, "c": "5"}')]
+    assert not turn.may_begin(longer)
+
+
+@pytest.mark.parametrize(
+    ("template", "schema", "named"),
+    [
+        ("qwen3_coder", {"properties": {}, "minProperties": 1}, "minProperties"),
+        ("glm", {"properties": {"a": {}}, "anyOf": [{"required": ["a"]}]}, "anyOf"),
+        ("gemma4", {"properties": {"a": {"type": "string", "pattern": "x"}}}, "pattern"),
+        ("gemma4", {"properties": {"a": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
+        ("gemma4", {"properties": {"a": {"oneOf": [{"type": "string"}]}}}, "oneOf"),
+        ("gemma4", {"properties": {"a": {}}}, "any type"),
+    ],
+)
+def test_what_of_a_strict_schema_cannot_be_enforced_is_refused(
+    template: str, schema: dict[str, Any], named: str
+) -> None:
+    schema = {"type": "object", **schema}
+    with pytest.raises(UnsupportedParameter, match=named) as caught:
+        prompt(template, user("Hi"), [tool("f", schema=schema, is_strict=True)])
+    assert caught.value.param == "tools"
+    assert prompt(template, user("Hi"), [tool("f", schema=schema)])
+
+
+@NOT_JSON
+def test_schemas_in_circles(model: Model) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"tree": {"$ref": "#/$defs/tree"}},
+        "required": ["tree"],
+        "additionalProperties": False,
+        "$defs": {"tree": {"type": "object", "properties": {"leaf": {"type": "integer"},
+                           "left": {"$ref": "#/$defs/tree"}}, "additionalProperties": False}},
+    }  # fmt: skip
+    turn = model.asked([tool("f", schema=schema)])
+    arguments = '{"tree": {"left": {"left": {"leaf": 1}}}}'
+    assert turn.says(model.calls(("f", arguments))).calls == [Call("f", arguments)]
+    assert not turn.may_begin(model.calls(("f", arguments.replace("1", '"x"'))))
+
+
 # thoughts that must end
 
 
@@ -418,7 +614,8 @@ def test_what_follows_thoughts_that_are_cut_short(
             list(sampled(thoughts, model.ids(text), model.tokenizer.n_vocab))
         )
 
-    raw = say(model.thoughts("@").partition("@")[0].removesuffix("\n") + "u" * budget)
+    opening = model.thoughts("@").partition("@")[0].removesuffix("\n").removesuffix("thought")
+    raw = say(opening + "u" * budget)
     for token in ending:
         assert allowed(thoughts, model) == [token]
         thoughts.accept(token)

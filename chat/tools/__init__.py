@@ -1,17 +1,22 @@
 """The families of models by how they call tools. To add one: a file, and a row here."""
 
 from chat.tools.base import ToolFormat
+from chat.tools.gemma import Gemma
 from chat.tools.generic import Generic
 from chat.tools.harmony import Harmony
 from chat.tools.hermes import Hermes
 from chat.tools.llama3 import Llama3
 from chat.tools.mistral import Mistral, MistralV11
+from chat.tools.tagged import Glm, Qwen3Coder
 
 # the first that fits a template has it
 FAMILIES: tuple[ToolFormat, ...] = (
     Harmony(),
     MistralV11(),
     Mistral(),
+    Gemma(),
+    Qwen3Coder(),
+    Glm(),
     Hermes(),
     Llama3(),
     Generic(),

@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from chat.events import CallArguments, CallBegin, Event, Splitter, Text
 from chat.splitter import JsonSpan, PlainText, ReasoningSplitter, ReasoningTags, n_held
+from chat.tools.parameters import Parameter
+from engine.wire import GrammarPart
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -26,11 +28,25 @@ REASONING_TAGS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function as templates take it, and the schema of its arguments."""
+
+    definition: Mapping[str, Any]
+    arguments: GrammarPart
+
+    @property
+    def name(self) -> str:
+        return str(self.definition["function"]["name"])
+
+
+@dataclass(frozen=True, slots=True)
 class Function:
-    """A function that the model may call now, and the rule of its arguments in the grammar."""
+    """A function that the model may call now, and its arguments in the grammar, as Lark."""
 
     name: str
     arguments: str
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)  # that are written one by one
+    rules: Sequence[str] = ()  # that only these arguments need
 
 
 class ToolFormat(ABC):
@@ -46,6 +62,11 @@ class ToolFormat(ABC):
     @abstractmethod
     def fits(self, template: str) -> bool:
         """The template is of this family."""
+
+    def function(self, tool: Tool, parts: list[GrammarPart]) -> Function:
+        """A tool that may be called, its parts of the grammar added to those that there are.
+        Raises UnsupportedParameter."""
+        return Function(tool.name, added(parts, tool.arguments))
 
     @abstractmethod
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
@@ -121,6 +142,12 @@ class ToolFormat(ABC):
         return ReasoningSplitter(tags, splitter, is_open=is_open) if tags else splitter
 
 
+def added(parts: list[GrammarPart], part: GrammarPart) -> str:
+    """The rule of a part that is added to the others."""
+    parts.append(part)
+    return f"@p{len(parts) - 1}"
+
+
 def one_call_a_turn(messages: Messages) -> list[Mapping[str, Any]]:
     """For templates that take one call in a turn: of several each gets its own, with its result."""
     turns: list[Mapping[str, Any]] = []
@@ -145,6 +172,28 @@ def one_call_a_turn(messages: Messages) -> list[Mapping[str, Any]]:
     return turns
 
 
+def with_plain_arguments(messages: Messages) -> list[Mapping[str, Any]]:
+    """For templates that print each argument by itself, and those that are no texts as Python
+    does: past calls with these as JSON, and with an object where something else was sent."""
+    turns: list[Mapping[str, Any]] = []
+    for turn in messages:
+        if calls := turn.get("tool_calls"):
+            turn = {**turn, "tool_calls": [_with_plain_arguments(call) for call in calls]}
+        turns.append(turn)
+    return turns
+
+
+def _with_plain_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = call["function"].get("arguments", {})
+    if not isinstance(arguments, Mapping):
+        arguments = {"arguments": arguments}
+    plain = {
+        name: value if isinstance(value, str | list | dict) else json.dumps(value)
+        for name, value in arguments.items()
+    }
+    return {**call, "function": {**call["function"], "arguments": plain}}
+
+
 def literal(text: str) -> str:
     """A text in Lark."""
     return json.dumps(text, ensure_ascii=False)
@@ -153,6 +202,11 @@ def literal(text: str) -> str:
 def pattern(text: str) -> str:
     """A text in a regular expression of Lark."""
     return re.sub(r"\W", lambda char: f"\\x{{{ord(char[0]):x}}}", text)
+
+
+def begun(mark: str) -> str:
+    """A regular expression of all that the mark begins with, from nothing to itself."""
+    return "".join(f"({re.escape(char)}" for char in mark) + ")?" * len(mark)
 
 
 def named(functions: Sequence[Function], key: str) -> str:
@@ -233,6 +287,19 @@ def _as_json(arguments: Any) -> str:
             json.loads(text)
             return text
     return json.dumps(arguments, ensure_ascii=False)
+
+
+def may_go_on(text: str, mark: str) -> bool:
+    """More of it may come to begin with the mark, or it does."""
+    return text.startswith(mark) or mark.startswith(text)
+
+
+def after_close(text: str, close: str) -> str | None:
+    """What comes after a whole call, behind what closes it if it does; None while that is open."""
+    after = text.lstrip()
+    if after.startswith(close):
+        return after[len(close) :]
+    return None if close.startswith(after) else text
 
 
 class OpenedCalls(ABC):

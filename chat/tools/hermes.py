@@ -12,7 +12,15 @@ Let me look.
 from collections.abc import Sequence
 
 from chat.events import Event, Splitter
-from chat.tools.base import CallReader, Function, OpenedCalls, ToolFormat, literal, named
+from chat.tools.base import (
+    CallReader,
+    Function,
+    OpenedCalls,
+    ToolFormat,
+    after_close,
+    literal,
+    named,
+)
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -53,10 +61,7 @@ class HermesSplitter(OpenedCalls):
                 return events, rest
             text = rest
         self._after += text
-        after = self._after.lstrip()
-        if after.startswith(CLOSE):
-            return events, after[len(CLOSE) :]
-        return events, None if CLOSE.startswith(after) else self._after
+        return events, after_close(self._after, CLOSE)
 
     def _unread(self) -> str:
         return "" if self._reader.is_call else OPEN + self._reader.raw

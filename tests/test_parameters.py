@@ -1,0 +1,128 @@
+"""What the schema of a function says of each argument by itself."""
+
+import json
+from typing import Any
+
+import pytest
+
+from chat.tools.parameters import ANY, Parameter, Parameters
+from engine.wire import GrammarPart
+
+COLOUR = {"enum": ["red", "blue"], "type": "string"}
+NODE = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "string"}]}
+DEFS = {"$defs": {"colour": COLOUR, "node": NODE, "a/b": {"type": "integer"}}}
+
+
+def found(schema: Any, *, strict: bool = False, **root: Any) -> Parameters:
+    whole = {"type": "object", "properties": {"x": schema}, **DEFS, **root}
+    return Parameters(GrammarPart("json_schema", json.dumps(whole), "tools", not strict))
+
+
+def of(schema: Any, *, strict: bool = False) -> Parameter:
+    (parameter,) = found(schema, strict=strict).listed
+    return parameter
+
+
+@pytest.mark.parametrize(
+    ("schema", "form", "strict_form"),
+    [
+        ({"type": "string"}, "text", "text"),
+        ({"type": "string", "description": "Where."}, "text", "text"),
+        ({"type": ["string"]}, "text", "text"),
+        ({"type": "string", "minLength": 2}, "text", "json"),
+        ({"type": "string", "pattern": "a+"}, "text", "json"),
+        (COLOUR, "text", "text"),
+        ({"const": "red"}, "text", "text"),
+        ({"$ref": "#/$defs/colour"}, "text", "text"),
+        ({"allOf": [{"$ref": "#/$defs/colour"}], "default": "red"}, "text", "text"),
+        ({"type": "integer"}, "json", "json"),
+        ({"type": ["integer", "null"]}, "json", "json"),
+        ({"enum": [1, 2]}, "json", "json"),
+        ({"type": "object"}, "json", "json"),
+        ({"type": "array", "items": {"type": "string"}}, "json", "json"),
+        ({"$ref": "#/$defs/a~1b"}, "json", "json"),
+        ({"type": "null"}, "json", "json"),
+        ({"type": ["string", "null"]}, "either", "either"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "either", "either"),
+        ({"anyOf": [COLOUR, {"type": "null"}]}, "either", "either"),
+        ({"anyOf": [{"type": "string", "maxLength": 5}, {"type": "null"}]}, "either", "json"),
+        ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "either", "json"),
+        ({"enum": ["auto", 5]}, "either", "either"),
+        ({}, "either", "json"),
+        (True, "either", "json"),
+        ({"type": "no such"}, "either", "json"),
+        ({"type": [{}]}, "either", "json"),
+        ({"anyOf": []}, "either", "json"),
+        ({"$ref": "#/nowhere"}, "either", "json"),
+        ({"$ref": "http://elsewhere"}, "either", "json"),
+        (NODE, "either", "json"),  # in a circle
+    ],
+)
+def test_the_form_of_an_argument(schema: Any, form: str, strict_form: str) -> None:
+    assert of(schema).form == form
+    assert of(schema, strict=True).form == strict_form
+
+
+def test_choices_are_listed_as_they_are_written() -> None:
+    assert of(COLOUR).choices == ("red", "blue")
+    assert of({"anyOf": [{"$ref": "#/$defs/colour"}, {"type": "null"}]}).choices == (
+        "red", "blue", "null",
+    )  # fmt: skip
+    assert of({"enum": ["auto", 5, None, True]}).choices == ("auto", "5", "null", "true")
+    assert of({"anyOf": [COLOUR, {"type": "string"}]}).choices == ()
+    assert of({"enum": [1, 2]}).choices == ()  # JSON, which knows them
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "value"),
+    [
+        ({"type": "string"}, "null", '"null"'),
+        ({"type": ["string", "null"]}, "null", "null"),
+        ({"type": ["string", "null"]}, "5", '"5"'),
+        ({"type": ["string", "integer"]}, "5", "5"),
+        ({"type": ["string", "integer"]}, " 5\n", "5"),
+        ({"type": ["string", "integer"]}, "5.5", '"5.5"'),
+        ({"type": ["string", "number"]}, "5", "5"),
+        ({"type": ["string", "boolean"]}, "True", '"True"'),
+        ({"type": ["string", "boolean"]}, "1", '"1"'),
+        ({}, '{"a": NaN}', r'"{\"a\": NaN}"'),
+        ({}, "[" * 100_000, json.dumps("[" * 100_000)),
+        ({}, "[1]", "[1]"),
+        ({}, "é\n", r'"é\n"'),
+    ],
+)
+def test_what_is_written_is_json_where_that_fits(schema: Any, written: str, value: str) -> None:
+    assert of(schema).value(written) == value
+
+
+def test_what_is_required_and_what_may_be_there_too() -> None:
+    assert of({}).is_required is False
+    assert found({}, required=["x"]).listed[0].is_required
+    assert found({}, required=True).listed[0].is_required is False
+    for root, takes in (({}, False), ({"additionalProperties": True}, True)):
+        assert found({}, **root).takes_others is takes
+        assert not found({}, strict=True, **root).takes_others
+    assert found({}, properties={}).takes_others
+    assert not found({}, properties={}, additionalProperties=False).takes_others
+    assert found({}, properties=5).listed == []
+    assert ANY.form == "either"
+
+
+def test_what_of_all_arguments_is_not_looked_at() -> None:
+    assert found({}, title="x", required=[], additionalProperties=False).unknown == []
+    assert found({}, anyOf=[{"required": ["x"]}], minProperties=1).unknown == [
+        "anyOf", "minProperties",
+    ]  # fmt: skip
+
+
+def test_a_part_of_a_schema_has_what_it_may_refer_to() -> None:
+    assert of({"type": "array", "items": {"$ref": "#/$defs/colour"}}).schema == {
+        "type": "array", "items": {"$ref": "#/$defs/colour"}, **DEFS,
+    }  # fmt: skip
+
+
+def test_schemas_that_grow_as_they_are_looked_at_take_no_time() -> None:
+    doubled = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(60)}
+    whole = {"properties": {"x": {"$ref": "#/$defs/d0"}}, "$defs": doubled}
+    (parameter,) = Parameters(GrammarPart("json_schema", json.dumps(whole), "tools")).listed
+    assert parameter.form == "json"
