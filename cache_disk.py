@@ -59,6 +59,10 @@ class DiskStore:
         self._clock = clock
         self._reads = CacheFile(folder, max_bytes=max_bytes, retry_s=retry_s, makes=False)
         self._writes = CacheFile(folder, max_bytes=max_bytes, retry_s=retry_s)
+        self._counts = CacheFile(folder, max_bytes=max_bytes, retry_s=retry_s, makes=False)
+        self._counter = ThreadPoolExecutor(1, "cache-counter")
+        self._counting: asyncio.Future[dict[str, tuple[int, int]]] | None = None
+        self._counted: dict[str, tuple[int, int]] = {}
         self._queue = _Queue(self._writes)
         self._n_failed = 0
         self._reader = ThreadPoolExecutor(1, "cache-reader")
@@ -74,6 +78,8 @@ class DiskStore:
         await asyncio.to_thread(self._writer.join, CLOSE_TIMEOUT_S)
         await self._in_reader(self._reads.close)
         self._reader.shutdown(wait=False)
+        self._counter.submit(self._counts.close)
+        self._counter.shutdown(wait=False)
 
     async def get_many(self, kind: str, keys: Sequence[bytes]) -> dict[bytes, Stored]:
         """Those that are there, of whatever age."""
@@ -108,7 +114,7 @@ class DiskStore:
         await asyncio.wrap_future(self._queue.flush())
 
     async def stats(self) -> DiskStats:
-        counts = await self._in_reader(self._reads.count) or {}
+        counts = await self._count()
         stats = DiskStats({kind: DiskKind(n, size) for kind, (n, size) in counts.items()})
         for kind, n in self._writes.evictions.copy().items():
             stats.kinds.setdefault(kind, DiskKind()).evictions = n
@@ -116,6 +122,22 @@ class DiskStore:
         stats.dropped = self._queue.n_dropped + self._n_failed
         stats.is_resting = self._reads.is_resting or self._writes.is_resting
         return stats
+
+    async def _count(self) -> dict[str, tuple[int, int]]:
+        """Entries and bytes by kind: where a large file takes long to count, and nobody who looks
+        something up waits for that, as they were the last time."""
+        if self._counting is None:
+            loop = asyncio.get_running_loop()
+            self._counting = loop.run_in_executor(self._counter, self._counts.count)
+        counting = self._counting
+        await asyncio.wait({counting}, timeout=READ_TIMEOUT_S)
+        if counting.done() and counting is self._counting:
+            self._counting = None
+            try:
+                self._counted = counting.result()
+            except Exception:
+                logger.exception("Counting what is in the cache's file failed")
+        return self._counted
 
     async def _in_reader(self, work: Callable[[], T]) -> T | None:
         """What `work` returns, or None where that takes too long."""

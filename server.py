@@ -54,6 +54,7 @@ EXPOSED_HEADERS = [
     "X-Request-Id",
     "Request-Id",
     "X-Ignored-Params",
+    "X-Should-Retry",
     "X-Seed",
     "X-Truncated-Inputs",
     "X-Truncated-Messages",

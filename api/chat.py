@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from api import generation, turn
 from api.chat_request import ChatRequest
 from api.deps import ServicesDep, while_connected
+from api.keep_alive import not_kept
 from api.sampling import ignored_params, refuse, validity
 from api.sse import Chunks, EventStream, begun
 from chat.events import CallBegin, Event, Reasoning, Text
@@ -26,7 +27,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "prediction": (),
-    "verbosity": (),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
 
@@ -38,7 +39,13 @@ async def create_chat_completion(
     tier = services.chat_tier(body.model)
     refuse(body, UNSUPPORTED)
     server = services.settings.server
-    headers = ignored_params(body, UNSUPPORTED, strict=server.strict_params, parts=body.inner())
+    headers = ignored_params(
+        body,
+        UNSUPPORTED,
+        strict=server.strict_params,
+        parts=body.inner(),
+        also=not_kept(body, request),
+    )
     watch = generation.Watch(tier)
     starting = turn.start(request, services, tier, body, watch)
     if body.stream:
@@ -47,7 +54,8 @@ async def create_chat_completion(
             started = await starting
             head = generation.head("chatcmpl", "chat.completion.chunk", tier, body.service_tier)
             events = _events(started, head, body, server.reasoning_field)
-            return EventStream(events, headers | started.headers())
+            silence_s = server.comment_after_s
+            return EventStream(events, headers | started.headers(), silence_s=silence_s)
 
         return await begun(
             stream(), waits_for=watch, patience_s=server.comment_after_s, headers=headers

@@ -18,7 +18,9 @@ from chat.format import NO_TOOLS, ToolChoice
 from chat.tools.base import Tool
 from errors import BadRequest, UnsupportedParameter
 
-MAX_TOOLS = 128  # OpenAI's limit
+MAX_TOOLS = 512  # OpenAI's limit is 128, but agents bring those of many servers
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000  # of a message
 SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 
 # what a template gets from us
@@ -71,7 +73,7 @@ def _content_kind(value: Any) -> str:
 
 Content = Annotated[
     Annotated[str | None, Tag("<text>")]
-    | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<parts>")],
+    | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
     Discriminator(_content_kind),
 ]
 
@@ -100,7 +102,7 @@ class ChatMessage(Extensible):
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Content = None
-    tool_calls: Annotated[list[PastCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[PastCall], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -156,7 +158,9 @@ class Conversation(Extensible):
     """The fields that make the prompt."""
 
     # fail_fast: a million bad items must not become a million errors
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = (
         None
     )

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from api import generation
 from api.deps import ServicesDep, fetched, while_connected
+from api.keep_alive import not_kept
 from api.sampling import (
     MAX_TOP_LOGPROBS,
     ChoiceCount,
@@ -36,14 +37,19 @@ from tier import Tier
 
 router = APIRouter()
 
-Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+MAX_PROMPTS = 2048
 
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 Prompt = Annotated[
     Annotated[WholeText, Tag("<text>")]
-    | Annotated[list[WholeText], Field(min_length=1, fail_fast=True), Tag("<texts>")]
+    | Annotated[
+        list[WholeText], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")
+    ]
     | Annotated[Tokens, Tag("<tokens>")]
-    | Annotated[list[Tokens], Field(fail_fast=True), Tag("<lists of tokens>")],
+    | Annotated[
+        list[Tokens], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<lists of tokens>")
+    ],
     Discriminator(kind_of_texts),
 ]
 
@@ -62,7 +68,8 @@ async def create_completion(
     body: CompletionRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    strict = services.settings.server.strict_params
+    headers = ignored_params(body, strict=strict, also=not_kept(body, request))
     body.check_stream_options()
     if body.echo and body.logprobs is not None:
         raise UnsupportedParameter(
@@ -120,7 +127,7 @@ async def create_completion(
 
         async def stream() -> EventStream:
             answer, head = await start()
-            return EventStream(_events(answer, head, body), headers)
+            return EventStream(_events(answer, head, body), headers, silence_s=patience_s)
 
         patience_s = services.settings.server.comment_after_s
         return await begun(stream(), waits_for=watch, patience_s=patience_s, headers=headers)

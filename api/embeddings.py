@@ -12,7 +12,7 @@ from starlette.responses import Response
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
 from api.generation import queue_headers
-from api.keep_alive import KeepAlive
+from api.keep_alive import KeepAlive, not_kept
 from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
 from api.vectors import Form, encoded, item
 from engine import wire
@@ -91,7 +91,8 @@ async def create_embeddings(
     body: EmbeddingRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.embedding_tier(body.model)
-    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    strict = services.settings.server.strict_params
+    headers = ignored_params(body, strict=strict, also=not_kept(body, request))
     await fetched(request.receive, tier)
     outputs = body.outputs()
     dimensions = dimensions_of(tier, body.dimensions, outputs)

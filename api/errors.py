@@ -20,6 +20,7 @@ from errors import (
     BodyTooSlow,
     InternalError,
     MethodNotAllowed,
+    RequestTimeout,
     RouteNotFound,
     ServiceError,
 )
@@ -146,12 +147,13 @@ async def _http_exception(request: Request, error: Exception) -> Response:
         404: RouteNotFound(f"There is no {where} here."),
         405: MethodNotAllowed(f"{where} is not possible."),
         408: BodyTooSlow(str(error.detail)),
+        504: RequestTimeout(str(error.detail)),
         413: BodyTooLarge(str(error.detail)),
     }
     fault = by_status.get(error.status_code, BadRequest(str(error.detail)))
     reply = response(fault, request.scope)
-    if error.status_code == 405 and error.headers:
-        reply.headers.update(error.headers)  # Allow
+    if error.headers:  # such as Allow
+        reply.headers.update(error.headers)
     return reply
 
 

@@ -131,7 +131,9 @@ def head(prefix: str, kind: str, tier: Tier, service_tier: str | None) -> dict[s
 
 
 def served_as(service_tier: str) -> str:
-    return "default" if service_tier == "auto" else service_tier
+    return {"auto": "default", "scale": "default", "fast": "priority"}.get(
+        service_tier, service_tier
+    )
 
 
 def new_id(prefix: str) -> str:

@@ -2,10 +2,12 @@
 
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
+from fastapi import Request
 from pydantic import BeforeValidator, Field
 
+MAX_CHARS = 40
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -14,6 +16,8 @@ def _seconds(value: Any) -> Any:
     """Go's durations, such as `5m` and `1h30m`; a number is in seconds."""
     if not isinstance(value, str):
         return value
+    if len(value) > MAX_CHARS:
+        raise ValueError(f"A duration has at most {MAX_CHARS} characters.")
     sign = -1.0 if value.startswith("-") else 1.0
     rest = value.removeprefix("-")
     parts = _PART.findall(rest)
@@ -27,3 +31,16 @@ def _seconds(value: Any) -> Any:
 
 # negative: for ever; 0: unload it at once
 KeepAlive = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_seconds)]
+
+
+class HasKeepAlive(Protocol):
+    keep_alive: float | None
+
+
+def not_kept(body: HasKeepAlive, request: Request) -> list[str]:
+    """Its field, which is taken out of the body, where only an admin may say such a thing: who may
+    not unload a model may not ask that it leaves at once, or never."""
+    if body.keep_alive is None or request.scope["is_admin"]:
+        return []
+    body.keep_alive = None
+    return ["keep_alive"]

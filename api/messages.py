@@ -14,12 +14,15 @@ from api.blocks import BlockReply, Data
 from api.chat_request import ChatRequest
 from api.deps import Services, ServicesDep, fetched, while_connected
 from api.errors import client_names
+from api.keep_alive import not_kept
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
 from api.sampling import ignored_params, refuse, validity
-from api.sse import EventStream, begun
+from api.sse import EventStream, begun, event
+from api.tokens import MAX_LENGTH
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
+from errors import BadRequest
 from tier import Tier
 
 router = APIRouter()
@@ -48,7 +51,12 @@ async def create_message(
     refuse(body, UNSUPPORTED)
     strict = services.settings.server.strict_params
     headers = ignored_params(
-        body, UNSUPPORTED, strict=strict, parts=body.inner(), left_out=body.left_out
+        body,
+        UNSUPPORTED,
+        strict=strict,
+        parts=body.inner(),
+        left_out=body.left_out,
+        also=not_kept(body, request),
     )
     watch = generation.Watch(tier)
 
@@ -61,15 +69,16 @@ async def create_message(
 
         async def stream() -> EventStream:
             started = await start()
-            events = _Reply(started, tier.name).stream()
-            return EventStream(events, headers | started.headers(), last=b"")
+            events = _Reply(started, tier.name, hides_thoughts=body.hides_thoughts).stream()
+            all_headers = headers | started.headers()
+            return EventStream(events, all_headers, silence_s=patience_s, beat=_ping, last=b"")
 
         patience_s = services.settings.server.comment_after_s
         return await begun(
             stream(), waits_for=watch, patience_s=patience_s, headers=headers, last=b""
         )
     started = await start()
-    reply = _Reply(started, tier.name)
+    reply = _Reply(started, tier.name, hides_thoughts=body.hides_thoughts)
     await while_connected(request.receive, reply.finish())
     content = msgspec.json.encode(reply.message)
     headers |= started.whole_headers()
@@ -87,6 +96,8 @@ async def count_tokens(body: PromptRequest, request: Request, services: Services
     with client_names(body.names):
         chat = await _chat(body, request, services, tier, headers)
         prompt = await asyncio.to_thread(prompt_of, services, tier, chat)
+    if sum(len(segment.text) for segment in prompt.segments) > MAX_LENGTH:
+        raise BadRequest(f"There may be {MAX_LENGTH:,} characters in all.", param="messages")
     work = tier.tokenize(prompt.segments, add_bos=True)
     tokens = await while_connected(request.receive, work)
     return JSONResponse({"input_tokens": len(tokens.ids)}, headers=headers)
@@ -108,11 +119,16 @@ async def _chat(
     return chat
 
 
+def _ping() -> bytes:
+    return event({"type": "ping"})
+
+
 class _Reply(BlockReply):
     """A message."""
 
-    def __init__(self, started: turn.Turn, model: str) -> None:
+    def __init__(self, started: turn.Turn, model: str, *, hides_thoughts: bool) -> None:
         super().__init__(started)
+        self._hides_thoughts = hides_thoughts
         self._content: list[dict[str, Any]] = []
         self._arguments = ""  # of the open call
         self.message: dict[str, Any] = {
@@ -143,6 +159,8 @@ class _Reply(BlockReply):
 
     def add(self, text: str, logprobs: Sequence[wire.TokenLogprob]) -> Iterable[Data]:
         block = self._content[-1]
+        if block["type"] == "thinking" and self._hides_thoughts:
+            return
         delta, field = DELTAS[block["type"]]
         if block["type"] == "tool_use":
             self._arguments += text

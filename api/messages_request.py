@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
 from api.chat_request import (
+    MAX_MESSAGES,
+    MAX_PARTS,
     MAX_TOOLS,
     ChatRequest,
     Content,
@@ -65,7 +67,11 @@ class Message(Extensible):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
         Annotated[str, Tag("<text>")]
-        | Annotated[list[Block], Field(min_length=1, fail_fast=True), Tag("<blocks>")],
+        | Annotated[
+            list[Block],
+            Field(min_length=1, max_length=MAX_PARTS, fail_fast=True),
+            Tag("<blocks>"),
+        ],
         Discriminator(_content_tag),
     ]
 
@@ -114,7 +120,7 @@ class ToolChoice(Extensible):
 class Thinking(Extensible):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: ThinkingBudget | None = None
-    display: Literal["summarized"] | None = None
+    display: Literal["summarized", "omitted"] | None = None
 
 
 class OutputFormat(Extensible):
@@ -131,7 +137,7 @@ class PromptRequest(Extensible):
     """What the model reads, with what decides how it is written."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Content = None
     tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
@@ -152,6 +158,10 @@ class PromptRequest(Extensible):
             r"\.function\.parameters": ".function.input_schema",
             **tool_names(self.tools, ClientTool),
         }
+
+    @property
+    def hides_thoughts(self) -> bool:
+        return self.thinking is not None and self.thinking.display == "omitted"
 
     @property
     def left_out(self) -> list[str]:

@@ -198,10 +198,10 @@ class Gate(HttpMiddleware):
         headers = Headers(scope=scope)
         try:
             _check_head(scope)
-            self._check_host(headers.getlist("host"))
             self._check_network(scope.get("server"))
             key = self._key(headers)
             if key is None:  # which no browser adds of itself
+                self._check_host(headers.get("host", ""))
                 self._check_origin(scope["method"], headers)
             if self._keys and key is None and scope["path"] not in PUBLIC_PATHS:
                 raise InvalidApiKey(
@@ -214,14 +214,11 @@ class Gate(HttpMiddleware):
             return
         scope["key_id"] = key.id if key else None
         scope["is_admin"] = key.is_admin if key else not self._keys
-        await self._app(scope, self._limited(receive), send)
+        await self._app(scope, self._limited(receive, scope), send)
 
-    def _check_host(self, given: Sequence[str]) -> None:
+    def _check_host(self, host: str) -> None:
         """A web page can point a name of its own at this machine (DNS rebinding); then the
         browser's Host gives it away. Addresses cannot be rebound."""
-        if len(given) > 1:
-            raise BadRequest("A request has one Host header, not several.")
-        host = given[0] if given else ""
         name = _host_name(host)
         if "*" in self._hosts or name in self._hosts or name.endswith(".localhost"):
             return
@@ -262,7 +259,7 @@ class Gate(HttpMiddleware):
     def _too_large(self) -> str:
         return f"The body is over {self._settings.max_body_bytes:,} bytes (MAX_BODY_BYTES)."
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, scope: Scope) -> Receive:
         n_bytes = 0
         is_whole = False
         ends_at = time.monotonic() + self._settings.request_timeout_s
@@ -279,11 +276,16 @@ class Gate(HttpMiddleware):
                     raise HTTPException(
                         408, f"Nothing of the body came for {timeout_s:g} s (RECEIVE_TIMEOUT_S)."
                     ) from None
-                seconds = self._settings.request_timeout_s
-                raise RequestTimeout(
-                    f"The request has taken {seconds:g} s, and may take no more "
-                    "(REQUEST_TIMEOUT_S)."
-                ) from None
+                error = RequestTimeout(
+                    f"The request has taken {self._settings.request_timeout_s:g} s, and may take "
+                    "no more (REQUEST_TIMEOUT_S)."
+                )
+                if is_whole:
+                    raise error from None
+                rest_may_come = {"Connection": "close"}
+                raise HTTPException(error.status, error.message, rest_may_come) from None
+            if not is_whole and message["type"] == "http.disconnect":
+                scope["client_left"] = True
             is_whole = not message.get("more_body", False)
             n_bytes += len(message.get("body", b""))
             if n_bytes > self._settings.max_body_bytes:
@@ -305,6 +307,8 @@ def _check_head(scope: Scope) -> None:
         raise UrlTooLong(f"The URL is over {MAX_URL_BYTES:,} bytes.")
     if len(scope["headers"]) > MAX_HEADERS:
         raise HeadTooLarge(f"The request has over {MAX_HEADERS} headers.")
+    if sum(name == b"host" for name, _ in scope["headers"]) > 1:
+        raise BadRequest("A request has one Host header, not several.")
     if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
         raise HeadTooLarge(f"The headers are over {MAX_HEADER_BYTES:,} bytes.")
 

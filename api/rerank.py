@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from api.deps import Services, ServicesDep, while_connected
 from api.errors import client_names
 from api.generation import new_id, queue_headers
-from api.keep_alive import KeepAlive
+from api.keep_alive import KeepAlive, not_kept
 from api.sampling import Switch, WholeText, ignored_params
 from api.vectors import truncated_header
 from caching import Caching
@@ -95,7 +95,8 @@ class RerankRequest(ScoringFields):
 async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -> Response:
     documents = body.read_documents()
     tier = services.scoring_tier(body.model, body.method)
-    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    strict = services.settings.server.strict_params
+    headers = ignored_params(body, strict=strict, also=not_kept(body, request))
     pairs = [(0, n) for n in range(len(documents))]
     names = {} if body.texts is None else {r"^documents": "texts"}
     caching = services.caching(request)
@@ -185,7 +186,8 @@ class ScoreRequest(ScoringFields):
 async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> Response:
     left, right, pairs = body.read_pairs()
     tier = services.scoring_tier(body.model, body.method)
-    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    strict = services.settings.server.strict_params
+    headers = ignored_params(body, strict=strict, also=not_kept(body, request))
     caching = services.caching(request)
     names = {r"^query$": "queries"}
     if body.text_1 is not None:

@@ -13,6 +13,7 @@ from api import generation, turn
 from api.blocks import BlockReply, Data
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
+from api.keep_alive import not_kept
 from api.responses_request import ResponsesRequest
 from api.sampling import ignored_params, refuse, validity
 from api.sse import EventStream, begun, event
@@ -50,7 +51,7 @@ async def create_response(
         strict=services.settings.server.strict_params,
         parts=body.inner(),
         left_out=body.left_out,
-        also=body.ignored,
+        also=[*body.ignored, *not_kept(body, request)],
     )
     watch = generation.Watch(tier)
 
@@ -64,7 +65,10 @@ async def create_response(
             started = await start()
             reply = _Reply(started, _head(body, tier))
             all_headers = headers | started.headers()
-            return EventStream(reply.stream(), all_headers, failed=reply.failed, last=b"")
+            return EventStream(
+                reply.stream(), all_headers, silence_s=patience_s, beat=reply.beat,
+                failed=reply.failed, last=b"",
+            )  # fmt: skip
 
         patience_s = services.settings.server.comment_after_s
         failed = partial(_never_begun, body, tier)
@@ -192,6 +196,10 @@ class _Reply(BlockReply):
             **validity(end.is_valid),
         }
         yield self._event(f"response.{_status(is_whole)}", response=self.response)
+
+    def beat(self) -> bytes:
+        """An event that says nothing: readers of these hear no comments."""
+        return event(self._event("keepalive"))
 
     def failed(self, error: ServiceError) -> bytes:
         return _failed(self.response, self._n_events, error)

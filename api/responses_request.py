@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
 
 from api.chat_request import (
+    MAX_MESSAGES,
+    MAX_PARTS,
     MAX_TOOLS,
     ChatRequest,
     Content,
@@ -48,14 +50,17 @@ NAMES = {
 }
 
 
+Parts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
 class MessageItem(Extensible):
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
 
 
 class ReasoningItem(Extensible):
-    summary: Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
-    content: Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    summary: Parts | None = None
+    content: Parts | None = None
 
 
 class CallItem(Extensible):
@@ -135,7 +140,9 @@ def _input_tag(value: Any) -> str:
 
 Input = Annotated[
     Annotated[str, Tag("<text>")]
-    | Annotated[list[Item], Field(min_length=1, fail_fast=True), Tag("<items>")],
+    | Annotated[
+        list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), Tag("<items>")
+    ],
     Discriminator(_input_tag),
 ]
 

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,8 @@ from engine import wire
 from engine.types import SamplingParams
 from errors import BadRequest, UnsupportedParameter
 from settings import TierSettings
+
+T = TypeVar("T")
 
 MAX_STOPS = 64
 MAX_BIASES = 1024
@@ -41,7 +43,7 @@ MAX_BREAKER_BYTES = 40  # llama.cpp cuts longer ones
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128  # OpenAI's limit of n
 MAX_PRIORITY = 100
-PRIORITY_OF_SERVICE_TIER = {"flex": 10, "priority": -10}
+PRIORITY_OF_SERVICE_TIER = {"flex": 10, "priority": -10, "fast": -10}
 
 
 def _as_list(value: Any) -> Any:
@@ -54,6 +56,11 @@ def _whole(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("The text has half of a surrogate pair.") from None
     return text
+
+
+def _with_whole_keys(fields: dict[str, T]) -> dict[str, T]:
+    _whole("".join(fields))
+    return fields
 
 
 def _fits_breaker(text: str) -> str:
@@ -72,10 +79,11 @@ StopList = Annotated[
 ]
 UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Biases = Annotated[dict[str, Bias], Field(max_length=MAX_BIASES), AfterValidator(_with_whole_keys)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=-1, lt=2**31)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
-ServiceTier = Literal["auto", "default", "flex", "priority"]
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenLimit = Annotated[int, Field(ge=-1, lt=2**31)]  # -1, as some clients say it: no limit
 Seed = Annotated[  # -1, as some clients say it: any
@@ -164,9 +172,9 @@ class GenerationFields(BaseModel):
     presence_penalty: Penalty | None = None
     seed: Seed = None
     stop: StopList | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
-    grammar: str | None = None  # Lark or GBNF
+    grammar: WholeText | None = None  # Lark or GBNF
     # reuse what was computed of the same beginning; None: unless there is a `seed`, since reused
     # numbers differ in their last digits and the answer is to be the same
     cache_prompt: bool | None = None

@@ -7,13 +7,15 @@ from typing import Any
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from api.deps import ClientLeft, while_connected
 from api.errors import as_service_error, envelope
 from errors import ServiceError
 
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": still computing\n\n"
+LEAST_SILENCE_S = 0.01
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 Failed = Callable[[ServiceError], bytes]  # the events of a stream that breaks off
@@ -126,14 +128,20 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str],
         *,
+        silence_s: float,
+        beat: Callable[[], bytes] = lambda: COMMENT,
         failed: Failed | None = None,
         last: bytes = DONE,
     ) -> None:
-        super().__init__(headers=HEADERS | (headers or {}))
+        """Where no event comes for `silence_s`, as while a long prompt is computed, there is a
+        `beat`: proxies and clients take a stream that says nothing for a dead one."""
+        super().__init__(headers=HEADERS | dict(headers))
         del self.headers["content-length"]
         self._events = events
+        self._silence_s = silence_s
+        self._beat = beat
         self._failed = failed
         self._last = last
 
@@ -149,7 +157,8 @@ class EventStream(Response):
 
     async def send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
         """All but the head."""
-        async with aclosing(self._events):
+        send = _Beating(send, self._beat, self._silence_s)
+        async with aclosing(self._events), aclosing(send):
             try:
                 await while_connected(receive, self._send_all(send, scope))
             except ClientLeft:
@@ -172,3 +181,47 @@ class EventStream(Response):
         if error is not None:
             data = self._failed(error) if self._failed else event(envelope(error, scope))
         await send({"type": "http.response.body", "body": data + self._last, "more_body": False})
+
+
+class _Beating:
+    """Sends what it is given and, where that is nothing for a while, a beat."""
+
+    def __init__(self, send: Send, beat: Callable[[], bytes], silence_s: float) -> None:
+        self._send = send
+        self._beat = beat
+        self._silence_s = max(silence_s, LEAST_SILENCE_S)
+        self._loop = asyncio.get_running_loop()
+        self._sent_at = self._loop.time()
+        self._timer = self._loop.call_later(self._silence_s, self._listen)
+        self._is_sending = False
+        self._is_over = False
+        self._beating: asyncio.Task[None] | None = None
+
+    async def __call__(self, message: Message) -> None:
+        self._is_sending = True
+        self._is_over = not message["more_body"]
+        try:
+            await self._send(message)
+        finally:
+            self._is_sending = False
+            self._sent_at = self._loop.time()
+
+    def _listen(self) -> None:
+        left_s = self._sent_at + self._silence_s - self._loop.time()
+        if left_s <= 0:
+            left_s = self._silence_s
+            if not self._is_sending and (self._beating is None or self._beating.done()):
+                self._beating = self._loop.create_task(self._say())
+        self._timer = self._loop.call_later(left_s, self._listen)
+
+    async def _say(self) -> None:
+        if self._is_over:
+            return
+        body = self._beat()  # only now: events may be numbered
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def aclose(self) -> None:
+        self._timer.cancel()
+        if self._beating:
+            await asyncio.wait({self._beating})
+            self._beating.exception()  # the client has left: whoever sends next hears it too

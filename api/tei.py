@@ -78,8 +78,9 @@ async def embed_sparse(body: SparseRequest, request: Request, services: Services
 
 
 @router.get("/info")
-def info(services: ServicesDep) -> Response:
+async def info(request: Request, services: ServicesDep) -> Response:
     tier = services.embedding_tier(TIER)
+    await fetched(request.receive, tier)
     return JSONResponse(
         {
             "model_id": tier.model().name or tier.model().path.stem,

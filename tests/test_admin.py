@@ -1,6 +1,7 @@
 """What tells how the service is, and what changes it: over HTTP, on the fake backend."""
 
 import asyncio
+import re
 import socket
 import threading
 import time
@@ -12,11 +13,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from api.middleware import Gate
 from engine.client import Handle
-from errors import RequestTimeout
 from model_manager import ModelManager
 from server import check_config
 from settings import ServerSettings, TierSettings
@@ -185,7 +186,11 @@ def test_a_model_stays_as_long_as_the_request_says() -> None:
         assert state(service) == "ready"
 
 
-@pytest.mark.parametrize("value", ["soon", "5 m", "1h-2m", "nan", [], {}])
+@pytest.mark.parametrize(
+    "value",
+    ["soon", "5 m", "1h-2m", "nan", [], {}, "1" * 50_000, f"1{'0' * 308}s" * 2],
+    ids=lambda value: str(value)[:9],
+)
 def test_what_is_no_duration_is_refused(service: Service, value: object) -> None:
     reply = service.chat(keep_alive=value)
     assert reply.status_code == 400
@@ -267,8 +272,9 @@ def test_a_timer_that_is_a_little_early_does_not_make_it_a_client_that_left(
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         monkeypatch.setattr(asyncio, "wait_for", early)
-        with pytest.raises(RequestTimeout):
+        with pytest.raises(HTTPException, match="REQUEST_TIMEOUT_S") as caught:
             await receive()
+        assert caught.value.status_code == 504
         asked.append(1)
 
     asked: list[int] = []
@@ -364,6 +370,48 @@ def test_a_model_comes_from_the_hub_at_its_first_request(tmp_path: Path) -> None
             assert reply.status_code == 500
             assert "me/nothing" in reply.json()["error"]["message"]
             assert service.http.get("/health").status_code == 200
+
+
+EMBED = {"model": "embedding", "input": "Hi"}
+RERANK = {"model": "reranker", "query": "Hi", "documents": ["Hi"]}
+
+
+def test_how_long_a_model_stays_is_for_admins_where_there_are_some() -> None:
+    keys = {"api_keys": ["user-1"], "admin_api_keys": ["admin-1"]}
+    bodies = {path: {"model": "light", **body} for path, body in WAYS.items()}
+    bodies |= {"/v1/embeddings": EMBED, "/v1/rerank": RERANK}
+    with serving(settings(keys, light=fake(), embedding=fake())) as service:
+        for key, is_kept in (("user-1", False), ("admin-1", True)):
+            for path, body in bodies.items():
+                headers = {"x-api-key": key}
+                reply = service.http.post(path, json=body | {"keep_alive": -1}, headers=headers)
+                assert reply.status_code == 200
+                assert ("keep_alive" in reply.headers.get("x-ignored-params", "")) != is_kept
+                tier = service.manager.tiers["light" if body["model"] == "light" else "embedding"]
+                assert (tier._keep_alive_s == -1) == is_kept
+                tier.keep_alive(60)
+
+
+BEATS = {
+    "/v1/chat/completions": ": still computing",
+    "/v1/completions": ": still computing",
+    "/v1/responses": "event: keepalive",
+    "/v1/messages": "event: ping",
+}
+
+
+@pytest.mark.parametrize("path", WAYS)
+def test_a_stream_that_computes_for_long_says_that_it_lives(tmp_path: Path, path: str) -> None:
+    light = fake(script(tmp_path, step_ms=60))
+    body = {"model": "light", "stream": True, **WAYS[path]}
+    with serving(settings({"comment_after_s": 0.02}, light=light)) as service:
+        assert service.chat().status_code == 200
+        whole = service.http.post(path, json=body).text
+    assert BEATS[path] in whole
+    assert "data:" in whole.partition(BEATS[path])[0], "the stream had begun"
+    numbers = [int(n) for n in re.findall(r'"sequence_number":(\d+)', whole)]
+    assert numbers == list(range(len(numbers)))
+    assert whole.endswith("\n\n")
 
 
 @pytest.mark.parametrize("path", WAYS)

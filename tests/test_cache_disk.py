@@ -642,6 +642,35 @@ def test_a_disk_that_does_not_answer_is_a_miss(
     with_store(tmp_path, main)
 
 
+def test_what_takes_long_to_count_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+    count = CacheFile.count
+
+    def slow(self: CacheFile) -> dict[str, tuple[int, int]]:
+        goes_on.wait()
+        return count(self)
+
+    async def main(store: DiskStore) -> None:
+        store.put_many(entries(range(5)))
+        await store.flush()
+        assert (await store.stats()).kinds["k"].entries == 5
+        monkeypatch.setattr(cache_disk, "READ_TIMEOUT_S", 0.05)
+        monkeypatch.setattr(CacheFile, "count", slow)
+        store.put_many(entries(range(5, 8)))
+        await store.flush()
+        for _ in range(2):
+            stats = await store.stats()
+            assert (stats.kinds["k"].entries, stats.is_resting) == (5, False), "as it was"
+        monkeypatch.undo()
+        assert len(await store.get_many("k", [*entries(range(8))])) == 8
+        goes_on.set()
+        assert (await store.stats()).kinds["k"].entries == 8
+
+    with_store(tmp_path, main)
+
+
 # the queue
 
 

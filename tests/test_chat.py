@@ -238,6 +238,8 @@ BAD = [
     ({"logit_bias": {"264": 1}}, "logit_bias"),
     ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
     ({"logit_bias": [[1, 2]]}, "logit_bias"),
+    ({"logit_bias": {"\ud800": 1}}, "logit_bias"),
+    ({"grammar": "\ud800"}, "grammar"),
     ({"n": 129}, "n"),
     ({"seed": 2**64}, "seed"),
     ({"stop": ""}, "stop[0]"),
@@ -287,10 +289,15 @@ def test_half_a_surrogate_pair_in_a_type_is_quoted_and_refused(service: Service)
     assert r"'\ud800'" in error_of(response, 400)["message"]
 
 
+TEXT = {"type": "text", "text": "a"}
+
+
 def test_a_body_of_bad_items_costs_no_more_than_one_of_them(service: Service) -> None:
     for body in (
         {"model": "light", "messages": [1] * 200_000},
         {"model": "light", "messages": [{"role": "user", "content": [1] * 200_000}]},
+        {"model": "light", "messages": [{"role": "user", "content": "a"}] * 200_000},
+        {"model": "light", "messages": [{"role": "user", "content": [TEXT] * 200_000}]},
     ):
         started_at = time.perf_counter()
         assert error_of(service.http.post("/v1/chat/completions", json=body), 400)
@@ -667,7 +674,8 @@ def test_a_full_queue_is_a_429_with_a_time_to_come_back(service: Service) -> Non
 
 
 def test_the_service_tier_is_told_where_it_was_asked_for(service: Service) -> None:
-    told = {"auto": "default", "default": "default", "flex": "flex", "priority": "priority"}
+    told = {"auto": "default", "default": "default", "flex": "flex", "priority": "priority",
+            "scale": "default", "fast": "priority"}  # fmt: skip
     for asked, answered in told.items():
         assert service.chat(service_tier=asked).json()["service_tier"] == answered
         assert service.complete(service_tier=asked).json()["service_tier"] == answered
@@ -678,7 +686,7 @@ def test_the_service_tier_is_told_where_it_was_asked_for(service: Service) -> No
 
 @pytest.mark.parametrize(
     "fields",
-    [{"service_tier": "scale"}, {"service_tier": 1}, {"priority": 101}, {"priority": -101},
+    [{"service_tier": "first"}, {"service_tier": 1}, {"priority": 101}, {"priority": -101},
      {"priority": 0.5}, {"priority": "high"}],
     ids=str,
 )  # fmt: skip

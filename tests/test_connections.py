@@ -1,6 +1,7 @@
 """Clients that are slow, silent, too many or not speaking HTTP, with both parsers of HTTP."""
 
 import json
+import logging
 import resource
 import socket
 import sys
@@ -165,6 +166,26 @@ def test_a_body_that_does_not_come_is_a_408(service: Service) -> None:
         error = refusal(sock, 408)
     assert error["code"] == "body_too_slow"
     assert "RECEIVE_TIMEOUT_S" in error["message"]
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_a_request_whose_time_is_over_before_its_body_has_come_is_a_504(parser: Any) -> None:
+    hasty = settings({"request_timeout_s": 0.2})
+    with serving(hasty, http=parser) as service, dial(service) as sock:
+        sock.sendall(chat("Hi")[:-1])
+        error = refusal(sock, 504)
+    assert "REQUEST_TIMEOUT_S" in error["message"]
+
+
+def test_a_client_that_leaves_before_its_body_has_come_is_told_as_such(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "quintet.access")
+    with dial(service) as sock:
+        sock.sendall(chat("Hi")[:-1])
+        sock.shutdown(socket.SHUT_WR)
+        sock.close()
+        wait_until(lambda: "(client left)" in caplog.text)
 
 
 def test_a_body_may_take_its_time_as_long_as_it_comes(service: Service) -> None:

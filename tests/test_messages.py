@@ -233,6 +233,17 @@ def test_a_model_that_does_not_think_says_so(service: Service) -> None:
         assert text_of(service.message("Hi", model="heavy", thinking={"type": kind}))
 
 
+def test_thoughts_may_be_left_out(service: Service) -> None:
+    hidden = {"type": "adaptive", "display": "omitted"}
+    assert thoughts(service.message("think", thinking=hidden)) == [""]
+    told = named_events(service.message("think", thinking=hidden, stream=True))
+    kinds = [
+        event["delta"]["type"] for event in told if "delta" in event and "type" in event["delta"]
+    ]
+    assert "text_delta" in kinds
+    assert "thinking_delta" not in kinds
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_effort_is_a_hint_where_no_thoughts_are_asked_for(
     service: Service, stream: bool
@@ -369,6 +380,15 @@ def test_tokens_are_counted_as_a_message_would_count_them(service: Service) -> N
     assert n_counted == {"input_tokens": usage["input_tokens"] + usage["cache_read_input_tokens"]}
 
 
+def test_no_more_is_counted_than_holds_up_nobody(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.messages.MAX_LENGTH", 1000)
+    body = {"model": "light", "messages": [{"role": "user", "content": "a" * 1000}]}
+    error = error_of(service.http.post("/v1/messages/count_tokens", json=body))
+    assert error["message"] == "messages: There may be 1,000 characters in all."
+
+
 def test_what_cannot_be_read_cannot_be_counted(service: Service) -> None:
     body = {"model": "light", "messages": [{"role": "user", "content": [{"type": "image"}]}]}
     error = error_of(service.http.post("/v1/messages/count_tokens", json=body))
@@ -389,7 +409,7 @@ def test_what_cannot_be_read_cannot_be_counted(service: Service) -> None:
         ({"container": "x"}, "container"),
         ({"speed": "fast"}, "speed"),
         ({"thinking": {"type": "between_tools"}}, "thinking.type"),
-        ({"thinking": {"type": "adaptive", "display": "omitted"}}, "thinking.display"),
+        ({"thinking": {"type": "adaptive", "display": "full"}}, "thinking.display"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
         ({"temperature": 1.5}, "temperature"),
         ({"top_k": -5}, "top_k"),
@@ -536,5 +556,6 @@ def test_a_key_may_come_in_either_header() -> None:
         for headers in ({"x-api-key": "secret"}, {"Authorization": "Bearer secret"}):
             service.http.headers = httpx.Headers(headers)
             assert text_of(service.message("Hi")) == "You said: Hi"
+        service.http.headers = httpx.Headers()
         error = error_of(service.http.post("/v1/messages", headers={"Host": "evil.example"}), 403)
         assert error["type"] == "permission_error"

@@ -400,7 +400,7 @@ BAD = [
     ({"max_output_tokens": "many"}, "max_output_tokens"),
     ({"reasoning": {"effort": "extreme"}}, "reasoning.effort"),
     ({"metadata": {"a": 5}}, "metadata.a"),
-    ({"service_tier": "scale"}, "service_tier"),
+    ({"service_tier": "first"}, "service_tier"),
     ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),

@@ -405,6 +405,14 @@ def test_a_page_that_is_allowed_runs_the_model() -> None:
             assert reply.headers["access-control-allow-origin"] in (EVIL, "*")
 
 
+def test_whoever_has_a_key_may_call_us_by_any_name(locked: Service) -> None:
+    """A page whose name was pointed at this machine has none."""
+    lines = ["GET /v1/models HTTP/1.1", "Host: host.docker.internal:8000"]
+    assert raw(locked, *lines, f"X-Api-Key: {KEY}")[0] == 200
+    assert raw(locked, *lines, "X-Api-Key: wrong")[0] == 403
+    assert raw(locked, *lines, "Host: localhost", f"X-Api-Key: {KEY}")[0] == 400
+
+
 def test_whoever_has_a_key_needs_no_origin(locked: Service) -> None:
     """Browsers add no keys of themselves, and applications that are none send odd origins."""
     headers = {"Origin": "app://notes", "Content-Type": "application/json"}

@@ -218,7 +218,7 @@ UNIQUE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems":
         ({"tools": [tool("")]}, "tools[0].function.name", "pattern"),
         ({"tools": [tool(), tool()]}, "tools[1].function.name", "two functions"),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "required"),
-        ({"tools": [tool()] * 129}, "tools", "128"),
+        ({"tools": [tool()] * 513}, "tools", "512"),
         ({"tool_choice": "required"}, "tool_choice", "no `tools`"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "no `tools`"),
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", "required"),
