@@ -228,6 +228,7 @@ class Conversation(Extensible):
                 _closed(schema), f"tools[{n}].function.parameters", is_lenient=not function.strict
             )
             shown = {"name": function.name, "description": function.description or ""}
+            schema = {"type": "object", **schema}  # templates ask for it
             definition = {"type": "function", "function": {**shown, "parameters": schema}}
             tools.append(Tool(definition, part))
         return tools

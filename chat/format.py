@@ -10,7 +10,7 @@ from chat.events import Splitter
 from chat.splitter import ReasoningTags
 from chat.template import ChatTemplate, normalised, with_names
 from chat.tools import BY_NAME, FAMILIES
-from chat.tools.base import Tool
+from chat.tools.base import Function, Parts, Tool
 from engine.model_file import ModelFile
 from engine.wire import Grammar, GrammarPart, Segment, Thinking
 from errors import BadRequest, UnsupportedParameter
@@ -102,19 +102,20 @@ class ChatFormat:
         )
         continued = messages[-1]["content"] if continues else None
         tags, is_open = self._thoughts(segments, continued)
-        parts = [answer] if answer else []
-        functions = [self._family.function(tool, parts) for tool in callable_]
+        parts = Parts()
+        said = parts.rule(answer) if answer else None
+        functions = self._functions(callable_, parts)
         grammar = None
-        if parts or functions:
+        if answer or functions:
             frame = self._family.frame(
                 functions,
-                answer="@p0" if answer else None,
+                answer=said,
                 is_required=choice.is_required,
                 is_parallel=choice.is_parallel,
                 tags=tags,
                 is_open=is_open,
             )
-            grammar = Grammar(tuple(parts), frame)
+            grammar = Grammar(parts.all(), frame)
         thinking = None
         if tags:
             ending = self._family.ending(tags, functions)
@@ -129,6 +130,12 @@ class ChatFormat:
                 functions, only_first=answer is not None, tags=tags, is_open=is_open
             ),
         )
+
+    def _functions(self, tools: Sequence[Tool], parts: Parts) -> list[Function]:
+        try:
+            return [self._family.function(tool, n, parts) for n, tool in enumerate(tools)]
+        except RecursionError:
+            raise BadRequest("A schema is nested too deeply.", param="tools") from None
 
     def _check(
         self,
@@ -186,7 +193,8 @@ class ChatFormat:
             is_open = continued.rfind(tags.open) > continued.rfind(tags.close)
             return (tags, True) if is_open else (None, False)
         end = "".join(segment.text for segment in segments).rstrip()
-        return (None if end.endswith(tags.close) else tags), end.endswith(tags.open)
+        is_over = end.endswith(tags.close) and not self._family.thinks_again
+        return (None if is_over else tags), end.endswith(tags.open)
 
     def _shows(self, *roles: str, in_order: bool = False, **extra: Any) -> bool:
         """The template takes turns of these roles, and the prompt has what each says."""

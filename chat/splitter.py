@@ -12,7 +12,6 @@ class ReasoningTags:
 
     open: str
     close: str
-    label: str = ""  # with which they begin, and which says nothing
 
 
 class PlainText:
@@ -76,10 +75,6 @@ class ReasoningSplitter:
     def _feed_thoughts(self, text: str) -> list[Event]:
         if not self._has_begun:
             text = text.lstrip()
-            if text and self._tags.label.startswith(text):
-                self._held = text
-                return []
-            text = text.removeprefix(self._tags.label)
             self._has_begun = bool(text)
         thoughts, close, after = text.partition(self._tags.close)
         if close:

@@ -18,10 +18,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.backends.base import Tokenizer
-from engine.wire import Grammar, GrammarPart
+from engine.wire import MAX_GRAMMAR_BYTES, Grammar, GrammarPart
 from errors import BadRequest
 
-MAX_GRAMMAR_BYTES = 256 << 10
 MAX_COMPILED = 64  # grammars that are kept
 # without a bound on spaces small models write nothing else
 JSON_STYLE = {
@@ -32,7 +31,8 @@ JSON_STYLE = {
 _ANYTHING = r"(.|\n)*"
 _SPACES = "[ \\n]{0,4}"
 _MARK = re.compile(
-    "«(?:(?:unlike (?P<unlike>[^»]+?) ?)?(?:(?P<inside>inside )?until (?P<until>[^»]+))?"
+    "«(?:(?:unlike (?P<unlike>[^»]+?) ?)?"
+    "(?:(?P<inside>inside )?(?P<length>\\{[0-9,]+\\} )?until (?P<until>[^»]+))?"
     "|(?P<spaced>spaced )?(?P<text>[^»]+))»"
 )
 # what of GBNF holds characters, and comments, which hold none; one character; those of one letter
@@ -102,8 +102,8 @@ class Compiler:
         return known.copy()
 
     def _new(self, grammar: Grammar) -> GrammarState:
-        size = sum(len(text.encode()) for text in (grammar.frame, *(p.text for p in grammar.parts)))
-        if size > MAX_GRAMMAR_BYTES:
+        texts = (grammar.frame, *(part.text for part in grammar.parts))
+        if sum(len(text.encode()) for text in texts) > MAX_GRAMMAR_BYTES:
             raise BadRequest(
                 f"Grammars and schemas may have {MAX_GRAMMAR_BYTES:,} bytes in all.",
                 param=grammar.param,
@@ -149,22 +149,23 @@ class Compiler:
             if mark["text"]:
                 return literal(mark["text"], bool(mark["spaced"]))
             until, n = mark["until"], len(rules)
+            escaped = _escaped(until or "")
+            any_text = f"(.|\\n){mark['length'].strip()}" if mark["length"] else _ANYTHING
             but = but_spelt
             if mark["inside"]:
-                but = (
-                    ""
-                    if tokens[until] is None
-                    else f" & ~/{_ANYTHING}{_escaped(until)}{_ANYTHING}/"
-                )
+                but = "" if tokens[until] is None else f" & ~/{_ANYTHING}{escaped}{_ANYTHING}/"
             if mark["unlike"]:
                 but += f" & ~/({mark['unlike']}){_ANYTHING}/"
-            if until and tokens[until] is None:
+            if not until or tokens[until] is not None:
+                rules.append(f"TEXT_{n}: /{any_text}/{but}")
+                return f"(TEXT_{n} {literal(until, False)})" if until else f"TEXT_{n}"
+            if mark["length"]:  # counted to its end, so that end is in it
                 rules.append(
-                    f"until_{n}[lazy]: TEXT_{n}\nTEXT_{n}: /{_ANYTHING}{_escaped(until)}/{but}"
+                    f"TEXT_{n}: /{any_text}{escaped}/ & ~/{_ANYTHING}{escaped}(.|\\n)+/{but}"
                 )
-                return f"until_{n}"
-            rules.append(f"TEXT_{n}: /{_ANYTHING}/{but}")
-            return f"(TEXT_{n} {literal(until, False)})" if until else f"TEXT_{n}"
+                return f"TEXT_{n}"
+            rules.append(f"until_{n}[lazy]: TEXT_{n}\nTEXT_{n}: /{any_text}{escaped}/{but}")
+            return f"until_{n}"
 
         return "\n".join([_MARK.sub(resolved, frame), *rules])
 

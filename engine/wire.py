@@ -31,6 +31,7 @@ PLAIN_TOKENS = 128  # at most have their scores in memory at once, without flash
 # whose row is wanted, which for 8,192 of a large vocabulary are gigabytes. What is before them
 # stays in its memory.
 DECODER_STEP = 512
+MAX_GRAMMAR_BYTES = 256 << 10
 _LENGTH = struct.Struct("<I")
 
 
@@ -94,7 +95,7 @@ class Grammar(msgspec.Struct, frozen=True):
     any that ends with the first x, and `«unlike P»` and `«unlike P until x»` for such whose
     beginning does not fit the regular expression P. None of these texts has a control token in it,
     nor one of the frame's spelt in letters, but for those of `«inside until x»`: only x may not be
-    spelt in them.
+    spelt in them. `«inside {2,5} until x»` says how many characters come before x.
     """
 
     parts: tuple[GrammarPart, ...]

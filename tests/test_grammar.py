@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.backends.fake import FakeTokenizer
-from engine.grammar import MAX_GRAMMAR_BYTES, Compiler
-from engine.wire import Grammar, GrammarPart
+from engine.grammar import Compiler
+from engine.wire import MAX_GRAMMAR_BYTES, Grammar, GrammarPart
 from errors import BadRequest
 
 TOKENIZER = FakeTokenizer()

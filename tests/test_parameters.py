@@ -7,6 +7,7 @@ import pytest
 
 from chat.tools.parameters import ANY, Parameter, Parameters
 from engine.wire import GrammarPart
+from errors import BadRequest
 
 COLOUR = {"enum": ["red", "blue"], "type": "string"}
 NODE = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "string"}]}
@@ -15,7 +16,7 @@ DEFS = {"$defs": {"colour": COLOUR, "node": NODE, "a/b": {"type": "integer"}}}
 
 def found(schema: Any, *, strict: bool = False, **root: Any) -> Parameters:
     whole = {"type": "object", "properties": {"x": schema}, **DEFS, **root}
-    return Parameters(GrammarPart("json_schema", json.dumps(whole), "tools", not strict))
+    return Parameters(GrammarPart("json_schema", json.dumps(whole), "tools", not strict), "</end>")
 
 
 def of(schema: Any, *, strict: bool = False) -> Parameter:
@@ -42,6 +43,9 @@ def of(schema: Any, *, strict: bool = False) -> Parameter:
         ({"type": "array", "items": {"type": "string"}}, "json", "json"),
         ({"$ref": "#/$defs/a~1b"}, "json", "json"),
         ({"type": "null"}, "json", "json"),
+        ({"enum": ["a", "</end>"]}, "json", "json"),
+        ({"type": "string", "anyOf": [{"format": "date"}, {}]}, "text", "json"),
+        ({"$ref": "#/$defs/colour", "description": "Which."}, "text", "text"),
         ({"type": ["string", "null"]}, "either", "either"),
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "either", "either"),
         ({"anyOf": [COLOUR, {"type": "null"}]}, "either", "either"),
@@ -79,6 +83,7 @@ def test_choices_are_listed_as_they_are_written() -> None:
         ({"type": "string"}, "null", '"null"'),
         ({"type": ["string", "null"]}, "null", "null"),
         ({"type": ["string", "null"]}, "5", '"5"'),
+        ({"type": ["string", "null"]}, " null", '" null"'),
         ({"type": ["string", "integer"]}, "5", "5"),
         ({"type": ["string", "integer"]}, " 5\n", "5"),
         ({"type": ["string", "integer"]}, "5.5", '"5.5"'),
@@ -100,12 +105,15 @@ def test_what_is_required_and_what_may_be_there_too() -> None:
     assert found({}, required=["x"]).listed[0].is_required
     assert found({}, required=True).listed[0].is_required is False
     for root, takes in (({}, False), ({"additionalProperties": True}, True)):
-        assert found({}, **root).takes_others is takes
-        assert not found({}, strict=True, **root).takes_others
-    assert found({}, properties={}).takes_others
-    assert not found({}, properties={}, additionalProperties=False).takes_others
+        assert bool(found({}, **root).others) is takes
+        assert bool(found({}, strict=True, **root).others) is takes
+    assert found({}, properties={}).others
+    assert not found({}, properties={}, additionalProperties=False).others
+    assert found({}, patternProperties={}).others
     assert found({}, properties=5).listed == []
     assert ANY.form == "either"
+    integers = found({}, additionalProperties={"type": "integer"})
+    assert (integers.of("x").form, integers.of("y").form) == ("either", "json")
 
 
 def test_what_of_all_arguments_is_not_looked_at() -> None:
@@ -115,14 +123,49 @@ def test_what_of_all_arguments_is_not_looked_at() -> None:
     ]  # fmt: skip
 
 
-def test_a_part_of_a_schema_has_what_it_may_refer_to() -> None:
-    assert of({"type": "array", "items": {"$ref": "#/$defs/colour"}}).schema == {
-        "type": "array", "items": {"$ref": "#/$defs/colour"}, **DEFS,
+def test_a_schema_by_itself_has_what_it_refers_to_and_no_more() -> None:
+    def alone(schema: Any, **root: Any) -> Any:
+        return found(schema, **root).listed[0].schema
+
+    assert alone({"type": "integer", "description": "How many."}) == {"type": "integer"}
+    assert alone({"type": "array", "items": {"$ref": "#/$defs/colour"}}) == {
+        "type": "array", "items": {"$ref": "#/$defs/d0"}, "$defs": {"d0": COLOUR},
     }  # fmt: skip
+    of_itself = {"type": "array", "items": {"$ref": "#/properties/x"}}
+    assert alone(of_itself) == {
+        "type": "array", "items": {"$ref": "#/$defs/d0"},
+        "$defs": {"d0": {"type": "array", "items": {"$ref": "#/$defs/d0"}}},
+    }  # fmt: skip
+    union = {"type": "array", "items": {"$ref": "#/$defs/node/anyOf/1"}}
+    assert alone(union)["$defs"] == {"d0": {"type": "string"}}
+    named = {"type": "object", "properties": {"$defs": {}, "$ref": {}, "enum": {}}}
+    assert alone(named) == named
+    data = {"type": "array", "const": [{"$ref": "#/$defs/colour"}]}
+    assert alone(data) == data
+    assert alone({"type": "array", "items": {"$ref": "#/no"}})["items"] == {"$ref": "#/no"}
+
+
+def test_a_schema_that_is_large_by_its_references_is_refused() -> None:
+    large = {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(500)}}
+    properties = {f"x{n}": {"type": "array", "items": {"$ref": "#/$defs/d"}} for n in range(100)}
+    with pytest.raises(BadRequest, match="too often") as caught:
+        found({}, properties=properties, **{"$defs": {"d": large}})
+    assert caught.value.param == "tools"
+
+
+def test_arguments_may_be_one_of_several_objects() -> None:
+    a, b = {"properties": {"a": {"type": "string"}}}, {"properties": {"b": {"type": "integer"}}}
+    for schema in ({"anyOf": [a, b]}, {"oneOf": [a, {"$ref": "#/$defs/b"}], "$defs": {"b": b}}):
+        part = GrammarPart("json_schema", json.dumps(schema), "tools", is_lenient=True)
+        forms = {one.name: one.form for one in Parameters(part, "").listed}
+        assert forms == {"a": "text", "b": "json"}
+    whole = {"$ref": "#/$defs/a", "$defs": {"a": a}, "type": "object"}
+    (one,) = Parameters(GrammarPart("json_schema", json.dumps(whole), "tools"), "").listed
+    assert one.name == "a"
 
 
 def test_schemas_that_grow_as_they_are_looked_at_take_no_time() -> None:
     doubled = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(60)}
     whole = {"properties": {"x": {"$ref": "#/$defs/d0"}}, "$defs": doubled}
-    (parameter,) = Parameters(GrammarPart("json_schema", json.dumps(whole), "tools")).listed
+    (parameter,) = Parameters(GrammarPart("json_schema", json.dumps(whole), "tools"), "").listed
     assert parameter.form == "json"

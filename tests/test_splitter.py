@@ -13,18 +13,24 @@ from chat.events import Call, Message, Splitter
 from chat.splitter import InlineReasoning, JsonSpan, PlainText, ReasoningSplitter, ReasoningTags
 from chat.tools import BY_NAME
 from chat.tools.base import CallReader, Function
+from chat.tools.gemma import Channels
 from chat.tools.parameters import Parameters
 from engine.wire import GrammarPart
 
 Make = Callable[[], Splitter]
 THINK = ReasoningTags("<think>", "</think>")
-SCHEMA = {"properties": {"a": {"type": "string"}, "n": {"type": ["integer", "null"]},
-                         "list": {"type": "array"}, "any": {}}}  # fmt: skip
-PARAMETERS = Parameters(GrammarPart("json_schema", json.dumps(SCHEMA), "tools", True)).listed
-FUNCTIONS = [
-    Function("get_weather", "@p0"),
-    Function("f", "@p1", {parameter.name: parameter for parameter in PARAMETERS}),
-]
+SCHEMA = {
+    "properties": {
+        "a": {"type": "string"},
+        "n": {"type": ["integer", "null"]},
+        "list": {"type": "array"},
+        "any": {},
+        "maybe": {"type": ["string", "null"]},
+    },
+    "additionalProperties": True,
+}
+PARAMETERS = Parameters(GrammarPart("json_schema", json.dumps(SCHEMA), "tools", True), "</end>")
+FUNCTIONS = [Function("get_weather", "@p0"), Function("f", "@p1", parameters=PARAMETERS)]
 
 
 def of_family(name: str, *, only_first: bool = False) -> Make:
@@ -40,7 +46,11 @@ def inline(make: Make) -> Make:
 
 
 HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
-CODER, GLM, GEMMA = map(of_family, ["qwen3-coder", "glm", "gemma4"])
+CODER, GLM = map(of_family, ["qwen3-coder", "glm"])
+
+
+def GEMMA() -> Splitter:
+    return Channels(of_family("gemma4")())
 
 
 def said(text: str = "", *calls: tuple[str, str], reasoning: str = "") -> Message:
@@ -172,6 +182,11 @@ WRITTEN = [
     ("n", "5", "5"),
     ("n", "null", "null"),
     ("list", '[1, {"a": "</arg_value>"}]', '[1, {"a": "</arg_value>"}]'),
+    ("maybe", "null", "null"),
+    ("maybe", "nul", '"nul"'),
+    ("maybe", "nullable", '"nullable"'),
+    ("maybe", "a < b", '"a < b"'),
+    ("maybe", "", '""'),
     ("any", "true", "true"),
     ("any", "-1.5e3", "-1.5e3"),
     ("any", ' {"a": [1]}', '{"a": [1]}'),
@@ -229,7 +244,7 @@ GEMMA_ROWS = [
             ('{a:<|"|>x<|"|>,n:5}', TWO),
             ('{a:<|"|><|"|>}', '{"a": ""}'),
             ('{a:<|"|>{"}, [\n: \\ <||> é<|"|>}', r'{"a": "{\"}, [\n: \\ <||> é"}'),
-            ("{a:true,b:null,c:None,d:-1.5e3}", '{"a": true, "b": null, "c": null, "d": -1.5e3}'),
+            ("{a:true,b:null,d:-1.5e3}", '{"a": true, "b": null, "d": -1.5e3}'),
             ('{a:[1,[],{}],b:{c:<|"|>x<|"|>}}', '{"a": [1, [], {}], "b": {"c": "x"}}'),
             ('{<|"|>a b<|"|>:1}', '{"a b": 1}'),
         ]
@@ -239,6 +254,22 @@ GEMMA_ROWS = [
     (f"{gemma_call('f', '{}')} Hello", said("Hello", ("f", "{}"))),
     ("<|tool_call>call:f{}", said("", ("f", "{}"))),
     ("<|tool_call>call:f{} Hello", said("Hello", ("f", "{}"))),
+    ("<|channel>thought\n<channel|>Hi", said("Hi")),
+    ("<|channel>thought\n\nHm.\n<channel|>\nHi", said("Hi", reasoning="Hm.")),
+    ("<|channel>Hm.<channel|>", said("", reasoning="Hm.")),
+    ("<|channel>thoughtful<channel|>", said("", reasoning="thoughtful")),
+    ("<|channel>thought\nHm, <|channel> is<channel|>Hi", said("Hi", reasoning="Hm, <|channel> is")),
+    ("Hi<|channel>thought\n<channel|>", said("Hi")),
+    ("Hi <channel|>", said("Hi ")),
+    (
+        f"<|channel>thought\nHm.<channel|>{gemma_call('f', '{}')}<|channel>thought\n<channel|>",
+        said("", ("f", "{}"), reasoning="Hm."),
+    ),
+    (
+        gemma_call("f", '{a:<|"|><|channel>x<channel|><|"|>}'),
+        said("", ("f", '{"a": "<|channel>x<channel|>"}')),
+    ),
+    ("<|channel>tho", said()),
     *((text, said(text)) for text in ["<|tool_call>", "a <|tool_call>cal", "<|tool_call>call: x",
                                       "<|tool_call>calls:f{}", "<|tool_call>call:{}"]),
 ]  # fmt: skip
@@ -669,7 +700,7 @@ PIECES = {
     "glm": ["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
             "a", "n", "f", "<", "5", '"', "[", "]"],
     "gemma4": ["<|tool_call>", "<tool_call|>", "call:f{", "call:", '<|"|>', "{", "}", "[", "]", ":",
-               ",", "f", "5", '"', "<|"],
+               ",", "f", "5", '"', "<|", "<|channel>", "<channel|>", "thought\n"],
 }  # fmt: skip
 MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY,
          "qwen3-coder": CODER, "glm": GLM, "gemma4": GEMMA}  # fmt: skip

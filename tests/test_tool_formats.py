@@ -278,7 +278,37 @@ def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
     shown = {name: text(prompt(name, messages, TOOLS)) for name in NAMES}
     assert "<think>\nHm.\n</think>\n\nI look.\n<tool_call>\n{" in shown["qwen3"]
     assert "<|im_start|>assistant\nI look.\n<tool_call>\n{" in shown["smollm2"]
+    assert "<|im_start|>assistant\nI look.\n<tool_call>\n<function=" in shown["qwen3_coder"]
+    assert "</think>I look.<tool_call>get_weather<arg_key>" in shown["glm"]
+    # whose own templates put it behind the result, where the next answer is to begin
+    model_turns = "<|turn>model\nI look.<turn|>\n<|turn>model\n<|tool_call>call:get_weather{"
+    assert model_turns in shown["gemma4"]
+    assert shown["gemma4"].endswith('response:get_weather{value:<|"|>rain<|"|>}<tool_response|>')
     assert "<|channel|>analysis<|message|>Hm.\n\nI look.<|end|><|start|>" in shown["gpt_oss"]
+
+
+@pytest.mark.parametrize(
+    ("template", "sent", "shown"),
+    [
+        ("qwen3_coder", '{"a": true, "b": null}', "=a>\ntrue\n</parameter>\n<parameter=b>\nnull\n"),
+        ("qwen3_coder", '{"a": [1, {"b": "é"}]}', '<parameter=a>\n[1, {"b": "é"}]\n</parameter>'),
+        ("qwen3_coder", '{"a": 1.5', '<parameter=arguments>\n{"a": 1.5\n</parameter>'),  # cut
+        ("qwen3_coder", "", "<function=f>\n</function>"),
+        ("glm", '{"a": false}', "<arg_key>a</arg_key><arg_value>false</arg_value>"),
+        ("gemma4", '{"a": [true, {"b": "x"}], "c": 5}', 'f{a:[true,{b:<|"|>x<|"|>}],c:5}<'),
+    ],
+)
+def test_past_calls_look_as_the_model_wrote_them(template: str, sent: str, shown: str) -> None:
+    messages = [*user("Go"), *assistant(None, ("1", "f", sent)), *result("1", "done"),
+                *assistant(None, ("2", "f", sent)), *result("2", "done")]  # fmt: skip
+    assert text(prompt(template, messages, TOOLS)).count(shown) == 2
+
+
+def test_results_are_not_lost_where_templates_show_them_with_their_calls() -> None:
+    alone = [*user("Go"), *result("1", "rain"), *user("Well?")]
+    assert "<|turn>user\nrain<turn|>" in text(prompt("gemma4", alone))
+    told = [ONE_CALL[0], ONE_CALL[1] | {"tool_responses": "snow"}, ONE_CALL[2]]
+    assert text(prompt("gemma4", told)) == text(prompt("gemma4", ONE_CALL))
 
 
 def test_what_was_said_before_two_calls_comes_once_where_each_has_a_turn() -> None:
@@ -534,9 +564,11 @@ def test_a_call_that_nobody_asked_for_is_none() -> None:
 
 
 def test_parts_of_the_grammar_are_the_answer_and_then_the_tools() -> None:
-    made = prompt("qwen2_5", ONE_CALL, TOOLS, answer=ANSWER)
+    unlike = tool("get_unlike", "unit")
+    made = prompt("qwen2_5", ONE_CALL, [*TOOLS, unlike], answer=ANSWER)
     assert made.grammar
-    assert made.grammar.parts == (ANSWER, WEATHER.arguments, TIME.arguments)
+    # each once: two functions have the same arguments
+    assert made.grammar.parts == (ANSWER, WEATHER.arguments, unlike.arguments)
     for part in ("@p0", '"\\"get_weather\\", \\"arguments\\": " @p1', "@p2"):
         assert part in made.grammar.frame
 

@@ -10,11 +10,12 @@ import pytest
 
 from chat.events import Call, Message
 from chat.format import Prompt
-from chat.tools.base import Tool
+from chat.tools import BY_NAME
+from chat.tools.base import Parts, Tool
 from engine.grammar import Compiler, GrammarState
 from engine.thinking import Thoughts
 from engine.wire import GrammarPart
-from errors import UnsupportedParameter
+from errors import BadRequest, UnsupportedParameter
 from tests.byte_tokenizer import END, ByteTokenizer, sampled
 from tests.chat_formats import (
     CONTROL_TOKENS,
@@ -559,7 +560,9 @@ def test_a_strict_schema_is_kept_to_the_letter(model: Model) -> None:
         ("gemma4", {"properties": {"a": {"type": "string", "pattern": "x"}}}, "pattern"),
         ("gemma4", {"properties": {"a": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
         ("gemma4", {"properties": {"a": {"oneOf": [{"type": "string"}]}}}, "oneOf"),
-        ("gemma4", {"properties": {"a": {}}}, "any type"),
+        ("gemma4", {"properties": {"a": {"type": "array", "items": False}}}, "that is none"),
+        ("gemma4", {"required": ["a"]}, "required"),
+        ("gemma4", {"properties": {"a": {}}, "anyOf": [{"required": ["a"]}]}, "anyOf"),
     ],
 )
 def test_what_of_a_strict_schema_cannot_be_enforced_is_refused(
@@ -586,6 +589,185 @@ def test_schemas_in_circles(model: Model) -> None:
     arguments = '{"tree": {"left": {"left": {"leaf": 1}}}}'
     assert turn.says(model.calls(("f", arguments))).calls == [Call("f", arguments)]
     assert not turn.may_begin(model.calls(("f", arguments.replace("1", '"x"'))))
+
+
+def call_of(model: Model, name: str, arguments: str) -> tuple[str, list[Call]]:
+    return model.calls((name, arguments)), [Call(name, arguments)]
+
+
+@every(is_parallel=True)
+def test_a_line_break_behind_the_last_call_leads_to_no_other(model: Model) -> None:
+    """Templates of Nemotron and others end each call with one."""
+    if model.template in (*HERMES, *TAGGED):
+        said = model.asked().says(f"{model.calls(CALL)}\n")
+        assert said == Message(calls=[Call(*CALL)])
+
+
+@NOT_JSON
+@pytest.mark.parametrize("limits", [{"minLength": 1}, {"maxLength": 9}, {"maxLength": 2**53}])
+def test_a_text_of_a_certain_length_ends(model: Model, limits: dict[str, int]) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"} | limits},
+              "required": ["a"], "additionalProperties": False}  # fmt: skip
+    no_json = limits.get("maxLength", 0) > 1000 and model.template in TAGGED  # has such a limit
+    for is_strict in (False,) if no_json else (False, True):
+        turn = model.asked([tool("f", schema=schema, is_strict=is_strict)])
+        quote = '"' if is_strict and model.template in TAGGED else ""  # where it is JSON
+        raw, calls = call_of(model, "f", '{"a": "Oslo"}')
+        raw = raw.replace("Oslo", f"{quote}Oslo{quote}")
+        assert turn.says(raw).calls == calls
+        if is_strict or model.template == "gemma4":
+            fits = limits.get("maxLength", 99) > 9
+            assert turn.may_begin(raw.replace("Oslo", "Oslo, Norge")) == fits
+            assert turn.may_begin(raw.replace("Oslo", "")) == ("maxLength" in limits)
+
+
+@NOT_JSON
+def test_arguments_that_are_named_have_their_types_where_others_may_come_too(model: Model) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}, "u": {"enum": ["a"]}},
+              "additionalProperties": True}  # fmt: skip
+    if model.template == "gemma4":
+        return  # where nothing comes that is not named
+    for is_strict in (False, True):
+        turn = model.asked([tool("f", schema=schema, is_strict=is_strict)])
+        for arguments in ('{"n": 5}', '{"n": 5, "x": 1}', '{"u": "a", "nn": 1}', "{}"):
+            raw, calls = call_of(model, "f", arguments)
+            assert turn.says(raw).calls == calls
+        for arguments in ('{"n": "abc"}', '{"x": 1, "n": "abc"}', '{"x": 1, "u": "b"}'):
+            assert not turn.may_begin(model.calls(("f", arguments)))
+
+
+@NOT_JSON
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_names_that_nobody_knows_have_values_of_their_type(model: Model, is_strict: bool) -> None:
+    schema = {"type": "object", "additionalProperties": {"type": "integer"}}
+    turn = model.asked([tool("f", schema=schema, is_strict=is_strict)])
+    for arguments in ("{}", '{"a": 1, "b": -2}'):
+        raw, calls = call_of(model, "f", arguments)
+        assert turn.says(raw).calls == calls
+    assert not turn.may_begin(model.calls(("f", '{"a": "x"}')))
+
+
+@NOT_JSON
+def test_references_to_anywhere_mean_what_they_mean(model: Model) -> None:
+    place = {"type": "object", "properties": {"x": {"type": "integer"}},
+             "additionalProperties": False}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {
+            "a": {"anyOf": [place, {"type": "null"}]},
+            "b": {"$ref": "#/properties/a/anyOf/0"},
+            "kids": {"type": "array", "items": {"$ref": "#"}},
+            "text": {"$ref": "#/$defs/te~1xt"},
+        },
+        "additionalProperties": False,
+        "$defs": {"te/xt": {"type": "string"}},
+    }
+    turn = model.asked([tool("f", schema=schema)])
+    for arguments in (
+        '{"a": null}', '{"b": {"x": 1}}', '{"kids": [{"b": {}}, {"kids": []}]}', '{"text": "5"}',
+    ):  # fmt: skip
+        raw, calls = call_of(model, "f", arguments)
+        assert turn.says(raw).calls == calls
+    for arguments in ('{"b": null}', '{"b": {"y": 1}}', '{"kids": [1]}', '{"kids": [[]]}'):
+        assert not turn.may_begin(model.calls(("f", arguments)))
+
+
+@NOT_JSON
+def test_schemas_that_many_functions_have_cost_once(model: Model) -> None:
+    place = {"type": "object", "properties": {f"p{n}": {"type": "number"} for n in range(60)}}
+    schema = {"type": "object", "properties": {f"n{n}": {"type": "integer"} for n in range(10)},
+              "$defs": {f"d{n}": place for n in range(9)}}  # fmt: skip
+    tools = [tool(f"a_function_with_a_long_name_of_some_server_{n}", schema=schema)
+             for n in range(12)]  # fmt: skip
+    turn = model.asked(tools)
+    raw, calls = call_of(model, tools[7].name, '{"n3": 5}')
+    assert turn.says(raw).calls == calls
+
+
+DEEP: dict[str, Any] = {"type": "string"}
+for _ in range(30):
+    DEEP = {"type": "array", "items": DEEP}
+UNION: dict[str, Any] = {"$ref": "#/$defs/n"}
+for _ in range(200):
+    UNION = {"anyOf": [UNION]}
+OBJECTS: dict[str, Any] = {"type": "string"}
+for _ in range(30):
+    OBJECTS = {"type": "object", "properties": {"a": OBJECTS, "b": {"type": "string"}}}
+
+
+@pytest.mark.parametrize("family", ["qwen3-coder", "glm", "gemma4"])
+@pytest.mark.parametrize("schema", [DEEP, UNION, OBJECTS], ids=["lists", "unions", "objects"])
+def test_deep_schemas_are_no_burden(family: str, schema: dict[str, Any]) -> None:
+    whole = {"type": "object", "properties": {"a": schema}, "$defs": {"n": UNION}}
+    function = BY_NAME[family].function(tool("f", schema=whole), 0, Parts())
+    assert len(BY_NAME[family].calls([function], is_parallel=True)) < 20_000
+
+
+def test_a_schema_that_is_too_deep_is_refused() -> None:
+    schema = '{"type": "array", "items": ' * 5000 + "{}" + "}" * 5000
+    whole = '{"type": "object", "properties": {"a": ' + schema + "}}"
+    part = GrammarPart("json_schema", whole, "tools", is_lenient=True)
+    function = {"name": "f", "description": "", "parameters": {}}
+    deep = Tool({"type": "function", "function": function}, part)
+    with pytest.raises(BadRequest, match="too deeply") as caught:
+        prompt("qwen3_coder", user("Hi"), [deep])
+    assert caught.value.param == "tools"
+
+
+@NOT_JSON
+def test_no_word_of_a_schema_is_a_mark_of_the_grammar(model: Model) -> None:
+    schema = {"type": "object", "properties": {"«x»": {"enum": ["«Spartak»", "a «» b"]}},
+              "additionalProperties": False}  # fmt: skip
+    turn = model.asked([tool("f", schema=schema)])
+    for value in ("«Spartak»", "a «» b"):
+        raw, calls = call_of(model, "f", json.dumps({"«x»": value}, ensure_ascii=False))
+        assert turn.says(raw).calls == calls
+    assert not turn.may_begin(model.calls(("f", '{"«x»": "a b"}')))
+
+
+@NOT_JSON
+def test_one_of_several_objects_is_an_object(model: Model) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}},
+              "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}  # fmt: skip
+    turn = model.asked([tool("f", schema=schema)])
+    for arguments in ('{"a": "x"}', '{"b": 1}'):
+        raw, calls = call_of(model, "f", arguments)
+        assert turn.says(raw).calls == calls
+    assert not turn.may_begin(model.calls(("f", '{"b": "x"}')))
+    if model.template == "gemma4":
+        assert not turn.may_begin(model.calls(("f", "{}")).replace("{}", "<"))
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+@pytest.mark.parametrize("template", TAGGED)
+def test_arguments_may_come_in_any_order(template: str, has_tokens: bool) -> None:
+    model = MODELS[template, has_tokens]
+    names = ("limit", "query", "page", "kind")
+    schema = {"type": "object", "properties": {name: {"type": "string"} for name in names},
+              "required": ["query", "kind"], "additionalProperties": False}  # fmt: skip
+    turn = model.asked([tool("f", schema=schema)])
+    for order in (names, names[::-1], ("query", "limit", "kind"), ("kind", "query", "page")):
+        raw, calls = call_of(model, "f", json.dumps(dict.fromkeys(order, "x")))
+        assert turn.says(raw).calls == calls
+    for order in (("limit", "query"), ("kind",), ()):
+        assert not turn.may_begin(model.calls(("f", json.dumps(dict.fromkeys(order, "x")))))
+    strict = model.asked([tool("f", schema=schema, is_strict=True)])
+    assert not strict.may_begin(model.calls(("f", json.dumps(dict.fromkeys(names[::-1], "x")))))
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_qwen3_coder_may_leave_the_opener_out(has_tokens: bool) -> None:
+    model = MODELS["qwen3_coder", has_tokens]
+    bare = model.calls(CALL).removeprefix("<tool_call>\n")
+    turn = model.asked()
+    for text in ("", "Let me look.\n", "Let <function=x> be.\n\n  "):
+        for close in ("\n</tool_call>", ""):
+            raw = text + bare.removesuffix("\n</tool_call>") + close
+            assert turn.says(raw) == Message(text.rstrip(), calls=[Call(*CALL)])
+    two = f"{bare}\n{model.calls(CALL)}"
+    assert turn.says(two).calls == [Call(*CALL)] * 2
+    assert not turn.may_begin(bare.replace("get_time", "no_such"))
+    assert turn.says("In <function=f> a name is") == Message("In <function=f> a name is")
 
 
 # thoughts that must end

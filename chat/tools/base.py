@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from chat.events import CallArguments, CallBegin, Event, Splitter, Text
 from chat.splitter import JsonSpan, PlainText, ReasoningSplitter, ReasoningTags, n_held
-from chat.tools.parameters import Parameter
-from engine.wire import GrammarPart
+from chat.tools.parameters import Parameters
+from engine.wire import MAX_GRAMMAR_BYTES, GrammarPart
+from errors import BadRequest
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -45,8 +46,30 @@ class Function:
 
     name: str
     arguments: str
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)  # that are written one by one
-    rules: Sequence[str] = ()  # that only these arguments need
+    rules: Sequence[str] = ()  # that only these need
+    parameters: Parameters | None = None  # where they are written one by one
+
+
+class Parts:
+    """The parts of a grammar, as they are added: each once. Raises BadRequest for too many."""
+
+    def __init__(self) -> None:
+        self._rules: dict[GrammarPart, str] = {}
+        self._size_bytes = 0
+
+    def rule(self, part: GrammarPart) -> str:
+        """The rule of a part in the frame."""
+        if part not in self._rules:
+            self._rules[part] = f"@p{len(self._rules)}"
+            self._size_bytes += len(part.text.encode())
+            if self._size_bytes > MAX_GRAMMAR_BYTES:  # the worker would refuse it: no more work
+                raise BadRequest(
+                    f"Schemas may have {MAX_GRAMMAR_BYTES:,} bytes in all.", param=part.param
+                )
+        return self._rules[part]
+
+    def all(self) -> tuple[GrammarPart, ...]:
+        return tuple(self._rules)
 
 
 class ToolFormat(ABC):
@@ -57,16 +80,17 @@ class ToolFormat(ABC):
     visible: ClassVar[tuple[str, ...]] = ()  # control tokens that its splitter looks for
     shows_tools: ClassVar[bool] = True  # the template prints the tools that it is given
     calls_after_text: ClassVar[bool] = True
+    thinks_again: ClassVar[bool] = False  # also where the prompt has ended its thoughts
     mixes_with_json: ClassVar[bool] = True  # a call cannot be taken for an answer that is JSON
 
     @abstractmethod
     def fits(self, template: str) -> bool:
         """The template is of this family."""
 
-    def function(self, tool: Tool, parts: list[GrammarPart]) -> Function:
-        """A tool that may be called, its parts of the grammar added to those that there are.
-        Raises UnsupportedParameter."""
-        return Function(tool.name, added(parts, tool.arguments))
+    def function(self, tool: Tool, number: int, parts: Parts) -> Function:
+        """A tool that may be called, the `number`th, with its parts of the grammar among all.
+        Raises BadRequest."""
+        return Function(tool.name, parts.rule(tool.arguments))
 
     @abstractmethod
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
@@ -142,12 +166,6 @@ class ToolFormat(ABC):
         return ReasoningSplitter(tags, splitter, is_open=is_open) if tags else splitter
 
 
-def added(parts: list[GrammarPart], part: GrammarPart) -> str:
-    """The rule of a part that is added to the others."""
-    parts.append(part)
-    return f"@p{len(parts) - 1}"
-
-
 def one_call_a_turn(messages: Messages) -> list[Mapping[str, Any]]:
     """For templates that take one call in a turn: of several each gets its own, with its result."""
     turns: list[Mapping[str, Any]] = []
@@ -172,31 +190,10 @@ def one_call_a_turn(messages: Messages) -> list[Mapping[str, Any]]:
     return turns
 
 
-def with_plain_arguments(messages: Messages) -> list[Mapping[str, Any]]:
-    """For templates that print each argument by itself, and those that are no texts as Python
-    does: past calls with these as JSON, and with an object where something else was sent."""
-    turns: list[Mapping[str, Any]] = []
-    for turn in messages:
-        if calls := turn.get("tool_calls"):
-            turn = {**turn, "tool_calls": [_with_plain_arguments(call) for call in calls]}
-        turns.append(turn)
-    return turns
-
-
-def _with_plain_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = call["function"].get("arguments", {})
-    if not isinstance(arguments, Mapping):
-        arguments = {"arguments": arguments}
-    plain = {
-        name: value if isinstance(value, str | list | dict) else json.dumps(value)
-        for name, value in arguments.items()
-    }
-    return {**call, "function": {**call["function"], "arguments": plain}}
-
-
 def literal(text: str) -> str:
-    """A text in Lark."""
-    return json.dumps(text, ensure_ascii=False)
+    """A text in Lark, in which no mark of a frame is found."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return quoted.replace("«", "\\u00ab").replace("»", "\\u00bb")
 
 
 def pattern(text: str) -> str:
@@ -289,11 +286,6 @@ def _as_json(arguments: Any) -> str:
     return json.dumps(arguments, ensure_ascii=False)
 
 
-def may_go_on(text: str, mark: str) -> bool:
-    """More of it may come to begin with the mark, or it does."""
-    return text.startswith(mark) or mark.startswith(text)
-
-
 def after_close(text: str, close: str) -> str | None:
     """What comes after a whole call, behind what closes it if it does; None while that is open."""
     after = text.lstrip()
@@ -312,7 +304,7 @@ class OpenedCalls(ABC):
     is_reasoning = False
 
     def __init__(self, opener: str, *, only_first: bool) -> None:
-        self._opener = opener
+        self._opener = self._opened = opener
         self._only_first = only_first
         self._in_call = False
         self._had_call = False  # and no text since
@@ -324,6 +316,14 @@ class OpenedCalls(ABC):
     @abstractmethod
     def is_calling(self) -> bool:
         """A call has begun and is not whole."""
+
+    def _opening(self, text: str) -> tuple[str, str, str]:
+        """What comes before the first opener, that, and what comes behind it."""
+        return text.partition(self._opener)
+
+    def _n_held(self, text: str) -> int:
+        """Length of the end of `text` that may belong to an opener."""
+        return n_held(text, self._opener)
 
     @abstractmethod
     def _begin(self) -> None:
@@ -367,14 +367,15 @@ class OpenedCalls(ABC):
     def _read_text(self, text: str) -> tuple[list[Event], str | None]:
         if self._only_first and self._has_text:
             return [Text(text)], None
-        before, opener, after = text.partition(self._opener)
+        before, opener, after = self._opening(text)
         if opener and not (self._only_first and before.strip()):
             self._in_call = True
+            self._opened = opener
             self._begin()
             said = before.rstrip()
             self._spaces = before[len(said) :]
             return self._text(said), after
-        n_sure = len(text) - n_held(text, self._opener)
+        n_sure = len(text) - self._n_held(text)
         self._held = text[n_sure:]
         return self._text(text[:n_sure]), None
 
@@ -386,3 +387,50 @@ class OpenedCalls(ABC):
         self._had_call = False
         self._has_text = True
         return [Text(text)]
+
+
+class HeadedCalls(OpenedCalls):
+    """Such in which a call begins with the name of its function, and its arguments are put into
+    JSON as they come."""
+
+    HEAD: ClassVar[re.Pattern[str]]  # behind the opener, with the name as its only group
+    HALF_HEAD: ClassVar[re.Pattern[str]]  # what may become one
+    CLOSE: ClassVar[str]  # what closes a call
+
+    def _begin(self) -> None:
+        self._raw = ""  # what was not read yet
+        self._name: str | None = None  # None: it is no call yet
+        self._head, self._half_head = self.HEAD, self.HALF_HEAD
+        self._is_whole = False
+
+    @property
+    def is_calling(self) -> bool:
+        return self._in_call and not self._is_whole
+
+    def _unread(self) -> str:
+        return self._opened + self._raw if self._name is None else ""
+
+    def _read(self, text: str) -> tuple[list[Event], str | None]:
+        self._raw += text
+        events: list[Event] = []
+        said = ""
+        if self._name is None:
+            if not (head := self._head.match(self._raw)):
+                if self._half_head.fullmatch(self._raw):
+                    return [], None
+                text, self._raw = self._raw, ""
+                return [], text
+            self._name = head[1]
+            self._raw = self._raw[head.end() :]
+            events.append(CallBegin(head[1]))
+            said = "{"
+        while not self._is_whole and (more := self._next(self._name)) is not None:
+            said += more
+        if said:
+            events.append(CallArguments(said))
+        return events, after_close(self._raw, self.CLOSE) if self._is_whole else None
+
+    @abstractmethod
+    def _next(self, name: str) -> str | None:
+        """JSON of the next piece of the arguments; None if more must come first. When they are
+        whole, it says so."""

@@ -1,8 +1,10 @@
-"""Gemma 4: calls in a notation of its own, in which texts stand between control tokens.
+"""Gemma 4: calls in a notation of its own, in which texts stand between marks.
 
 <|tool_call>call:get_weather{city:<|"|>Paris<|"|>,n_days:3}<tool_call|>
 
-Thoughts are in a channel: <|channel>thought
+Thoughts are in a channel. It also opens ones that stay empty, before a text or behind it.
+
+<|channel>thought
 The weather in Paris.<channel|>
 """
 
@@ -11,38 +13,46 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from chat.events import CallArguments, CallBegin, Event, Splitter
-from chat.splitter import ReasoningTags, n_held
+from chat.events import Event, Reasoning, Splitter
+from chat.splitter import PlainText, ReasoningTags, n_held
 from chat.tools.base import (
     Function,
+    HeadedCalls,
     Messages,
-    OpenedCalls,
+    Parts,
     Tool,
     ToolFormat,
-    added,
-    after_close,
     begun,
     literal,
-    pattern,
 )
-from chat.tools.parameters import DEFINITIONS, SAYS_NOTHING, Schema
+from chat.tools.parameters import BRANCHES, DEFINITIONS, MAX_DEPTH, SAYS_NOTHING, References, Schema
 from engine.wire import GrammarPart
 from errors import UnsupportedParameter
 
 OPEN, CLOSE, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
-TAGS = ReasoningTags("<|channel>", "<channel|>", label="thought\n")
-WORDS = ("number", "integer", "boolean", "null")  # types that are written as in JSON
-PLAIN_KEY = re.compile(r"[^\s{}\[\]:,<>|\"]+")
+TAGS = ReasoningTags("<|channel>", "<channel|>")
+LABEL = "thought\n"  # of the channel
 NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-MAX_DEPTH = 32  # of schemas in one another
+KEYWORDS: dict[Any, tuple[str, ...]] = {  # that are understood, by the types that they are about
+    "number": NUMBERS,
+    "integer": NUMBERS,
+    "boolean": (),
+    "null": (),
+    "string": ("minLength", "maxLength"),
+    "array": ("items", "minItems", "maxItems"),
+    "object": ("properties", "required", "additionalProperties"),
+}
+MAX_LIMIT = 1 << 20  # of lengths: a larger one is none
+PLAIN_KEY = re.compile(r"[^\s{}\[\]:,<>|\"]+")
 # rules that all functions share
 ANYTHING = rf"""
 text: «{QUOTE}» «inside until {QUOTE}»
 any: text | WORD | list | object
 list: "[" (any ("," any)*)? "]"
 object: "{{" (entry ("," entry)*)? "}}"
-entry: (KEY | text) ":" any
-WORD: /-?(0|[1-9][0-9]{{0,15}})(\.[0-9]{{1,16}})?([eE][+-]?[0-9]{{1,2}})?|true|false|null/
+entry: key ":" any
+key: KEY | text
+WORD: /-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null/
 KEY: /[^\s{{}}\[\]:,<>|"]+/"""
 
 
@@ -50,6 +60,7 @@ class Gemma(ToolFormat):
     name = "gemma4"
     opener = OPEN
     visible = (OPEN, CLOSE, QUOTE)
+    thinks_again = True
 
     def fits(self, template: str) -> bool:
         return f"{OPEN}call:" in template
@@ -57,9 +68,12 @@ class Gemma(ToolFormat):
     def reasoning(self, template: str) -> ReasoningTags | None:
         return TAGS if TAGS.close in template else None
 
-    def function(self, tool: Tool, parts: list[GrammarPart]) -> Function:
-        notation = _Notation(tool, parts)
-        return Function(tool.name, notation.whole(), rules=notation.rules)
+    def ending(self, tags: ReasoningTags, functions: Sequence[Function]) -> str:
+        return tags.close
+
+    def function(self, tool: Tool, number: int, parts: Parts) -> Function:
+        notation = _Notation(tool.arguments, number, parts)
+        return Function(tool.name, notation.whole(), notation.rules)
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
         more = f" («{OPEN}» call)*" if is_parallel else ""
@@ -72,148 +86,176 @@ class Gemma(ToolFormat):
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
         return GemmaSplitter(OPEN, only_first=only_first)
 
+    def splitter(
+        self,
+        functions: Sequence[Function],
+        *,
+        only_first: bool,
+        tags: ReasoningTags | None,
+        is_open: bool,
+    ) -> Splitter:
+        inner: Splitter = PlainText()
+        if functions:
+            inner = self.call_splitter(functions, only_first=only_first)
+        return Channels(inner) if tags else inner
+
     def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
-        """The results of calls as a part of their turn: the first templates take no others."""
+        """What was said before calls in a turn before them, since templates put it behind the
+        results; these as a part of the calls' turn, since the first templates take no others."""
         turns: list[dict[str, Any]] = []
         for message in messages:
-            if message["role"] == "tool" and turns and turns[-1].get("tool_calls"):
-                response = {"name": message.get("name", "unknown"), "response": message["content"]}
-                turns[-1].setdefault("tool_responses", []).append(response)
+            turn = {key: value for key, value in message.items() if key != "tool_responses"}
+            calls = turns[-1] if turns and "tool_calls" in turns[-1] else None
+            if turn["role"] == "tool" and calls:
+                response = {"name": turn.get("name", "unknown"), "response": turn["content"]}
+                calls.setdefault("tool_responses", []).append(response)
+            elif turn["role"] == "tool":
+                turns.append({"role": "user", "content": turn["content"]})
             else:
-                turns.append(dict(message))
+                if turn.get("tool_calls") and turn["content"]:
+                    turns.append({"role": "model", "content": turn["content"]})
+                    turn["content"] = ""
+                turns.append(turn)
         return turns
 
 
 class _Notation:
-    """Lark of the arguments of a function, with rules of its own where schemas are named."""
+    """Lark of the arguments of a function. What holds others is a rule of its own, so that nothing
+    is written twice."""
 
-    def __init__(self, tool: Tool, parts: list[GrammarPart]) -> None:
+    def __init__(self, arguments: GrammarPart, number: int, parts: Parts) -> None:
         self.rules: list[str] = []
-        self._tool = tool
+        self._arguments = arguments
+        self._prefix = f"f{number}_"
         self._parts = parts
-        self._root: Schema = json.loads(tool.arguments.text)
-        self._words: dict[str, str] = {}  # rules of parts by their schemas
+        self._references = References(arguments)
         self._meant: dict[str, str] = {}  # rules by the references to schemas
 
     def whole(self) -> str:
-        return self._value(self._root, 0)
+        schema = self._references.root
+        if "$ref" in schema:
+            return self._referred(schema)
+        self._understand(schema, "type", *KEYWORDS["object"])
+        return self._object(schema, 0)
 
     def _value(self, schema: Any, depth: int) -> str:
-        if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
-            return self._any(f"a schema {depth} deep" if schema else "a schema of all")
-        if isinstance(reference := schema.get("$ref"), str):
-            self._understand(schema, "$ref", *DEFINITIONS)
-            return self._referred(reference, depth)
+        if depth > MAX_DEPTH or not isinstance(schema, Mapping):
+            if schema is not True:
+                self._refuse("a schema that is none" if depth <= MAX_DEPTH else "so deep a schema")
+            return "any"
+        if "$ref" in schema:
+            return self._referred(schema, depth)
         if "const" in schema or isinstance(schema.get("enum"), list):
             self._understand(schema, "const", "enum", "type")
             values = [schema["const"]] if "const" in schema else schema["enum"]
-            return self._one_of([_written(value) for value in values])
-        for key in ("anyOf", "oneOf", "allOf"):
-            found = schema.get(key)
-            if isinstance(found, list) and found and (key != "allOf" or len(found) == 1):
-                self._understand(schema, "anyOf", "allOf", *DEFINITIONS)
-                return self._one_of([self._value(one, depth + 1) for one in found])
-        named = schema.get("type")
-        types = named if isinstance(named, list) else [named]
-        return self._one_of([self._of_type(type, schema, depth) for type in types])
+            return _one_of([_written(value) for value in values]) if values else "any"
+        types = self._types(schema)
+        if not types:
+            return self._branched(schema, depth)
+        self._understand(schema, "type", *(key for type in types for key in KEYWORDS[type]))
+        return _one_of([self._of_type(type, schema, depth) for type in types])
 
-    def _of_type(self, type: Any, schema: Schema, depth: int) -> str:
-        if type in WORDS:
-            limits = {key: value for key, value in schema.items() if key in NUMBERS}
-            self._understand(schema, "type", *NUMBERS)
-            text = json.dumps({"type": type} | (limits if type in WORDS[:2] else {}))
-            if text not in self._words:
-                of = self._tool.arguments
-                part = GrammarPart("json_schema", text, of.param, of.is_lenient)
-                self._words[text] = added(self._parts, part)
-            return self._words[text]
+    def _types(self, schema: Schema) -> list[str]:
+        named = schema.get("type", "object" if "properties" in schema else None)
+        named = named if isinstance(named, list) else [named]
+        return [type for type in KEYWORDS if type in named]
+
+    def _branched(self, schema: Schema, depth: int) -> str:
+        """Of a schema that says no type."""
+        for key in BRANCHES:
+            branches = schema.get(key)
+            if isinstance(branches, list) and branches and (key != "allOf" or len(branches) == 1):
+                self._understand(schema, "anyOf", "allOf")
+                return _one_of([self._value(one, depth + 1) for one in branches])
+        self._understand(schema)
+        return "any"
+
+    def _of_type(self, type: str, schema: Schema, depth: int) -> str:
         if type == "string":
-            self._understand(schema, "type", "minLength", "maxLength")
-            least, most = _limits(schema, "minLength", "maxLength")
-            return self._text(least, most) if least or most is not None else "text"
+            limits = _limits(schema, "minLength", "maxLength")
+            return f"«{QUOTE}» «inside {{{limits}}} until {QUOTE}»" if limits != "0," else "text"
         if type == "array":
-            self._understand(schema, "type", "items", "minItems", "maxItems")
             return self._list(schema, depth)
         if type == "object":
-            understood = ("type", "properties", "required", "additionalProperties", *DEFINITIONS)
-            self._understand(schema, *understood)
             return self._object(schema, depth)
-        return self._any("a value of any type")
-
-    def _text(self, least: int, most: int | None) -> str:
-        length = f"/(.|\\n){{{least},{'' if most is None else most}}}/"
-        name = self._rule(f"{length} & ~/(.|\\n)*{pattern(QUOTE)}(.|\\n)*/", is_terminal=True)
-        return f"«{QUOTE}» {name} «{QUOTE}»"
+        of = self._arguments
+        text = json.dumps({"type": type, **{key: schema[key] for key in NUMBERS if key in schema}})
+        return self._parts.rule(GrammarPart("json_schema", text, of.param, of.is_lenient))
 
     def _list(self, schema: Schema, depth: int) -> str:
-        item = self._value(schema.get("items", {}), depth + 1)
-        least, most = _limits(schema, "minItems", "maxItems")
-        if most == 0:
+        item = self._rule(self._value(schema.get("items", True), depth + 1))
+        least, _, most = _limits(schema, "minItems", "maxItems").partition(",")
+        if most == "0":
             return '"[" "]"'
-        more = f"{max(least - 1, 0)},{'' if most is None else most - 1}"
+        more = f"{max(int(least) - 1, 0)},{int(most) - 1 if most else ''}"
         items = f'{item} ("," {item}){{{more}}}'
-        return f'"[" {items} "]"' if least else f'"[" ({items})? "]"'
+        return f'"[" {items} "]"' if int(least) else f'"[" ({items})? "]"'
 
     def _object(self, schema: Schema, depth: int) -> str:
         properties = schema.get("properties")
-        if not isinstance(properties, Mapping) or not properties:
-            is_empty = schema.get("additionalProperties") is False
-            return '"{" "}"' if is_empty else "object"
         required = schema.get("required")
-        required = required if isinstance(required, list) else ()
+        required = required if isinstance(required, list) else []
+        if not isinstance(properties, Mapping) or not properties:
+            if required:
+                self._refuse("'required' without 'properties'")
+            return self._map(schema.get("additionalProperties", True), depth)
         entries = []
-        for name in sorted(properties, key=str.lower):  # as its template shows them
+        for name in sorted(properties, key=str.lower):  # as its templates show them
             key = literal(f"{name}:")
             if not PLAIN_KEY.fullmatch(name):
                 key = f'«{QUOTE}» {literal(name)} «{QUOTE}» ":"'
-            entries.append((f"{key} {self._value(properties[name], depth + 1)}", name in required))
+            entry = self._rule(f"{key} {self._value(properties[name], depth + 1)}")
+            entries.append((entry, name in required))
         rest = ""  # of the entries, where one has been
-        begun: list[str] = []  # by the entry that is the first
+        whole: list[str] = []  # by the entry that is the first
         for entry, is_required in reversed(entries):
-            begun = [f"{entry} {rest}", *([] if is_required else begun or [""])]
+            whole = [f"{entry} {rest}", *([] if is_required else whole or [""])]
             rest = self._rule(f'"," {entry} {rest}' if is_required else f'("," {entry})? {rest}')
-        return f'"{{" {self._one_of(begun)} "}}"'
+        return f'"{{" {_one_of(whole)} "}}"'
 
-    def _referred(self, reference: str, depth: int) -> str:
+    def _map(self, schema: Any, depth: int) -> str:
+        """An object with whatever names, and values of this schema."""
+        if schema is False:
+            return '"{" "}"'
+        entry = self._rule(f'key ":" {self._value(schema, depth + 1)}')
+        return f'"{{" ({entry} ("," {entry})*)? "}}"'
+
+    def _referred(self, schema: Schema, depth: int = 0) -> str:
+        self._understand(schema, "$ref", "type", *DEFINITIONS)
+        reference = str(schema["$ref"])
         if reference not in self._meant:
-            found: Any = self._root if reference.startswith("#") else None
-            for key in reference.split("/")[1:]:
-                found = found.get(key) if isinstance(found, Mapping) else None
             index = len(self.rules)
             self._meant[reference] = name = self._rule("")
-            self.rules[index] = f"{name}: {self._value(found, depth + 1)}"
+            value = self._value(self._references.at(reference), depth + 1)
+            self.rules[index] = f"{name}: {value}"
         return self._meant[reference]
 
-    def _rule(self, lark: str, *, is_terminal: bool = False) -> str:
-        name = f"r{self._tool.name.encode().hex()}_{len(self.rules)}"
-        name = name.upper() if is_terminal else name
+    def _rule(self, lark: str) -> str:
+        name = f"{self._prefix}{len(self.rules)}"
         self.rules.append(f"{name}: {lark}")
         return name
 
-    def _one_of(self, options: Sequence[str]) -> str:
-        return options[0] if len(options) == 1 else f"({' | '.join(dict.fromkeys(options))})"
-
-    def _any(self, what: str) -> str:
-        self._refuse(what)
-        return "any"
-
     def _understand(self, schema: Schema, *keys: str) -> None:
-        for key in schema.keys() - SAYS_NOTHING - {*keys}:
+        for key in schema.keys() - SAYS_NOTHING - {*keys, *DEFINITIONS}:
             self._refuse(f"'{key}'")
 
     def _refuse(self, what: str) -> None:
-        arguments = self._tool.arguments
-        if not arguments.is_lenient:
+        if not self._arguments.is_lenient:
             raise UnsupportedParameter(
                 f"In calls of this model (gemma4) {what} cannot be enforced; leave `strict` out.",
-                param=arguments.param,
+                param=self._arguments.param,
             )
 
 
-def _limits(schema: Schema, least: str, most: str) -> tuple[int, int | None]:
+def _one_of(options: Sequence[str]) -> str:
+    return options[0] if len(options) == 1 else f"({' | '.join(dict.fromkeys(options))})"
+
+
+def _limits(schema: Schema, least: str, most: str) -> str:
+    """A range in a regular expression, without its braces."""
     found = [schema.get(key) for key in (least, most)]
-    low, high = (limit if isinstance(limit, int) and limit >= 0 else None for limit in found)
-    return low or 0, high
+    low, high = (n if isinstance(n, int) and 0 <= n <= MAX_LIMIT else None for n in found)
+    return f"{low or 0},{'' if high is None else high}"
 
 
 def _written(value: Any) -> str:
@@ -231,48 +273,20 @@ def _listed(begin: str, items: Iterable[str], end: str) -> str:
     return f"{literal(begin)} {(literal(',')).join(items)} {literal(end)}"
 
 
-class GemmaSplitter(OpenedCalls):
+class GemmaSplitter(HeadedCalls):
     """Texts go out as they come, all else as soon as it is sure."""
 
-    _HEAD = re.compile(r"\s*call:([^\s{]+)\s*\{")
-    _HALF = re.compile(rf"\s*({begun('call:')}|call:[^\s{{]*\s*)")  # of what may be one
+    HEAD = re.compile(r"\s*call:([^\s{]+)\s*\{")
+    HALF_HEAD = re.compile(rf"\s*({begun('call:')}|call:[^\s{{]*\s*)")
+    CLOSE = CLOSE
     _MARK = re.compile(rf"{re.escape(QUOTE)}|[{{}}\[\]:,]")
 
     def _begin(self) -> None:
-        self._raw = ""  # what was not read yet
-        self._depth = 0  # of brackets
+        super()._begin()
+        self._depth = 1  # of brackets
         self._is_text = False  # between its marks
-        self._is_whole = False
 
-    @property
-    def is_calling(self) -> bool:
-        return self._in_call and not self._is_whole
-
-    def _unread(self) -> str:
-        return "" if self._depth or self._is_whole else OPEN + self._raw
-
-    def _read(self, text: str) -> tuple[list[Event], str | None]:
-        self._raw += text
-        events: list[Event] = []
-        if not self._depth and not self._is_whole:
-            if not (head := self._HEAD.match(self._raw)):
-                if self._HALF.fullmatch(self._raw):
-                    return [], None
-                text, self._raw = self._raw, ""
-                return [], text
-            self._raw = self._raw[head.end() :]
-            self._depth = 1
-            events.append(CallBegin(head[1]))
-            said = "{"
-        else:
-            said = ""
-        said += "".join(iter(self._next, None))
-        if said:
-            events.append(CallArguments(said))
-        return events, after_close(self._raw, CLOSE) if self._is_whole else None
-
-    def _next(self) -> str | None:
-        """JSON of the next piece; None if more must come first."""
+    def _next(self, name: str) -> str | None:
         if self._is_text:
             text, quote, after = self._raw.partition(QUOTE)
             n_sure = len(text) if quote else len(text) - n_held(text, QUOTE)
@@ -280,22 +294,77 @@ class GemmaSplitter(OpenedCalls):
             self._is_text = not quote
             said = json.dumps(text[:n_sure], ensure_ascii=False)[1:-1] + ('"' if quote else "")
             return said or None
-        mark = self._MARK.search(self._raw) if self._depth else None
+        mark = self._MARK.search(self._raw)
         if mark is None:
             return None
         word, self._raw = self._raw[: mark.start()].strip(), self._raw[mark.end() :]
         if mark[0] == ":":
             return f"{json.dumps(word, ensure_ascii=False) if word else ''}: "
-        said = _word(word)
         if mark[0] == QUOTE:
             self._is_text = True
-            return said + '"'
+            return word + '"'
         self._depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(mark[0], 0)
         self._is_whole = self._depth == 0
-        return said + (", " if mark[0] == "," else mark[0])
+        return word + (", " if mark[0] == "," else mark[0])
 
 
-def _word(word: str) -> str:
-    """JSON of what stands without marks, which is JSON but where a model imitates what its template
-    makes of null."""
-    return "null" if word == "None" else word
+class Channels:
+    """Thoughts, wherever their channel opens, and what another splitter makes of all else. In calls
+    there are no channels; what closes one that is not open is nothing."""
+
+    _MARK = re.compile(f"{re.escape(TAGS.open)}|{re.escape(TAGS.close)}")
+
+    def __init__(self, rest: Splitter) -> None:
+        self._rest = rest
+        self._held = ""
+        self._is_open = False
+        self._label = ""  # what came of it, while nothing else has
+        self._has_begun = False  # something else has come since the channel opened
+        self._is_behind = False  # a channel, but for spaces
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self._is_open
+
+    @property
+    def is_calling(self) -> bool:
+        return self._rest.is_calling
+
+    def feed(self, text: str) -> list[Event]:
+        events: list[Event] = []
+        text, self._held = self._held + text, ""
+        while mark := self._MARK.search(text):
+            before, text = text[: mark.start()], text[mark.end() :]
+            opens = mark[0] == TAGS.open
+            events += self._said(before.rstrip() if self._is_open and not opens else before)
+            if self._rest.is_calling or (opens and self._is_open):
+                events += self._said(mark[0])
+            elif opens:
+                self._is_open, self._has_begun, self._label = True, False, ""
+            elif self._is_open:
+                self._is_open, self._is_behind = False, True
+        n_held_back = max(n_held(text, TAGS.open), n_held(text, TAGS.close))
+        n_sure = len(text) - n_held_back
+        self._held = text[n_sure:]
+        return events + self._said(text[:n_sure])
+
+    def finish(self) -> list[Event]:
+        held, self._held = self._held, ""
+        return [*self._said(held), *self._rest.finish()]
+
+    def _said(self, text: str) -> list[Event]:
+        if self._is_open:
+            return self._thought(text)
+        if self._is_behind:
+            text = text.lstrip()
+            self._is_behind = not text
+        return self._rest.feed(text) if text else []
+
+    def _thought(self, text: str) -> list[Event]:
+        if not self._has_begun:
+            text = (self._label + text).lstrip()
+            is_label = LABEL.startswith(text)
+            self._label = text if is_label else ""
+            text = "" if is_label else text.removeprefix(LABEL).lstrip()
+            self._has_begun = bool(text)
+        return [Reasoning(text)] if text else []

@@ -36,9 +36,10 @@ class Hermes(ToolFormat):
         return OPEN in template and not any(other in template for other in others)
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
-        more = f' ("\\n" «{OPEN}» call)*' if is_parallel else ""
+        more = f' ("\\n"? «{OPEN}» call)*' if is_parallel else ""
         begin, end = literal('\n{"name": '), literal("\n")
-        return f"calls: call{more}\ncall: {begin} {named(functions, 'arguments')} {end} «{CLOSE}»"
+        call = f"{begin} {named(functions, 'arguments')} {end} «{CLOSE}»"
+        return f'calls: call{more} "\\n"?\ncall: {call}'
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
         return HermesSplitter(OPEN, only_first=only_first)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine.wire import GrammarPart
+from errors import BadRequest
 
 Schema = Mapping[str, Any]
 Form = Literal["text", "json", "either"]
@@ -14,7 +15,11 @@ Form = Literal["text", "json", "either"]
 TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
 SAYS_NOTHING = {"title", "description", "default", "examples", "deprecated", "$comment", "$schema"}
 DEFINITIONS = ("$defs", "definitions")
-MAX_LOOKS = 1000  # at schemas within one; references may go in circles
+DATA = {"const", "enum", "default", "examples"}  # keywords whose values are no schemas
+BRANCHES = ("anyOf", "oneOf", "allOf")
+BY_NAME = {"properties", "patternProperties", "dependentSchemas"}  # and whose values hold some
+MAX_DEPTH = 32  # of schemas in one another
+MAX_COPIED = 50_000  # parts of the schemas of a function
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +30,30 @@ class Parameter:
     name: str
     types: frozenset[str]
     form: Form
-    schema: Schema
+    schema: Schema  # by itself
     is_required: bool = False
     choices: tuple[str, ...] = ()  # as they are written, where there are no others
 
+    @property
+    def is_text_or_null(self) -> bool:
+        return self.types == {"string", "null"}
+
     def value(self, written: str) -> str:
         """JSON of what was written in another form."""
-        if self.form == "either" and _is_json(written, self.types - {"string"}):
+        if self.form == "either" and self._fits(written):
             return written.strip()
         return json.dumps(written, ensure_ascii=False)
+
+    def _fits(self, written: str) -> bool:
+        """It is JSON, of a type that is no text."""
+        if self.is_text_or_null:
+            return written == "null"
+        try:
+            found = _type_of(json.loads(written, parse_constant=_no_json))
+        except (ValueError, RecursionError):
+            return False
+        types = self.types - {"string"}
+        return found in types or (found == "integer" and "number" in types)
 
 
 ANY = Parameter("", TYPES, "either", {})
@@ -49,92 +69,150 @@ class _Found:
 
 
 class Parameters:
-    """Those of one function, by the schema of its arguments."""
+    """Those of one function, by the schema of its arguments. No text has the `end` in it that
+    stands behind texts."""
 
-    def __init__(self, arguments: GrammarPart) -> None:
+    def __init__(self, arguments: GrammarPart, end: str) -> None:
         self.is_exact = not arguments.is_lenient
-        self._root: Schema = json.loads(arguments.text)
-        self._n_looks = 0
-        schema = self._resolved(self._root)
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, Mapping) else {}
+        self._end = end
+        self._references = References(arguments)
+        self._known: dict[str, _Found] = {}  # by references
+        root, schema = self._references.root, self._meant(self._references.root)
+        properties = dict(_mapping(schema.get("properties")))
+        for branch in () if self.is_exact else self._branches(schema):
+            properties = {**_mapping(branch.get("properties")), **properties}
         required = schema.get("required")
         required = required if isinstance(required, list) else ()
         self.listed = [self._parameter(name, properties[name], required) for name in properties]
-        is_open = schema.get("additionalProperties", not properties) is not False
-        self.takes_others = is_open and not self.is_exact
-        understood = {"type", "properties", "required", "additionalProperties"}
-        self.unknown = sorted(schema.keys() - understood - SAYS_NOTHING - {*DEFINITIONS})
+        more = schema.get("additionalProperties", not properties or "patternProperties" in schema)
+        # those that the schema does not name; None: there are none
+        self.others = None if more is False else self._parameter("", more, ())
+        understood = {"type", "properties", "required", "additionalProperties", *DEFINITIONS}
+        said = root.keys() if schema is root else (root.keys() - {"$ref"}) | schema.keys()
+        self.unknown = sorted(said - understood - SAYS_NOTHING)
+        self._by_name = {parameter.name: parameter for parameter in self.listed}
+
+    def of(self, name: str) -> Parameter:
+        """The one of this name, whether the schema names it or not."""
+        return self._by_name.get(name) or self.others or ANY
+
+    def _meant(self, schema: Schema) -> Schema:
+        for _ in range(MAX_DEPTH):
+            reference = schema.get("$ref")
+            if not isinstance(reference, str):
+                break
+            schema = _mapping(self._references.at(reference))
+        return schema
+
+    def _branches(self, schema: Schema) -> list[Schema]:
+        found = [schema.get(key) for key in BRANCHES]
+        return [self._meant(_mapping(one)) for of in found if isinstance(of, list) for one in of]
 
     def _parameter(self, name: str, schema: Any, required: Sequence[str]) -> Parameter:
-        found = self._look(schema)
+        found = self._look(schema, 0)
         form: Form = "text" if found.types == {"string"} else "either"
         choices = found.choices
-        if "string" not in found.types or (self.is_exact and not choices and not found.is_free):
+        is_inexact = self.is_exact and not choices and not found.is_free
+        if (
+            "string" not in found.types
+            or is_inexact
+            or any(self._end in choice for choice in choices)
+        ):
             form, choices = "json", ()
-        definitions = {key: self._root[key] for key in DEFINITIONS if key in self._root}
-        whole = {**definitions, **schema} if isinstance(schema, Mapping) else definitions
-        return Parameter(name, found.types, form, whole, name in required, choices)
+        alone = self._references.alone(schema) if form == "json" else {}
+        return Parameter(name, found.types, form, alone, name in required, choices)
 
-    def _look(self, schema: Any) -> _Found:
-        self._n_looks += 1
-        if self._n_looks > MAX_LOOKS:
+    def _look(self, schema: Any, depth: int) -> _Found:
+        if depth > MAX_DEPTH or not isinstance(schema, Mapping):
             return _Found()
-        schema = self._resolved(schema)
+        if isinstance(reference := schema.get("$ref"), str):
+            if reference not in self._known:
+                self._known[reference] = _Found()  # of one that leads to itself
+                self._known[reference] = self._look(self._references.at(reference), depth + 1)
+            return self._within(schema, self._known[reference], "$ref")
         listed = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(listed, list) and listed:
             written = (one if isinstance(one, str) else json.dumps(one) for one in listed)
             return _Found(frozenset(map(_type_of, listed)), tuple(written))
-        alternatives = schema.get("anyOf", schema.get("oneOf"))
-        if isinstance(alternatives, list) and alternatives:
-            found = [self._look(one) for one in alternatives]
-            choices = [one.choices for one in found]
-            return _Found(
-                frozenset().union(*(one.types for one in found)),
-                tuple(text for texts in choices for text in texts) if all(choices) else (),
-                all(one.is_free for one in found) and _says_only(schema, "anyOf", "oneOf"),
-            )
+        for key in BRANCHES:
+            branches = schema.get(key)
+            if isinstance(branches, list) and branches and (key != "allOf" or len(branches) == 1):
+                found = [self._look(one, depth + 1) for one in branches]
+                choices = [one.choices for one in found]
+                of_all = _Found(
+                    frozenset().union(*(one.types for one in found)),
+                    tuple(text for texts in choices for text in texts) if all(choices) else (),
+                    all(one.is_free for one in found),
+                )
+                return self._within(schema, of_all, key)
+        return self._within(schema, _Found(is_free=True))
+
+    def _within(self, schema: Schema, inner: _Found, *said: str) -> _Found:
+        """What a schema says that says the inner of itself, and perhaps a type and more."""
         named = schema.get("type")
         named = named if isinstance(named, list) else [named]
-        types = frozenset(name for name in TYPES if name in named) or TYPES
+        types = inner.types & {name for name in TYPES if name in named} or inner.types
         if types == {"null"}:
             return _Found(types, ("null",), is_free=True)
-        return _Found(types, (), types <= {"string", "null"} and _says_only(schema, "type"))
+        is_free = inner.is_free and schema.keys() <= SAYS_NOTHING | {"type", *said}
+        return _Found(types, inner.choices, is_free and types <= {"string", "null"})
 
-    def _resolved(self, schema: Any) -> Schema:
-        """The schema that is meant, where one only refers to it."""
-        while isinstance(schema, Mapping) and self._n_looks < MAX_LOOKS:
-            self._n_looks += 1
-            if isinstance(reference := schema.get("$ref"), str):
-                meant = self._at(reference)
-            elif isinstance(parts := schema.get("allOf"), list) and len(parts) == 1:
-                meant = parts[0]
-            else:
-                return schema
-            rest = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
-            schema = {**meant, **rest} if isinstance(meant, Mapping) else rest
-        return {}
 
-    def _at(self, reference: str) -> Any:
-        found: Any = self._root if reference.startswith("#") else None
+class References:
+    """The references in a schema, and what they mean."""
+
+    def __init__(self, whole: GrammarPart) -> None:
+        self.root = _mapping(json.loads(whole.text))
+        self._param = whole.param
+        self._n_left = MAX_COPIED
+
+    def at(self, reference: str) -> Any:
+        """The schema that a JSON pointer means; None where there is none."""
+        found: Any = self.root if reference.startswith("#") else None
         for key in reference.split("/")[1:]:
             key = key.replace("~1", "/").replace("~0", "~")
-            found = found.get(key) if isinstance(found, Mapping) else None
+            if isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+                found = found[int(key)]
+            else:
+                found = found.get(key) if isinstance(found, Mapping) else None
         return found
 
+    def alone(self, schema: Any) -> Schema:
+        """A schema within the root as one of its own: with all that it refers to, and no more."""
+        names: dict[str, str] = {}
+        whole = dict(_mapping(self._renamed(schema, names)))
+        for key in SAYS_NOTHING & whole.keys():
+            del whole[key]
+        definitions: dict[str, Any] = {}
+        while len(definitions) < len(names):  # those of definitions come in too
+            reference = [*names][len(definitions)]
+            definitions[names[reference]] = self._renamed(self.at(reference), names)
+        return {**whole, "$defs": definitions} if definitions else whole
 
-def _says_only(schema: Schema, *keys: str) -> bool:
-    return schema.keys() <= SAYS_NOTHING | {*keys}
+    def _renamed(self, value: Any, names: dict[str, str], *, is_schema: bool = True) -> Any:
+        self._n_left -= 1
+        if self._n_left < 0:
+            raise BadRequest("The schema refers to itself too often.", param=self._param)
+        if isinstance(value, list):
+            return [self._renamed(item, names) for item in value]
+        if not isinstance(value, Mapping):
+            return value
+        renamed = {}
+        for key, inner in value.items():
+            if not is_schema:  # but schemas by name
+                inner = self._renamed(inner, names)
+            elif key in DEFINITIONS:
+                continue
+            elif key == "$ref" and isinstance(inner, str) and self.at(inner) is not None:
+                inner = f"#/$defs/{names.setdefault(inner, f'd{len(names)}')}"
+            elif key not in DATA:
+                inner = self._renamed(inner, names, is_schema=key not in BY_NAME)
+            renamed[key] = inner
+        return renamed
 
 
-def _is_json(text: str, types: frozenset[str]) -> bool:
-    """It is JSON, of one of these types."""
-    try:
-        value = json.loads(text, parse_constant=_no_json)
-    except (ValueError, RecursionError):
-        return False
-    found = _type_of(value)
-    return found in types or (found == "integer" and "number" in types)
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _no_json(constant: str) -> None:
