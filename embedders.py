@@ -100,15 +100,17 @@ class SimpleEmbedder(Embedder):
 
     outputs: frozenset[Output] = frozenset({"dense"})
 
-    def __init__(self, encoder: Encoder, spec: EncoderSpec, default: Pooling = "cls") -> None:
+    def __init__(self, encoder: Encoder, spec: EncoderSpec) -> None:
         super().__init__(encoder, spec)
-        self._pooling = spec.pooling or encoder.pooling
-        if self._pooling is None:
-            self._pooling = default
+        self._pooling = spec.pooling or self._own_pooling()
+
+    def _own_pooling(self) -> Pooling:
+        if self.encoder.pooling is None:
             logger.warning(
                 "The model does not say how its rows become a vector; '%s' is taken. POOLING of "
-                "its tier can be cls, mean or last.", default
+                "its tier can be cls, mean or last.", self.encoder.default_pooling
             )  # fmt: skip
+        return self.encoder.pooling or self.encoder.default_pooling
 
     def missing(self, output: Output) -> str:
         files = " and ".join(self.encoder.missing_heads)
@@ -121,7 +123,6 @@ class SimpleEmbedder(Embedder):
         return self._vectors(Rows(self.encoder.encode(batch, go_on), batch), wanted)
 
     def _vectors(self, rows: "Rows", wanted: Sequence[Collection[Output]]) -> list[Embedded]:
-        assert self._pooling is not None
         dense = normalized(rows.pooled(self._pooling))
         is_sound = rows.are_finite & (abs(np.linalg.norm(dense, axis=1) - 1) <= NORM_TOLERANCE)
         return [
@@ -137,10 +138,12 @@ class BGEM3Embedder(SimpleEmbedder):
 
     def __init__(self, encoder: Encoder, spec: EncoderSpec, heads: Heads) -> None:
         super().__init__(encoder, spec)
-        self._pooling = spec.pooling or "cls"
         self._heads = heads
         self.n_colbert = len(heads.colbert_bias)
         self._unused = np.array(sorted(encoder.specials.unused), np.int32)
+
+    def _own_pooling(self) -> Pooling:
+        return "cls"  # with which the heads were trained
 
     def _vectors(self, rows: "Rows", wanted: Sequence[Collection[Output]]) -> list[Embedded]:
         embedded = super()._vectors(rows, wanted)

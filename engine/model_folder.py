@@ -24,10 +24,14 @@ _FAMILIES = {
 _HALVES = ("float16", "bfloat16")  # weights that are twice as large once they are computed with
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that are there count
 _TOKENIZERS = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt")
-_POOLINGS: dict[str, Pooling] = {
+_POOLINGS: dict[str, Pooling] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_POOLING_FLAGS = {  # which said the same before sentence-transformers 5.4; several may be set
     "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_lasttoken": "last",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
 }
 _MODULES = {"Transformer", "Pooling", "Normalize"}  # sentence-transformers' that we know
 _MAX_CONFIG_BYTES = 1 << 20
@@ -96,9 +100,21 @@ def read_model_folder(path: Path) -> ModelFile:
 
 
 def pooling_in(path: Path) -> Pooling | None:
-    """How the rows of its tokens become a vector, where sentence-transformers' file says it."""
+    """How the rows of its tokens become a vector, where sentence-transformers' file says it. Raises
+    ModelLoadFailed where it says something else than one of ours."""
     config = config_in(path / "1_Pooling") or {}
-    return next((pooling for key, pooling in _POOLINGS.items() if config.get(key) is True), None)
+    flags = [mode for key, mode in _POOLING_FLAGS.items() if config.get(key) is True]
+    named = config.get("pooling_mode") or flags
+    modes = [str(mode) for mode in (named if isinstance(named, list) else [named])]
+    if not modes:
+        return None
+    if len(modes) > 1 or modes[0] not in _POOLINGS:
+        raise ModelLoadFailed(
+            f"{name_of(path)} makes a vector of its rows in a way that is not computed here "
+            f"({', '.join(modes)}). POOLING of its tier, or --pooling of a converter, can be cls, "
+            "mean or last."
+        )
+    return _POOLINGS[modes[0]]
 
 
 def weights_in(path: Path) -> list[Path]:

@@ -160,9 +160,14 @@ def test_pooling_is_what_the_directory_or_the_caller_says(tmp_path: Path) -> Non
     assert pooling(pooling="mean") == 1
     assert pooling(pooling="cls") == 2
     (folder / "1_Pooling").mkdir()
-    note = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(note))
-    assert pooling() == 1
+    old: dict[str, object] = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    for note, wanted in ((old, 1), ({"pooling_mode": "mean"}, 1), ({"pooling_mode": "cls"}, 2)):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(note))
+        assert pooling() == wanted
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "max"}))
+    with pytest.raises(ModelLoadFailed, match=r"\(max\).*--pooling"):
+        convert(folder, out)
+    assert pooling(pooling="last") == 3
 
 
 @pytest.mark.parametrize(

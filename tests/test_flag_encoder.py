@@ -143,6 +143,25 @@ def test_the_pooling_is_sentence_transformers(kind: str, tmp_path: Path) -> None
     assert pooling_in(tmp_path) == kind
 
 
+def pooled(settings: object) -> Damage:
+    def change(folder: Path) -> None:
+        (folder / "1_Pooling").mkdir(exist_ok=True)
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("cls", "cls"), ("mean", "mean"), ("lasttoken", "last"), (["mean"], "mean"), ([], None)],
+)
+def test_the_pooling_is_sentence_transformers_also_as_it_writes_it_since_5_4(
+    mode: object, kind: str | None, tmp_path: Path
+) -> None:
+    pooled({"embedding_dimension": 8, "pooling_mode": mode, "include_prompt": True})(tmp_path)
+    assert pooling_in(tmp_path) == kind
+
+
 def tier_of(name: TierName, path: Path) -> Tier:
     settings = TierSettings(model_path=str(path), backend="flag")
     server = ServerSettings()
@@ -370,6 +389,49 @@ def test_without_both_heads_there_are_dense_vectors_only(
     embedder = embedder_of(encoder)
     assert (embedder.outputs, encoder.missing_heads) == ({"dense"}, ("sparse_linear.pt",))
     assert "no sparse_linear.pt" in embedder.missing("sparse")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"pooling_mode": "max"}, "(max)"),
+        ({"pooling_mode": ["cls", "mean"]}, "(cls, mean)"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_max_tokens": True}, "(max)"),
+        ({"pooling_mode_weightedmean_tokens": True}, "(weightedmean)"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "(mean_sqrt_len_tokens)"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "(cls, mean)"),
+    ],
+)
+def test_another_pooling_is_refused_unless_one_of_ours_is_set(
+    settings: object, says: str, net: dict[str, Net], tmp_path: Path
+) -> None:
+    folder = tiny.write_hf_embedder(tmp_path / "embedder")
+    pooled(settings)(folder)
+    load(folder)  # as BGE-M3, whose heads say it
+    (folder / "sparse_linear.pt").unlink()
+    with pytest.raises(ModelLoadFailed) as caught:
+        load(folder)
+    assert caught.value.message.startswith("embedder makes a vector of its rows in a way")
+    assert says in caught.value.message
+    load(folder, pooling="mean")
+    tiny.write_hf_reranker(tmp_path / "reranker")
+    pooled(settings)(tmp_path / "reranker")
+    load(tmp_path / "reranker")
+
+
+def test_a_directory_that_says_nothing_has_the_mean_and_bge_m3_its_cls(
+    net: dict[str, Net], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny.write_hf_embedder(tmp_path / "embedder")
+    ids = ids_of([0, 9, 10, 2])
+    hidden = tiny.tiny_embedder().hidden(ids[0].tolist())
+    for row in (hidden[0], hidden.mean(axis=0)):
+        (text,) = embedder_of(load(folder)).embed(ids, [{"dense"}], lambda: True)
+        assert text.dense is not None
+        assert text.dense @ tiny.unit(row) >= 0.9999999
+        (folder / "sparse_linear.pt").unlink(missing_ok=True)
+    (warning,) = caplog.messages
+    assert "'mean' is taken" in warning
 
 
 def test_what_would_end_a_process_is_refused(net: dict[str, Net], folders: Path) -> None:

@@ -168,7 +168,8 @@ class Encoder(Protocol):
     n_sequences: int  # most of one batch
     n_tokens: int  # most of one batch
     n_embd: int  # of a row
-    pooling: Pooling | None  # what the model's file says, if it does
+    pooling: Pooling | None  # what the model's file says, if it does and is asked
+    default_pooling: Pooling  # where it does not say it
     heads: Heads | None
     missing_heads: tuple[str, ...]  # files that would have to be beside the model
     scale: Scale | None  # of its scores; None where it makes rows

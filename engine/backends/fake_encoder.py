@@ -78,6 +78,7 @@ class FakeEncoder:
     specials = Specials(BEGIN, END, (END, END), frozenset(range(len(_SPECIALS))))
     n_embd = N_EMBD
     pooling: Pooling | None = "cls"
+    default_pooling: Pooling = "cls"
     template: str | None = None
 
     def __init__(

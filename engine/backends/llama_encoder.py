@@ -138,6 +138,7 @@ class LlamaEncoder:
         self.specials = _specials(vocab, facts)
         self.n_embd: int = lib.llama_model_n_embd_out(self._model)
         self.pooling: Pooling | None = facts.pooling
+        self.default_pooling: Pooling = "cls"
         self.scale: Scale | None = None
         self.template: str | None = None
         if ranks:

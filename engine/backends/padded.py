@@ -39,6 +39,7 @@ class PaddedEncoder(ABC):
     specials: Specials
     padding: int  # the id that fills up
     template: str | None = None
+    default_pooling: Pooling = "mean"  # of sentence-transformers
 
     def __init__(self, spec: WorkerSpec, facts: ModelFile) -> None:
         assert spec.encoder is not None
@@ -48,7 +49,8 @@ class PaddedEncoder(ABC):
         self.n_ctx = min(spec.n_ctx, facts.n_ctx_train)
         self.n_tokens = max(self.n_ctx, spec.encoder.batch_tokens)
         self.n_sequences = MAX_SEQUENCES
-        self.pooling: Pooling | None = pooling_in(facts.path)
+        is_told = ranks or self.heads is not None or spec.encoder.pooling is not None
+        self.pooling: Pooling | None = None if is_told else pooling_in(facts.path)
         self.scale: Scale | None = "logit" if ranks else None
         # BERT was trained to tell a query from a document by a type; XLM-R has only one
         self.has_types = ranks and facts.architecture == "bert"

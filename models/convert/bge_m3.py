@@ -20,6 +20,7 @@ import gguf
 import numpy as np
 
 from engine.heads import COLBERT, METADATA_PREFIX, SPARSE, read_heads
+from engine.model_folder import pooling_in
 from engine.tensors import read_tensors
 from engine.torch_file import Floats
 from errors import ModelLoadFailed
@@ -31,7 +32,11 @@ FILE_TYPES = {
     "F16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "Q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-POOLINGS = {"cls": gguf.PoolingType.CLS, "mean": gguf.PoolingType.MEAN}
+POOLINGS = {
+    "cls": gguf.PoolingType.CLS,
+    "mean": gguf.PoolingType.MEAN,
+    "last": gguf.PoolingType.LAST,
+}
 
 _Q8_0_BLOCK = 32
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -192,12 +197,8 @@ def _pooling(directory: Path, wanted: str | None, *, has_heads: bool) -> gguf.Po
     """What the caller says; else sentence-transformers' note; else BGE-M3's, which has heads."""
     if wanted is not None:
         return POOLINGS[wanted]
-    note = directory / "1_Pooling" / "config.json"
-    if note.is_file():
-        modes = _json(note)
-        for key, name in (("pooling_mode_cls_token", "cls"), ("pooling_mode_mean_tokens", "mean")):
-            if modes.get(key):
-                return POOLINGS[name]
+    if noted := pooling_in(directory):
+        return POOLINGS[noted]
     if has_heads:
         return POOLINGS["cls"]
     raise ModelLoadFailed(
