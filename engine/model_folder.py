@@ -33,6 +33,7 @@ _POOLING_FLAGS = {  # which said the same before sentence-transformers 5.4; seve
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_POSITIONS = ("absolute", "relative_key", "relative_key_query")  # that are a family's own
 _MODULES = {"Transformer", "Pooling", "Normalize"}  # sentence-transformers' that we know
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_NUMBER = (1 << 31) - 1
@@ -66,6 +67,11 @@ def read_model_folder(path: Path) -> ModelFile:
         fail("has no model.safetensors and no pytorch_model.bin; download it again")
     if not any((path / tokenizer).is_file() for tokenizer in _TOKENIZERS):
         fail("has no tokenizer.json; download it again")
+    positions = config.get("position_embedding_type", "absolute")
+    if positions not in _POSITIONS:
+        fail(
+            f"has positions of the kind {positions!r}, as its own code makes them, which is not run"
+        )
     kind = _kind(config, fail)
     if kind == "embedding" and (modules := _modules_in(path) - _MODULES):
         fail(f"has layers that are not computed here ({', '.join(sorted(modules))})")

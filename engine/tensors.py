@@ -5,13 +5,22 @@ import math
 import mmap
 import struct
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from engine.torch_file import Floats, UnreadableTensors, read_torch_file, to_float32
+from engine.torch_file import (
+    Floats,
+    UnreadableTensors,
+    names_in_torch_file,
+    read_torch_file,
+    to_float32,
+)
 from errors import ModelLoadFailed
+
+T = TypeVar("T")
 
 _MAX_NPZ_BYTES = 1 << 30  # it may be compressed, and says nothing before it is unpacked
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -22,10 +31,19 @@ def read_tensors(path: Path) -> dict[str, Floats]:
 
     The sentence holds the file's name and never its folder: it goes to HTTP clients.
     """
+    return _read(path, _READERS)
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Of the arrays of a model's file, which are not read; raises like read_tensors."""
+    return _read(path, _NAMES)
+
+
+def _read(path: Path, readers: Mapping[str, Callable[[Path], T]]) -> T:
     try:
-        read = _READERS.get(path.suffix)
+        read = readers.get(path.suffix)
         if read is None:
-            raise UnreadableTensors(f"is none of {', '.join(sorted(_READERS))}")
+            raise UnreadableTensors(f"is none of {', '.join(sorted(readers))}")
         return read(path)
     except OSError as error:
         raise ModelLoadFailed(
@@ -39,15 +57,21 @@ def read_tensors(path: Path) -> dict[str, Floats]:
 
 def _read_safetensors(path: Path) -> dict[str, Floats]:
     # Ours, because the safetensors library has no bfloat16 for numpy.
+    header, data = _open_safetensors(path)
+    return {name: _tensor(data, entry) for name, entry in header.items()}
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, Any], memoryview]:
+    """What it says of each tensor, and their bytes."""
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     (n_header,) = struct.unpack_from("<Q", data)
     start = 8 + n_header
     if n_header > _MAX_HEADER_BYTES or start > len(data):
         raise UnreadableTensors("is not a safetensors file, or is cut short")
-    header = json.loads(bytes(data[8:start]))
+    header: dict[str, Any] = json.loads(bytes(data[8:start]))
     header.pop("__metadata__", None)
-    return {name: _tensor(data[start:], entry) for name, entry in header.items()}
+    return header, data[start:]
 
 
 def _tensor(data: memoryview, entry: dict[str, Any]) -> Floats:
@@ -80,4 +104,8 @@ _READERS = {
     ".pth": read_torch_file,
     ".bin": read_torch_file,
     ".npz": _read_npz,
+}
+_NAMES = {
+    ".safetensors": lambda path: set(_open_safetensors(path)[0]),
+    ".bin": names_in_torch_file,
 }

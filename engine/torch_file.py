@@ -14,11 +14,12 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+T = TypeVar("T")
 Floats = NDArray[np.float32]
 Buffer = bytes | memoryview
 
@@ -43,10 +44,12 @@ class UnreadableTensors(Exception):
 
 def read_torch_file(path: Path) -> dict[str, Floats]:
     """The tensors of a state dictionary, as float32. UnreadableTensors says why there are none."""
-    if zipfile.is_zipfile(path):
-        return _read_archive(path)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _read_legacy(data)
+    return _read(path, _tensors)
+
+
+def names_in_torch_file(path: Path) -> set[str]:
+    """Of the same tensors, without reading their numbers."""
+    return _read(path, lambda content, _: set(_listed(content)))
 
 
 def to_float32(raw: Buffer, kind: str) -> Floats:
@@ -66,6 +69,9 @@ class _Storage:
     key: str
 
 
+_Take = Callable[[object, Callable[[_Storage], bytes]], T]  # of what is unpickled, and its storages
+
+
 @dataclass(frozen=True, slots=True)
 class _Tensor:
     """A view of a storage; numbers are as the file has them, so nothing about them is sure."""
@@ -83,7 +89,14 @@ class _Name:
     path: str
 
 
-def _read_archive(path: Path) -> dict[str, Floats]:
+def _read(path: Path, take: _Take[T]) -> T:
+    if zipfile.is_zipfile(path):
+        return _read_archive(path, take)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _read_legacy(data, take)
+
+
+def _read_archive(path: Path, take: _Take[T]) -> T:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
@@ -100,10 +113,10 @@ def _read_archive(path: Path) -> dict[str, Floats]:
         if f"{folder}byteorder" in names and member(f"{folder}byteorder") != b"little":
             raise UnreadableTensors("is big-endian; save it on an ordinary machine")
         content, _ = _run(member(pickles[0]))
-        return _tensors(content, lambda storage: member(f"{folder}data/{storage.key}"))
+        return take(content, lambda storage: member(f"{folder}data/{storage.key}"))
 
 
-def _read_legacy(data: mmap.mmap) -> dict[str, Floats]:
+def _read_legacy(data: mmap.mmap, take: _Take[T]) -> T:
     """Before torch 1.6: pickles of a magic number, a version, the machine, the tensors and the
     storages' keys; then each storage's number of elements and bytes."""
     pos, parts = 0, []
@@ -124,7 +137,7 @@ def _read_legacy(data: mmap.mmap) -> dict[str, Floats]:
         spans[key] = pos + 8, end
         pos = end
     # Slices of a map are copies: nothing refers to the file when it is closed.
-    return _tensors(content, lambda storage: data[slice(*spans[storage.key])])
+    return take(content, lambda storage: data[slice(*spans[storage.key])])
 
 
 def _listed(content: object) -> dict[str, _Tensor]:

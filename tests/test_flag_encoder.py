@@ -25,6 +25,7 @@ from engine.client import launch_process
 from engine.model_folder import pooling_in, read_model_folder
 from errors import ModelLoadFailed
 from metrics import Metrics
+from models.convert.hf_folder import write_safetensors
 from progress import ProgressLog
 from rerankers import BGEReranker, max_sim
 from room import Room
@@ -32,6 +33,7 @@ from settings import ServerSettings, TierName, TierSettings
 from tests import encoder_fixtures as tiny
 from tests.encoder_fixtures import PAIRS, TEXTS
 from tests.record_flag import PAIR_LENGTHS, REAL_TEXTS, real_model, recorded
+from tests.torch_files import write_pt
 from tier import Tier
 
 ALL: frozenset[Any] = frozenset({"dense", "sparse", "colbert"})
@@ -106,6 +108,8 @@ def test_modules_that_every_embedding_model_has_are_known(tmp_path: Path) -> Non
         (config(model_type="llama"), "family 'llama'"),
         (config(hidden_size="many"), "no hidden_size"),
         (modules("Transformer", "Pooling", "Dense"), "not computed here (Dense)"),
+        (config(position_embedding_type="alibi"), "'alibi'"),  # Jina's, which is a bert
+        (config(position_embedding_type="rotary"), "'rotary'"),
         (config(architectures=["XLMRobertaForCausalLM"]), "XLMRobertaForCausalLM"),
         (
             config(architectures=["BertForSequenceClassification"], id2label={"0": "a", "1": "b"}),
@@ -374,6 +378,8 @@ def test_pairs_are_scored_as_we_make_them(net: dict[str, Net], folders: Path) ->
 def test_a_bert_is_told_which_tokens_are_the_documents(net: dict[str, Net], tmp_path: Path) -> None:
     folder = tiny.write_hf_reranker(tmp_path / "reranker")
     config(model_type="bert")(folder)
+    tensors = tiny.hf_tensors(tiny.tiny_reranker(), "bert")
+    write_safetensors(folder / "model.safetensors", tensors)
     encoder = load(folder)
     assert encoder.specials.between == (2,)
     encoder.encode(ids_of([0, 7, 2, 8, 9, 2], [0, 7, 8, 2, 9, 2], [0, 7, 2, 8, 2]))
@@ -432,6 +438,40 @@ def test_a_directory_that_says_nothing_has_the_mean_and_bge_m3_its_cls(
         (folder / "sparse_linear.pt").unlink(missing_ok=True)
     (warning,) = caplog.messages
     assert "'mean' is taken" in warning
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("roberta.encoder.layer.1.output.dense.bias", "not all weights (encoder.layer.1.output."),
+        ("classifier.out_proj.weight", "no head that scores pairs (classifier.out_proj.weight"),
+    ],
+)
+def test_weights_that_transformers_would_make_at_random_are_refused(
+    missing: str, says: str, suffix: str, net: dict[str, Net], tmp_path: Path
+) -> None:
+    folder = tiny.write_hf_reranker(tmp_path / "reranker")
+    (folder / "model.safetensors").unlink()
+    tensors = tiny.hf_tensors(tiny.tiny_reranker())
+    names = sorted(tensors)
+    for n, part in enumerate((names[::2], names[1::2]), 1):
+        if suffix == "bin":
+            write_pt(folder / f"pytorch_model-{n}.bin", {name: tensors[name] for name in part})
+        else:
+            file = folder / f"model-{n}.safetensors"
+            write_safetensors(file, {name: tensors[name] for name in part})
+    load(folder)
+    for file in folder.glob(f"*.{suffix}"):
+        file.unlink()
+    del tensors[missing]
+    if suffix == "bin":
+        write_pt(folder / "pytorch_model.bin", tensors)
+    else:
+        write_safetensors(folder / "model.safetensors", tensors)
+    with pytest.raises(ModelLoadFailed) as caught:
+        load(folder)
+    assert caught.value.message.startswith(f"reranker has {says}")
 
 
 def test_what_would_end_a_process_is_refused(net: dict[str, Net], folders: Path) -> None:

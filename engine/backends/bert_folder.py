@@ -1,6 +1,6 @@
 """What a Hugging Face directory holds of a BERT, a RoBERTa or an XLM-R, for those who run it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -8,7 +8,7 @@ from engine.backends.base import Floats, Specials
 from engine.backends.hf_tokenizer import FolderTokenizer
 from engine.model_file import ModelFile
 from engine.model_folder import config_in, weights_in
-from engine.tensors import read_tensors
+from engine.tensors import read_tensors, tensor_names
 from errors import ModelLoadFailed
 
 Head = Literal["roberta", "bert"]  # how a cross-encoder makes a score of its first row
@@ -115,9 +115,6 @@ def read_shape(facts: ModelFile, *, ranks: bool) -> Shape:
     n_head = number("num_attention_heads", 0)
     if facts.n_embd % n_head:
         _fail(facts, f"cannot share {facts.n_embd} numbers among {n_head} heads of attention")
-    head: Head | None = None
-    if ranks:
-        head = "bert" if facts.architecture == "bert" else "roberta"
     return Shape(
         n_vocab=facts.n_vocab,
         n_embd=facts.n_embd,
@@ -129,8 +126,12 @@ def read_shape(facts: ModelFile, *, ranks: bool) -> Shape:
         n_types=number("type_vocab_size", 2),
         eps=eps,
         activation=_ACTIVATIONS[activation],
-        head=head,
+        head=_head(facts) if ranks else None,
     )
+
+
+def _head(facts: ModelFile) -> Head:
+    return "bert" if facts.architecture == "bert" else "roberta"
 
 
 def read_weights(facts: ModelFile, shape: Shape) -> dict[str, Floats]:
@@ -138,27 +139,40 @@ def read_weights(facts: ModelFile, shape: Shape) -> dict[str, Floats]:
     needed = shape.tensors()
     found: dict[str, Floats] = {}
     for file in weights_in(facts.path):
-        named = _named(read_tensors(file))
+        named = {_bare(name): values for name, values in read_tensors(file).items()}
         found |= {name: values for name, values in named.items() if name in needed}
+    _check_names(facts, needed, found)
     for name, wanted in needed.items():
-        if name not in found:
-            what = "no head that scores pairs" if "classifier" in name else "not all weights"
-            _fail(facts, f"has {what} ({name} is missing); download it again")
         if found[name].shape != wanted:
             _fail(facts, f"has other weights than its config.json says ({name}); download it again")
     return found
 
 
-def _named(tensors: Mapping[str, Floats]) -> dict[str, Floats]:
-    """The same by the names that they have where there is no head."""
-    found = {}
-    for name, values in tensors.items():
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-        for old, new in _OLD_NAMES.items():
-            name = name.replace(old, new)
-        found[name] = values
-    return found
+def check_weights(facts: ModelFile, *, ranks: bool) -> None:
+    """For libraries that make weights at random where they find none. Raises ModelLoadFailed."""
+    shape = Shape(
+        n_vocab=facts.n_vocab, n_embd=facts.n_embd, n_layer=facts.n_layer, n_head=0, n_ff=0,
+        n_positions=0, first_position=0, n_types=0, eps=0.0, activation="gelu",
+        head=_head(facts) if ranks else None,
+    )  # fmt: skip
+    found = {_bare(name) for file in weights_in(facts.path) for name in tensor_names(file)}
+    _check_names(facts, shape.tensors(), found)
+
+
+def _check_names(facts: ModelFile, needed: Collection[str], found: Collection[str]) -> None:
+    for name in needed:
+        if name not in found:
+            what = "no head that scores pairs" if "classifier" in name else "not all weights"
+            _fail(facts, f"has {what} ({name} is missing); download it again")
+
+
+def _bare(name: str) -> str:
+    """The name that a tensor has where there is no head."""
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    for old, new in _OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
 
 
 def read_tokenizer(facts: ModelFile, tokenizers: Any) -> tuple[FolderTokenizer, Specials, int]:

@@ -2,7 +2,8 @@
 
 Only the parts of its objects are used, the tokenizer and the model: its own `encode` computes the
 first batch twice and tokenises pairs otherwise than the models were trained (transformers 5), and
-in place of heads that are missing it makes random ones. Heads are read and used as everywhere.
+in place of heads and weights that are missing it makes random ones. Heads are read and used as
+everywhere, and without all weights nothing is loaded.
 """
 
 import logging
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends.base import Encoder, Floats, ReportProgress, Specials
+from engine.backends.bert_folder import check_weights
 from engine.backends.hf_tokenizer import FolderTokenizer
 from engine.backends.padded import Inputs, PaddedEncoder
 from engine.model_file import ModelFile
@@ -37,13 +39,14 @@ class FlagEncoder(PaddedEncoder):
     def __init__(self, spec: WorkerSpec, progress: ReportProgress) -> None:
         facts = read_model_folder(Path(spec.model_path))
         super().__init__(spec, facts)
+        ranks = self.scale is not None
+        check_weights(facts, ranks=ranks)
         progress(0.0)
         self._torch, flag = _libraries()
         progress(0.5)
         self._torch.set_num_threads(spec.n_threads)
         has_gpu = spec.n_gpu_layers != 0 and self._torch.cuda.is_available()
         self._device = "cuda:0" if has_gpu else "cpu"
-        ranks = self.scale is not None
         loaded = _loaded(flag.FlagReranker if ranks else flag.BGEM3FlagModel, facts, self._device)
         tokenizer = loaded.tokenizer
         self.tokenizer = FolderTokenizer(
