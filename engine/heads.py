@@ -4,7 +4,6 @@ GGUF has no place for them among its tensors, so they come beside the model or i
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from errors import ModelLoadFailed
 SPARSE, COLBERT = "sparse_linear", "colbert_linear"  # as FlagEmbedding calls them
 METADATA_PREFIX = "bge_m3."  # in a GGUF: bge_m3.sparse_linear.weight and so on, as flat arrays
 
+_POOLING_NONE, _POOLING_CLS = 0, 2
 _SUFFIXES = (".pt", ".safetensors")
 # What converters append to a name: model-Q4_K_M, model.f16, model-fp16.
 _QUANTIZATION = re.compile(r"[-._](?:bf16|fp?16|fp?32|i?q\d\w*|tq\d\w*|mxfp4)$", re.IGNORECASE)
@@ -43,13 +43,13 @@ def read_heads(
     1. The path that is given; that there is no such file is then an error.
     2. The model's own metadata.
     3. `<model's name without its quantization>.heads.safetensors` beside the model.
-    4. `sparse_linear` and `colbert_linear`, as .pt or .safetensors, beside the model; or in it,
-       where it is a directory.
+    4. `sparse_linear` and `colbert_linear`, as .pt or .safetensors, in the model where it is a
+       directory; or beside it, where it is of BGE-M3's kind and width: other models may lie there.
 
     Raises ModelLoadFailed with one sentence that names the file, for heads that do not fit.
     """
-    sparse = _find(SPARSE, model_path, sparse_path)
-    colbert = _find(COLBERT, model_path, colbert_path)
+    sparse = _find(SPARSE, model_path, n_embd, sparse_path)
+    colbert = _find(COLBERT, model_path, n_embd, colbert_path)
     if sparse is None or colbert is None:
         return None
     # In metadata the arrays are flat; their last dimension is the model's.
@@ -68,13 +68,18 @@ def missing_heads(
 ) -> tuple[str, ...]:
     """Names of the files that would have to be put beside the model, for a message.
 
-    Empty where nothing is missing. It reads no weights.
+    Empty where nothing is missing, or no such file would be taken. It reads no weights.
     """
+    if not _takes_loose(model_path):
+        return ()
     names = ((SPARSE, sparse_path), (COLBERT, colbert_path))
     return tuple(
         f"{name}.pt"
         for name, given in names
-        if given is None and not _in_metadata(name, model_path) and not _beside(name, model_path)
+        if given is None
+        and not _in_metadata(name, model_path)
+        and not _packed(model_path)
+        and not _loose(name, model_path)
     )
 
 
@@ -101,13 +106,19 @@ class _Layer:
         return np.array(values.reshape(shape))  # no view of a file that may be replaced
 
 
-def _find(name: str, model_path: Path, given: Path | None) -> _Layer | None:
+def _find(name: str, model_path: Path, n_embd: int, given: Path | None) -> _Layer | None:
     if given is not None:
         return _from_file(name, given)
     if found := _from_metadata(name, model_path):
         return found
-    path = _beside(name, model_path)
-    return _from_file(name, path) if path else None
+    if packed := _packed(model_path):
+        return _from_file(name, packed)
+    path = _loose(name, model_path)
+    if path is None or not _takes_loose(model_path):
+        return None
+    layer = _from_file(name, path)
+    is_others = not model_path.is_dir() and layer.weight.shape[-1:] != (n_embd,)
+    return None if is_others else layer
 
 
 def _from_file(name: str, path: Path) -> _Layer:
@@ -140,16 +151,30 @@ def _in_metadata(name: str, model_path: Path) -> bool:
         return f"{METADATA_PREFIX}{name}.weight" in header.metadata
 
 
-def _beside(name: str, model_path: Path) -> Path | None:
-    if model_path.is_dir():
-        return _first_file(model_path / (name + suffix) for suffix in _SUFFIXES)
+def _packed(model_path: Path) -> Path | None:
+    """The file beside a GGUF that by its name has the heads of this one."""
     stem = _QUANTIZATION.sub("", model_path.stem)
-    both = model_path.with_name(f"{stem}.heads.safetensors")
-    return _first_file([both, *(model_path.with_name(name + suffix) for suffix in _SUFFIXES)])
+    path = model_path.with_name(f"{stem}.heads.safetensors")
+    return path if path.is_file() and not model_path.is_dir() else None
 
 
-def _first_file(paths: Iterable[Path]) -> Path | None:
+def _loose(name: str, model_path: Path) -> Path | None:
+    """A file by the name that FlagEmbedding gives it, in a directory or beside a GGUF."""
+    folder = model_path if model_path.is_dir() else model_path.parent
+    paths = (folder / (name + suffix) for suffix in _SUFFIXES)
     return next((path for path in paths if path.is_file()), None)
+
+
+def _takes_loose(model_path: Path) -> bool:
+    """Whether loose files can be its heads: a GGUF has to be an XLM-R with the row of CLS."""
+    if model_path.is_dir():
+        return True
+    with open_header(model_path) as header:
+        return (
+            header.text("general.architecture") == "bert"
+            and header.text("tokenizer.ggml.model") == "t5"
+            and header.number("bert.pooling_type", _POOLING_NONE) in (_POOLING_NONE, _POOLING_CLS)
+        )
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:

@@ -32,9 +32,15 @@ def named(name: str, tensors: Tensors) -> Tensors:
     return {f"{name}.{part}": values for part, values in tensors.items()}
 
 
+def bge_m3(path: Path, **metadata: object) -> Path:
+    """The header of such a model, without its heads."""
+    of = {"tokenizer__ggml__model": "t5", "bert__pooling_type": 2} | metadata
+    return gguf_fixtures.write_minimal(path, architecture="bert", **of)
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return gguf_fixtures.write_minimal(tmp_path / "bge-m3-Q8_0.gguf")
+    return bge_m3(tmp_path / "bge-m3-Q8_0.gguf")
 
 
 def heads_of(model: Path, sparse: Path | None = None, colbert: Path | None = None) -> Heads:
@@ -81,7 +87,7 @@ def test_given_paths_come_before_metadata_and_that_before_files_beside_it(tmp_pa
         for part, values in tensors.items()
     }
     model = gguf_fixtures.write_minimal(tmp_path / "with-F16.gguf", **metadata)
-    bare = gguf_fixtures.write_minimal(tmp_path / "bge-m3-Q4_K_M.gguf")
+    bare = bge_m3(tmp_path / "bge-m3-Q4_K_M.gguf", bert__pooling_type=None)
     write_pt(tmp_path / "given.pt", given)
     write_pt(tmp_path / "sparse_linear.pt", loose)
     write_pt(tmp_path / "colbert_linear.pt", colbert)
@@ -95,6 +101,37 @@ def test_given_paths_come_before_metadata_and_that_before_files_beside_it(tmp_pa
         named("sparse_linear", packed) | named("colbert_linear", colbert),
     )
     assert (heads_of(bare).sparse_weight == packed["weight"][0]).all()
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"bert__pooling_type": 1},  # multilingual-e5-large
+        {"bert__pooling_type": 3},
+        {"tokenizer__ggml__model": "bert"},  # bge-large
+        {"general__architecture": "qwen3"},  # Qwen3-Embedding, also of BGE-M3's width
+    ],
+)
+def test_heads_beside_another_kind_of_model_are_not_its_own(
+    metadata: dict[str, object], model: Path
+) -> None:
+    sparse = write_pt(model.with_name("sparse_linear.pt"), layer(1))
+    colbert = write_pt(model.with_name("colbert_linear.pt"), layer(6))
+    other = bge_m3(model.with_name("other.gguf"), **metadata)
+    assert read_heads(other, N_EMBD, None, None) is None
+    assert missing_heads(other, None, None) == (), "none would be taken"
+    heads_of(model)
+    heads_of(other, sparse, colbert)
+    both = named("sparse_linear", layer(1)) | named("colbert_linear", layer(6))
+    write_safetensors(model.with_name("other.heads.safetensors"), both)
+    heads_of(other)
+
+
+def test_heads_of_another_width_beside_a_model_are_not_its_own(model: Path) -> None:
+    for name, n_out in (("sparse_linear", 1), ("colbert_linear", 6)):
+        write_pt(model.with_name(f"{name}.pt"), layer(n_out, n_embd=16))
+    assert read_heads(model, N_EMBD, None, None) is None
+    assert missing_heads(model, None, None) == ()
 
 
 @pytest.mark.parametrize(

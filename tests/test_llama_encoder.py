@@ -120,8 +120,7 @@ def test_a_plain_bert_is_pooled_as_its_file_says(models: Path, load: Load) -> No
     encoder = load(models / "plain" / "bert.gguf")
     embedder = embedder_of(encoder)
     assert (encoder.pooling, embedder.outputs) == ("mean", {"dense"})
-    assert encoder.missing_heads == ("sparse_linear.pt", "colbert_linear.pt")
-    assert "no sparse_linear.pt and colbert_linear.pt beside" in embedder.missing("sparse")
+    assert embedder.missing("sparse") == "The model makes no sparse vectors."
     texts = ("hello world", "the capital of france", "fox")
     for text, ids in zip(embed(embedder, texts), sequences(embedder, texts), strict=True):
         hidden = tiny.tiny_bert().hidden(ids)
@@ -132,6 +131,18 @@ def test_a_plain_bert_is_pooled_as_its_file_says(models: Path, load: Load) -> No
         hidden = tiny.tiny_bert().hidden(sequences(embedder, texts[:1])[0])
         assert text.dense is not None
         assert text.dense @ tiny.unit(hidden[row]) >= 0.999999
+
+
+def test_heads_are_bge_m3s_and_no_other_models_beside_it(
+    models: Path, tmp_path: Path, load: Load
+) -> None:
+    bare = embedder_of(load(tiny.write_embedder(tmp_path / "embedder.gguf")))
+    assert "no sparse_linear.pt and colbert_linear.pt beside" in bare.missing("sparse")
+    tiny.write_heads(tmp_path)
+    for write, pooling in ((tiny.write_decoder, "last"), (tiny.write_bert, "mean")):
+        encoder = load(write(tmp_path / "other.gguf"))
+        assert (encoder.heads, encoder.pooling) == (None, pooling)
+    assert load(tmp_path / "embedder.gguf").heads is not None
 
 
 def test_a_decoder_embeds_with_its_last_token_and_remembers_nothing(
