@@ -523,10 +523,19 @@ JUDGE_TEMPLATE = (
 )
 
 
-def write_decoder(path: Path, no_numbers_of: int | None = None) -> Path:
-    """Of that token it makes what is no number."""
+def write_decoder(
+    path: Path,
+    no_numbers_of: int | None = None,
+    *,
+    pooling: gguf.PoolingType | None = gguf.PoolingType.LAST,
+    is_causal: bool = True,
+) -> Path:
+    """Of one token it makes what is no number."""
     writer = _qwen3_writer(path, adds_eos=True)
-    writer.add_pooling_type(gguf.PoolingType.LAST)
+    if pooling is not None:
+        writer.add_pooling_type(pooling)
+    if not is_causal:
+        writer.add_causal_attention(False)
     tensors = dict(tiny_decoder().tensors)
     if no_numbers_of is not None:
         table = tensors["token_embd.weight"].copy()

@@ -163,6 +163,21 @@ def test_a_decoder_embeds_with_its_last_token_and_remembers_nothing(
                 assert text.dense @ wanted >= 0.99999
 
 
+@pytest.mark.parametrize(("is_causal", "pooling"), [(True, "last"), (False, "mean")])
+def test_a_decoder_whose_file_says_no_pooling_has_no_row_of_cls(
+    is_causal: bool, pooling: Any, tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tiny.write_decoder(tmp_path / "decoder.gguf", pooling=None, is_causal=is_causal)
+    encoder, texts = load(path), ["hello world", "the weather in Paris"]
+    assert encoder.pooling is None
+    found = embed(embedder_of(encoder), texts)
+    assert f"'{pooling}' is taken" in caplog.text
+    for text, wanted in zip(
+        found, embed(embedder_of(encoder, pooling=pooling), texts), strict=True
+    ):
+        assert np.array_equal(text.dense, wanted.dense)
+
+
 @pytest.mark.parametrize(("file_type", "cosine"), [("F32", 0.9999), ("Q8_0", 0.999)])
 def test_vectors_do_not_depend_on_who_is_in_the_batch(
     file_type: FileType, cosine: float, models: Path, load: Load

@@ -138,7 +138,7 @@ class LlamaEncoder:
         self.specials = _specials(vocab, facts)
         self.n_embd: int = lib.llama_model_n_embd_out(self._model)
         self.pooling: Pooling | None = facts.pooling
-        self.default_pooling: Pooling = "cls"
+        self.default_pooling: Pooling = facts.default_pooling
         self.scale: Scale | None = None
         self.template: str | None = None
         if ranks:
@@ -381,6 +381,9 @@ class _Facts:
             self.is_encoder = (
                 self.architecture in ENCODERS or self.tokenizer_model in ENCODER_TOKENIZERS
             )
+            # with causal attention the first row has seen nothing but the first token
+            decoders: Pooling = "last" if self.is_causal else "mean"
+            self.default_pooling: Pooling = "cls" if self.is_encoder else decoders
             # converters write of a BPE whether a text has a begin and an end; the older ones wrote
             # neither key, and of other vocabularies some wrote what is wrong
             self.says_ends = (
