@@ -165,18 +165,16 @@ class ScoreRequest(ScoringFields):
                 raise BadRequest(f"'{missing}' is required.", param=missing)
             n, m = len(left), len(right)
             if first == "text_1" and n == m:
-                pairs = [(i, i) for i in range(n)]
-            elif first == "text_1" and n > 1:
+                return left, right, [(i, i) for i in range(n)]
+            if first == "text_1" and n > 1:
                 raise BadRequest(
                     f"'text_1' has {n} texts and 'text_2' {m}: send as many, or one text_1. Every "
                     "one with every other: `queries` and `documents`.",
                     param="text_2",
                 )
-            else:
-                pairs = [(i, j) for i in range(n) for j in range(m)]
-            if len(pairs) > MAX_PAIRS:
+            if n * m > MAX_PAIRS:
                 raise BadRequest(f"There may be {MAX_PAIRS:,} pairs.", param=second)
-            return left, right, pairs
+            return left, right, [(i, j) for i in range(n) for j in range(m)]
         raise BadRequest(
             "Send `text_1` and `text_2`, or `queries` and `documents`.", param="text_1"
         )

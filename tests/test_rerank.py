@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from api.rerank import ScoreRequest
+from errors import BadRequest
 from tests.serving import Service, fake, script, serving, settings
 
 QUERY = "where is rain"
@@ -378,6 +381,17 @@ def test_pairs_that_are_none(
     for of in (service, stand_in):
         error = fault(score(of, **fields))
         assert error["param"] == param, error
+
+
+def test_too_many_pairs_are_refused_before_they_are_made() -> None:
+    body = ScoreRequest(queries=["a"] * 2048, documents=["b"] * 2048)
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadRequest, match="4,096 pairs"):
+            body.read_pairs()
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # what is refused
