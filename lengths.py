@@ -63,8 +63,10 @@ class Lengths:
 
     def _check_text(self, text: str | list[int], what: str, index: int, *, may_cut: bool) -> None:
         least = len(text)
-        if least > self.n_ctx and isinstance(text, str):
-            least = len(_COUNTS_FOR_NOTHING.sub("", text)) // (4 * self.max_token_bytes)
+        if isinstance(text, str):
+            least //= 4 * self.max_token_bytes
+            if least > self.n_ctx and not may_cut:  # this takes a while
+                least = len(_COUNTS_FOR_NOTHING.sub("", text)) // (4 * self.max_token_bytes)
         if least > self.n_ctx and not may_cut:
             raise ContextLengthExceeded(
                 f"{what}[{index}] has more than {least:,} tokens; tier '{self.tier}' "

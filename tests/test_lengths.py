@@ -2,6 +2,7 @@
 
 import pytest
 
+import lengths
 from engine import wire
 from errors import BadRequest, ContextLengthExceeded
 from lengths import MOST_TO_CUT, Lengths
@@ -28,6 +29,17 @@ def test_letters_that_cannot_fit_are_refused_with_how_many_tokens_they_are_at_le
         check("a" * 272)
     assert caught.value.numbers == {"n_prompt_tokens": 17, "n_ctx": 16, "index": 0}
     check("a" * 272, may_cut=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "may_cut"), [("a " * 136, True), ("a" * 271, False), ("a " * 100, False)]
+)
+def test_letters_are_counted_only_where_that_may_decide(
+    text: str, may_cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the event loop 25 ms for a million characters."""
+    monkeypatch.setattr(lengths, "_COUNTS_FOR_NOTHING", None)
+    check(text, may_cut=may_cut)
 
 
 def test_what_is_too_much_even_to_be_cut_is_refused() -> None:
