@@ -16,6 +16,7 @@ from api.keep_alive import KeepAlive, not_kept
 from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
 from api.vectors import Form, encoded, item
 from engine import wire
+from engine.model_file import name_of
 from engine.types import Output, Role, Truncate
 from errors import BadRequest, UnsupportedParameter
 from settings import InputType
@@ -152,17 +153,18 @@ def dimensions_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> i
         return None
     dimensions = tier.settings.embedding_dimension if asked is None else asked
     model = tier.model()
+    name = name_of(model.path)
     if dimensions in (None, model.n_embd):
         return None
     if dimensions > model.n_embd:
         raise BadRequest(
-            f"The vectors of {model.path.name} have {model.n_embd} dimensions.", param="dimensions"
+            f"The vectors of {name} have {model.n_embd} dimensions.", param="dimensions"
         )
-    is_known = any(name in model.path.name.lower() for name in MATRYOSHKA)
+    is_known = any(known in name.lower() for known in MATRYOSHKA)
     may_cut = is_known if tier.settings.matryoshka is None else tier.settings.matryoshka
     if not may_cut:
         raise UnsupportedParameter(
-            f"{model.path.name} is not known to be trained for shorter vectors than its "
+            f"{name} is not known to be trained for shorter vectors than its "
             f"{model.n_embd}; set {tier.name.upper()}_MATRYOSHKA=true if it is.",
             param="dimensions",
         )

@@ -211,6 +211,21 @@ def test_models_that_are_known_to_allow_it_need_no_setting(tmp_path: Path) -> No
         assert fault(service.embed("a", dimensions=4))["param"] == "dimensions"
 
 
+def test_a_model_of_the_hub_is_known_by_its_repo_and_not_by_its_commit(tmp_path: Path) -> None:
+    for repo, knows in (("mixedbread-ai--mxbai-embed-large-v1", True), ("BAAI--bge-m3", False)):
+        path = tmp_path / f"models--{repo}" / "snapshots" / ("4f" * 20)
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        with serving(settings(embedding=fake(str(path)))) as service:
+            reply = service.embed("a", dimensions=4)
+            if knows:
+                assert len(items(reply)[0]["embedding"]) == 4
+            else:
+                assert fault(reply)["message"].startswith("BAAI/bge-m3 is not known")
+            too_many = fault(service.embed("a", dimensions=N_EMBD + 1))
+            assert too_many["message"].startswith(f"The vectors of {repo.replace('--', '/', 1)} ")
+
+
 def test_the_dimensions_of_who_asks_for_none_are_a_setting() -> None:
     with serving(settings(embedding=fake(embedding_dimension=4, matryoshka=True))) as service:
         assert len(items(service.embed("a"))[0]["embedding"]) == 4
