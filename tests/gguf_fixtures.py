@@ -74,6 +74,7 @@ def write_tiny_llama(
 def write_tiny_spm(
     path: Path,
     *,
+    architecture: str = "llama",
     n_ctx: int = 512,
     seed: int = 0,
     more_tokens: Sequence[str] = (),
@@ -87,7 +88,7 @@ def write_tiny_spm(
     tokens += [*more_tokens, *more_control]
     scores += [-1e6] * (len(more_tokens) + len(more_control))
     types += [_TYPE_NORMAL] * len(more_tokens) + [_TYPE_CONTROL] * len(more_control)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)

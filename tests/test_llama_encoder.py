@@ -23,6 +23,7 @@ from model_manager import ModelManager
 from rerankers import PROOF, BGEReranker, EmbeddingReranker, max_sim
 from settings import TierSettings
 from tests import encoder_fixtures as tiny
+from tests import gguf_fixtures
 from tests.encoder_fixtures import PAIRS, TEXTS, FileType
 from tests.own_encoder import (
     ALL,
@@ -176,6 +177,25 @@ def test_a_decoder_whose_file_says_no_pooling_has_no_row_of_cls(
         found, embed(embedder_of(encoder, pooling=pooling), texts), strict=True
     ):
         assert np.array_equal(text.dense, wanted.dense)
+
+
+def test_a_llama_that_embeds_sees_both_ways_and_all_of_a_long_text(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file does not say so; of a text in steps each row would see one step."""
+    path = gguf_fixtures.write_tiny_spm(tmp_path / "nemotron.gguf", architecture="llama-embed")
+    ids = [np.arange(300, 340, dtype=np.int32), np.arange(320, 350, dtype=np.int32)]
+    other = [ids[0].copy(), ids[1]]
+    other[0][-1] += 1
+    monkeypatch.setattr(llama_encoder, "DECODER_STEP", 16)
+    encoder = load(path)
+    assert (encoder.pooling, encoder.default_pooling) == (None, "mean")
+    rows = encoder.encode(ids).copy()
+    alone = np.concatenate([encoder.encode([of]).copy() for of in ids])
+    assert rows == pytest.approx(alone, abs=1e-3)
+    changed = encoder.encode(other)
+    assert np.abs(changed[0] - rows[0]).max() > 1e-2, "the first has seen the last"
+    assert changed[40:] == pytest.approx(rows[40:], abs=1e-3)
 
 
 @pytest.mark.parametrize(("file_type", "cosine"), [("F32", 0.9999), ("Q8_0", 0.999)])

@@ -57,6 +57,7 @@ _POOLINGS: dict[int, Pooling] = {
 }
 ENCODER_TOKENIZERS = ("bert", "t5")
 _KEEPS_SPACES = "tokenizer.ggml.remove_extra_whitespaces"
+_SEES_ALL = ("llama-embed",)  # attends without a cache (llama_model_llama::graph), and says nothing
 _PROBABILITIES = ("qwen3", "qwen3vl")  # llama.cpp makes a softmax of their yes and no
 
 
@@ -125,7 +126,7 @@ class LlamaEncoder:
         self._step = min(self.n_tokens, DECODER_STEP) if may_split else self.n_tokens
         # a context that has more sequences than a batch has tokens ends the process, too
         self.n_sequences = min(MAX_SEQUENCES, self._step)
-        self._context = self._new_context(spec, encoder)
+        self._context = self._new_context(spec, encoder, facts)
         self._threads = ContextThreads(self._context, spec.n_threads)
         self._memory = lib.llama_get_memory(self._context)
         # of cells nothing is seen that is not the text's own; a state goes on from what it was
@@ -171,7 +172,7 @@ class LlamaEncoder:
         self._abort_callback = lib.ggml_abort_callback(self._is_to_abort)
         lib.llama_set_abort_callback(self._context, self._abort_callback, None)
 
-    def _new_context(self, spec: WorkerSpec, encoder: EncoderSpec) -> Any:
+    def _new_context(self, spec: WorkerSpec, encoder: EncoderSpec, facts: "_Facts") -> Any:
         params = lib.llama_context_default_params()
         params.embeddings = True
         # rows of all tokens: whatever the file says, they are pooled outside
@@ -180,6 +181,8 @@ class LlamaEncoder:
             if encoder.kind == "reranker"
             else lib.LLAMA_POOLING_TYPE_NONE
         )
+        if not facts.is_causal:
+            params.attention_type = lib.LLAMA_ATTENTION_TYPE_NON_CAUSAL
         if not spec.flash_attention:
             params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_ctx = self.n_tokens
@@ -368,7 +371,8 @@ class _Facts:
     def __init__(self, path: Path) -> None:
         with open_header(path) as header:
             self.architecture = header.text("general.architecture")
-            self.is_causal = header.value(f"{self.architecture}.attention.causal", True)
+            says_causal = header.value(f"{self.architecture}.attention.causal", True)
+            self.is_causal = says_causal and self.architecture not in _SEES_ALL
             self.n_embd = header.number(f"{self.architecture}.embedding_length", 0)
             pooling = header.number(f"{self.architecture}.pooling_type", 0)
             self.pooling = _POOLINGS.get(pooling)
