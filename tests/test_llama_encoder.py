@@ -585,6 +585,41 @@ def test_a_cross_encoder_that_needs_token_types_is_refused(
         load(path)
 
 
+def test_a_cross_encoder_out_of_distilbert_is_refused(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which its file is told by: it has no table of token types."""
+    model = tiny.tiny_bert_reranker()
+    tensors = {k: v for k, v in model.tensors.items() if k != "token_types.weight"}
+    distilled = replace(model, tensors=tensors)
+    monkeypatch.setattr(tiny, "tiny_bert_reranker", lambda: distilled)
+    with pytest.raises(ModelLoadFailed, match=r"DistilBERT.*by another function"):
+        load(tiny.write_bert_reranker(tmp_path / "distil-reranker.gguf"))
+
+
+def test_a_cross_encoder_of_several_classes_is_refused(tmp_path: Path, load: Load) -> None:
+    path = tiny.write_reranker(
+        tmp_path / "nli-reranker.gguf",
+        bert__classifier__output_labels=["contradiction", "entailment", "neutral"],
+    )
+    with pytest.raises(ModelLoadFailed, match="tells 3 classes apart"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("dense", "is_told"), [([], True), (["dense_2.weight", "dense_3.weight"], False)]
+)
+def test_an_embeddinggemma_without_its_last_layers_is_told_of(
+    dense: list[str], is_told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = ["token_embd.weight", *dense]
+    path = gguf_fixtures.write_minimal(
+        tmp_path / "gemma.gguf", architecture="gemma-embedding", tensors=tensors
+    )
+    llama_encoder._Facts(path)
+    assert ("gemma.gguf lacks dense_2 and dense_3" in caplog.text) == is_told
+
+
 @pytest.mark.parametrize("flash", [False, True])
 def test_a_decoders_cells_leave_nothing_behind(flash: bool, tmp_path: Path, load: Load) -> None:
     path = tiny.write_decoder(tmp_path / "decoder.gguf", no_numbers_of=40)

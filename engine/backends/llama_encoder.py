@@ -109,6 +109,17 @@ class LlamaEncoder:
                 f"{spec.name.upper()}_BACKEND=mlx, onnx or flag, or take another model, such as "
                 "bge-reranker-v2-m3."
             )
+        if spec.encoder.kind == "reranker" and facts.is_distilbert:
+            raise ModelLoadFailed(
+                f"{path.name} is a DistilBERT, whose head llama.cpp computes by another function "
+                "(tanh for ReLU): its scores would be wrong. Take another model, such as "
+                "bge-reranker-v2-m3."
+            )
+        if spec.encoder.kind == "reranker" and facts.n_classes > 1:
+            raise ModelLoadFailed(
+                f"{path.name} tells {facts.n_classes} classes apart, where a reranker gives one "
+                "score; take another model."
+            )
         self.heads, self.missing_heads = _heads(path, facts.n_embd, spec.encoder)
         self._model = load_model(spec, progress, self._log, facts.overrides)
         self._context: Any = None
@@ -382,6 +393,22 @@ class _Facts:
             self.tokenizer_model = header.text("tokenizer.ggml.model")
             n_types = header.number("tokenizer.ggml.token_type_count", 1)
             self.has_segments = self.tokenizer_model == "bert" and n_types > 1
+            # its converter writes this network as a BERT's, with a head of two layers
+            self.is_distilbert = (
+                self.architecture == self.tokenizer_model == "bert"
+                and "token_types.weight" not in header.tensors
+                and header.tensors.keys() >= {"cls.weight", "cls.output.weight"}
+            )
+            labels = header.array(f"{self.architecture}.classifier.output_labels")
+            makes_one = self.architecture in _PROBABILITIES
+            self.n_classes = 1 if makes_one or labels is None else labels.count
+            if self.architecture == "gemma-embedding" and not (
+                header.tensors.keys() >= {"dense_2.weight", "dense_3.weight"}
+            ):
+                logger.warning(
+                    "%s lacks dense_2 and dense_3, EmbeddingGemma's last layers, so its vectors "
+                    "are not those of the model; take another conversion", path.name
+                )  # fmt: skip
             self.is_encoder = (
                 self.architecture in ENCODERS or self.tokenizer_model in ENCODER_TOKENIZERS
             )
