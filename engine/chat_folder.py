@@ -4,12 +4,14 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
 from engine.model_file import ModelFile, name_of
 from errors import ModelLoadFailed
+
+T = TypeVar("T")
 
 FLOAT_BYTES = 2 if sys.platform == "darwin" else 4  # of activations: CPUs are slow with halves
 _HALVES = ("F16", "BF16")
@@ -59,6 +61,12 @@ class TokenizerConfig(msgspec.Struct):
     added_tokens_decoder: dict[str, AddedToken] = {}
 
 
+class WeightIndex(msgspec.Struct):
+    """model.safetensors.index.json, likewise."""
+
+    weight_map: dict[str, str] = {}
+
+
 def read_chat_folder(path: Path) -> ModelFile:
     """The facts of the model in a directory, or ModelLoadFailed with one sentence that names it.
 
@@ -68,10 +76,10 @@ def read_chat_folder(path: Path) -> ModelFile:
     if not path.is_dir():
         _fail(path, "is no directory; the backend mlx takes one with config.json and safetensors")
     config = _decoded(path / "config.json", dict[str, Any])
-    architectures = [str(architecture) for architecture in config.get("architectures") or ()]
+    architectures = [str(one) for one in _part(path, config, "architectures", list)]
     if architectures and not any(one.endswith(_GENERATING) for one in architectures):
         _fail(path, f"does not generate text: it is a {', '.join(architectures)}")
-    text = config | (config.get("text_config") or {})  # of a model that also sees or hears
+    text = config | _part(path, config, "text_config", dict)  # of a model that also sees or hears
     tokenizer, settings = read_tokenizer(path)
     special = {token.content for token in _added(tokenizer, settings) if token.special}
     bos, eos = _content(settings.bos_token), _content(settings.eos_token)
@@ -117,9 +125,8 @@ def end_tokens(path: Path, tokenizer: TokenizerFile, settings: TokenizerConfig) 
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
             config = _decoded(path / name, dict[str, Any])
-            found = config.get(
-                "eos_token_id", (config.get("text_config") or {}).get("eos_token_id")
-            )
+            text = _part(path, config, "text_config", dict)
+            found = config.get("eos_token_id", text.get("eos_token_id"))
             ends.update(found if isinstance(found, list) else [found])
     by_name = {token.content: token.id for token in tokenizer.added_tokens}
     has_messages = any(by_name.keys() >= both for both in _TURNS)
@@ -178,7 +185,7 @@ def _weight_bytes(path: Path) -> int:
         _fail(path, "has no model.safetensors; download it again")
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        named = set(_decoded(index, dict[str, Any]).get("weight_map", {}).values())
+        named = set(_decoded(index, WeightIndex).weight_map.values())
         for missing in sorted(named - {file.name for file in files}):
             _fail(path, f"lacks {missing}; download it again")
     return sum(_tensor_bytes(path, file) for file in files)
@@ -192,7 +199,7 @@ def _tensor_bytes(path: Path, file: Path) -> int:
             (n_header,) = struct.unpack("<Q", stream.read(8))
             if n_header > _MAX_BYTES:
                 _fail(path, f"has a {file.name} that is damaged; download it again")
-            header = msgspec.json.decode(stream.read(n_header))
+            header = msgspec.json.decode(stream.read(n_header), type=dict[str, Any])
             end = 8 + n_header
             for key, tensor in header.items():
                 if key != "__metadata__":
@@ -207,6 +214,14 @@ def _tensor_bytes(path: Path, file: Path) -> int:
     if not is_whole:
         _fail(path, f"has a {file.name} that is cut short; download it again")
     return total
+
+
+def _part(path: Path, config: dict[str, Any], key: str, kind: type[T]) -> T:
+    """An empty one where there is none."""
+    found = config.get(key) or kind()
+    if type(found) is not kind:
+        _fail(path, f"has no {key} in its config.json that makes sense; download it again")
+    return found
 
 
 def _number(path: Path, config: dict[str, Any], *keys: str, default: int | None = None) -> int:

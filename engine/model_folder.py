@@ -59,7 +59,7 @@ def read_model_folder(path: Path) -> ModelFile:
     if config is None:
         fail("has no config.json that can be read; give a whole Hugging Face directory")
     family = config.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         known = ", ".join(_FAMILIES)
         fail(f"is of the family {family!r}, and directories may be of {known}")
     weights = weights_in(path)

@@ -135,6 +135,12 @@ Breaks = Callable[[Path], object]
         (lambda p: (p / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
          "lacks model-00002-of-00002.safetensors"),
+        (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
+         "has no model.safetensors.index.json that can be read"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"[]"),
+         "has a model.safetensors that cannot be read"),
+        (lambda p: change(p / "config.json", text_config="llama"), "no text_config"),
+        (lambda p: change(p / "config.json", architectures=7), "no architectures"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_a_sentence_without_the_path(
@@ -146,6 +152,13 @@ def test_what_is_wrong_is_said_in_a_sentence_without_the_path(
     assert words in caught.value.message
     assert caught.value.message.startswith("a-model ")
     assert str(folder.parent) not in caught.value.message
+
+
+def test_ends_are_not_read_of_what_is_no_text_config(folder: Path) -> None:
+    tokenizer = read_tokenizer(folder)
+    change(folder / "config.json", text_config="llama")
+    with pytest.raises(ModelLoadFailed, match="no text_config"):
+        end_tokens(folder, *tokenizer)
 
 
 @pytest.mark.parametrize("read", [read_chat_folder, read_model_folder])

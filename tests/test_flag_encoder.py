@@ -106,6 +106,7 @@ def test_modules_that_every_embedding_model_has_are_known(tmp_path: Path) -> Non
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
         (config(model_type="llama"), "family 'llama'"),
+        (config(model_type=["bert"]), "family ['bert']"),
         (config(hidden_size="many"), "no hidden_size"),
         (modules("Transformer", "Pooling", "Dense"), "not computed here (Dense)"),
         (config(position_embedding_type="alibi"), "'alibi'"),  # Jina's, which is a bert
