@@ -14,7 +14,7 @@ from api.errors import client_names
 from api.generation import queue_headers
 from api.keep_alive import KeepAlive, not_kept
 from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
-from api.vectors import Form, encoded, item
+from api.vectors import Cut, Form, encoded, item
 from engine import wire
 from engine.model_file import name_of
 from engine.types import Output, Role, Truncate
@@ -34,6 +34,8 @@ MATRYOSHKA = (
     "embeddinggemma", "embedding-gemma", "arctic-embed-m-v1.5", "arctic-embed-l-v2",
     "arctic-embed-m-v2", "jina-embeddings-v3",
 )  # fmt: skip
+# which their authors norm as a layer before the cut: less the mean, since the scale cancels
+CENTRED = ("nomic-embed-text-v1.5",)
 
 
 def _as_list(value: Any) -> Any:
@@ -96,7 +98,7 @@ async def create_embeddings(
     headers = ignored_params(body, strict=strict, also=not_kept(body, request))
     await fetched(request.receive, tier)
     outputs = body.outputs()
-    dimensions = dimensions_of(tier, body.dimensions, outputs)
+    cut_to = cut_of(tier, body.dimensions, outputs)
     inputs = await inputs_for(each_text(body.input), tier.settings.token_ids)
     asked = wire.Embed(
         inputs=inputs,
@@ -121,7 +123,7 @@ async def create_embeddings(
     }
     if cut := [{"index": v.index, "n_tokens_cut": v.n_cut} for v in vectors if v.n_cut]:
         reply["truncated"] = cut
-    form = Form(body.encoding_format == "base64", dimensions, body.colbert_dtype)
+    form = Form(body.encoding_format == "base64", cut_to, body.colbert_dtype)
     n_colbert = found[0].n_colbert
     content = await encoded(vectors, lambda: _content(reply, vectors, n_colbert, form))
     return Response(content, media_type="application/json", headers=headers)
@@ -144,9 +146,9 @@ def role_of(tier: Tier, input_type: InputType | None) -> Role:
     return "query" if input_type.endswith("query") else "passage"
 
 
-def dimensions_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> int | None:
-    """How many numbers of a dense vector are wanted: as asked, or else EMBEDDING_DIMENSION; None:
-    all. Raises BadRequest where they would be no vector of the model's."""
+def cut_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> Cut | None:
+    """What of a dense vector is wanted: as many numbers as asked, or else EMBEDDING_DIMENSION; all
+    where it is None. Raises BadRequest where they would be no vector of the model's."""
     if "dense" not in outputs:
         if asked is not None:
             raise BadRequest("It is for dense vectors.", param="dimensions")
@@ -154,7 +156,7 @@ def dimensions_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> i
     dimensions = tier.settings.embedding_dimension if asked is None else asked
     model = tier.model()
     name = name_of(model.path)
-    if dimensions in (None, model.n_embd):
+    if dimensions is None or dimensions == model.n_embd:
         return None
     if dimensions > model.n_embd:
         raise BadRequest(
@@ -168,7 +170,7 @@ def dimensions_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> i
             f"{model.n_embd}; set {tier.name.upper()}_MATRYOSHKA=true if it is.",
             param="dimensions",
         )
-    return dimensions
+    return Cut(dimensions, any(known in name.lower() for known in CENTRED))
 
 
 async def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from api.deps import Services, ServicesDep, fetched, while_connected
-from api.embeddings import MAX_INPUTS, OneOrMore, dimensions_of, role_of
+from api.embeddings import MAX_INPUTS, OneOrMore, cut_of, role_of
 from api.errors import client_names
 from api.generation import queue_headers
 from api.sampling import Switch, ignored_params
@@ -51,12 +51,12 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     if body.normalize is False:
         raise UnsupportedParameter("Vectors always have length 1.", param="normalize")
-    dimensions = dimensions_of(tier, body.dimensions, ["dense"])
+    cut = cut_of(tier, body.dimensions, ["dense"])
     vectors = await _vectors(services, tier, body, "dense", request, headers)
 
     def content() -> bytes:
         dense = [np.frombuffer(vector.dense or b"", "<f4") for vector in vectors]
-        rows = [msgspec.json.encode(shortened(row, dimensions).tolist()) for row in dense]
+        rows = [msgspec.json.encode(shortened(row, cut).tolist()) for row in dense]
         return b"[" + b",".join(rows) + b"]"
 
     packed = await encoded(vectors, content)

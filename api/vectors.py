@@ -19,11 +19,19 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """What is kept of a dense vector: the first `n` numbers, of length 1 again."""
+
+    n: int
+    is_centred: bool = False  # of all numbers less their mean
+
+
+@dataclass(frozen=True, slots=True)
 class Form:
     """What a client wants to read."""
 
     is_base64: bool = False
-    dimensions: int | None = None  # of a dense vector: the first ones, of length 1 again
+    cut: Cut | None = None
     colbert_dtype: Literal["float32", "float16"] = "float32"
 
 
@@ -32,7 +40,7 @@ def item(vector: wire.Vector, n_colbert: int, form: Form) -> dict[str, Any]:
     can read it; without a dense vector `embedding` is empty."""
     embedding: Any = []
     if vector.dense is not None:
-        dense = shortened(np.frombuffer(vector.dense, "<f4"), form.dimensions)
+        dense = shortened(np.frombuffer(vector.dense, "<f4"), form.cut)
         embedding = _base64(dense) if form.is_base64 else dense.tolist()
     fields: dict[str, Any] = {"object": "embedding", "index": vector.index, "embedding": embedding}
     if vector.sparse_ids is not None:
@@ -74,11 +82,10 @@ def sparse(vector: wire.Vector) -> tuple[list[int], list[float]]:
     return ids, np.frombuffer(vector.sparse_weights, "<f4").tolist()
 
 
-def shortened(dense: Floats, n: int | None) -> Floats:
-    """The first `n` numbers, of length 1 again."""
-    if n is None or n >= len(dense):
+def shortened(dense: Floats, cut: Cut | None) -> Floats:
+    if cut is None or cut.n >= len(dense):
         return dense
-    head = dense[:n]
+    head = (dense - dense.mean() if cut.is_centred else dense)[: cut.n]
     return (head / max(float(np.linalg.norm(head)), 1e-12)).astype("<f4")
 
 

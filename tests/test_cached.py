@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import model_source
-from api.vectors import shortened
+from api.vectors import Cut, shortened
 from bench import own_service
 from engine.client import Handle
 from settings import Settings
@@ -375,7 +375,7 @@ def test_forms_of_a_vector_share_what_is_remembered(path: str) -> None:
             assert outcome(service.embed("a b", **fields)) == "HIT", fields
         (short,) = service.embed("a b", dimensions=4).json()["data"]
         whole = np.array(first["embedding"], np.float32)
-        assert short["embedding"] == pytest.approx(shortened(whole, 4).tolist())
+        assert short["embedding"] == pytest.approx(shortened(whole, Cut(4)).tolist())
         (again,) = service.embed("a b", **everything).json()["data"]
         assert again == first
         assert outcome(service.embed("a b", input_type="query")) == "MISS"

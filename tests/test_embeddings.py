@@ -211,6 +211,22 @@ def test_models_that_are_known_to_allow_it_need_no_setting(tmp_path: Path) -> No
         assert fault(service.embed("a", dimensions=4))["param"] == "dimensions"
 
 
+def test_nomics_are_normed_as_a_layer_before_they_are_cut(tmp_path: Path) -> None:
+    """As its authors do: F.layer_norm without weights, the first numbers, length 1."""
+    path = tmp_path / "nomic-embed-text-v1.5.Q8_0.json"
+    path.write_text("{}")
+    with serving(settings(embedding=fake(str(path)))) as service:
+        whole = np.array(items(service.embed("a b"))[0]["embedding"])
+        assert abs(whole.mean()) > 1e-2
+        head = ((whole - whole.mean()) / np.sqrt(whole.var() + 1e-5))[:8]
+        wanted = head / np.linalg.norm(head)
+        (cut,) = items(service.embed("a b", dimensions=8))
+        np.testing.assert_allclose(cut["embedding"], wanted, atol=1e-6)
+        (row,) = service.http.post("/embed", json={"inputs": "a b", "dimensions": 8}).json()
+        np.testing.assert_allclose(row, wanted, atol=1e-6)
+        assert items(service.embed("a b", dimensions=N_EMBD))[0]["embedding"] == whole.tolist()
+
+
 def test_a_model_of_the_hub_is_known_by_its_repo_and_not_by_its_commit(tmp_path: Path) -> None:
     for repo, knows in (("mixedbread-ai--mxbai-embed-large-v1", True), ("BAAI--bge-m3", False)):
         path = tmp_path / f"models--{repo}" / "snapshots" / ("4f" * 20)
