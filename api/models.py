@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import APIRouter
@@ -27,7 +28,8 @@ def list_models(services: ServicesDep) -> Response:
     models = [describe(tier) for tier in manager.tiers.values()]
     if (stand_in := manager.stand_in) is not None:
         models.append(_stand_in(stand_in, manager.stand_in_aliases))
-    return JSONResponse({"object": "list", "data": models})
+    ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"]} if models else {}
+    return JSONResponse({"object": "list", "data": models, "has_more": False, **ends})
 
 
 @router.get("/v1/models/{model:path}")
@@ -72,13 +74,16 @@ def describe(tier: Tier) -> dict[str, Any]:
         about["memory"] = {"estimated_bytes": tier.life.footprint().loaded} | (
             {} if (measured := tier.life.memory_bytes) is None else {"measured_bytes": measured}
         )
-    return about | state_of(tier)
+    created_at = datetime.fromtimestamp(about["created"], timezone.utc).isoformat()
+    in_anthropics_form = {"type": "model", "display_name": about["id"], "created_at": created_at}
+    return about | in_anthropics_form | state_of(tier)
 
 
 def _stand_in(tier: Tier, aliases: Sequence[str]) -> dict[str, Any]:
     """`reranker` where it has no model of its own."""
     names: dict[str, Any] = {
         "id": "reranker",
+        "display_name": "reranker",
         "tier": "reranker",
         "served_by": tier.name,
         "aliases": aliases,

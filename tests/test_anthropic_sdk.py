@@ -157,3 +157,10 @@ def test_async_and_sixteen_at_once(service: Service) -> None:
             return await asyncio.gather(*map(one, range(16)))
 
     assert asyncio.run(main()) == [f"You said: {i}" for i in range(16)]
+
+
+def test_models_are_listed(client: anthropic.Anthropic) -> None:
+    (model,) = client.models.list()
+    assert (model.id, model.type, model.display_name) == ("light", "model", "light")
+    assert model.created_at.year == 1970, "not known"
+    assert client.models.retrieve("light").id == "light"

@@ -224,6 +224,7 @@ def test_models_are_described_without_being_loaded() -> None:
             "id": "heavy", "object": "model", "created": 0, "owned_by": "quintet",
             "tier": "heavy", "path": None, "backend": "fake", "context_length": 1000,
             "capabilities": ["chat", "completion"], "aliases": [], "state": "stopped",
+            "type": "model", "display_name": "heavy", "created_at": "1970-01-01T00:00:00+00:00",
                 "memory": {"estimated_bytes": 42 << 20},
         }  # fmt: skip
         assert service.http.get("/v1/models/small").json() == body["data"][0]
