@@ -162,5 +162,5 @@ def test_async_and_sixteen_at_once(service: Service) -> None:
 def test_models_are_listed(client: anthropic.Anthropic) -> None:
     (model,) = client.models.list()
     assert (model.id, model.type, model.display_name) == ("light", "model", "light")
-    assert model.created_at.year == 1970, "not known"
+    assert model.created_at.year >= 1970
     assert client.models.retrieve("light").id == "light"
