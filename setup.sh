@@ -116,14 +116,22 @@ from importlib.metadata import files
 sys.exit(sys.version_info < (3, 10) or not files("pip"))' >/dev/null 2>&1
 }
 
-llama_works() {
-  .venv/bin/python -c '
+# To load it is not enough: what was built for another processor dies at its first call.
+llama_works() { # else $fault says why
+  local status=0
+  fault=$(.venv/bin/python -c '
 import sys
 from importlib.metadata import files, version
 name = "llama-cpp-python"
 if version(name).split("+")[0] != sys.argv[1] or not files(name):
-    sys.exit(1)
-import llama_cpp' "$LLAMA_VERSION" >/dev/null 2>&1
+    sys.exit("it is not all there, or another release is")
+import llama_cpp
+llama_cpp.llama_supports_gpu_offload()' "$LLAMA_VERSION" 2>&1) || status=$?
+  fault=${fault##*$'\n'}
+  if [ $status -gt 128 ]; then
+    fault="it dies of signal $((status - 128)), as what was built for another processor does"
+  fi
+  return $status
 }
 
 has_model() {
@@ -208,7 +216,7 @@ fetch_llama() {
   fi
   install_llama_dependencies
   if ! llama_works; then # built against another C library, or the CUDA libraries are not here
-    echo "    it does not load on this machine"
+    echo "    it does not run on this machine: $fault"
     return 1
   fi
 }
@@ -271,11 +279,12 @@ compile_llama() {
   pip "$@" "llama-cpp-python==$LLAMA_VERSION" ||
     stop "llama-cpp-python did not compile; the reason is above"
   install_llama_dependencies
-  llama_works || stop "llama-cpp-python does not load: see .venv/bin/python -c 'import llama_cpp'"
+  llama_works || stop "llama-cpp-python does not run: $fault"
 }
 
 install_llama_dependencies() {
-  pip install -q -c requirements.lock "llama-cpp-python==$LLAMA_VERSION"
+  pip install -q -c requirements.lock "llama-cpp-python==$LLAMA_VERSION" ||
+    stop "pip could not install what llama-cpp-python needs; the reason is above"
 }
 
 has_compiler() {

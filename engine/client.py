@@ -263,6 +263,11 @@ class _Process:
         code = await self._process.wait()
         if code == -signal.SIGKILL and not self._is_killed:  # the kernel says no more than that
             return "killed by SIGKILL, probably because memory ran out: see MEMORY_LIMIT"
+        if code == -signal.SIGILL:
+            return (
+                "killed by SIGILL, probably because llama.cpp was built for another processor: "
+                "`rm -rf .venv; LLAMA_WHEEL_PAGE=none ./setup.sh` builds it for this one"
+            )
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def kill(self) -> None:

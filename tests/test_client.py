@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -293,6 +294,19 @@ def test_a_process_that_dies_is_told_once_with_the_reason(script: Callable[..., 
         worker.generate(generate("Hi", 2), Sink())
         await worker.stop()
         assert len(started.losses) == 1
+
+    run(test)
+
+
+def test_a_process_that_another_processor_would_run_says_how_to_build_for_this_one(
+    script: Callable[..., str],
+) -> None:
+    async def test() -> None:
+        started = Started(launch_process)
+        await started.start(spec(script()))
+        assert started.handle is not None
+        os.kill(started.handle.pid, signal.SIGILL)
+        assert "LLAMA_WHEEL_PAGE=none ./setup.sh" in await started.lost()
 
     run(test)
 

