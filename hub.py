@@ -6,13 +6,16 @@ They lie in the hub's own cache, which other programs share:
     models--owner--repo/blobs/<hash>.incomplete  the beginning of one
     models--owner--repo/snapshots/<commit>/…     links to them, under their names
     models--owner--repo/refs/main                which commit that is
+    models--owner--repo/quintet/<commit>.json    ours: the names of all files that the hub has of it
 
 huggingface_hub asks the hub what there is, and knows the token. The bytes are read here, because
 its own download begins anew in each call and checks nothing but sizes. Links are made last, when
-every file of a model is there and has its hash: what has a name is whole.
+every file of a model is there and has its hash: what has a name is whole. Other programs fetch what
+they have a use for, and no more; so of what they left the hub is asked once what else there is.
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -20,7 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,15 @@ class _File:
 
 
 @dataclass(frozen=True, slots=True)
+class _Here:
+    """What the cache has of a model, with all that no such model can do without."""
+
+    model: HubModel  # by its commit, and by the name of its GGUF
+    place: Path
+    names: set[str]  # of all files of that commit that are here
+
+
+@dataclass(frozen=True, slots=True)
 class Hub:
     """A hub and the cache of what came from it. Its methods block: call them in a thread."""
 
@@ -64,21 +76,18 @@ class Hub:
 
     def cached(self, model: HubModel, backend: str) -> Path | None:
         """Where the model is, as far as that is known without asking anybody: its GGUF or its
-        directory. None where any part of it is missing."""
-        repo = self._repo(model)
-        commit = model.revision or "main"
-        if not _COMMIT.fullmatch(commit):
-            try:
-                commit = (repo / "refs" / commit).read_text().strip()
-            except OSError:
-                return None
-        snapshot = repo / "snapshots" / commit
-        files = (path for path in snapshot.rglob("*") if path.is_file())
-        names = {path.relative_to(snapshot).as_posix() for path in files}
-        try:
-            return _place(snapshot, pick(model, backend, names), backend)
-        except ModelLoadFailed:  # which only says that it is not among these
+        directory. None where any part of it is missing, or may be for all that is known."""
+        here = self._here(model, backend)
+        if here is None:
             return None
+        if self.is_offline:
+            return here.place
+        try:
+            listed = json.loads(self._names_file(here.model).read_text())
+            is_whole = here.names.issuperset(pick(here.model, backend, listed))
+        except (OSError, ValueError, ModelLoadFailed):
+            return None
+        return here.place if is_whole else None
 
     def fetch(
         self,
@@ -101,9 +110,17 @@ class Hub:
                 f"{model.repo} is not in the hub's cache, or not all of it, and HF_HUB_OFFLINE is "
                 "set; download it, or unset that."
             )
+        here = self._here(model, backend)
+        model = here.model if here else model  # the rest is to be of the same commit
         with self._explaining(model):
-            commit, files = self._listing(model)
-            chosen = [files[name] for name in pick(model, backend, files)]
+            try:
+                commit, files = self._listing(model)
+                chosen = [files[name] for name in pick(model, backend, files)]
+            except ModelLoadFailed as error:
+                if here is None:
+                    raise
+                logger.warning("%s is taken to be all in the cache: %s", model.repo, error.message)
+                return here.place
             snapshot = self._repo(model) / "snapshots" / commit
             missing = {
                 file.hash: file for file in chosen
@@ -120,11 +137,33 @@ class Hub:
                 self._fetch_file(model, commit, file, progress)
             for file in reversed(chosen):
                 _link(self._blob(model, file), snapshot / file.name)
-            self._remember(model, commit)
+            self._remember(model, commit, files)
         return _place(snapshot, [file.name for file in chosen], backend)
+
+    def _here(self, model: HubModel, backend: str) -> _Here | None:
+        repo = self._repo(model)
+        commit = model.revision or "main"
+        if not _COMMIT.fullmatch(commit):
+            try:
+                commit = (repo / "refs" / commit).read_text().strip()
+            except OSError:
+                return None
+        snapshot = repo / "snapshots" / commit
+        files = (path for path in snapshot.rglob("*") if path.is_file())
+        names = {path.relative_to(snapshot).as_posix() for path in files}
+        try:
+            chosen = pick(model, backend, names)
+        except ModelLoadFailed:  # which only says that it is not among these
+            return None
+        what = None if backend in FOLDER_BACKENDS else chosen[0]
+        known = replace(model, what=what, revision=commit)
+        return _Here(known, _place(snapshot, chosen, backend), names)
 
     def _repo(self, model: HubModel) -> Path:
         return self.cache / f"models--{model.repo.replace('/', '--')}"
+
+    def _names_file(self, model: HubModel) -> Path:
+        return self._repo(model) / "quintet" / f"{model.revision}.json"
 
     def _blob(self, model: HubModel, file: _File) -> Path:
         return self._repo(model) / "blobs" / file.hash
@@ -233,14 +272,16 @@ class Hub:
                 progress.pause(RETRY_PAUSES_S[n_fruitless])
                 n_fruitless += 1
 
-    def _remember(self, model: HubModel, commit: str) -> None:
+    def _remember(self, model: HubModel, commit: str, names: Collection[str]) -> None:
         revision = model.revision or "main"
         if not _COMMIT.fullmatch(revision):
-            ref = self._repo(model) / "refs" / revision
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            new = _beside(ref)
-            new.write_text(commit)
-            new.replace(ref)
+            _write(self._repo(model) / "refs" / revision, commit)
+        try:
+            _write(self._names_file(replace(model, revision=commit)), json.dumps(sorted(names)))
+        except OSError as error:  # a cache that others fill, and we only read
+            logger.warning(
+                "%s is asked for again at the next start: %s", model.repo, error.strerror
+            )
 
     @contextmanager
     def _explaining(self, model: HubModel) -> Iterator[None]:
@@ -409,6 +450,13 @@ def _link(blob: Path, pointer: Path) -> None:
         blob.replace(pointer)
     else:
         link.replace(pointer)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = _beside(path)
+    new.write_text(text)
+    new.replace(path)
 
 
 def _place(snapshot: Path, names: list[str], backend: str) -> Path:

@@ -1,6 +1,7 @@
 """Models on the hub: which files are meant, and how they come, out of an imitation on loopback."""
 
 import asyncio
+import os
 import shutil
 import threading
 import time
@@ -434,6 +435,73 @@ def test_a_directory_for_flag_is_there_when_all_of_it_is(far: HubImitation, near
     assert (path / "1_Pooling/config.json").read_text() == "1_Pooling/config.json"
     assert near.cached(HubModel("a/m3"), "flag") == path
     assert len({r.path for r in far.contents()}) == len(BGE_M3)
+
+
+def left_by_another_program(far: HubImitation, near: Hub, name: str, files: set[str]) -> Path:
+    """These files of a repo in the cache, as the library puts them there. Their snapshot."""
+    repo, folder = far.repos[name], near.cache / f"models--{name.replace('/', '--')}"
+    snapshot = folder / "snapshots" / repo.commit
+    for file in files:
+        blob = folder / "blobs" / repo.hash(file)
+        for path in (blob, snapshot / file):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(repo.files[file])
+        (snapshot / file).symlink_to(os.path.relpath(blob, (snapshot / file).parent))
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(repo.commit)
+    return snapshot
+
+
+PARTIAL = {"config.json", "tokenizer.json", "pytorch_model.bin"}  # enough for transformers
+
+
+def test_what_another_program_has_left_out_is_fetched(far: HubImitation, near: Hub) -> None:
+    far.repos["a/m3"] = Repo({name: name.encode() for name in BGE_M3 | NO_PART})
+    snapshot = left_by_another_program(far, near, "a/m3", PARTIAL)
+    model = HubModel("a/m3")
+    assert near.cached(model, "flag") is None
+    far.repos["a/m3"].revisions = frozenset()  # its main is another commit by now
+    assert near.fetch(model, "flag") == snapshot
+    assert names_in(snapshot) == {name.rpartition("/")[2] for name in BGE_M3}
+    assert len(far.contents()) == len(BGE_M3 - PARTIAL)
+    n_requests = len(far.requests)
+    assert near.cached(model, "flag") == near.fetch(model, "flag") == snapshot
+    assert len(far.requests) == n_requests
+
+
+def test_what_another_program_has_left_is_whole_where_nobody_can_say_more(
+    far: HubImitation, near: Hub
+) -> None:
+    far.repos["a/m3"] = Repo({name: name.encode() for name in BGE_M3 | NO_PART})
+    snapshot = left_by_another_program(far, near, "a/m3", PARTIAL)
+    model = HubModel("a/m3")
+    assert replace(near, is_offline=True).cached(model, "flag") == snapshot
+    assert replace(near, endpoint="http://127.0.0.1:1").fetch(model, "flag") == snapshot
+    far.repos["a/m3"].gate, far.repos["a/m3"].hides_listing = (403, "GatedRepo"), True
+    assert replace(near, token="hf_other").fetch(model, "flag") == snapshot
+
+
+def test_the_quant_that_is_here_is_not_fetched_in_another(far: HubImitation, near: Hub) -> None:
+    other = "small-Q8_0.gguf"
+    far.repos[REPO].files |= {other: b"another", "small.heads.safetensors": b"heads"}
+    left_by_another_program(far, near, REPO, {other})
+    path = near.fetch(HubModel(REPO), "llamacpp")
+    assert path.name == other
+    assert names_in(path.parent) == {other, "small.heads.safetensors"}
+    assert near.cached(HubModel(REPO), "llamacpp") == path
+
+
+def test_a_cache_that_others_fill_need_not_be_writable(
+    far: HubImitation, near: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far.repos["a/m3"] = Repo({name: name.encode() for name in BGE_M3 | NO_PART})
+    snapshot = left_by_another_program(far, near, "a/m3", BGE_M3)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(hub_module, "_write", refuse)
+    assert near.fetch(HubModel("a/m3"), "flag") == snapshot
 
 
 def test_two_tiers_that_want_the_same_file_download_it_once(far: HubImitation, near: Hub) -> None:
