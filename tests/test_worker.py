@@ -3,6 +3,7 @@
 import json
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +16,11 @@ import generation_jobs
 import worker
 from engine import wire
 from engine.backends import fake
-from engine.backends.base import Engine, ReportProgress
+from engine.backends.base import Engine, ReportProgress, load_encoder, load_engine
 from engine.batch_engine import MAX_FAILED_STEPS, BatchEngine
 from engine.grammar import Compiler
 from engine.types import SamplingParams, StepResult
-from errors import BadRequest, ContextLengthExceeded
+from errors import BadRequest, ContextLengthExceeded, ModelLoadFailed
 from worker_requests import convert
 
 WAIT_S = 20
@@ -646,6 +647,26 @@ def test_a_load_that_fails_is_told_in_a_sentence(load: wire.Load, words: str, se
     assert words in failed.reason
     assert served.read() is None
     assert served.ended() == worker.EXIT_OK
+
+
+@pytest.mark.parametrize("encoder", [None, wire.EncoderSpec(kind="embedding", batch_tokens=512)])
+def test_a_llama_that_cannot_be_loaded_is_told_with_what_to_do(
+    encoder: wire.EncoderSpec | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = f"{sys.prefix}/lib/libllama.so"
+    (tmp_path / "llama_cpp.py").write_text(f"raise RuntimeError('{library}: no libcudart.so.12')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("engine.backends.llama")]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name, raising=False)
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    told = spec(backend="llamacpp", encoder=encoder)
+    with pytest.raises(ModelLoadFailed) as caught:
+        load_engine(told, print) if encoder is None else load_encoder(told, print)
+    assert caught.value.message == (
+        "llama.cpp cannot be loaded (lib/libllama.so: no libcudart.so.12): "
+        "`rm -rf .venv; ./setup.sh` installs it anew."
+    )
 
 
 def test_a_load_that_is_told_to_fail_fails_after_its_progress(serve: Serve) -> None:

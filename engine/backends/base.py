@@ -1,7 +1,9 @@
 """The contracts between the worker, the scheduler and the libraries that run models."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequence_
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -191,7 +193,8 @@ class Encoder(Protocol):
 def load_encoder(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
     """The loaded encoder of `spec.backend`; raises ModelLoadFailed with a sentence for the user."""
     if spec.backend == "llamacpp":
-        from engine.backends import llama_encoder
+        with _importing_llama():
+            from engine.backends import llama_encoder
 
         return llama_encoder.load(spec, progress)
     if spec.backend == "mlx":
@@ -216,7 +219,8 @@ def load_encoder(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
 def load_engine(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     """The loaded engine of `spec.backend`; raises ModelLoadFailed with a sentence for the user."""
     if spec.backend == "llamacpp":
-        from engine.backends import llamacpp
+        with _importing_llama():
+            from engine.backends import llamacpp
 
         return llamacpp.load(spec, progress)
     if spec.backend == "mlx":
@@ -228,3 +232,15 @@ def load_engine(spec: WorkerSpec, progress: ReportProgress) -> Engine:
 
         return fake.load(spec, progress)
     raise ModelLoadFailed(f"Backend '{spec.backend}' is not known.")
+
+
+@contextmanager
+def _importing_llama() -> Iterator[None]:
+    """Another release of the system's libraries, or of Python, may end what was installed."""
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).replace(f"{sys.prefix}/", "")  # clients read it
+        raise ModelLoadFailed(
+            f"llama.cpp cannot be loaded ({reason}): `rm -rf .venv; ./setup.sh` installs it anew."
+        ) from error
