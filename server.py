@@ -153,6 +153,8 @@ def configure_logging(server: ServerSettings) -> None:
     line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logs.configure(server.log_level, line, server.log_format)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):  # addresses from which the hub's storage gives files to all
+        logging.getLogger(client).setLevel(logging.WARNING)
     # its lines hold queries; quintet.access says the rest, and the request's id
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
 

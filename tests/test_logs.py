@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from starlette.responses import StreamingResponse
 
 from api.middleware import key_of
 from logs import Formatter, JsonFormatter
+from tests.hub_imitation import hub_imitation
 from tests.serving import fake, script, serving, settings, wait_until
 from tests.test_server import command, url_in
 from tier import Tier
@@ -299,3 +301,17 @@ def test_a_forwarded_address_cannot_forge_a_line(log: io.StringIO) -> None:
     assert "quintet.access: 1.2.3.4 GET /health 200" in text
     assert "admin" not in text
     assert "FORGED" not in text
+
+
+def test_no_address_of_a_download_is_in_the_log() -> None:
+    """Those of the hub's storage are signed: whoever has one has the file."""
+    code = (
+        "import sys, httpx, httpx2, server, settings\n"
+        "server.configure_logging(settings.ServerSettings(_env_file=None))\n"
+        "httpx.get(sys.argv[1], trust_env=False), httpx2.get(sys.argv[1], trust_env=False)\n"
+    )
+    with hub_imitation() as hub:
+        call = [sys.executable, "-c", code, f"{hub.endpoint}/?Signature={SECRET}"]
+        done = subprocess.run(call, stderr=subprocess.PIPE, text=True, timeout=60, check=True)
+        assert len(hub.requests) == 2
+    assert done.stderr == ""
