@@ -221,6 +221,7 @@ def test_with_a_gpu_flash_attention_stays_on_and_there_are_no_lanes(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lib, "llama_supports_gpu_offload", lambda: True)
+    caplog.set_level("INFO", "llama.cpp")
     for n_gpu_layers, is_plain in ((-1, False), (0, True)):
         caplog.clear()
         engine = engine_of(tiny, flash_attention=False, n_gpu_layers=n_gpu_layers, lane_tokens=256)
@@ -228,6 +229,8 @@ def test_with_a_gpu_flash_attention_stays_on_and_there_are_no_lanes(
         assert (decoder._lanes is not None) == is_plain
         assert (lib.llama_n_ubatch(decoder._context) == wire.PLAIN_TOKENS) == is_plain
         assert ("does nothing with a GPU" in caplog.text) != is_plain
+        assert (f"{tiny.name} is computed on the CPU" in caplog.text) == is_plain
+        assert (f"{tiny.name} is computed with a GPU" in caplog.text) != is_plain
         engine.close()
 
 

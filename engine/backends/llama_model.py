@@ -43,6 +43,8 @@ def load_model(
     model = lib.llama_model_load_from_file(spec.model_path.encode(), params)
     if not model:
         raise ModelLoadFailed(f"llama.cpp cannot load {name_of(spec)}: {reason_of(spec, log)}.")
+    where = "with a GPU" if has_gpu(spec) else "on the CPU"
+    logger.info("%s is computed %s", name_of(spec), where)
     return model
 
 
