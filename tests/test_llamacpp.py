@@ -6,6 +6,7 @@ import json
 import random
 import re
 import weakref
+from array import array
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
@@ -29,7 +30,8 @@ from engine.client import launch_process
 from engine.grammar import Compiler
 from engine.machine import Cores
 from engine.model_file import read_model_file
-from engine.types import Sampled, SamplingParams
+from engine.speculation import MOST
+from engine.types import Batch, Sampled, SamplingParams, Sequence
 from errors import ModelLoadFailed
 from generation_jobs import prepare
 from settings import TierSettings
@@ -232,6 +234,23 @@ def test_with_a_gpu_flash_attention_stays_on_and_there_are_no_lanes(
         assert (f"{tiny.name} is computed on the CPU" in caplog.text) == is_plain
         assert (f"{tiny.name} is computed with a GPU" in caplog.text) != is_plain
         engine.close()
+
+
+def test_there_is_room_for_the_logits_of_all_guesses_and_for_no_more(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "llama.cpp")
+    engine = engine_of(tiny, n_parallel=4, n_batch=256)
+    assert re.search(rf"n_outputs_max += {4 + 1 + 4 * MOST}\n", caplog.text)
+    decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
+    batch = Batch()
+    for slot in range(4):
+        sequence = Sequence(slot, array("i", [1000 + slot]), slot=slot)
+        batch.add(sequence, 1)
+        batch.guess(batch.chunks[-1], array("i", range(2000, 2000 + MOST)))
+    decoder.decode(batch)
+    assert len(decoder._rows) == 4 * (1 + MOST)
+    engine.close()
 
 
 def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -> None:

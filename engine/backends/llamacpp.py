@@ -28,6 +28,7 @@ from engine.backends.llama_threads import ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.batch_engine import BatchEngine
 from engine.prefix import Saved
+from engine.speculation import MOST
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
 from engine.wire import LEAST_IN_LANES, LEAST_IN_PLAIN_LANES, PLAIN_TOKENS, WorkerSpec
 from errors import ModelLoadFailed
@@ -255,6 +256,9 @@ def _new_context(
     # a context aborts that has more sequences than a batch has tokens
     n_batch = max(min(spec.n_batch, n_ctx), spec.n_parallel + 1)
     params.n_batch = params.n_ubatch = n_batch
+    # rows of logits for which there is room, which else are as many as a batch has tokens; to want
+    # more ends the process
+    params.n_outputs_max = min(n_batch, n_seq_max + spec.n_parallel * MOST)
     params.swa_full = False  # behind a sliding window there are cells for the windows only
     if not is_flash:
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
