@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import ssl
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -292,7 +293,7 @@ class Hub:
             yield
         except httpx.HTTPStatusError as error:
             raise _refusal(model, error.response) from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ImportError) as error:
             raise _unreachable(model, error) from None
         except OSError as error:
             if error.errno in (ENOSPC, EDQUOT):
@@ -410,7 +411,7 @@ def _stream(url: str, headers: dict[str, str], part: _Part) -> None:
     if part.n_bytes:
         headers["Range"] = f"bytes={part.n_bytes}-"
     with httpx.stream(
-        "GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True
+        "GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True, verify=_trust()
     ) as response:
         response.raise_for_status()
         if part.n_bytes and response.status_code != 206:
@@ -419,6 +420,17 @@ def _stream(url: str, headers: dict[str, str], part: _Part) -> None:
             part.write(chunk)
             if part.n_bytes > part.file.size_bytes:
                 return  # its hash will be wrong
+
+
+def _trust() -> ssl.SSLContext:
+    """The certificates that the system trusts, such as a proxy's that reads along: the library asks
+    by these, so the bytes come by them too."""
+    import httpx
+    import truststore
+
+    if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
+        return httpx.create_ssl_context()  # by that alone
+    return truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 @contextmanager
@@ -486,6 +498,16 @@ def _reason(error: Exception | None) -> str:
     """What happened, in a word: messages of libraries hold addresses."""
     if error is None:
         return "the hub sends nothing"
+    if isinstance(error, ImportError) and "SOCKS" in str(error):
+        return "a SOCKS proxy is set, which wants `.venv/bin/pip install socksio`"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                f"its certificate is not trusted: {cause.verify_message}; behind a proxy that "
+                "reads along, SSL_CERT_FILE may name a file with those to trust"
+            )
+        cause = cause.__cause__ or cause.__context__
     response = getattr(error, "response", None)
     return type(error).__name__ if response is None else f"status {response.status_code}"
 

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -77,7 +79,8 @@ class HubImitation:
 
 
 @contextmanager
-def hub_imitation() -> Iterator[HubImitation]:
+def hub_imitation(certificate: Path | None = None) -> Iterator[HubImitation]:
+    """One that speaks HTTP, or with a certificate and its key in one file HTTPS."""
     hub = HubImitation("")
 
     class Handler(BaseHTTPRequestHandler):
@@ -166,6 +169,11 @@ def hub_imitation() -> Iterator[HubImitation]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    if certificate is not None:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(certificate)
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+        hub.endpoint = hub.endpoint.replace("http:", "https:")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

@@ -3,6 +3,9 @@
 import asyncio
 import os
 import shutil
+import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -33,13 +36,15 @@ CONTENT = bytes(range(256)) * 8192  # 2 MiB, more than a socket holds
 
 
 @pytest.fixture(autouse=True)
-def nothing_but_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_but_loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for key in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(key, raising=False)
         monkeypatch.delenv(key.lower(), raising=False)
     monkeypatch.setattr(hub_module, "RETRY_PAUSES_S", (0.0, 0.0))
+    yield
+    huggingface_hub.close_session()  # which has its proxies and certificates from its first request
 
 
 @pytest.fixture
@@ -709,6 +714,50 @@ def test_a_hub_out_of_reach_and_a_page_in_its_place_are_told_apart(
     assert "cannot be reached to fetch owner/small-GGUF (Conn" in refusal(gone)
 
 
+@pytest.fixture
+def certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One that nobody knows, and its key."""
+    path = tmp_path / "certificate.pem"
+    command = (
+        f"req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {path}.key -out {path} "
+        "-subj /CN=loopback -addext subjectAltName=IP:127.0.0.1"
+    )
+    openssl = shutil.which("openssl") or pytest.skip("no openssl")
+    subprocess.run([openssl, *command.split()], check=True, capture_output=True)
+    path.write_text(path.read_text() + Path(f"{path}.key").read_text())
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    return path
+
+
+def test_a_certificate_that_is_not_trusted_is_named(certificate: Path, near: Hub) -> None:
+    with hub_imitation(certificate) as far:
+        said = refusal(replace(near, endpoint=far.endpoint))
+    assert "its certificate is not trusted: self" in said
+    assert "SSL_CERT_FILE" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others keep certificates elsewhere")
+def test_what_the_system_trusts_holds_for_the_bytes_too(
+    certificate: Path, near: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = ssl.DefaultVerifyPaths(None, None, "", "/nowhere", "", "/nowhere")
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: nowhere)
+    monkeypatch.setattr("httpcore2._ssl.CA_FILE_CANDIDATES", [certificate])
+    monkeypatch.setattr("truststore._openssl._CA_FILE_CANDIDATES", [certificate])
+    with hub_imitation(certificate) as far:
+        far.repos[REPO] = Repo({GGUF: CONTENT})
+        path = replace(near, endpoint=far.endpoint).fetch(MODEL, "llamacpp")
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_socks_proxy_wants_a_package(near: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    hub = replace(near, endpoint="http://hub.invalid")
+    assert "`.venv/bin/pip install socksio`" in refusal(hub)
+
+
 @pytest.mark.parametrize("name", ["../../../escaped.gguf", "/escaped.gguf", "a/../x.gguf"])
 def test_no_name_and_no_hash_that_a_hub_gives_leads_out_of_the_cache(
     far: HubImitation, near: Hub, name: str
@@ -720,8 +769,5 @@ def test_no_name_and_no_hash_that_a_hub_gives_leads_out_of_the_cache(
 
 
 def test_importing_the_server_does_not_import_the_library() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, server; print('huggingface_hub' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
