@@ -96,9 +96,19 @@ KeysInFile = Annotated[
 
 def _memory_limit(value: Any) -> str:
     text = str(value).strip()
-    if not _MEMORY.fullmatch(text):
+    match = _MEMORY.fullmatch(text)
+    if not match:
         raise ValueError("give a share such as 80%, or a size such as 12G or 900M")
+    if match[2] != "%" and _size_bytes(match) < 1 << 20:
+        share = float(match[1]) * (100 if "." in match[1] else 1)
+        hint = f", such as {share:g}%" if not match[2] and share <= 100 else ""
+        raise ValueError(f"that is less than a megabyte; a share ends in %{hint}")
     return text
+
+
+def _size_bytes(match: re.Match[str]) -> int:
+    unit = match[2][:1].upper().removesuffix("B")
+    return int(float(match[1]) * 1024 ** " KMGT".index(unit or " "))
 
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)", re.IGNORECASE)
@@ -279,10 +289,9 @@ class ServerSettings(BaseSettings):
         """MEMORY_LIMIT on a machine with so much."""
         match = _MEMORY.fullmatch(self.memory_limit)
         assert match is not None
-        number, unit = float(match[1]), match[2].upper()
-        if unit == "%":
-            return int(total_bytes * number / 100)
-        return int(number * 1024 ** " KMGT".index(unit[:1] if unit[:1] in "KMGT" else " "))
+        if match[2] == "%":
+            return int(total_bytes * float(match[1]) / 100)
+        return _size_bytes(match)
 
     @property
     def keys(self) -> list[SecretStr]:
@@ -319,12 +328,13 @@ class Settings:
     @classmethod
     def load(cls, env_file: Path | None = ROOT / ".env") -> "Settings":
         """Read and check everything. The environment wins over the file. Raises SettingsError."""
+        in_file = _in_file(env_file)
         faults: list[str] = []
         server = _read(ServerSettings, "", env_file, faults)
         tiers = {name: _read(TierSettings, f"{name.upper()}_", env_file, faults) for name in TIERS}
         if faults:
             raise SettingsError("\n".join(faults))
-        if None in _in_file(env_file).values():  # it may be a key that slipped to the next line
+        if None in in_file.values():  # it may be a key that slipped to the next line
             logger.warning("A line of %s without `=` does nothing", env_file)
         for key, nearest in unknown_keys(env_file):
             hint = f"; did you mean {nearest}?" if nearest else ""
@@ -360,7 +370,13 @@ def unknown_keys(env_file: Path | None) -> list[tuple[str, str | None]]:
 
 
 def _in_file(env_file: Path | None) -> Mapping[str, str | None]:
-    return {} if env_file is None or not env_file.is_file() else dotenv_values(env_file)
+    try:
+        return {} if env_file is None or not env_file.is_file() else dotenv_values(env_file)
+    except UnicodeDecodeError:
+        raise SettingsError(f"{env_file}: it is not in UTF-8; save it in that encoding") from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SettingsError(f"{env_file}: it cannot be read: {reason}") from error
 
 
 def _read(of: type[T], prefix: str, env_file: Path | None, faults: list[str]) -> T:

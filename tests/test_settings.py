@@ -88,6 +88,38 @@ def test_a_missing_file_is_as_good_as_an_empty_one(load: Load, tmp_path: Path) -
     assert Settings.load(tmp_path / "nowhere") == Settings.load(None) == load("")
 
 
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    for encoding in ("utf-16", "latin-1"):
+        path.write_text("# Schlüssel\nPORT=8001\n", encoding=encoding)
+        with pytest.raises(SettingsError, match=r"\.env: it is not in UTF-8"):
+            Settings.load(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(
+    env_file: EnvFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("settings.dotenv_values", refuse)
+    with pytest.raises(SettingsError, match=r"\.env: it cannot be read: Permission denied"):
+        Settings.load(env_file("PORT=8001\n"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "hint"),
+    [("0.8", ", such as 80%"), ("80", ", such as 80%"), ("2K", ""), ("300", ""), ("1023 KB", "")],
+)
+def test_a_limit_in_which_nothing_fits_was_meant_otherwise(
+    load: Load, limit: str, hint: str
+) -> None:
+    (fault,) = faults(load, f"MEMORY_LIMIT={limit}")
+    assert fault.startswith(
+        f"MEMORY_LIMIT: that is less than a megabyte; a share ends in %{hint} (it is"
+    )
+
+
 def test_the_defaults_are_those_that_the_design_promises(load: Load) -> None:
     settings = load("")
     server: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, "api_keys": [], "cors_origins": []}
