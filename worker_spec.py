@@ -1,5 +1,7 @@
 """What a worker is told: the settings of a tier, with what depends on model and machine decided."""
 
+import os
+
 import psutil
 
 from engine import wire
@@ -87,4 +89,5 @@ def lane_tokens(n_ctx: int, n_parallel: int, kv_tokens: int, model: ModelFile) -
 
 def default_n_threads() -> int:
     """Physical cores that this process may use; their second threads only get in the way."""
-    return max(1, min(psutil.cpu_count(logical=False) or 1, int(n_cores())))
+    n_physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1  # not every system tells
+    return max(1, min(n_physical, int(n_cores())))

@@ -28,7 +28,7 @@ from model_manager import ModelManager
 from settings import ServerSettings, TierSettings
 from tests.serving import fake, in_threads, script, settings
 from tier import Tier
-from worker_spec import default_kv_tokens, lane_tokens, worker_spec
+from worker_spec import default_kv_tokens, default_n_threads, lane_tokens, worker_spec
 
 T = TypeVar("T")
 LONG = {"match": "long", "answer": "0123456789" * 1000}
@@ -628,6 +628,15 @@ def test_kv_tokens_are_never_less_than_one_request_needs() -> None:
     model = model_file("")
     assert default_kv_tokens(1000, 4, model) == 4000
     assert default_kv_tokens(1000, 4, replace(model, kv_bytes_per_token=1 << 40)) == 1000
+
+
+def test_where_no_physical_cores_are_told_threads_are_as_many_as_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("worker_spec.n_cores", lambda: 4.5)
+    assert default_n_threads() == 4
 
 
 @pytest.mark.parametrize(
