@@ -225,7 +225,7 @@ def check_config(manager: ModelManager) -> tuple[str, bool]:
     """What each tier costs and what is missing, in lines for people, and whether all is well.
     Nothing is loaded."""
     limit = manager.room.limit_bytes
-    lines, is_well, costs = [], True, []
+    lines, is_well, costs, unknown = [], True, [], []
     for tier in manager.tiers.values():
         if tier.is_downloaded:
             try:
@@ -251,9 +251,12 @@ def check_config(manager: ModelManager) -> tuple[str, bool]:
             about = f"{tier.model().name}: {footprint.most >> 20:,} MB ({', '.join(parts)}){note}"
         else:
             about = f"{tier.settings.model_path}: downloaded at its first request"
+            unknown.append(tier.name)
         lines.append(f"  {tier.name:10} {about}")
     total = sum(costs)
     fits = "all fit together" if total <= limit else "not all at once: they make way for each other"
+    if unknown:
+        fits += f", without {' and '.join(unknown)}, of which nothing is known before"
     lines.append(f"  {'together':10} {total >> 20:,} MB of {limit >> 20:,} (MEMORY_LIMIT): {fits}")
     return "\n".join(lines), is_well
 

@@ -377,6 +377,7 @@ def fake_server(key: str) -> Iterator[str]:
             "RERANKER",
         ):  # a .env may give each of them a real model
             own |= {f"{tier}_BACKEND": "fake", f"{tier}_MODEL_PATH": str(script)}
+        own["EMBEDDING_EMBEDDING_DIMENSION"] = "32"  # all that its vectors have
         with log.open("wb") as out:
             command = [sys.executable, "server.py"]
             server = subprocess.Popen(

@@ -328,12 +328,26 @@ def test_the_configuration_is_checked_without_loading_anything(tmp_path: Path) -
     report, is_well = check_config(ModelManager(settings({"memory_limit": "1M"}), launch=launches))
     assert not is_well
     assert "DOES NOT FIT" in report
+    server = {"hf_hub_cache": str(tmp_path)}
+    far = settings(server, light=fake(), heavy=TierSettings(model_path="hf:owner/nowhere"))
+    report, is_well = check_config(ModelManager(far, launch=launches))
+    assert is_well
+    assert "all fit together, without heavy, of which nothing is known before" in report
     assert launches.handles == []
 
 
 @pytest.mark.parametrize(
     ("limit", "n_bytes"),
-    [("50%", 500), ("300", 300), ("2K", 2048), ("1.5GB", 3 << 29), ("3MiB", 3 << 20)],
+    [
+        ("50%", 500),
+        ("0.5%", 5),
+        ("3000000", 3000000),
+        ("2048K", 2 << 20),
+        ("1.5GB", 3 << 29),
+        ("3MiB", 3 << 20),
+        ("4194304B", 4 << 20),
+        ("2t", 2 << 40),
+    ],
 )
 def test_a_limit_is_a_share_or_a_size(limit: str, n_bytes: int) -> None:
     assert ServerSettings(memory_limit=limit).memory_limit_bytes(1000) == n_bytes

@@ -194,7 +194,7 @@ def test_killing_a_worker_ends_its_stream_and_nothing_else(tmp_path: Path) -> No
 
 
 def test_the_smoke_test_passes_on_its_own_server() -> None:
-    with command("test_api.py", "--fake") as process:
+    with command("test_api.py", "--fake", EMBEDDING_EMBEDDING_DIMENSION="1024") as process:
         assert process.stdout
         report = process.stdout.read()
         assert process.wait() == 0, report
