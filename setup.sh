@@ -323,7 +323,8 @@ compile_llama() {
     stop "llama-cpp-python did not compile; the reason is above. Without a GPU there are ready-made
 ones for most machines: LLAMA_WHEEL_PAGE=$UPSTREAM_WHEELS/cpu ./setup.sh"
   install_llama_dependencies
-  llama_works || stop "llama-cpp-python does not run: $fault"
+  llama_works || stop "llama-cpp-python does not run: $fault. If pip has kept it from another
+machine: .venv/bin/python -m pip cache remove llama_cpp_python"
 }
 
 install_llama_dependencies() {
