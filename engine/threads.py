@@ -15,6 +15,8 @@ WINDOW_S = 0.25  # systems count CPU time in hundredths of a second: what is sho
 HOLD_S = 1.0  # so long, and up to twice that, must a core have been free before a thread takes it
 PAUSE_S = 0.05  # without a step: what others did before says nothing of now
 SLACK = 0.35  # of a core may others use before a thread makes room for them
+LATE_S, LATE = 0.1, 5.0  # a step is late after so long, and after so many times what it takes
+DRIFT = 1.05  # from one step to the next: with the length of a context steps take longer
 
 
 class Threads:
@@ -31,6 +33,10 @@ class Threads:
         self._own_s = 0.0
         self._cores: Sequence[Cores] = ()
         self._free: deque[tuple[float, float]] = deque()  # when, and how many cores were
+
+    def give_way(self) -> None:
+        """A step was so late that its threads must have waited for a core."""
+        self.n = (self.n + 1) // 2
 
     def is_due(self, now_s: float) -> bool:
         """It is time to look again."""
@@ -62,3 +68,21 @@ class Threads:
             if self.n < before:
                 self._hold_s = HOLD_S * (1 + self._dice.random())
         self._seen_at, self._own_s, self._cores = now_s, own_s, cores
+
+
+class Lateness:
+    """When a step is so late that others must have taken a core in its midst: before that can be
+    seen in what they used, it may wait for seconds."""
+
+    def __init__(self) -> None:
+        self._least_s: dict[int, float] = {}  # by the number of tokens, in powers of two
+
+    def limit_s(self, n_tokens: int) -> float | None:
+        """So long may a step of so many tokens take; None while that is not known."""
+        least_s = self._least_s.get(n_tokens.bit_length())
+        return None if least_s is None else max(LATE_S, LATE * least_s)
+
+    def took(self, n_tokens: int, seconds: float) -> None:
+        """A step did, and was not broken off."""
+        size = n_tokens.bit_length()
+        self._least_s[size] = min(seconds, self._least_s.get(size, seconds) * DRIFT)

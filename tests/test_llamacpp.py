@@ -21,8 +21,10 @@ import pytest
 from chat.infill import FAMILIES, Marks, infill, marks_of
 from chat.template import ChatTemplate
 from engine import wire
+from engine.backends import llama_threads
 from engine.backends.base import Engine
 from engine.backends.llama_model import LlamaLog
+from engine.backends.llama_threads import ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
@@ -31,6 +33,7 @@ from engine.grammar import Compiler
 from engine.machine import Cores
 from engine.model_file import read_model_file
 from engine.speculation import MOST
+from engine.threads import Lateness
 from engine.types import Batch, Sampled, SamplingParams, Sequence
 from errors import ModelLoadFailed
 from generation_jobs import prepare
@@ -102,6 +105,34 @@ def test_sixteen_streams_at_once_say_what_each_says_alone(
     with capsys.disabled():
         print(f"\n{which}: {n_differ} of 16 streams were compared up to a rounding only")
     assert n_differ < 16
+
+
+@pytest.mark.parametrize("lane_tokens", [0, 256])
+def test_a_step_that_is_broken_off_is_computed_anew(
+    smollm2: Path, lane_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say() -> dict[int, list[int]]:
+        engine = engine_of(smollm2, n_threads=2, n_parallel=4, lane_tokens=lane_tokens)
+        prompts = {i: ids(engine, f"Once upon a time, {i} years ago, " * 9) for i in range(4)}
+        try:
+            return generate(engine, prompts, 8)
+        finally:
+            engine.close()
+
+    whole = say()
+    n_broken_off = 0
+
+    def fewer(threads: ContextThreads) -> None:  # but as many, so that the same numbers come
+        nonlocal n_broken_off
+        n_broken_off += 1
+        threads._n_tokens = 0
+        threads._timer.end()  # type: ignore[union-attr]
+
+    monkeypatch.setattr(llama_threads, "TICK_S", 0.0005)
+    monkeypatch.setattr(Lateness, "limit_s", lambda *_: 0.0)
+    monkeypatch.setattr(ContextThreads, "fewer", fewer)
+    assert say() == whole
+    assert n_broken_off > 3
 
 
 def say_alone(

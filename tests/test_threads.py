@@ -5,7 +5,7 @@ import random
 import pytest
 
 from engine.machine import Cores
-from engine.threads import HOLD_S, WINDOW_S, Threads
+from engine.threads import HOLD_S, LATE, LATE_S, WINDOW_S, Lateness, Threads
 
 STEP_S = 0.02
 
@@ -204,3 +204,27 @@ def test_it_looks_no_oftener_than_it_must_and_with_one_thread_never() -> None:
     assert not threads.is_due(10.0 + 0.9 * WINDOW_S)
     assert threads.is_due(10.0 + WINDOW_S)
     assert not new(1).is_due(10.0)
+
+
+def test_a_step_is_late_by_what_steps_of_its_size_take() -> None:
+    lateness = Lateness()
+    assert lateness.limit_s(4) is None
+    lateness.took(4, 0.2)
+    assert lateness.limit_s(4) == lateness.limit_s(7) == LATE * 0.2
+    assert lateness.limit_s(8) is None
+    lateness.took(5, 0.1)
+    assert lateness.limit_s(4) == LATE * 0.1, "the fastest"
+    for _ in range(100):
+        lateness.took(4, 0.3)  # as a context grows
+    assert lateness.limit_s(4) == LATE * 0.3
+    lateness.took(1, 0.001)
+    assert lateness.limit_s(1) == LATE_S, "short ones vary"
+
+
+def test_half_of_the_threads_give_way_to_whom_a_step_waits_for() -> None:
+    threads = new(8)
+    numbers = []
+    for _ in range(5):
+        threads.give_way()
+        numbers.append(threads.n)
+    assert numbers == [4, 2, 1, 1, 1]

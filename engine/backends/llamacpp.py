@@ -24,7 +24,7 @@ from engine.backends.llama_model import (
     reason_of,
 )
 from engine.backends.llama_sampling import LlamaSampler, Samplers
-from engine.backends.llama_threads import ContextThreads
+from engine.backends.llama_threads import ABORTED, ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.batch_engine import BatchEngine
 from engine.prefix import Saved
@@ -85,7 +85,9 @@ class LlamaDecoder:
             or n_swa > 0
         )
         block = BLOCK if is_flash else _plain_block(self._model)
-        self._threads = ContextThreads(self._context, spec.n_threads)
+        # what is not in cells cannot be taken back, and GPUs are not asked
+        breaks_off = is_cells and not self._has_gpu
+        self._threads = ContextThreads(self._context, spec.n_threads, breaks_off=breaks_off)
         home = LlamaMemory(self._context, spec.n_parallel, is_cells=is_cells, block=block)
         self._home = home
         self._memory: LlamaMemory | Lanes = home
@@ -113,6 +115,7 @@ class LlamaDecoder:
         self._rows: list[Row] = []  # of the last batch
 
     def close(self) -> None:
+        self._threads.close()
         if self._lanes:
             self._lanes.close()
         lib.llama_free(self._context)
@@ -152,7 +155,7 @@ class LlamaDecoder:
         slots = {chunk.slot for chunk in in_lanes.values()}
         at_home = {chunk.slot: chunk for chunk in batch.chunks if chunk.slot not in slots}
         rows: dict[int, list[Row]] = {}
-        with self._threads.step(is_steady=is_steady):
+        with self._threads.step(batch.n_tokens, is_steady=is_steady):
             if at_home:  # first: only there may cells be missing, and then nothing is computed
                 rows |= self._compute(self._context, at_home)
             if self._lanes and in_lanes:
@@ -163,6 +166,12 @@ class LlamaDecoder:
         """Compute chunks by sequence of a context. Rows by slot."""
         wanted = self._batch.fill(chunks)
         status = lib.llama_decode(context, self._batch.batch)
+        while status == ABORTED:
+            self._threads.fewer()
+            logger.info("a step waits for a core that others use, and is computed anew")
+            for sequence, chunk in chunks.items():  # what was computed of it
+                lib.llama_memory_seq_rm(lib.llama_get_memory(context), sequence, chunk.start, -1)
+            status = lib.llama_decode(context, self._batch.batch)
         if status == 1 and context is self._context:
             raise CacheFull
         if status != 0:
