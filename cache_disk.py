@@ -128,7 +128,10 @@ class DiskStore:
         something up waits for that, as they were the last time."""
         if self._counting is None:
             loop = asyncio.get_running_loop()
-            self._counting = loop.run_in_executor(self._counter, self._counts.count)
+            try:
+                self._counting = loop.run_in_executor(self._counter, self._counts.count)
+            except RuntimeError:  # it is closed
+                return self._counted
         counting = self._counting
         await asyncio.wait({counting}, timeout=READ_TIMEOUT_S)
         if counting.done() and counting is self._counting:

@@ -193,32 +193,29 @@ class _Beating:
         self._loop = asyncio.get_running_loop()
         self._sent_at = self._loop.time()
         self._timer = self._loop.call_later(self._silence_s, self._listen)
-        self._is_sending = False
+        self._lock = asyncio.Lock()  # events are numbered: none overtakes another
         self._is_over = False
         self._beating: asyncio.Task[None] | None = None
 
     async def __call__(self, message: Message) -> None:
-        self._is_sending = True
-        self._is_over = not message["more_body"]
-        try:
+        async with self._lock:
+            self._is_over = not message["more_body"]
             await self._send(message)
-        finally:
-            self._is_sending = False
-            self._sent_at = self._loop.time()
+        self._sent_at = self._loop.time()
 
     def _listen(self) -> None:
         left_s = self._sent_at + self._silence_s - self._loop.time()
         if left_s <= 0:
             left_s = self._silence_s
-            if not self._is_sending and (self._beating is None or self._beating.done()):
+            if self._beating is None or self._beating.done():
                 self._beating = self._loop.create_task(self._say())
         self._timer = self._loop.call_later(left_s, self._listen)
 
     async def _say(self) -> None:
-        if self._is_over:
-            return
-        body = self._beat()  # only now: events may be numbered
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        async with self._lock:
+            if not self._is_over:
+                body = self._beat()
+                await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def aclose(self) -> None:
         self._timer.cancel()

@@ -67,7 +67,7 @@ def read_model_folder(path: Path) -> ModelFile:
         fail("has no model.safetensors and no pytorch_model.bin; download it again")
     if not any((path / tokenizer).is_file() for tokenizer in _TOKENIZERS):
         fail("has no tokenizer.json; download it again")
-    positions = config.get("position_embedding_type", "absolute")
+    positions = config.get("position_embedding_type") or "absolute"
     if positions not in _POSITIONS:
         fail(
             f"has positions of the kind {positions!r}, as its own code makes them, which is not run"

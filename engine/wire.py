@@ -104,7 +104,8 @@ class Grammar(msgspec.Struct, frozen=True):
     @property
     def param(self) -> str:
         """The client's field, for faults that are not of one part. Only tools are without any."""
-        return self.parts[0].param if self.parts else "tools"
+        params = [part.param for part in self.parts]
+        return params[0] if params and not params[-1].startswith("tools") else "tools"
 
 
 class Thinking(msgspec.Struct, frozen=True):

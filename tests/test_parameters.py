@@ -58,6 +58,11 @@ def of(schema: Any, *, strict: bool = False) -> Parameter:
         ({"type": [{}]}, "either", "json"),
         ({"anyOf": []}, "either", "json"),
         ({"$ref": "#/nowhere"}, "either", "json"),
+        ({"$ref": "#anchor"}, "either", "json"),
+        ({"$ref": f"#/$defs/node/anyOf/{'9' * 5000}"}, "either", "json"),
+        ({"$ref": "#/$defs/a%7e1b"}, "json", "json"),
+        ({"allOf": [{"type": "string"}, {"minLength": 1}]}, "text", "json"),
+        (COLOUR | {"minLength": 1}, "text", "json"),
         ({"$ref": "http://elsewhere"}, "either", "json"),
         (NODE, "either", "json"),  # in a circle
     ],
@@ -68,13 +73,25 @@ def test_the_form_of_an_argument(schema: Any, form: str, strict_form: str) -> No
 
 
 def test_choices_are_listed_as_they_are_written() -> None:
-    assert of(COLOUR).choices == ("red", "blue")
-    assert of({"anyOf": [{"$ref": "#/$defs/colour"}, {"type": "null"}]}).choices == (
-        "red", "blue", "null",
-    )  # fmt: skip
-    assert of({"enum": ["auto", 5, None, True]}).choices == ("auto", "5", "null", "true")
-    assert of({"anyOf": [COLOUR, {"type": "string"}]}).choices == ()
-    assert of({"enum": [1, 2]}).choices == ()  # JSON, which knows them
+    def choices(schema: Any, **fields: bool) -> list[str]:
+        return sorted(of(schema, **fields).choices)
+
+    assert choices(COLOUR) == choices(COLOUR, strict=True) == ["blue", "red"]
+    optional = {"anyOf": [{"$ref": "#/$defs/colour"}, {"type": "null"}]}
+    assert choices(optional) == ["blue", "null", "red"]
+    assert choices({"enum": ["auto", 5, None, True]}) == ["5", "auto", "null", "true"]
+    assert choices({"enum": ["auto", 5], "type": "string"}) == ["auto"]
+    assert choices({"enum": ["a", "ab"], "minLength": 2}, strict=True) == []
+    assert choices({"anyOf": [COLOUR, {"type": "string"}]}) == []
+    assert choices({"enum": [1, 2]}) == []  # JSON, which knows them
+
+
+def test_of_choices_that_are_written_alike_the_first_is_meant() -> None:
+    for schema, written, value in (
+        ({"enum": ["1", 2]}, "1", '"1"'), ({"enum": ["1", 2]}, "2", "2"),
+        ({"enum": [True, "true"]}, "true", "true"), ({"enum": ["[]", [1]]}, "[]", '"[]"'),
+    ):  # fmt: skip
+        assert of(schema).value(written) == value
 
 
 @pytest.mark.parametrize(
@@ -160,12 +177,15 @@ def test_arguments_may_be_one_of_several_objects() -> None:
         forms = {one.name: one.form for one in Parameters(part, "").listed}
         assert forms == {"a": "text", "b": "json"}
     whole = {"$ref": "#/$defs/a", "$defs": {"a": a}, "type": "object"}
-    (one,) = Parameters(GrammarPart("json_schema", json.dumps(whole), "tools"), "").listed
+    (one,) = Parameters(GrammarPart("json_schema", json.dumps(whole), "tools"), "</end>").listed
     assert one.name == "a"
 
 
 def test_schemas_that_grow_as_they_are_looked_at_take_no_time() -> None:
-    doubled = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(60)}
-    whole = {"properties": {"x": {"$ref": "#/$defs/d0"}}, "$defs": doubled}
-    (parameter,) = Parameters(GrammarPart("json_schema", json.dumps(whole), "tools"), "").listed
-    assert parameter.form == "json"
+    grown = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 30} for n in range(6)}
+    grown["d6"] = COLOUR
+    whole = {"properties": {"x": {"$ref": "#/$defs/d0"}}, "$defs": grown}
+    (parameter,) = Parameters(
+        GrammarPart("json_schema", json.dumps(whole), "tools"), "</end>"
+    ).listed
+    assert sorted(parameter.choices) == ["blue", "red"]

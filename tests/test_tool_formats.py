@@ -708,6 +708,15 @@ def test_an_answer_may_go_on_in_its_thoughts() -> None:
         assert go_on(template, "<think>Hm.</think>It is").thinking is None
 
 
+def test_gemmas_thoughts_go_on_too() -> None:
+    made = go_on("gemma4", "<|channel>thought\nHm, ")
+    assert made.thinking
+    assert made.thinking.is_open
+    splitter = made.splitter()
+    said = Message.of([*splitter.feed("oh.<channel|>Hi"), *splitter.finish()])
+    assert said == Message("Hi", "oh.")
+
+
 def test_a_tag_in_another_message_opens_no_thoughts() -> None:
     messages = [*system("Think between <think> tags."), *user("Hi"), *assistant("It is")]
     for template in ("qwen3", "deepseek_r1"):

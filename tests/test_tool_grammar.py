@@ -8,6 +8,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from api.chat_request import Conversation
 from chat.events import Call, Message
 from chat.format import Prompt
 from chat.tools import BY_NAME
@@ -674,12 +675,20 @@ def test_references_to_anywhere_mean_what_they_mean(model: Model) -> None:
 
 @NOT_JSON
 def test_schemas_that_many_functions_have_cost_once(model: Model) -> None:
+    """Over HTTP each has a place of its own, for faults."""
     place = {"type": "object", "properties": {f"p{n}": {"type": "number"} for n in range(60)}}
     schema = {"type": "object", "properties": {f"n{n}": {"type": "integer"} for n in range(10)},
               "$defs": {f"d{n}": place for n in range(9)}}  # fmt: skip
-    tools = [tool(f"a_function_with_a_long_name_of_some_server_{n}", schema=schema)
-             for n in range(12)]  # fmt: skip
+    names = [f"a_function_with_a_long_name_of_some_server_{n}" for n in range(12)]
+    sent: Any = [
+        {"type": "function", "function": {"name": name, "parameters": schema}} for name in names
+    ]
+    tools = Conversation(messages=user("Hi"), tools=sent).tool_list()
     turn = model.asked(tools)
+    grammar = turn.made.grammar
+    assert grammar
+    assert len(grammar.parts) < 3
+    assert grammar.param == "tools"
     raw, calls = call_of(model, tools[7].name, '{"n3": 5}')
     assert turn.says(raw).calls == calls
 
@@ -712,6 +721,17 @@ def test_a_schema_that_is_too_deep_is_refused() -> None:
     with pytest.raises(BadRequest, match="too deeply") as caught:
         prompt("qwen3_coder", user("Hi"), [deep])
     assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize("template", TAGGED)
+def test_many_arguments_of_many_functions_are_within_bounds(template: str) -> None:
+    schema = {"type": "object", "properties": {f"argument_{n}": {"type": "string"}
+                                               for n in range(24)},
+              "required": [f"argument_{n}" for n in (3, 7, 11, 20)]}  # fmt: skip
+    made = prompt(template, user("Hi"), [tool(f"f{n}", schema=schema) for n in range(60)])
+    assert made.grammar
+    size = len(made.grammar.frame) + sum(len(part.text) for part in made.grammar.parts)
+    assert size < 60 * 4 * len(json.dumps(schema))
 
 
 @NOT_JSON
@@ -768,6 +788,8 @@ def test_qwen3_coder_may_leave_the_opener_out(has_tokens: bool) -> None:
     assert turn.says(two).calls == [Call(*CALL)] * 2
     assert not turn.may_begin(bare.replace("get_time", "no_such"))
     assert turn.says("In <function=f> a name is") == Message("In <function=f> a name is")
+    json_or_call = model.asked(answer=ANSWER)
+    assert json_or_call.split("</think><function=f>\n</function>").calls == []
 
 
 # thoughts that must end

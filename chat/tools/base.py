@@ -54,22 +54,25 @@ class Parts:
     """The parts of a grammar, as they are added: each once. Raises BadRequest for too many."""
 
     def __init__(self) -> None:
-        self._rules: dict[GrammarPart, str] = {}
+        self._parts: list[GrammarPart] = []
+        self._rules: dict[tuple[str, str, bool], str] = {}  # whosever they are
         self._size_bytes = 0
 
     def rule(self, part: GrammarPart) -> str:
         """The rule of a part in the frame."""
-        if part not in self._rules:
-            self._rules[part] = f"@p{len(self._rules)}"
+        known = part.kind, part.text, part.is_lenient
+        if known not in self._rules:
+            self._rules[known] = f"@p{len(self._parts)}"
+            self._parts.append(part)
             self._size_bytes += len(part.text.encode())
             if self._size_bytes > MAX_GRAMMAR_BYTES:  # the worker would refuse it: no more work
                 raise BadRequest(
                     f"Schemas may have {MAX_GRAMMAR_BYTES:,} bytes in all.", param=part.param
                 )
-        return self._rules[part]
+        return self._rules[known]
 
     def all(self) -> tuple[GrammarPart, ...]:
-        return tuple(self._rules)
+        return tuple(self._parts)
 
 
 class ToolFormat(ABC):
@@ -163,7 +166,11 @@ class ToolFormat(ABC):
         splitter: Splitter = PlainText()
         if functions:
             splitter = self.call_splitter(functions, only_first=only_first)
-        return ReasoningSplitter(tags, splitter, is_open=is_open) if tags else splitter
+        return self.thinking_splitter(tags, splitter, is_open=is_open) if tags else splitter
+
+    def thinking_splitter(self, tags: ReasoningTags, rest: Splitter, *, is_open: bool) -> Splitter:
+        """A splitter of thoughts, and of the rest by another."""
+        return ReasoningSplitter(tags, rest, is_open=is_open)
 
 
 def one_call_a_turn(messages: Messages) -> list[Mapping[str, Any]]:
@@ -199,6 +206,11 @@ def literal(text: str) -> str:
 def pattern(text: str) -> str:
     """A text in a regular expression of Lark."""
     return re.sub(r"\W", lambda char: f"\\x{{{ord(char[0]):x}}}", text)
+
+
+def inner_json(text: str) -> str:
+    """A text in JSON, without its quotes."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def begun(mark: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from chat.events import Event, Reasoning, Splitter
-from chat.splitter import PlainText, ReasoningTags, n_held
+from chat.splitter import ReasoningTags, n_held
 from chat.tools.base import (
     Function,
     HeadedCalls,
@@ -23,6 +23,7 @@ from chat.tools.base import (
     Tool,
     ToolFormat,
     begun,
+    inner_json,
     literal,
 )
 from chat.tools.parameters import BRANCHES, DEFINITIONS, MAX_DEPTH, SAYS_NOTHING, References, Schema
@@ -42,7 +43,8 @@ KEYWORDS: dict[Any, tuple[str, ...]] = {  # that are understood, by the types th
     "array": ("items", "minItems", "maxItems"),
     "object": ("properties", "required", "additionalProperties"),
 }
-MAX_LIMIT = 1 << 20  # of lengths: a larger one is none
+MAX_LIMIT = 1 << 16  # of lengths
+NEVER = 1 << 24  # as long is nothing that a model says
 PLAIN_KEY = re.compile(r"[^\s{}\[\]:,<>|\"]+")
 # rules that all functions share
 ANYTHING = rf"""
@@ -86,18 +88,8 @@ class Gemma(ToolFormat):
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
         return GemmaSplitter(OPEN, only_first=only_first)
 
-    def splitter(
-        self,
-        functions: Sequence[Function],
-        *,
-        only_first: bool,
-        tags: ReasoningTags | None,
-        is_open: bool,
-    ) -> Splitter:
-        inner: Splitter = PlainText()
-        if functions:
-            inner = self.call_splitter(functions, only_first=only_first)
-        return Channels(inner) if tags else inner
+    def thinking_splitter(self, tags: ReasoningTags, rest: Splitter, *, is_open: bool) -> Splitter:
+        return Channels(rest, is_open=is_open)
 
     def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
         """What was said before calls in a turn before them, since templates put it behind the
@@ -148,6 +140,8 @@ class _Notation:
         if "const" in schema or isinstance(schema.get("enum"), list):
             self._understand(schema, "const", "enum", "type")
             values = [schema["const"]] if "const" in schema else schema["enum"]
+            if not values:
+                self._refuse("an empty 'enum'")
             return _one_of([_written(value) for value in values]) if values else "any"
         types = self._types(schema)
         if not types:
@@ -172,7 +166,7 @@ class _Notation:
 
     def _of_type(self, type: str, schema: Schema, depth: int) -> str:
         if type == "string":
-            limits = _limits(schema, "minLength", "maxLength")
+            limits = self._limits(schema, "minLength", "maxLength")
             return f"«{QUOTE}» «inside {{{limits}}} until {QUOTE}»" if limits != "0," else "text"
         if type == "array":
             return self._list(schema, depth)
@@ -184,7 +178,7 @@ class _Notation:
 
     def _list(self, schema: Schema, depth: int) -> str:
         item = self._rule(self._value(schema.get("items", True), depth + 1))
-        least, _, most = _limits(schema, "minItems", "maxItems").partition(",")
+        least, _, most = self._limits(schema, "minItems", "maxItems").partition(",")
         if most == "0":
             return '"[" "]"'
         more = f"{max(int(least) - 1, 0)},{int(most) - 1 if most else ''}"
@@ -201,6 +195,8 @@ class _Notation:
             return self._map(schema.get("additionalProperties", True), depth)
         entries = []
         for name in sorted(properties, key=str.lower):  # as its templates show them
+            if properties[name] is False:  # which allows no value
+                continue
             key = literal(f"{name}:")
             if not PLAIN_KEY.fullmatch(name):
                 key = f'«{QUOTE}» {literal(name)} «{QUOTE}» ":"'
@@ -230,6 +226,18 @@ class _Notation:
             self.rules[index] = f"{name}: {value}"
         return self._meant[reference]
 
+    def _limits(self, schema: Schema, least: str, most: str) -> str:
+        """A range in a regular expression, without its braces."""
+        found: list[int | None] = []
+        for key in (least, most):
+            limit = schema.get(key)
+            found.append(None)
+            if isinstance(limit, int | float) and 0 <= limit <= MAX_LIMIT:
+                found[-1] = int(limit)
+            elif limit is not None and not (key == most and limit > NEVER):
+                self._refuse(f"this '{key}'")
+        return f"{found[0] or 0},{'' if found[1] is None else found[1]}"
+
     def _rule(self, lark: str) -> str:
         name = f"{self._prefix}{len(self.rules)}"
         self.rules.append(f"{name}: {lark}")
@@ -249,13 +257,6 @@ class _Notation:
 
 def _one_of(options: Sequence[str]) -> str:
     return options[0] if len(options) == 1 else f"({' | '.join(dict.fromkeys(options))})"
-
-
-def _limits(schema: Schema, least: str, most: str) -> str:
-    """A range in a regular expression, without its braces."""
-    found = [schema.get(key) for key in (least, most)]
-    low, high = (n if isinstance(n, int) and 0 <= n <= MAX_LIMIT else None for n in found)
-    return f"{low or 0},{'' if high is None else high}"
 
 
 def _written(value: Any) -> str:
@@ -292,7 +293,7 @@ class GemmaSplitter(HeadedCalls):
             n_sure = len(text) if quote else len(text) - n_held(text, QUOTE)
             self._raw = after if quote else text[n_sure:]
             self._is_text = not quote
-            said = json.dumps(text[:n_sure], ensure_ascii=False)[1:-1] + ('"' if quote else "")
+            said = inner_json(text[:n_sure]) + ('"' if quote else "")
             return said or None
         mark = self._MARK.search(self._raw)
         if mark is None:
@@ -314,10 +315,10 @@ class Channels:
 
     _MARK = re.compile(f"{re.escape(TAGS.open)}|{re.escape(TAGS.close)}")
 
-    def __init__(self, rest: Splitter) -> None:
+    def __init__(self, rest: Splitter, *, is_open: bool = False) -> None:
         self._rest = rest
         self._held = ""
-        self._is_open = False
+        self._is_open = is_open
         self._label = ""  # what came of it, while nothing else has
         self._has_begun = False  # something else has come since the channel opened
         self._is_behind = False  # a channel, but for spaces

@@ -3,8 +3,9 @@ without quotes."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from engine.wire import GrammarPart
 from errors import BadRequest
@@ -32,7 +33,8 @@ class Parameter:
     form: Form
     schema: Schema  # by itself
     is_required: bool = False
-    choices: tuple[str, ...] = ()  # as they are written, where there are no others
+    # where there are no others: their JSON, by how they are written
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_text_or_null(self) -> bool:
@@ -40,6 +42,8 @@ class Parameter:
 
     def value(self, written: str) -> str:
         """JSON of what was written in another form."""
+        if written in self.choices:
+            return self.choices[written]
         if self.form == "either" and self._fits(written):
             return written.strip()
         return json.dumps(written, ensure_ascii=False)
@@ -64,7 +68,7 @@ class _Found:
     """What a schema says, as far as it matters here."""
 
     types: frozenset[str] = TYPES
-    choices: tuple[str, ...] = ()
+    choices: Mapping[str, str] = field(default_factory=dict)
     is_free: bool = False  # any text is valid, and of what is no text at most null
 
 
@@ -83,7 +87,11 @@ class Parameters:
             properties = {**_mapping(branch.get("properties")), **properties}
         required = schema.get("required")
         required = required if isinstance(required, list) else ()
-        self.listed = [self._parameter(name, properties[name], required) for name in properties]
+        self.listed = [
+            self._parameter(name, inner, required)
+            for name, inner in properties.items()
+            if inner is not False  # which allows no value
+        ]
         more = schema.get("additionalProperties", not properties or "patternProperties" in schema)
         # those that the schema does not name; None: there are none
         self.others = None if more is False else self._parameter("", more, ())
@@ -118,7 +126,7 @@ class Parameters:
             or is_inexact
             or any(self._end in choice for choice in choices)
         ):
-            form, choices = "json", ()
+            form, choices = "json", {}
         alone = self._references.alone(schema) if form == "json" else {}
         return Parameter(name, found.types, form, alone, name in required, choices)
 
@@ -132,30 +140,45 @@ class Parameters:
             return self._within(schema, self._known[reference], "$ref")
         listed = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(listed, list) and listed:
-            written = (one if isinstance(one, str) else json.dumps(one) for one in listed)
-            return _Found(frozenset(map(_type_of, listed)), tuple(written))
+            return self._listed(schema, listed)
         for key in BRANCHES:
             branches = schema.get(key)
             if isinstance(branches, list) and branches and (key != "allOf" or len(branches) == 1):
                 found = [self._look(one, depth + 1) for one in branches]
-                choices = [one.choices for one in found]
-                of_all = _Found(
-                    frozenset().union(*(one.types for one in found)),
-                    tuple(text for texts in choices for text in texts) if all(choices) else (),
-                    all(one.is_free for one in found),
-                )
+                choices: dict[str, str] = {}
+                for one in found if all(one.choices for one in found) else ():
+                    choices = {**one.choices, **choices}
+                types = frozenset().union(*(one.types for one in found))
+                of_all = _Found(types, choices, all(one.is_free for one in found))
                 return self._within(schema, of_all, key)
+            if isinstance(branches, list) and branches:  # all of several
+                types = frozenset.intersection(*(self._look(b, depth + 1).types for b in branches))
+                return self._within(schema, _Found(types))
         return self._within(schema, _Found(is_free=True))
 
     def _within(self, schema: Schema, inner: _Found, *said: str) -> _Found:
         """What a schema says that says the inner of itself, and perhaps a type and more."""
-        named = schema.get("type")
-        named = named if isinstance(named, list) else [named]
-        types = inner.types & {name for name in TYPES if name in named} or inner.types
+        types = inner.types & _named_types(schema) or inner.types
         if types == {"null"}:
-            return _Found(types, ("null",), is_free=True)
+            return _Found(types, {"null": "null"}, is_free=True)
         is_free = inner.is_free and schema.keys() <= SAYS_NOTHING | {"type", *said}
         return _Found(types, inner.choices, is_free and types <= {"string", "null"})
+
+    def _listed(self, schema: Schema, values: Sequence[Any]) -> _Found:
+        """What a schema says that lists its values, and perhaps their type. Where it says more, the
+        list is not to the letter all that is valid."""
+        if self.is_exact and not schema.keys() <= SAYS_NOTHING | {"const", "enum", "type"}:
+            return _Found()
+        named = _named_types(schema)
+        choices: dict[str, str] = {}
+        types = set()
+        for value in values:
+            whole, type = json.dumps(value, ensure_ascii=False), _type_of(value)
+            if type in named or (type == "integer" and "number" in named):
+                types.add(type)
+                # of those that are written alike the first counts
+                choices.setdefault(value if isinstance(value, str) else whole, whole)
+        return _Found(frozenset(types), choices) if types else _Found()
 
 
 class References:
@@ -168,11 +191,11 @@ class References:
 
     def at(self, reference: str) -> Any:
         """The schema that a JSON pointer means; None where there is none."""
-        found: Any = self.root if reference.startswith("#") else None
-        for key in reference.split("/")[1:]:
+        found: Any = self.root if reference.partition("/")[0] == "#" else None
+        for key in unquote(reference).split("/")[1:]:
             key = key.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and key.isdecimal() and int(key) < len(found):
-                found = found[int(key)]
+            if isinstance(found, list):
+                found = found[int(key)] if key in map(str, range(len(found))) else None
             else:
                 found = found.get(key) if isinstance(found, Mapping) else None
         return found
@@ -209,6 +232,13 @@ class References:
                 inner = self._renamed(inner, names, is_schema=key not in BY_NAME)
             renamed[key] = inner
         return renamed
+
+
+def _named_types(schema: Schema) -> frozenset[str]:
+    """Those that a schema names; all, if it names none."""
+    named = schema.get("type")
+    named = named if isinstance(named, list) else [named]
+    return frozenset(name for name in TYPES if name in named) or TYPES
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

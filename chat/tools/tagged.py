@@ -37,6 +37,7 @@ from chat.tools.base import (
     Tool,
     ToolFormat,
     begun,
+    inner_json,
     literal,
     pattern,
 )
@@ -100,9 +101,10 @@ class Tagged(ToolFormat):
         return "value"
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
-        more = f' ("\\n"? «{OPEN}» call)*' if is_parallel else ""
+        more = f'("\\n"? «{OPEN}» call)*' if is_parallel else ""
         rules = [
-            f'calls: call{more} "\\n"?',  # some end the last one with it too
+            'calls: call more "\\n"?',  # some end the last one with it too
+            f"more: {more}",
             f"call: {self.call(functions)}",
             f"value: «inside until {self.value_end}»",
         ]
@@ -127,19 +129,23 @@ def _in_any_order(
 ) -> str:
     """Lark of all required arguments and any others, in the order that the model likes. Models do
     not keep to that of the schema, in which an argument that is passed over cannot come any more.
+    Each comes once; of many those that are not required may come again, and the last one counts.
     """
     names = [f"{prefix}{n}" for n in range(len(arguments))]
     rules += [f"{name}: {argument}" for name, argument in zip(names, arguments, strict=True)]
-    needed = [name for name, is_needed in zip(names, required, strict=True) if is_needed]
-    others = [name for name, is_needed in zip(names, required, strict=True) if not is_needed]
-    free = f"({' | '.join(others)}){{0,{len(others)}}}" if others else ""
-    for left in range(1, 1 << len(needed)):  # the needed that still must come, as bits
-        nexts = [
-            f"{name} {prefix}{left ^ 1 << n}left" for n, name in enumerate(needed) if left >> n & 1
-        ]
-        rules.append(f"{prefix}{left}left: {free} ({' | '.join(nexts)})")
-    rules.append(f"{prefix}0left: {free}")
-    return f"{prefix}{(1 << len(needed)) - 1}left"
+    is_needed = dict(zip(names, required, strict=True))
+    once = [name for name in names if is_needed[name] or len(names) <= MAX_FREE]
+    others = [name for name in names if name not in once]
+    free = f"{prefix}free" if others else ""
+    if others:
+        rules.append(f"{free}: ({' | '.join(others)}){{0,{len(others)}}}")
+    for left in range(1 << len(once)):  # of those that may come once, as bits
+        which = [n for n in range(len(once)) if left >> n & 1]
+        nexts = " | ".join(f"{once[n]} {prefix}{left ^ 1 << n}left" for n in which)
+        may_end = not any(is_needed[once[n]] for n in which)
+        rest = f"({nexts}){'?' if may_end else ''}" if which else ""
+        rules.append(f"{prefix}{left}left: {free} {rest}")
+    return f"{prefix}{(1 << len(once)) - 1}left"
 
 
 def _with_texts(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,21 +222,16 @@ class TaggedSplitter(HeadedCalls):
             self._parameter = None
             if parameter.form == "json":
                 return ""
-            return f'{_inner(said)}"' if self._is_text else parameter.value(said)
+            return f'{inner_json(said)}"' if self._is_text else parameter.value(said)
         if not self._is_text:
             return None
         n_sure = len(said) - n_held(said, self.VALUE_END)
         self._raw = said[n_sure:]
-        return _inner(said[:n_sure]) or None
+        return inner_json(said[:n_sure]) or None
 
     def _may_be_null(self) -> bool:
         null = f"null{self.VALUE_END}"
         return null.startswith(self._raw[: len(null)])
-
-
-def _inner(text: str) -> str:
-    """A text in JSON, without its quotes."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 class Qwen3CoderSplitter(TaggedSplitter):
@@ -248,7 +249,7 @@ class Qwen3CoderSplitter(TaggedSplitter):
         is_begun = self._has_text and not self._had_call
         bare = (self._BARE_LATER if is_begun else self._BARE).search(text)
         before, opener, after = super()._opening(text)
-        if bare and bare.start(1) < len(before):
+        if bare and bare.start(1) < len(before) and not self._only_first:
             return text[: bare.start(1)], BARE, text[bare.end() :]
         return before, opener, after
 
@@ -280,13 +281,12 @@ class Qwen3Coder(Tagged):
         return f"{body} | bare" if is_free else body
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
-        more = f' ("\\n"? «{OPEN}» call)*' if is_parallel else ""
         begin = r"((.|\n)*\n)?[ \t]*"
         return "\n".join(
             [
                 super().calls(functions, is_parallel=is_parallel),
                 f"named: {' | '.join(map(self._named, functions))}",
-                f'bare: line named ("\\n" «{CLOSE}»)?{more} "\\n"?',
+                f'bare: line named ("\\n" «{CLOSE}»)? more "\\n"?',
                 "line[lazy]: LINE",
                 f"LINE: /{begin}{pattern(BARE)}/ & ~/(.|\\n)*{pattern(OPEN)}(.|\\n)*/",
             ]

@@ -93,7 +93,8 @@ def read_shape(facts: ModelFile, *, ranks: bool) -> Shape:
     assert config is not None
     if "quantization" in config:
         _fail(facts, "is quantized, which only chat models may be; take the original")
-    if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
+    positions = config.get("position_embedding_type") or "absolute"
+    if positions != "absolute" or config.get("is_decoder"):
         _fail(facts, "is no plain encoder (position_embedding_type, is_decoder in config.json)")
     activation = str(config.get("hidden_act", "gelu"))
     if activation not in _ACTIVATIONS:
