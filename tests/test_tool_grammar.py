@@ -769,6 +769,9 @@ def test_arguments_may_come_in_any_order(template: str, has_tokens: bool) -> Non
     for order in (names, names[::-1], ("query", "limit", "kind"), ("kind", "query", "page")):
         raw, calls = call_of(model, "f", json.dumps(dict.fromkeys(order, "x")))
         assert turn.says(raw).calls == calls
+    said = {"limit": "x", "query": "x", "kind": "x", "page": "x"}
+    twice = model.calls(("f", json.dumps(said))).replace("page", "limit")
+    assert not turn.may_begin(twice)
     for order in (("limit", "query"), ("kind",), ()):
         assert not turn.may_begin(model.calls(("f", json.dumps(dict.fromkeys(order, "x")))))
     strict = model.asked([tool("f", schema=schema, is_strict=True)])
