@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import logging
 import random
 import re
 import weakref
@@ -109,8 +110,9 @@ def test_sixteen_streams_at_once_say_what_each_says_alone(
 
 @pytest.mark.parametrize("lane_tokens", [0, 256])
 def test_a_step_that_is_broken_off_is_computed_anew(
-    smollm2: Path, lane_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    smollm2: Path, lane_tokens: int, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     def say() -> dict[int, list[int]]:
         engine = engine_of(smollm2, n_threads=2, n_parallel=4, lane_tokens=lane_tokens)
         prompts = {i: ids(engine, f"Once upon a time, {i} years ago, " * 9) for i in range(4)}
@@ -133,6 +135,7 @@ def test_a_step_that_is_broken_off_is_computed_anew(
     monkeypatch.setattr(ContextThreads, "fewer", fewer)
     assert say() == whole
     assert n_broken_off > 3
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def say_alone(

@@ -70,7 +70,11 @@ class LlamaLog:
         "possible training context overflow",  # cells are for all; we bound each one's length
         "model default pooling_type is",  # we pool ourselves
         "model vocab missing newline token",  # encoders need none
-        "removing memory module entries",  # of a step that is broken off
+        # of a step that is broken off
+        "removing memory module entries",
+        "failed with error 1",
+        "compute status: 1",
+        "failed to decode, ret = 2",
     )
 
     _in_use: ClassVar[Any] = None  # of the process: llama.cpp may call it at any time from now on
