@@ -538,6 +538,16 @@ def test_what_would_change_answers_makes_a_miss(
         assert outcome(service.chat(seed=1)) == expected
 
 
+def test_what_was_answered_wrongly_before_a_fix_is_not_given_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = remembering({"cache_dir": str(tmp_path / "cache")}, light=fake())
+    for results, expected in ((1, "MISS"), (1, "HIT"), (2, "MISS")):
+        monkeypatch.setattr(model_source, "RESULTS", results)
+        with serving(of) as service:
+            assert outcome(service.chat(seed=1)) == expected
+
+
 def test_a_model_file_that_changes_under_the_service_is_another_model(tmp_path: Path) -> None:
     file = tmp_path / "model.json"
     file.write_text(json.dumps({"rules": [{"match": "", "answer": "old"}]}))
