@@ -11,7 +11,8 @@ from errors import BadRequest
 
 COLOUR = {"enum": ["red", "blue"], "type": "string"}
 NODE = {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "string"}]}
-DEFS = {"$defs": {"colour": COLOUR, "node": NODE, "a/b": {"type": "integer"}}}
+DEFS = {"$defs": {"colour": COLOUR, "node": NODE, "a/b": {"type": "integer"},
+                  "short": {"type": "string", "maxLength": 3}}}  # fmt: skip
 
 
 def found(schema: Any, *, strict: bool = False, **root: Any) -> Parameters:
@@ -30,7 +31,8 @@ def of(schema: Any, *, strict: bool = False) -> Parameter:
         ({"type": "string"}, "text", "text"),
         ({"type": "string", "description": "Where."}, "text", "text"),
         ({"type": ["string"]}, "text", "text"),
-        ({"type": "string", "minLength": 2}, "text", "json"),
+        ({"type": "string", "minLength": 2}, "text", "text"),
+        ({"type": "string", "maxLength": 2.5e5}, "text", "json"),
         ({"type": "string", "pattern": "a+"}, "text", "json"),
         (COLOUR, "text", "text"),
         ({"const": "red"}, "text", "text"),
@@ -84,6 +86,16 @@ def test_choices_are_listed_as_they_are_written() -> None:
     assert choices({"enum": ["a", "ab"], "minLength": 2}, strict=True) == []
     assert choices({"anyOf": [COLOUR, {"type": "string"}]}) == []
     assert choices({"enum": [1, 2]}) == []  # JSON, which knows them
+
+
+def test_the_length_of_a_text_is_a_range() -> None:
+    lengths = {(2, None): "2,", (None, 5): "0,5", (2, 5.0): "2,5", (0, 2**53): "", (0, -1): ""}
+    for (least, most), length in lengths.items():
+        said = {key: n for key, n in (("minLength", least), ("maxLength", most)) if n is not None}
+        assert of({"type": "string"} | said).length == length
+    assert of({"$ref": "#/$defs/short"}, strict=True).length == "0,3"
+    assert of({"anyOf": [{"$ref": "#/$defs/short"}, {"type": "null"}]}).length == ""
+    assert of({"anyOf": [{"$ref": "#/$defs/short"}, {"type": "null"}]}, strict=True).form == "json"
 
 
 def test_of_choices_that_are_written_alike_the_first_is_meant() -> None:

@@ -26,7 +26,15 @@ from chat.tools.base import (
     inner_json,
     literal,
 )
-from chat.tools.parameters import BRANCHES, DEFINITIONS, MAX_DEPTH, SAYS_NOTHING, References, Schema
+from chat.tools.parameters import (
+    BRANCHES,
+    DEFINITIONS,
+    MAX_DEPTH,
+    SAYS_NOTHING,
+    References,
+    Schema,
+    limits,
+)
 from engine.wire import GrammarPart
 from errors import UnsupportedParameter
 
@@ -43,8 +51,6 @@ KEYWORDS: dict[Any, tuple[str, ...]] = {  # that are understood, by the types th
     "array": ("items", "minItems", "maxItems"),
     "object": ("properties", "required", "additionalProperties"),
 }
-MAX_LIMIT = 1 << 16  # of lengths
-NEVER = 1 << 24  # as long is nothing that a model says
 PLAIN_KEY = re.compile(r"[^\s{}\[\]:,<>|\"]+")
 # rules that all functions share
 ANYTHING = rf"""
@@ -166,8 +172,8 @@ class _Notation:
 
     def _of_type(self, type: str, schema: Schema, depth: int) -> str:
         if type == "string":
-            limits = self._limits(schema, "minLength", "maxLength")
-            return f"«{QUOTE}» «inside {{{limits}}} until {QUOTE}»" if limits != "0," else "text"
+            length = self._limits(schema, "minLength", "maxLength")
+            return f"«{QUOTE}» «inside {{{length}}} until {QUOTE}»" if length else "text"
         if type == "array":
             return self._list(schema, depth)
         if type == "object":
@@ -178,7 +184,8 @@ class _Notation:
 
     def _list(self, schema: Schema, depth: int) -> str:
         item = self._rule(self._value(schema.get("items", True), depth + 1))
-        least, _, most = self._limits(schema, "minItems", "maxItems").partition(",")
+        found = self._limits(schema, "minItems", "maxItems") or "0,"
+        least, _, most = found.partition(",")
         if most == "0":
             return '"[" "]"'
         more = f"{max(int(least) - 1, 0)},{int(most) - 1 if most else ''}"
@@ -227,16 +234,10 @@ class _Notation:
         return self._meant[reference]
 
     def _limits(self, schema: Schema, least: str, most: str) -> str:
-        """A range in a regular expression, without its braces."""
-        found: list[int | None] = []
-        for key in (least, most):
-            limit = schema.get(key)
-            found.append(None)
-            if isinstance(limit, int | float) and 0 <= limit <= MAX_LIMIT:
-                found[-1] = int(limit)
-            elif limit is not None and not (key == most and limit > NEVER):
-                self._refuse(f"this '{key}'")
-        return f"{found[0] or 0},{'' if found[1] is None else found[1]}"
+        found, is_exact = limits(schema, least, most)
+        if not is_exact:
+            self._refuse(f"this '{least}' or '{most}'")
+        return found
 
     def _rule(self, lark: str) -> str:
         name = f"{self._prefix}{len(self.rules)}"

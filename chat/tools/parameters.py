@@ -21,6 +21,8 @@ BRANCHES = ("anyOf", "oneOf", "allOf")
 BY_NAME = {"properties", "patternProperties", "dependentSchemas"}  # and whose values hold some
 MAX_DEPTH = 32  # of schemas in one another
 MAX_COPIED = 50_000  # parts of the schemas of a function
+MAX_LIMIT = 1 << 16  # of lengths
+NEVER = 1 << 24  # as long is nothing that a model says
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Parameter:
     is_required: bool = False
     # where there are no others: their JSON, by how they are written
     choices: Mapping[str, str] = field(default_factory=dict)
+    length: str = ""  # of a text, as a range: the least, and the most if there is one
 
     @property
     def is_text_or_null(self) -> bool:
@@ -69,7 +72,8 @@ class _Found:
 
     types: frozenset[str] = TYPES
     choices: Mapping[str, str] = field(default_factory=dict)
-    is_free: bool = False  # any text is valid, and of what is no text at most null
+    is_free: bool = False  # any text of this length is valid, and of what is no text at most null
+    length: str = ""
 
 
 class Parameters:
@@ -128,7 +132,8 @@ class Parameters:
         ):
             form, choices = "json", {}
         alone = self._references.alone(schema) if form == "json" else {}
-        return Parameter(name, found.types, form, alone, name in required, choices)
+        length = found.length if form == "text" else ""
+        return Parameter(name, found.types, form, alone, name in required, choices, length)
 
     def _look(self, schema: Any, depth: int) -> _Found:
         if depth > MAX_DEPTH or not isinstance(schema, Mapping):
@@ -149,12 +154,15 @@ class Parameters:
                 for one in found if all(one.choices for one in found) else ():
                     choices = {**one.choices, **choices}
                 types = frozenset().union(*(one.types for one in found))
-                of_all = _Found(types, choices, all(one.is_free for one in found))
+                is_free = all(one.is_free and not one.length for one in found)
+                of_all = _Found(types, choices, is_free)
                 return self._within(schema, of_all, key)
             if isinstance(branches, list) and branches:  # all of several
                 types = frozenset.intersection(*(self._look(b, depth + 1).types for b in branches))
                 return self._within(schema, _Found(types))
-        return self._within(schema, _Found(is_free=True))
+        length, is_exact = limits(schema, "minLength", "maxLength")
+        said = ("minLength", "maxLength") if schema.get("type") == "string" else ()
+        return self._within(schema, _Found(is_free=is_exact, length=length if said else ""), *said)
 
     def _within(self, schema: Schema, inner: _Found, *said: str) -> _Found:
         """What a schema says that says the inner of itself, and perhaps a type and more."""
@@ -162,7 +170,8 @@ class Parameters:
         if types == {"null"}:
             return _Found(types, {"null": "null"}, is_free=True)
         is_free = inner.is_free and schema.keys() <= SAYS_NOTHING | {"type", *said}
-        return _Found(types, inner.choices, is_free and types <= {"string", "null"})
+        is_free = is_free and types <= {"string", "null"}
+        return _Found(types, inner.choices, is_free, inner.length)
 
     def _listed(self, schema: Schema, values: Sequence[Any]) -> _Found:
         """What a schema says that lists its values, and perhaps their type. Where it says more, the
@@ -232,6 +241,23 @@ class References:
                 inner = self._renamed(inner, names, is_schema=key not in BY_NAME)
             renamed[key] = inner
         return renamed
+
+
+def limits(schema: Schema, least: str, most: str) -> tuple[str, bool]:
+    """What a schema says by two of its keywords as a range of a regular expression, without its
+    braces: empty if that is nothing. And whether it says just that."""
+    found: list[int | None] = []
+    is_exact = True
+    for key in (least, most):
+        limit = schema.get(key)
+        found.append(None)
+        if isinstance(limit, int | float) and 0 <= limit <= MAX_LIMIT:
+            found[-1] = int(limit)
+        elif limit is not None and not (key == most and limit > NEVER):
+            is_exact = False
+    low, high = found
+    is_range = bool(low) or high is not None
+    return (f"{low or 0},{'' if high is None else high}" if is_range else ""), is_exact
 
 
 def _named_types(schema: Schema) -> frozenset[str]:

@@ -98,6 +98,8 @@ class Tagged(ToolFormat):
             return f"{parts.rule(part)} «{self.value_end}»"
         if parameter.choices:
             return f"({' | '.join(map(literal, parameter.choices))}) «{self.value_end}»"
+        if parameter.length:
+            return f"«inside {{{parameter.length}}} until {self.value_end}»"
         return "value"
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
