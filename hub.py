@@ -86,7 +86,7 @@ class Hub:
         try:
             listed = json.loads(self._names_file(here.model).read_text())
             is_whole = here.names.issuperset(pick(here.model, backend, listed))
-        except (OSError, ValueError, ModelLoadFailed):
+        except (OSError, ValueError, TypeError, AttributeError, ModelLoadFailed):
             return None
         return here.place if is_whole else None
 
@@ -113,15 +113,24 @@ class Hub:
             )
         here = self._here(model, backend)
         model = here.model if here else model  # the rest is to be of the same commit
+        try:
+            return self._fetched(model, backend, on_progress, is_wanted)
+        except ModelLoadFailed as error:
+            if here is None or not is_wanted():
+                raise
+            logger.warning("%s is taken to be all in the cache: %s", model.repo, error.message)
+            return here.place
+
+    def _fetched(
+        self,
+        model: HubModel,
+        backend: str,
+        on_progress: Callable[[float], None],
+        is_wanted: Callable[[], bool],
+    ) -> Path:
         with self._explaining(model):
-            try:
-                commit, files = self._listing(model)
-                chosen = [files[name] for name in pick(model, backend, files)]
-            except ModelLoadFailed as error:
-                if here is None:
-                    raise
-                logger.warning("%s is taken to be all in the cache: %s", model.repo, error.message)
-                return here.place
+            commit, files = self._listing(model)
+            chosen = [files[name] for name in pick(model, backend, files)]
             snapshot = self._repo(model) / "snapshots" / commit
             missing = {
                 file.hash: file for file in chosen

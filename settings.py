@@ -111,7 +111,7 @@ def _size_bytes(match: re.Match[str]) -> int:
     return int(float(match[1]) * 1024 ** " KMGT".index(unit or " "))
 
 
-_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)", re.IGNORECASE)
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B?|B?)", re.IGNORECASE)
 MemoryLimit = Annotated[str, BeforeValidator(_memory_limit)]
 
 

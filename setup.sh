@@ -203,13 +203,13 @@ install_llama() {
   LLAMA_VERSION=$(sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requirements.txt)
   [ -n "$LLAMA_VERSION" ] || stop "requirements.txt has no line llama-cpp-python==VERSION"
   if llama_works; then return; fi
-  keep_options
+  use_options
   PATH=$PATH:$CUDA_TOOLS
-  if fetch_llama; then return; fi
-  compile_llama
+  fetch_llama || compile_llama
+  keep_options
 }
 
-keep_options() {
+use_options() { # those given, or else kept; the build adds its own
   local name value
   if [ -z "${CMAKE_ARGS+set}${LLAMA_WHEEL_PAGE+set}" ] && [ -f .setup-options ]; then
     while IFS="=" read -r name value; do
@@ -217,11 +217,16 @@ keep_options() {
       export "$name=$value"
     done <.setup-options
   fi
-  rm -f .setup-options
+  options=""
   for name in CMAKE_ARGS LLAMA_WHEEL_PAGE; do
     value=${!name:-}
-    [ -z "$value" ] || echo "$name=${value//$'\n'/ }" >>.setup-options
+    [ -z "$value" ] || options="$options$name=${value//$'\n'/ }"$'\n'
   done
+}
+
+keep_options() { # of what works
+  rm -f .setup-options
+  [ -z "$options" ] || printf %s "$options" >.setup-options
 }
 
 # A page can give us this one package and nothing else: it is asked in a call of its own, without
@@ -229,6 +234,7 @@ keep_options() {
 fetch_llama() {
   local pages page cuda_fails=""
   if [ -n "${CMAKE_ARGS:-}" ] || [ "${LLAMA_WHEEL_PAGE:-}" = none ]; then return 1; fi
+  if [ -z "$(wheel_pages)" ]; then return 1; fi
   step "Looking for a ready-made llama-cpp-python (3 seconds)"
   if ! pages=$(pages_that_answer); then
     echo "    no page answers"
@@ -239,7 +245,7 @@ fetch_llama() {
     step "Installing llama-cpp-python $LLAMA_VERSION from $page (a minute)"
     if ! pip install -q --index-url "$page" --no-deps --only-binary :all: --force-reinstall \
       --retries 1 "llama-cpp-python==$LLAMA_VERSION"; then
-      echo "    the page has none for this machine"
+      echo "    it could not be installed from there"
       continue
     fi
     install_llama_dependencies
@@ -465,8 +471,9 @@ import sys, llama_cpp
 sys.exit(not llama_cpp.llama_supports_gpu_offload())' >/dev/null 2>&1; then
     echo "llama.cpp computes with the GPU."
   elif has nvidia-smi; then
-    echo "llama.cpp does NOT use the GPU. Install NVIDIA's CUDA toolkit, 12 or 13, as far as the driver
-goes (https://developer.nvidia.com/cuda-downloads), then: rm -rf .venv; ./setup.sh"
+    echo "llama.cpp does NOT use the GPU. If NVIDIA's CUDA toolkit is missing, 12 or 13 as far as the
+driver goes, install it (https://developer.nvidia.com/cuda-downloads). Then:
+rm -rf .venv; LLAMA_WHEEL_PAGE= ./setup.sh"
   else
     echo "llama.cpp computes on the CPU. (README.md, GPU, says how it finds one.)"
   fi

@@ -75,14 +75,16 @@ class Lateness:
     seen in what they used, it may wait for seconds."""
 
     def __init__(self) -> None:
-        self._least_s: dict[int, float] = {}  # by the number of tokens, in powers of two
+        self._least_s: dict[tuple[int, int], float] = {}  # by sizes, in powers of two
 
-    def limit_s(self, n_tokens: int) -> float | None:
-        """So long may a step of so many tokens take; None while that is not known."""
-        least_s = self._least_s.get(n_tokens.bit_length())
+    def limit_s(self, n_tokens: int, n_held: int) -> float | None:
+        """So long may a step of so many tokens take beside so many in the cells; None while that is
+        not known."""
+        least_s = self._least_s.get((n_tokens.bit_length(), n_held.bit_length()))
         return None if least_s is None else max(LATE_S, LATE * least_s)
 
-    def took(self, n_tokens: int, seconds: float) -> None:
-        """A step did, and was not broken off."""
-        size = n_tokens.bit_length()
-        self._least_s[size] = min(seconds, self._least_s.get(size, seconds) * DRIFT)
+    def took(self, n_tokens: int, n_held: int, seconds: float, *, at_least: bool = False) -> None:
+        """A step did; `at_least` it would have, had it not been broken off."""
+        size = n_tokens.bit_length(), n_held.bit_length()
+        known_s = self._least_s.get(size, seconds)
+        self._least_s[size] = max(seconds, known_s) if at_least else min(seconds, known_s * DRIFT)

@@ -486,6 +486,37 @@ def test_what_another_program_has_left_is_whole_where_nobody_can_say_more(
     assert replace(near, token="hf_other").fetch(model, "flag") == snapshot
 
 
+def test_what_cannot_be_added_to_what_is_there_is_done_without(
+    far: HubImitation, near: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far.repos["a/m3"] = Repo({name: name.encode() for name in BGE_M3 | NO_PART})
+    snapshot = left_by_another_program(far, near, "a/m3", PARTIAL)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Hub, "_fetch_file", refuse)
+        assert near.fetch(HubModel("a/m3"), "flag") == snapshot
+        with pytest.raises(ModelLoadFailed):
+            near.fetch(HubModel("a/m3"), "flag", is_wanted=lambda: False)
+    assert near.fetch(HubModel("a/m3"), "flag") == snapshot
+    assert names_in(snapshot) == {name.rpartition("/")[2] for name in BGE_M3}
+
+
+@pytest.mark.parametrize("record", ["null", "3", "[1]", "{", ""])
+def test_a_record_that_is_none_is_asked_for_anew(far: HubImitation, near: Hub, record: str) -> None:
+    far.repos["a/m3"] = Repo({name: name.encode() for name in BGE_M3 | NO_PART})
+    model = HubModel("a/m3")
+    snapshot = near.fetch(model, "flag")
+    here = near._here(model, "flag")
+    assert here
+    near._names_file(here.model).write_text(record)
+    assert near.cached(model, "flag") is None
+    assert near.fetch(model, "flag") == snapshot
+    assert near.cached(model, "flag") == snapshot
+
+
 def test_the_quant_that_is_here_is_not_fetched_in_another(far: HubImitation, near: Hub) -> None:
     other = "small-Q8_0.gguf"
     far.repos[REPO].files |= {other: b"another", "small.heads.safetensors": b"heads"}

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import re
+import time
 import weakref
 from array import array
 from collections.abc import Callable
@@ -127,7 +128,6 @@ def test_a_step_that_is_broken_off_is_computed_anew(
     def fewer(threads: ContextThreads) -> None:  # but as many, so that the same numbers come
         nonlocal n_broken_off
         n_broken_off += 1
-        threads._n_tokens = 0
         threads._timer.end()  # type: ignore[union-attr]
 
     monkeypatch.setattr(llama_threads, "TICK_S", 0.0005)
@@ -136,6 +136,15 @@ def test_a_step_that_is_broken_off_is_computed_anew(
     assert say() == whole
     assert n_broken_off > 3
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_the_timer_of_steps_ends_whenever_it_is_told_to() -> None:
+    for _ in range(5):
+        timer = llama_threads._Timer()
+        timer.begin(time.monotonic() + 9)
+        timer.end()
+        timer.close()
+        assert not timer._thread.is_alive()
 
 
 def say_alone(

@@ -120,6 +120,12 @@ def test_a_limit_in_which_nothing_fits_was_meant_otherwise(
     )
 
 
+@pytest.mark.parametrize("limit", ["12iB", "12 i", "much", "-1G"])
+def test_a_limit_that_is_no_size_is_told_what_one_is(load: Load, limit: str) -> None:
+    (fault,) = faults(load, f"MEMORY_LIMIT={limit}")
+    assert "give a share such as 80%, or a size such as 12G" in fault
+
+
 def test_the_defaults_are_those_that_the_design_promises(load: Load) -> None:
     settings = load("")
     server: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, "api_keys": [], "cors_origins": []}

@@ -472,7 +472,7 @@ def test_what_does_not_run_is_followed_by_the_next_page(machine: Machine, page: 
         f"{page}/cu122", f"{page}/cpu",
     ]  # fmt: skip
     assert machine.calls("--no-cache-dir") == []
-    assert "llama.cpp does NOT use the GPU. Install NVIDIA's CUDA toolkit" in said
+    assert "llama.cpp does NOT use the GPU. If NVIDIA's CUDA toolkit is missing" in said
 
 
 def test_it_says_whether_there_is_a_gpu_for_it(machine: Machine, page: str) -> None:
@@ -505,7 +505,7 @@ def test_a_page_that_does_not_answer_means_compiling(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("lacks-wheel", "the page has none for this machine"),
+        ("lacks-wheel", "it could not be installed from there"),
         ("broken-wheel", "does not run on this machine: OSError: libcudart.so.12: cannot open it"),
         ("another-processor", "does not run on this machine: it dies of signal 4"),
     ],

@@ -208,17 +208,31 @@ def test_it_looks_no_oftener_than_it_must_and_with_one_thread_never() -> None:
 
 def test_a_step_is_late_by_what_steps_of_its_size_take() -> None:
     lateness = Lateness()
-    assert lateness.limit_s(4) is None
-    lateness.took(4, 0.2)
-    assert lateness.limit_s(4) == lateness.limit_s(7) == LATE * 0.2
-    assert lateness.limit_s(8) is None
-    lateness.took(5, 0.1)
-    assert lateness.limit_s(4) == LATE * 0.1, "the fastest"
+    assert lateness.limit_s(4, 100) is None
+    lateness.took(4, 100, 0.2)
+    assert lateness.limit_s(4, 100) == lateness.limit_s(7, 127) == LATE * 0.2
+    assert lateness.limit_s(8, 100) is None
+    assert lateness.limit_s(4, 128) is None, "each token looks at what is in the cells"
+    lateness.took(5, 100, 0.1)
+    assert lateness.limit_s(4, 100) == LATE * 0.1, "the fastest"
     for _ in range(100):
-        lateness.took(4, 0.3)  # as a context grows
-    assert lateness.limit_s(4) == LATE * 0.3
-    lateness.took(1, 0.001)
-    assert lateness.limit_s(1) == LATE_S, "short ones vary"
+        lateness.took(4, 100, 0.3)
+    assert lateness.limit_s(4, 100) == LATE * 0.3
+    lateness.took(1, 0, 0.001)
+    assert lateness.limit_s(1, 0) == LATE_S, "short ones vary"
+
+
+def test_a_step_that_was_broken_off_for_nothing_is_not_again() -> None:
+    lateness = Lateness()
+    lateness.took(4, 100, 0.1)
+    lateness.took(4, 100, 0.8, at_least=True)
+    limit_s = lateness.limit_s(4, 100)
+    assert limit_s is not None
+    assert limit_s > 0.8
+    lateness.took(4, 100, 0.2, at_least=True)
+    assert lateness.limit_s(4, 100) == limit_s
+    lateness.took(4, 100, 0.1)
+    assert lateness.limit_s(4, 100) == LATE * 0.1, "so it was others"
 
 
 def test_half_of_the_threads_give_way_to_whom_a_step_waits_for() -> None:

@@ -72,7 +72,7 @@ class LlamaLog:
         "model vocab missing newline token",  # encoders need none
         # of a step that is broken off
         "removing memory module entries",
-        "failed with error 1",
+        "graph_compute_async failed with error 1",
         "compute status: 1",
         "failed to decode, ret = 2",
     )

@@ -25,9 +25,13 @@ class ContextThreads:
         self._n_most = self._n_set = n_most
         self._ended_at = self._own_s = 0.0  # when the last step did, and what was computed by then
         self._lateness = Lateness()
-        self._n_tokens = 0  # of the step
+        self._size = 0, 0  # of the step: its tokens, and those in the cells
         self._began_at = 0.0
-        self._timer = _Timer() if breaks_off and n_most > 1 else None
+        self._is_timed = False  # the step may be broken off
+        self._is_again = False  # it was
+        # where nobody can tell what others use, threads that are given away do not come back
+        can_see = breaks_off and n_most > 1 and machine.cores()
+        self._timer = _Timer() if can_see else None
         if self._timer:
             self._timer.watch(context)
 
@@ -42,26 +46,31 @@ class ContextThreads:
         if self._timer:
             self._timer.watch(context)
 
-    def step(self, n_tokens: int = 0, *, is_steady: bool = False) -> "ContextThreads":
+    def step(
+        self, n_tokens: int = 0, n_held: int = 0, *, is_steady: bool = False
+    ) -> "ContextThreads":
         """To be entered around a step: give way where others want cores, unless it must have as
-        many threads as ever."""
+        many threads as ever. It may be broken off where its size is given."""
         self._look()
         self._set(self._n_most if is_steady else self._threads.n)
-        self._n_tokens = 0 if is_steady else n_tokens  # 0: it is not to be broken off
+        self._size = n_tokens, n_held
+        self._is_timed = n_tokens > 0 and not is_steady
+        self._is_again = False
         return self
 
     def fewer(self) -> None:
         """The step was broken off: it is computed anew, with fewer threads and to its end."""
-        self._n_tokens = 0
         if self._timer:
             self._timer.end()
         self._threads.give_way()
         self._set(self._threads.n)
+        self._is_again = True
+        self._began_at = time.monotonic()
 
     def __enter__(self) -> None:
         self._began_at = time.monotonic()
-        if self._timer and self._n_tokens and self._n_set > 1:
-            limit_s = self._lateness.limit_s(self._n_tokens)
+        if self._timer and self._is_timed and self._n_set > 1:
+            limit_s = self._lateness.limit_s(*self._size)
             if limit_s is not None:
                 self._timer.begin(self._began_at + limit_s)
 
@@ -69,8 +78,11 @@ class ContextThreads:
         self._ended_at, self._own_s = time.monotonic(), time.process_time()
         if self._timer:
             self._timer.end()
-            if self._n_tokens and kind is None:
-                self._lateness.took(self._n_tokens, self._ended_at - self._began_at)
+            if self._is_timed and kind is None:
+                seconds = self._ended_at - self._began_at
+                if self._is_again:  # with fewer threads
+                    seconds *= self._n_set / self._n_most
+                self._lateness.took(*self._size, seconds, at_least=self._is_again)
 
     def _set(self, n: int) -> None:
         if n != self._n_set:
@@ -138,8 +150,9 @@ class _Timer:
 
     def close(self) -> None:
         self._is_closed = True
-        self._has_steps.set()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._has_steps.set()  # which it may just be taking back
+            self._thread.join(TICK_S)
 
     def _run(self) -> None:
         rests_at = 0.0

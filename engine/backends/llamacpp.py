@@ -155,7 +155,7 @@ class LlamaDecoder:
         slots = {chunk.slot for chunk in in_lanes.values()}
         at_home = {chunk.slot: chunk for chunk in batch.chunks if chunk.slot not in slots}
         rows: dict[int, list[Row]] = {}
-        with self._threads.step(batch.n_tokens, is_steady=is_steady):
+        with self._threads.step(batch.n_tokens, batch.n_held, is_steady=is_steady):
             if at_home:  # first: only there may cells be missing, and then nothing is computed
                 rows |= self._compute(self._context, at_home)
             if self._lanes and in_lanes:
