@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from chat.events import Call, Message, Splitter
 from chat.splitter import InlineReasoning, JsonSpan, PlainText, ReasoningSplitter, ReasoningTags
 from chat.tools import BY_NAME
-from chat.tools.base import CallReader, Function
+from chat.tools.base import Function
+from chat.tools.calls import CallReader
 from chat.tools.gemma import Channels
 from chat.tools.parameters import Parameters
 from engine.wire import GrammarPart

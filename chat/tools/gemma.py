@@ -15,17 +15,8 @@ from typing import Any
 
 from chat.events import Event, Reasoning, Splitter
 from chat.splitter import ReasoningTags, n_held
-from chat.tools.base import (
-    Function,
-    HeadedCalls,
-    Messages,
-    Parts,
-    Tool,
-    ToolFormat,
-    begun,
-    inner_json,
-    literal,
-)
+from chat.tools.base import Function, Messages, Parts, Tool, ToolFormat, literal
+from chat.tools.calls import HeadedCalls, begun, inner_json
 from chat.tools.parameters import (
     BRANCHES,
     DEFINITIONS,

@@ -12,15 +12,8 @@ Let me look.
 from collections.abc import Sequence
 
 from chat.events import Event, Splitter
-from chat.tools.base import (
-    CallReader,
-    Function,
-    OpenedCalls,
-    ToolFormat,
-    after_close,
-    literal,
-    named,
-)
+from chat.tools.base import Function, ToolFormat, literal, named
+from chat.tools.calls import CallReader, OpenedCalls, after_close
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 

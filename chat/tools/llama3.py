@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from chat.events import Event, Splitter, Text
-from chat.tools.base import CallReader, Function, Messages, ToolFormat, one_call_a_turn, pattern
+from chat.tools.base import Function, Messages, ToolFormat, one_call_a_turn, pattern
+from chat.tools.calls import CallReader
 
 TAG = "<|python_tag|>"
 

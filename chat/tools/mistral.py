@@ -13,15 +13,8 @@ from typing import Any, ClassVar
 
 from chat.events import CallArguments, CallBegin, Event, Splitter
 from chat.splitter import JsonSpan
-from chat.tools.base import (
-    CallReader,
-    Function,
-    Messages,
-    OpenedCalls,
-    ToolFormat,
-    literal,
-    named,
-)
+from chat.tools.base import Function, Messages, ToolFormat, literal, named
+from chat.tools.calls import CallReader, OpenedCalls
 
 OPEN, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 

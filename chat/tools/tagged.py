@@ -29,18 +29,8 @@ from typing import Any, ClassVar
 
 from chat.events import Splitter
 from chat.splitter import JsonSpan, n_held
-from chat.tools.base import (
-    Function,
-    HeadedCalls,
-    Messages,
-    Parts,
-    Tool,
-    ToolFormat,
-    begun,
-    inner_json,
-    literal,
-    pattern,
-)
+from chat.tools.base import Function, Messages, Parts, Tool, ToolFormat, literal, pattern
+from chat.tools.calls import HeadedCalls, begun, inner_json
 from chat.tools.hermes import CLOSE, OPEN
 from chat.tools.parameters import ANY, Parameter, Parameters
 from engine.wire import GrammarPart
