@@ -292,9 +292,6 @@ async def launch_process(theirs: socket.socket) -> Handle:
         "worker",
         str(theirs.fileno()),
         pass_fds=[theirs.fileno()],
-        # Linux shares cores by session before it does by thread (sched_autogroup_enabled): so
-        # whatever else was started in the terminal has half of them, not all but one thread's part
-        start_new_session=True,
         stdin=subprocess.DEVNULL,
         cwd=ROOT,
         env=environment,
