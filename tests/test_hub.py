@@ -486,14 +486,15 @@ def test_what_another_program_has_left_is_whole_where_nobody_can_say_more(
     assert replace(near, token="hf_other").fetch(model, "flag") == snapshot
 
 
+def refuse(*_: Any) -> None:
+    raise OSError(30, "Read-only file system")
+
+
 def test_what_cannot_be_added_to_what_is_there_is_done_without(
     far: HubImitation, near: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     far.repos["a/m3"] = Repo({name: name.encode() for name in BGE_M3 | NO_PART})
     snapshot = left_by_another_program(far, near, "a/m3", PARTIAL)
-
-    def refuse(*_: Any) -> None:
-        raise OSError(30, "Read-only file system")
 
     with monkeypatch.context() as patch:
         patch.setattr(Hub, "_fetch_file", refuse)
@@ -532,9 +533,6 @@ def test_a_cache_that_others_fill_need_not_be_writable(
 ) -> None:
     far.repos["a/m3"] = Repo({name: name.encode() for name in BGE_M3 | NO_PART})
     snapshot = left_by_another_program(far, near, "a/m3", BGE_M3)
-
-    def refuse(*_: Any) -> None:
-        raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(hub_module, "_write", refuse)
     assert near.fetch(HubModel("a/m3"), "flag") == snapshot

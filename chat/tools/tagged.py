@@ -36,7 +36,7 @@ from chat.tools.parameters import ANY, Parameter, Parameters
 from engine.wire import GrammarPart
 from errors import UnsupportedParameter
 
-BARE = "<function="
+BARE = "<function="  # without the opener
 MAX_FREE = 4  # required arguments of a function whose order is free: each doubles its rules
 
 
@@ -227,8 +227,8 @@ class TaggedSplitter(HeadedCalls):
 
 
 class Qwen3CoderSplitter(TaggedSplitter):
-    HEAD = re.compile(r"\s*<function=(\S+?)>")
-    HALF_HEAD = re.compile(rf"\s*({begun('<function=')}|<function=\S*)")
+    HEAD = re.compile(rf"\s*{BARE}(\S+?)>")
+    HALF_HEAD = re.compile(rf"\s*({begun(BARE)}|{BARE}\S*)")
     BARE_HEAD, BARE_HALF_HEAD = re.compile(r"(\S+?)>"), re.compile(r"\S*")
     KEY = re.compile(r"<parameter=(.*?)>\n", re.DOTALL)
     VALUE_END = "\n</parameter>"
