@@ -175,24 +175,27 @@ class Breaker:
         self._dice = dice
 
     async def run(self, ends_at: float) -> None:
-        faults = [self._kill_worker] * 6 + [self._spoil_loads] * 2 + [self._fill_disk] * 2
+        faults = [self.kill_worker] * 6 + [self.spoil_loads] * 2 + [self.fill_disk] * 2
         while time.monotonic() < ends_at:
             await asyncio.sleep(self._dice.uniform(0.5, 3))
             await self._dice.choice(faults)()
 
-    async def _kill_worker(self) -> None:
+    async def kill_worker(self) -> None:
         if workers := self._server.children():
+            try:
+                self._dice.choice(workers).send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:  # made room for another tier since it was listed
+                return
             self._tally.kills += 1
-            self._dice.choice(workers).send_signal(signal.SIGKILL)
 
-    async def _spoil_loads(self) -> None:
+    async def spoil_loads(self) -> None:
         """For a moment no model of a tier can be loaded."""
         self._tally.bad_loads += 1
         await asyncio.to_thread(self._script.write_text, json.dumps({"fault": "load"}))
         await asyncio.sleep(0.3)
         await asyncio.to_thread(self._script.write_text, json.dumps(FINE))
 
-    async def _fill_disk(self) -> None:
+    async def fill_disk(self) -> None:
         """For a moment the server can write no file: to its cache."""
         self._tally.full_disks += 1
         before = self._server.rlimit(psutil.RLIMIT_FSIZE)
