@@ -8,20 +8,17 @@ They lie in the hub's own cache, which other programs share:
     models--owner--repo/refs/main                which commit that is
     models--owner--repo/quintet/<commit>.json    ours: the names of all files that the hub has of it
 
-huggingface_hub asks the hub what there is, and knows the token. The bytes are read here, because
-its own download begins anew in each call and checks nothing but sizes. Links are made last, when
-every file of a model is there and has its hash: what has a name is whole. Other programs fetch what
-they have a use for, and no more; so of what they left the hub is asked once what else there is.
+huggingface_hub asks the hub what there is, and knows the token; the bytes are read by ourselves.
+Links are made last, when every file of a model is there and has its hash: what has a name is whole.
+Other programs fetch what they have a use for, and no more; so of what they left the hub is asked
+once what else there is.
 """
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import ssl
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,30 +28,16 @@ from typing import Any
 from uuid import uuid4
 
 from errors import ModelLoadFailed
+from hub_download import TIMEOUT_S, HubFile, Progress, download, n_bytes_of, reason
 from hub_model import FOLDER_BACKENDS, HubModel, is_inside, pick
 
 logger = logging.getLogger(__name__)
 
 DISK_MARGIN_BYTES = 256 << 20  # that stay free
-TIMEOUT_S = 10.0  # without a byte
-RETRY_PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # before tries that follow a fruitless one
 LOCK_POLL_S = 0.2
 MOST_HTTP_BYTES = 50 * 10**9  # of a file; a larger one comes by a protocol of the hub's own
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_TRANSIENT = frozenset({408, 429, 500, 502, 503, 504})
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    name: str
-    size_bytes: int
-    hash: str  # SHA-256 of what is in it, or git's SHA-1 where it is no LFS file
-
-    def digest(self) -> "hashlib._Hash":
-        if len(self.hash) == 64:
-            return hashlib.sha256()
-        return hashlib.sha1(b"blob %d\0" % self.size_bytes, usedforsecurity=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +120,7 @@ class Hub:
                 if not self._blob(model, file).is_file() and not (snapshot / file.name).is_file()
             }  # fmt: skip
             self._check_sizes(model, missing.values())
-            progress = _Progress(
+            progress = Progress(
                 model.repo,
                 sum(file.size_bytes for file in missing.values()),
                 on_progress,
@@ -175,10 +158,10 @@ class Hub:
     def _names_file(self, model: HubModel) -> Path:
         return self._repo(model) / "quintet" / f"{model.revision}.json"
 
-    def _blob(self, model: HubModel, file: _File) -> Path:
+    def _blob(self, model: HubModel, file: HubFile) -> Path:
         return self._repo(model) / "blobs" / file.hash
 
-    def _listing(self, model: HubModel) -> tuple[str, dict[str, _File]]:
+    def _listing(self, model: HubModel) -> tuple[str, dict[str, HubFile]]:
         """The commit, and the files of it by name."""
         # else it asks huggingface.co, at its first request, what kind of program this is
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -209,17 +192,17 @@ class Hub:
             size = sibling.lfs.size if sibling.lfs else sibling.size
             # these become names of files here
             if _HASH.fullmatch(hash_) and is_inside(sibling.rfilename) and size is not None:
-                files[sibling.rfilename] = _File(sibling.rfilename, size, hash_)
+                files[sibling.rfilename] = HubFile(sibling.rfilename, size, hash_)
         return commit, files
 
-    def _check_sizes(self, model: HubModel, missing: Collection[_File]) -> None:
+    def _check_sizes(self, model: HubModel, missing: Collection[HubFile]) -> None:
         for file in missing:
             if file.size_bytes > MOST_HTTP_BYTES:
                 raise ModelLoadFailed(
                     f"{file.name} has {_size(file.size_bytes)}, and the hub sends so large files "
                     f"only to its own program: run `hf download {model.repo} {file.name}`."
                 )
-        parts = (_n_bytes(_incomplete(self._blob(model, file))) for file in missing)
+        parts = (n_bytes_of(_incomplete(self._blob(model, file))) for file in missing)
         n_bytes = sum(file.size_bytes for file in missing) - sum(parts)
         free = shutil.disk_usage(
             next(p for p in (self.cache, *self.cache.parents) if p.exists())
@@ -231,7 +214,10 @@ class Hub:
                 "set HF_HUB_CACHE to a larger disk."
             )
 
-    def _fetch_file(self, model: HubModel, commit: str, file: _File, progress: "_Progress") -> None:
+    def _fetch_file(self, model: HubModel, commit: str, file: HubFile, progress: Progress) -> None:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
         blob = self._blob(model, file)
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock = self.cache / ".locks" / self._repo(model).name / f"{file.hash}.lock"
@@ -240,47 +226,10 @@ class Hub:
                 progress.add(file.size_bytes)
                 return
             logger.info("Downloading %s of %s, %s", file.name, model.repo, _size(file.size_bytes))
-            with _Part(_incomplete(blob), file, progress) as part:
-                self._receive(model, commit, part, progress)
-            if not part.is_right:
-                part.path.unlink()
-                raise ModelLoadFailed(
-                    f"{file.name} of {model.repo} came damaged: it has not the hash that the hub "
-                    "names. It has been deleted; try again."
-                )
-            part.path.replace(blob)
-
-    def _receive(self, model: HubModel, commit: str, part: "_Part", progress: "_Progress") -> None:
-        """All that a file still lacks; a connection that breaks is followed by another."""
-        import httpx
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
-
-        url = hf_hub_url(model.repo, part.file.name, revision=commit, endpoint=self.endpoint)
-        headers = build_hf_headers(token=self.token, library_name="quintet")
-        n_fruitless = 0
-        cause: Exception | None = None
-        while part.n_bytes < part.file.size_bytes:
-            progress.go_on()
-            n_before = part.n_bytes
-            try:
-                _stream(url, headers, part)
-            except httpx.TransportError as error:
-                cause = error
-            except httpx.HTTPStatusError as error:
-                if error.response.status_code not in _TRANSIENT:
-                    raise
-                cause = error
-            if part.n_bytes > n_before:
-                n_fruitless = 0
-            elif n_fruitless == len(RETRY_PAUSES_S):
-                raise ModelLoadFailed(
-                    f"The download of {model.repo} broke off at {progress.percent} % and cannot be "
-                    f"taken up ({_reason(cause)}); the next request goes on from there."
-                )
-            else:
-                progress.pause(RETRY_PAUSES_S[n_fruitless])
-                n_fruitless += 1
+            url = hf_hub_url(model.repo, file.name, revision=commit, endpoint=self.endpoint)
+            headers = build_hf_headers(token=self.token, library_name="quintet")
+            download(url, headers, file, _incomplete(blob), progress)
+            _incomplete(blob).replace(blob)
 
     def _remember(self, model: HubModel, commit: str, names: Collection[str]) -> None:
         revision = model.revision or "main"
@@ -312,134 +261,9 @@ class Hub:
                 ) from None
             raise ModelLoadFailed(
                 f"The hub's cache cannot be used for {model.repo} "
-                f"({error.strerror or _reason(error)}); set HF_HOME or HF_HUB_CACHE to a folder "
+                f"({error.strerror or reason(error)}); set HF_HOME or HF_HUB_CACHE to a folder "
                 "that can be written."
             ) from None
-
-
-class _Progress:
-    """How much of a model is here, and whether anybody still wants it."""
-
-    def __init__(
-        self,
-        repo: str,
-        n_total: int,
-        report: Callable[[float], None],
-        is_wanted: Callable[[], bool],
-    ) -> None:
-        self._repo = repo
-        self._n_total = max(n_total, 1)
-        self._n_bytes = 0
-        self._report = report
-        self._is_wanted = is_wanted
-        report(0.0)
-
-    @property
-    def percent(self) -> int:
-        return 100 * self._n_bytes // self._n_total
-
-    def add(self, n_bytes: int) -> None:
-        """So many bytes more are here. Raises ModelLoadFailed where nobody wants more."""
-        self._n_bytes += n_bytes
-        self._report(min(max(self._n_bytes / self._n_total, 0.0), 1.0))
-        self.go_on()
-
-    def beside(self, path: Path) -> None:
-        """Somebody else writes this file; it counts, but is not done."""
-        n_bytes = _n_bytes(path)
-        self.add(n_bytes)
-        self._n_bytes -= n_bytes
-
-    def go_on(self) -> None:
-        if not self._is_wanted():
-            raise ModelLoadFailed(
-                f"The download of {self._repo} was stopped at {self.percent} %; the next request "
-                "goes on from there."
-            )
-
-    def pause(self, for_s: float) -> None:
-        ends_at = time.monotonic() + for_s
-        while (left_s := ends_at - time.monotonic()) > 0:
-            self.go_on()
-            time.sleep(min(left_s, 0.1))
-
-
-class _Part:
-    """The beginning of a file, and the hash of it."""
-
-    def __init__(self, path: Path, file: _File, progress: _Progress) -> None:
-        self.path = path
-        self.file = file
-        self.n_bytes = 0
-        self._progress = progress
-        self._digest = file.digest()
-        self._out = path.open("ab")
-        try:
-            with path.open("rb") as there:
-                while chunk := there.read(1 << 20):
-                    self._count(chunk)
-        except BaseException:
-            self._out.close()
-            raise
-        if self.n_bytes > file.size_bytes:
-            self.restart()
-
-    @property
-    def is_right(self) -> bool:
-        return self._digest.hexdigest() == self.file.hash
-
-    def write(self, chunk: bytes) -> None:
-        self._out.write(chunk)
-        self._count(chunk)
-
-    def restart(self) -> None:
-        self._out.truncate(0)
-        self._digest = self.file.digest()
-        n_bytes, self.n_bytes = self.n_bytes, 0
-        self._progress.add(-n_bytes)
-
-    def _count(self, chunk: bytes) -> None:
-        self._digest.update(chunk)
-        self.n_bytes += len(chunk)
-        self._progress.add(len(chunk))
-
-    def __enter__(self) -> "_Part":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._out:
-            self._out.flush()
-            os.fsync(self._out.fileno())  # before it gets a name that says that it is whole
-
-
-def _stream(url: str, headers: dict[str, str], part: _Part) -> None:
-    """One answer's worth of a file. The token goes to the hub and not where it redirects to."""
-    import httpx
-
-    headers = headers | {"Accept-Encoding": "identity"}
-    if part.n_bytes:
-        headers["Range"] = f"bytes={part.n_bytes}-"
-    with httpx.stream(
-        "GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True, verify=_trust()
-    ) as response:
-        response.raise_for_status()
-        if part.n_bytes and response.status_code != 206:
-            part.restart()  # all of it comes again
-        for chunk in response.iter_bytes():
-            part.write(chunk)
-            if part.n_bytes > part.file.size_bytes:
-                return  # its hash will be wrong
-
-
-def _trust() -> ssl.SSLContext:
-    """The certificates that the system trusts, such as a proxy's that reads along: the library asks
-    by these, so the bytes come by them too."""
-    import httpx
-    import truststore
-
-    if os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
-        return httpx.create_ssl_context()  # by that alone
-    return truststore.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 @contextmanager
@@ -492,38 +316,13 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{uuid4().hex}.new")
 
 
-def _n_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
 def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.1f} MB"
 
 
-def _reason(error: Exception | None) -> str:
-    """What happened, in a word: messages of libraries hold addresses."""
-    if error is None:
-        return "the hub sends nothing"
-    if isinstance(error, ImportError) and "SOCKS" in str(error):
-        return "a SOCKS proxy is set, which wants `.venv/bin/pip install socksio`"
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return (
-                f"its certificate is not trusted: {cause.verify_message}; behind a proxy that "
-                "reads along, SSL_CERT_FILE may name a file with those to trust"
-            )
-        cause = cause.__cause__ or cause.__context__
-    response = getattr(error, "response", None)
-    return type(error).__name__ if response is None else f"status {response.status_code}"
-
-
 def _unreachable(model: HubModel, error: Exception) -> ModelLoadFailed:
     return ModelLoadFailed(
-        f"The hub cannot be reached to fetch {model.repo} ({_reason(error)}); check the network "
+        f"The hub cannot be reached to fetch {model.repo} ({reason(error)}); check the network "
         "and HF_ENDPOINT, or put the model into the hub's cache by other means."
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-import hub as hub_module
+import hub_download
 from bench.own_service import free_port
 from engine.client import launch_process
 from settings import ROOT, TierSettings
@@ -73,7 +73,7 @@ def refusal(service: Service) -> str:
 def test_a_disk_that_is_full_ends_a_download_which_goes_on_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = hub_module._Part.write
+    write = hub_download.Part.write
 
     def write_on_a_full_disk(part: Any, chunk: bytes) -> None:
         if part.n_bytes > 1 << 20:
@@ -81,9 +81,9 @@ def test_a_disk_that_is_full_ends_a_download_which_goes_on_when_there_is_room(
         write(part, chunk)
 
     with with_a_model_on_the_hub(tmp_path) as (service, hub):
-        monkeypatch.setattr(hub_module._Part, "write", write_on_a_full_disk)
+        monkeypatch.setattr(hub_download.Part, "write", write_on_a_full_disk)
         assert "The disk is full" in refusal(service)
-        monkeypatch.setattr(hub_module._Part, "write", write)
+        monkeypatch.setattr(hub_download.Part, "write", write)
         assert "small-Q8_0.gguf" in refusal(service), "it is here, and no model"
         first, second = hub.contents()
         assert first.range is None

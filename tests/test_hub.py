@@ -19,6 +19,7 @@ import pytest
 from huggingface_hub import constants
 
 import hub as hub_module
+import hub_download
 from errors import ModelLoadFailed
 from hub import Hub
 from hub_model import HubModel, parse, pick
@@ -42,7 +43,7 @@ def nothing_but_loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for key in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(key, raising=False)
         monkeypatch.delenv(key.lower(), raising=False)
-    monkeypatch.setattr(hub_module, "RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(hub_download, "RETRY_PAUSES_S", (0.0, 0.0))
     yield
     huggingface_hub.close_session()  # which has its proxies and certificates from its first request
 
@@ -385,7 +386,7 @@ def test_a_disk_that_fills_up_meanwhile_is_named(
     def fsync(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub_module.os, "fsync", fsync)
+    monkeypatch.setattr(hub_download.os, "fsync", fsync)
     assert "The disk is full" in refusal(near)
 
 
