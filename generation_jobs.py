@@ -86,8 +86,7 @@ class Answer:
         self._n_tokens = 0
         self._logprob = 0.0  # of all tokens, also of the end
         self._held: deque[tuple[int, wire.TokenLogprob]] = deque()  # with where their text begins
-        self._n_bytes = 0  # of all tokens
-        self._n_bytes_out = 0
+        self._n_out = 0  # characters
 
     @property
     def constraint(self) -> Constraint | None:
@@ -121,8 +120,7 @@ class Answer:
         if sampled.logprob is None:
             return
         top = [(self._piece(token), logprob) for token, logprob in sampled.top]
-        self._held.append((self._n_bytes, wire.TokenLogprob(piece, sampled.logprob, top)))
-        self._n_bytes += len(piece)
+        self._held.append((self._text.n_decoded, wire.TokenLogprob(piece, sampled.logprob, top)))
 
     def _last(self, text: str, finish: Finish) -> wire.TokenOut:
         mean = None
@@ -136,9 +134,10 @@ class Answer:
         return self._out(text, done)
 
     def _out(self, text: str, done: wire.Done | None) -> wire.TokenOut:
-        self._n_bytes_out += len(text.encode())
+        self._n_out += len(text)
+        is_all = done is not None and done.stop is None  # also what is no text: half a character
         logprobs = []
-        while self._held and self._held[0][0] < self._n_bytes_out:
+        while self._held and (is_all or self._held[0][0] < self._n_out):
             logprobs.append(self._held.popleft()[1])
         return wire.TokenOut(
             self.job.request.job, text, done, self._index, self._n_tokens, logprobs

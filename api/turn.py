@@ -181,7 +181,10 @@ class _Reader:
         if out.done:
             events += self.shown.finish()
         self.has_calls |= any(isinstance(event, CallBegin) for event in events)
-        return Out(index, events, self._logprobs(out, events, was_text), self._end(out.done))
+        logprobs = self._logprobs(out, events, was_text)
+        if out.done and self.pending and not self.has_calls:  # of what is no text: half a character
+            events, logprobs, self.pending = [*events, Text("")], self.pending, []
+        return Out(index, events, logprobs, self._end(out.done))
 
     def _is_text(self) -> bool:
         return not (self.splitter.is_reasoning or self.splitter.is_calling)

@@ -10,12 +10,15 @@ class TextStream:
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self.stop: str | None = None  # that was met: nothing more comes out
         self.stops = tuple(stops)  # of what comes next
+        self.n_decoded = 0  # characters that are whole, with those that are held back
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
     def push(self, data: bytes) -> str:
         """The text that `data` makes certain, without the stop string and what follows it."""
-        text = self._held + self._decoder.decode(data)
+        decoded = self._decoder.decode(data)
+        self.n_decoded += len(decoded)
+        text = self._held + decoded
         if not self.stops:
             return text
         # the stop that is complete first counts, so how text is cut into tokens changes nothing

@@ -21,6 +21,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     path = script(
         tmp_path_factory.mktemp("chat"),
         {"match": "umlaut", "answer": "Grüße, 世界! 🎉"},
+        {"match": "label", "answer": "世"},
         {"match": "choose", "answer": ["red", "green", "blue"]},
         {"match": "as json", "answer": '{"city": "Paris", "old": true}'},
         {"match": "counting", "answer": "one two three four"},
@@ -387,6 +388,24 @@ def test_streamed_log_probabilities_are_those_of_the_whole_and_of_its_text(
         assert "".join(entry["token"] for entry in streamed) == text
     assert streamed == logprobs_of(whole)
     assert text == text_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("asked", "n_tokens", "text"), [("label", 1, ""), ("umlaut", 3, "Gr"), ("umlaut", 4, "Grü")]
+)
+def test_half_a_character_is_no_text_and_has_log_probabilities(
+    service: Service, asked: str, n_tokens: int, text: str
+) -> None:
+    """Such as a label that the vocabulary spells in several tokens, with `max_tokens: 1`."""
+    fields = {"logprobs": True, "max_tokens": n_tokens}
+    whole = service.chat(asked, **fields)
+    assert text_of(whole) == text
+    said = [byte for entry in logprobs_of(whole) for byte in entry["bytes"]]
+    assert said == list({"label": "世", "umlaut": "Grüße"}[asked].encode()[:n_tokens])
+    chunks = events(service.chat(asked, stream=True, **fields))
+    choices = [chunk["choices"][0] for chunk in chunks]
+    told = [entry for c in choices if c["logprobs"] for entry in c["logprobs"]["content"]]
+    assert told == logprobs_of(whole)
 
 
 def test_a_bias_changes_what_is_said_by_id_and_by_text(service: Service) -> None:
