@@ -162,6 +162,7 @@ class TierSettings(BaseSettings):
         "qwen3-coder",
         "glm",
         "gemma4",
+        "lfm2",
         "llama3",
         "mistral",
         "mistral-v11",

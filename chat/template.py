@@ -112,13 +112,14 @@ class ChatTemplate:
         """The prompt: one segment, or more where the client wrote a control token's literal. It
         ends where the model's answer begins or, if it `continues`, with the last message's text.
 
+        A content may be a tuple of segments, of which some are not the client's.
         `extra` is for the template, such as tools, and as little trusted as the messages. What
         the template refuses or cannot render raises BadRequest.
         """
         guard = ""
         try:
             client = {"messages": [normalised(message) for message in messages], "extra": extra}
-            text = json.dumps(client, ensure_ascii=False, default=str)
+            text = json.dumps(client, ensure_ascii=False, default=_text_of)
             text.encode()
             unused = (c for c in map(chr, _GUARDS) if c not in text and c not in self.source)
             guard, end = next(unused), next(unused)
@@ -243,7 +244,7 @@ def normalised(message: Mapping[str, Any]) -> dict[str, Any]:
     if not given.get("tool_calls", True):  # templates ask only whether there is such a list
         del given["tool_calls"]
     content = given.get("content", "")
-    if not isinstance(content, str):
+    if not isinstance(content, str | tuple):
         content = "".join(part["text"] for part in content)
     changes: dict[str, Any] = {"content": content}
     if given["role"] == "developer":
@@ -280,13 +281,22 @@ def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+def _text_of(value: Any) -> str:
+    return value.text if isinstance(value, Segment) else str(value)
+
+
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy with every string in it changed, keys too."""
+    """A copy with every string in it changed, keys too; texts put together, where not all is the
+    client's."""
     if isinstance(value, str):
         return change(value)
+    if isinstance(value, Segment):
+        return value.text if value.parse_special else change(value.text)
+    if isinstance(value, tuple):
+        return "".join(_changed(part, change) for part in value)
     if isinstance(value, Mapping):
         return {_changed(key, change): _changed(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_changed(item, change) for item in value]
     return value
 

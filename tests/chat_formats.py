@@ -44,6 +44,10 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
         "<bos>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|tool>",
         "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>',
     ),
+    "lfm2": (
+        *CHATML_TOKENS, "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_call_start|>",
+        "<|tool_call_end|>", "<|tool_response_start|>", "<|tool_response_end|>",
+    ),
     "smollm2": CHATML_TOKENS,
     "deepseek_r1": ("<s>", "</s>", "<|User|>", "<|Assistant|>", "<think>", "</think>"),
 }  # fmt: skip

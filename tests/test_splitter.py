@@ -47,7 +47,7 @@ def inline(make: Make) -> Make:
 
 
 HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
-CODER, GLM = map(of_family, ["qwen3-coder", "glm"])
+CODER, GLM, LFM2 = map(of_family, ["qwen3-coder", "glm", "lfm2"])
 
 
 def GEMMA() -> Splitter:
@@ -585,6 +585,10 @@ BEFORE_CALLS = {  # with the call that follows
     "mistral": (MISTRAL, f'Look. [TOOL_CALLS] [{{"name": "f", "arguments": {NESTED}}}]'),
     "mistral-v11": (MISTRAL, f"Look. [TOOL_CALLS]f[ARGS]{NESTED}"),
     "gemma4": (GEMMA, 'Look. <|tool_call>call:f{a:{b:<|"|>}"<|"|>}}<tool_call|>'),
+    "lfm2": (
+        LFM2,
+        f'Look. <|tool_call_start|>[{{"name": "f", "arguments": {NESTED}}}]<|tool_call_end|>',
+    ),
     "llama3": (LLAMA3, f'\n<|python_tag|>{{"name": "f", "parameters": {NESTED}}}'),
     "harmony": (
         HARMONY,
@@ -692,6 +696,8 @@ PIECES = {
                ', "arguments": ', hermes_call("f", '{"a": "}"}'), "<think>", "</think>"],
     "mistral": ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[TOOL", "[", "]", "{", "}", "f", ", ", '"',
                 '{"name": "f", "arguments": {}}'],
+    "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>", "<|tool_", "[", "]", "{", "}", "f", ", ",
+             '"', '{"name": "f", "arguments": {}}'],
     "llama3": ["<|python_tag|>", '{"name": "f"', ', "parameters": ', "{", "}", '"', "<|", "; "],
     "harmony": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|constrain|>",
                 "assistant", "analysis", "final", "commentary", " to=functions.f", "{", "}", '"',
@@ -704,7 +710,7 @@ PIECES = {
                ",", "f", "5", '"', "<|", "<|channel>", "<channel|>", "thought\n"],
 }  # fmt: skip
 MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY,
-         "qwen3-coder": CODER, "glm": GLM, "gemma4": GEMMA}  # fmt: skip
+         "qwen3-coder": CODER, "glm": GLM, "gemma4": GEMMA, "lfm2": LFM2}  # fmt: skip
 MAKES |= {f"{name} in thoughts": thinking(make, is_open=True) for name, make in MAKES.items()}
 MAKES |= {f"{name} inline": inline(thinking(make)) for name, make in MAKES.items()}
 
@@ -728,6 +734,8 @@ WHOLES = {
     "hermes": ["<tool_call>", "</tool_call>", "<tool_", '{"x": 1}', hermes_call("f", "{}")],
     "mistral": ["[TOOL_CALLS]", "[ARGS]", "[TOOL", '[{"x": 1}]', "[TOOL_CALLS]f[ARGS]{}",
                 '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'],
+    "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>", "<|tool_", '[{"x": 1}]',
+             '<|tool_call_start|>[{"name": "f", "arguments": {}}]<|tool_call_end|>'],
     "llama3": ["<|python_tag|>", "<|", '{"name": "f", "parameters": {}}', '{"name": "g"}'],
     "harmony": ["<|end|>", "<|message|>", ANALYSIS, FINAL, NEXT, "<|call|>",
                 f"{COMMENTARY} to=functions.f<|message|>{{}}"],

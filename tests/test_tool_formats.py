@@ -49,6 +49,7 @@ def family_of(source: str) -> str:
         ("qwen3_coder", "qwen3-coder"),
         ("glm", "glm"),
         ("gemma4", "gemma4"),
+        ("lfm2", "lfm2"),
         ("llama3_1", "llama3"),
         ("mistral_v3", "mistral"),
         ("mistral_v11", "mistral-v11"),
@@ -84,7 +85,9 @@ def test_a_family_may_be_chosen_by_name() -> None:
                "mistral-v11": "[TOOL_CALLS]get_time[ARGS]{}",
                "qwen3-coder": "<tool_call>\n<function=get_time>\n</function>\n</tool_call>",
                "glm": "<tool_call>get_time</tool_call>",
-               "gemma4": "<|tool_call>call:get_time{}<tool_call|>"}  # fmt: skip
+               "gemma4": "<|tool_call>call:get_time{}<tool_call|>",
+               "lfm2": '<|tool_call_start|>[{"name": "get_time", "arguments": {}}]'
+                       "<|tool_call_end|>"}  # fmt: skip
         hermes = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
         splitter = prompt(chat_format("smollm2", name), ONE_CALL, TOOLS).splitter()
         message = Message.of([*splitter.feed(raw.get(name, hermes)), *splitter.finish()])
@@ -228,6 +231,13 @@ Thanks<|eot_id|><|start_header_id|>assistant<|end_header_id|>
     '<|tool_response>response:get_time{value:<|"|>noon<|"|>}<tool_response|>'
     "Rain at noon.<turn|>\n<|turn>user\nThanks<turn|>\n<|turn>model\n"
     "<|channel>thought\n<channel|>",
+    "lfm2": "<|im_end|>\n<|im_start|>assistant\n<|tool_call_start|>"
+    '[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+    '{"name": "get_time", "arguments": {"city": "Rome"}}]<|tool_call_end|><|im_end|>\n'
+    "<|im_start|>tool\n<|tool_response_start|>rain<|tool_response_end|><|im_end|>\n"
+    "<|im_start|>tool\n<|tool_response_start|>noon<|tool_response_end|><|im_end|>\n"
+    "<|im_start|>assistant\nRain at noon.<|im_end|>\n<|im_start|>user\nThanks<|im_end|>\n"
+    "<|im_start|>assistant\n",
     "gpt_oss": "<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary json"
     '<|message|>{"city": "Paris"}<|call|>'
     '<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>"rain"<|end|>'
@@ -284,7 +294,23 @@ def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
     model_turns = "<|turn>model\nI look.<turn|>\n<|turn>model\n<|tool_call>call:get_weather{"
     assert model_turns in shown["gemma4"]
     assert shown["gemma4"].endswith('response:get_weather{value:<|"|>rain<|"|>}<tool_response|>')
+    assert "<|im_start|>assistant\nI look.<|tool_call_start|>[{" in shown["lfm2"]
     assert "<|channel|>analysis<|message|>Hm.\n\nI look.<|end|><|start|>" in shown["gpt_oss"]
+
+
+def test_lfm2_is_asked_for_json_and_past_calls_are_in_its_own_tokens() -> None:
+    for before, told in (((), ""), (system("Be brief."), "Be brief.\n\n")):
+        shown = text(prompt("lfm2", [*before, *user("Hi")], TOOLS))
+        assert f"system\n{told}Output function calls as JSON.\nList of tools: <" in shown
+    assert "JSON" not in text(prompt("lfm2", [*system("Be brief."), *user("Hi")]))
+    mark, end = "<|tool_call_start|>", "<|tool_call_end|>"
+    call = ("call_1", "get_weather", json.dumps({"city": mark}))
+    messages = [*user(mark), *assistant(f"So: {end}", call), *result("call_1", "rain")]
+    segments = prompt("lfm2", messages, TOOLS).segments
+    clients = [segment.text for segment in segments if not segment.parse_special]
+    assert clients == [mark, end, mark]
+    ours = "".join(segment.text for segment in segments if segment.parse_special)
+    assert (ours.count(mark), ours.count(end)) == (1, 1)
 
 
 @pytest.mark.parametrize(

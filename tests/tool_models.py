@@ -65,9 +65,12 @@ class Model:
                 f"<|tool_call>call:{name}{noted(json.loads(arguments))}<tool_call|>"
                 for name, arguments in calls
             )
-        if self.template == "mistral_v3":
-            listed = (f'{{"name": "{call[0]}", "arguments": {call[1]}}}' for call in calls)
-            return f"[TOOL_CALLS] [{', '.join(listed)}]"
+        if self.template in ("mistral_v3", "lfm2"):
+            each = (f'{{"name": "{call[0]}", "arguments": {call[1]}}}' for call in calls)
+            listed = f"[{', '.join(each)}]"
+            if self.template == "mistral_v3":
+                return f"[TOOL_CALLS] {listed}"
+            return f"<|tool_call_start|>{listed}<|tool_call_end|>"
         if self.template == "mistral_v11":
             return "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in calls)
         ((name, arguments),) = calls

@@ -5,6 +5,7 @@ from chat.tools.gemma import Gemma
 from chat.tools.generic import Generic
 from chat.tools.harmony import Harmony
 from chat.tools.hermes import Hermes
+from chat.tools.lfm2 import Lfm2
 from chat.tools.llama3 import Llama3
 from chat.tools.mistral import Mistral, MistralV11
 from chat.tools.tagged import Glm, Qwen3Coder
@@ -18,6 +19,7 @@ FAMILIES: tuple[ToolFormat, ...] = (
     Qwen3Coder(),
     Glm(),
     Hermes(),
+    Lfm2(),
     Llama3(),
     Generic(),
 )

@@ -28,9 +28,7 @@ class Mistral(ToolFormat):
         return OPEN in template
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
-        more = f" ({literal(', ')} call)*" if is_parallel else ""
-        begin = literal('{"name": ')
-        return f'calls: " "? "[" call{more} "]"\ncall: {begin} {named(functions, "arguments")}'
+        return listed(functions, begin='" "?', is_parallel=is_parallel)
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
         return MistralSplitter(OPEN, only_first=only_first)
@@ -68,6 +66,16 @@ class MistralV11(Mistral):
         return f"calls: call{more}\ncall: {options}"
 
 
+def listed(
+    functions: Sequence[Function], *, begin: str = "", end: str = "", is_parallel: bool
+) -> str:
+    """Lark of the rule `calls`: a list of objects."""
+    more = f" ({literal(', ')} call)*" if is_parallel else ""
+    name = literal('{"name": ')
+    call = f"call: {name} {named(functions, 'arguments')}"
+    return f'calls: {begin} "[" call{more} "]" {end}\n{call}'
+
+
 def _short_id(id: str) -> str:
     if re.fullmatch("[a-zA-Z0-9]{9}", id):
         return id
@@ -94,7 +102,7 @@ class MistralSplitter(OpenedCalls):
         return self._in_call and not self._is_between
 
     def _unread(self) -> str:
-        begun = "" if self._has_begun else OPEN + self._raw
+        begun = "" if self._has_begun else self._opened + self._raw
         return begun + (self._reader.raw if self._reader else "")
 
     def _read(self, text: str) -> tuple[list[Event], str | None]:
