@@ -210,11 +210,11 @@ install_llama() {
 }
 
 use_options() { # those given, or else kept; the build adds its own
-  local name value
+  local line name value
   if [ -z "${CMAKE_ARGS+set}${LLAMA_WHEEL_PAGE+set}" ] && [ -f .setup-options ]; then
-    while IFS="=" read -r name value; do
-      step "With $name=$value, as before (.setup-options)"
-      export "$name=$value"
+    while read -r line; do
+      step "With $line, as before (.setup-options)"
+      export "${line?}"
     done <.setup-options
   fi
   options=""

@@ -553,9 +553,14 @@ def test_build_options_are_kept_for_the_next_release(machine: Machine) -> None:
     assert len(machine.calls("--force-reinstall", "--no-cache-dir")) == 2
 
     machine.release("9.9.10")
+    assert machine.run(CMAKE_ARGS="-DCMAKE_C_FLAGS=")[0] == 0
+    machine.release("9.9.11")
+    assert "With CMAKE_ARGS=-DCMAKE_C_FLAGS=, as before" in machine.run()[1]
+
+    machine.release("9.9.12")
     assert "as before" not in machine.run(LLAMA_WHEEL_PAGE="")[1]
     assert len(machine.calls("ask")) == 1
-    machine.release("9.9.11")
+    machine.release("9.9.13")
     assert "as before" not in machine.run()[1], "both are forgotten"
 
 
