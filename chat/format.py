@@ -2,6 +2,7 @@
 worker is asked for, and to a splitter of what comes back."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,7 +14,7 @@ from chat.tools import BY_NAME, FAMILIES
 from chat.tools.base import Function, Parts, Tool
 from engine.model_file import ModelFile
 from engine.wire import Grammar, GrammarPart, Segment, Thinking
-from errors import BadRequest, UnsupportedParameter
+from errors import BadRequest, ModelLoadFailed, UnsupportedParameter
 
 # what templates call the switch of thinking, and how far it goes
 SWITCHES = ("enable_thinking", "thinking")
@@ -49,8 +50,9 @@ class ChatFormat:
     """How one model chats. Threads may share it."""
 
     def __init__(self, model: ModelFile, tool_format: str = "auto") -> None:
-        """`tool_format` is the name of a family, or `auto`: by the template."""
-        self._template = ChatTemplate.from_model_file(model)
+        """`tool_format` is the name of a family, or `auto`: by the template. Raises
+        ModelLoadFailed."""
+        self._template = _template_of(model)
         source = self._template.source
         fitting = next(family for family in FAMILIES if family.fits(source))
         self._family = BY_NAME.get(tool_format, fitting)
@@ -198,13 +200,10 @@ class ChatFormat:
 
     def _shows(self, *roles: str, in_order: bool = False, **extra: Any) -> bool:
         """The template takes turns of these roles, and the prompt has what each says."""
-        turns = [{"role": role, "content": f"text {n}"} for n, role in enumerate(roles)]
         try:
-            segments = self._template.render(turns, now=datetime(2000, 1, 1), **extra)
+            places = _places(self._template, *roles, **extra)
         except BadRequest:
             return False
-        prompt = "".join(segment.text for segment in segments)
-        places = [prompt.find(turn["content"]) for turn in turns]
         return min(places) >= 0 and (places == sorted(places) or not in_order)
 
     def _known_efforts(self) -> Sequence[str]:
@@ -219,6 +218,36 @@ class ChatFormat:
         return [
             e for e in EFFORTS if e in COMMON_EFFORTS or f"'{e}'" in source or f'"{e}"' in source
         ]
+
+
+def _template_of(model: ModelFile) -> ChatTemplate:
+    """The model's template, given content in the form in which it shows that of users. One that
+    refuses the question, since it wants tools for example, takes texts. Raises ModelLoadFailed."""
+    in_texts = ChatTemplate.from_model_file(model)
+    try:
+        if min(_places(in_texts, "user")) >= 0:
+            return in_texts
+        is_refused = False
+    except BadRequest:
+        is_refused = True
+    in_parts = ChatTemplate.from_model_file(model, in_parts=True)
+    with suppress(BadRequest):
+        if min(_places(in_parts, "user")) >= 0:
+            return in_parts
+    if is_refused:
+        return in_texts
+    raise ModelLoadFailed(
+        "The model's chat template leaves out what users say; take a file of the model that has "
+        "another template."
+    )
+
+
+def _places(template: ChatTemplate, *roles: str, **extra: Any) -> list[int]:
+    """Where the prompt has what turns of these roles say; -1: nowhere. Raises BadRequest."""
+    turns = [{"role": role, "content": f"text {n}"} for n, role in enumerate(roles)]
+    segments = template.render(turns, now=datetime(2000, 1, 1), **extra)
+    prompt = "".join(segment.text for segment in segments)
+    return [prompt.find(turn["content"]) for turn in turns]
 
 
 def _without_system(

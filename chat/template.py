@@ -49,7 +49,8 @@ class ChatTemplate:
     """A compiled template. Threads may share it.
 
     `source` None stands for CHATML. With `add_bos` the vocabulary wants a BOS before a prompt, and
-    the worker puts it there, so one that the template begins with is left out.
+    the worker puts it there, so one that the template begins with is left out. With `in_parts` the
+    template takes a message's content as a list of parts: those of models that see do.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class ChatTemplate:
         eos_token: str,
         control_tokens: Sequence[str],
         add_bos: bool,
+        in_parts: bool = False,
     ) -> None:
         self._bos_token = bos_token
         self._eos_token = eos_token
         self._add_bos = add_bos
+        self._in_parts = in_parts
         self.source = CHATML if source is None else source
         environment = _environment()
         try:
@@ -92,13 +95,14 @@ class ChatTemplate:
         self._guarded_marks = re.compile(_any_of(marks | words))
 
     @classmethod
-    def from_model_file(cls, model: ModelFile) -> "ChatTemplate":
+    def from_model_file(cls, model: ModelFile, *, in_parts: bool = False) -> "ChatTemplate":
         return cls(
             model.chat_template,
             bos_token=model.bos_token,
             eos_token=model.eos_token,
             control_tokens=model.control_tokens,
             add_bos=model.add_bos,
+            in_parts=in_parts,
         )
 
     def render(
@@ -126,6 +130,9 @@ class ChatTemplate:
             client = _changed(client, lambda text: self._guarded(text, guard))
             if continues:
                 client["messages"][-1]["content"] += end
+            if self._in_parts:
+                for message in client["messages"]:
+                    message["content"] = [{"type": "text", "text": message["content"]}]
             variables = {"tools": None, "documents": None} | client["extra"]
             variables |= {
                 "messages": client["messages"],

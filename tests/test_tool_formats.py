@@ -9,7 +9,7 @@ from chat.events import Call, Message
 from chat.format import NO_TOOLS, ToolChoice
 from chat.tools import BY_NAME, FAMILIES
 from engine.wire import GrammarPart
-from errors import BadRequest, UnsupportedParameter
+from errors import BadRequest, ModelLoadFailed, UnsupportedParameter
 from tests.chat_formats import (
     NAMES,
     ONE_CALL,
@@ -112,7 +112,7 @@ def test_a_family_may_be_chosen_by_name() -> None:
 def test_thoughts_are_known_by_the_tag_that_ends_them(
     source: str, tags: tuple[str, str] | None
 ) -> None:
-    thinking = prompt(source, user("Hi")).thinking
+    thinking = prompt(f"{source}{{{{ messages[0].content }}}}", user("Hi")).thinking
     assert (thinking and (thinking.open, thinking.close)) == tags
 
 
@@ -376,9 +376,9 @@ def test_results_that_name_no_call_are_kept(has_other_ids: bool) -> None:
 
 
 def test_a_result_has_the_name_of_its_function() -> None:
-    source = "{% for m in messages if m.role == 'tool' %}{{ m.name }}: {{ m.content }} {% endfor %}"
-    source += "{{ tools and '<tool_call>' }}"
-    assert text(prompt(source, TWO_CALLS)) == "get_weather: rain get_time: noon None"
+    source = "{% for m in messages if m.role != 'assistant' %}{{ m.name }}: {{ m.content }}\n"
+    source += "{% endfor %}{{ tools and '<tool_call>' }}"
+    assert "\nget_weather: rain\nget_time: noon\n" in text(prompt(source, TWO_CALLS))
 
 
 @pytest.mark.parametrize("id", ["abcDEF123", "call_00000000000000000000001", "x", "", "é" * 9])
@@ -409,6 +409,51 @@ def test_a_template_that_refuses_a_system_text_gets_it_in_the_users() -> None:
     assert text(prompt(NO_SYSTEM, user("Hi"), TOOLS)) == f"user: {INSTRUCTIONS}\n\nHi\n"
     shown = text(prompt(NO_SYSTEM, [*user("Hi"), *system("Be brief."), *user("Well?")]))
     assert shown == "user: Hi\n\nBe brief.\n\nWell?\n"
+
+
+# as SmolVLM and LLaVA-OneVision have it
+LINES = """\
+{%- for message in messages %}
+    {{- message.role | capitalize + ': ' }}
+    {%- for line in message.content %}
+        {%- if line.type == 'text' %}{{ line.text }}{% endif %}
+    {%- endfor %}
+    {{- '\n' }}
+{%- endfor %}"""
+SELECTED = """\
+{%- for message in messages %}
+    {{- message.role | capitalize + ': ' }}
+    {%- for part in message.content | selectattr('type', 'equalto', 'text') %}
+        {{- part.text }}
+    {%- endfor %}
+    {{- '\n' }}
+{%- endfor %}"""
+FIRST_PART = """\
+{%- for message in messages %}
+    {%- if message.content is string %}{{ raise_exception('Content is a list.') }}{% endif %}
+    {{- message.role | capitalize + ': ' + message.content[0].text + '\n' }}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("template", [LINES, SELECTED, FIRST_PART])
+def test_a_template_that_takes_content_in_parts_gets_parts(template: str) -> None:
+    messages = [*system("Be brief."), *user("<s>Weather?"), *assistant("It is")]
+    shown = "System: Be brief.\nUser: <s>Weather?\nAssistant: It is"
+    assert text(prompt(template, messages)) == f"{shown}\n"
+    assert text(prompt(template, messages, continues=True)) == shown
+    assert "What get_time does" in text(prompt(template, ONE_CALL, TOOLS))
+
+
+def test_a_template_that_leaves_out_what_users_say_is_refused() -> None:
+    with pytest.raises(ModelLoadFailed, match=r"leaves out what users say; take a file"):
+        chat_format("{{ messages | length }}")
+
+
+def test_a_template_that_wants_tools_takes_text() -> None:
+    source = "{% for tool in tools %}<tool_call>{{ tool | tojson }}\n{% endfor %}" + NO_SYSTEM
+    assert text(prompt(source, user("Hi"), TOOLS)).endswith("user: Hi\n")
+    with pytest.raises(BadRequest, match="NoneType"):
+        prompt(source, user("Hi"))
 
 
 LATER = (*user("Hi"), *assistant("Hello."), *system("Be brief."), *user("Well?"))
