@@ -109,18 +109,47 @@ class Compiler:
                 param=grammar.param,
             )
         sources = [_source(part) for part in grammar.parts]
-        named = [{"name": f"p{n}", **source} for n, source in enumerate(sources)]
         frame = {"name": "frame", "lark_grammar": self._resolved(grammar.frame)}
-        matcher = self._matcher([frame, *named])
+        matcher = self._whole(frame, sources)
         if matcher.is_error():
             for part, source in zip(grammar.parts, sources, strict=True):
-                if (alone := self._matcher([source])).is_error():
-                    raise BadRequest(_explain(alone.get_error(), part), param=part.param)
+                self._mend(part, source)
+            matcher = self._whole(frame, sources)
+        if matcher.is_error():
             reason = _first_line(matcher.get_error())
             raise BadRequest(f"The grammar cannot be used: {reason}", param=grammar.param)
         state = GrammarState(matcher, self._tokenizer.n_vocab, grammar.param)
         state.copy().apply(np.zeros(self._tokenizer.n_vocab, np.float32))  # it must begin
         return state
+
+    def _whole(self, frame: dict[str, Any], sources: list[dict[str, Any]]) -> LLMatcher:
+        return self._matcher([frame, *({"name": f"p{n}", **s} for n, s in enumerate(sources))])
+
+    def _mend(self, part: GrammarPart, source: dict[str, Any]) -> None:
+        """A lenient part that fails by itself goes without the patterns that cannot be enforced.
+        Raises BadRequest where it fails all the same."""
+        alone = self._matcher([source])
+        if alone.is_error() and part.kind == "json_schema":
+            reasons = []
+            for path, schema in _schemas(source["json_schema"]):
+                for holder, key, pattern in _patterns(schema):
+                    if self._is_beyond(pattern):
+                        reasons.append(
+                            f"{path}: the pattern '{pattern!s:.200}' cannot be enforced."
+                        )
+                        del holder[key]
+                        if holder is not schema:  # it is about names without a pattern
+                            schema.pop("additionalProperties", None)
+            alone = self._matcher([source])
+            if reasons and not part.is_lenient and not alone.is_error():
+                raise BadRequest(reasons[0], param=part.param)
+        if alone.is_error():
+            raise BadRequest(_explain(alone.get_error(), part), param=part.param)
+
+    def _is_beyond(self, pattern: Any) -> bool:
+        """It cannot be enforced, as lookarounds, or is none."""
+        schema = {"type": "string", "pattern": pattern}
+        return bool(self._matcher([{"json_schema": schema}]).is_error())
 
     def _matcher(self, grammars: list[dict[str, Any]]) -> LLMatcher:
         if self._ll is None:
@@ -260,19 +289,35 @@ def _explain(error: str, part: GrammarPart) -> str:
     return f"The grammar cannot be used: {reason}"
 
 
-def _keywords(schema: Any, path: str = "$") -> Iterator[tuple[str, str]]:
+def _keywords(schema: Any) -> Iterator[tuple[str, str]]:
     """Each keyword of a schema with the JSON path of what it stands in."""
+    for path, one in _schemas(schema):
+        for key in one:
+            yield path, key
+
+
+def _schemas(schema: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
+    """A schema and those in it, with their JSON paths."""
     if isinstance(schema, list):
         for index, item in enumerate(schema):
-            yield from _keywords(item, f"{path}[{index}]")
+            yield from _schemas(item, f"{path}[{index}]")
     elif isinstance(schema, dict):
+        yield path, schema
         for key, value in schema.items():
-            yield path, key
             if key in ("properties", "patternProperties", "$defs", "definitions"):
                 for name, inner in value.items() if isinstance(value, dict) else ():
-                    yield from _keywords(inner, f"{path}.{key}.{name}")
+                    yield from _schemas(inner, f"{path}.{key}.{name}")
             elif key not in ("const", "enum", "default", "examples"):
-                yield from _keywords(value, f"{path}.{key}")
+                yield from _schemas(value, f"{path}.{key}")
+
+
+def _patterns(schema: dict[str, Any]) -> list[tuple[dict[str, Any], str, Any]]:
+    """Those that a schema has of texts and of names, behind what holds them and their keys."""
+    found = [(schema, "pattern", schema["pattern"])] if "pattern" in schema else []
+    names = schema.get("patternProperties")
+    if isinstance(names, dict):
+        found += ((names, name, name) for name in names)
+    return found
 
 
 def _escaped(text: str) -> str:

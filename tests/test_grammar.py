@@ -103,7 +103,10 @@ REFUSED: list[tuple[Any, str]] = [
      "$.properties.maxProperties: 'maxProperties'"),
     ({"type": "array", "contains": {"type": "string"}}, "'contains'"),
     ({"oneOf": [{"type": "string"}, {"type": "string", "minLength": 2}]}, "oneOf"),
-    ({"type": "string", "pattern": "(?=a)b"}, "regex"),
+    ({"type": "string", "pattern": "(?=a)b"}, "$: the pattern '(?=a)b' cannot"),
+    ({"properties": {"a": {"pattern": "^a"}, "b": {"pattern": "^(a)\\1"}}},
+     r"$.properties.b: the pattern '^(a)\1' cannot"),
+    ({"type": "object", "patternProperties": {r"\bx": {}}}, r"$: the pattern '\bx' cannot"),
     ({"type": "string", "format": "frob"}, "frob"),
     ({"type": "frob"}, "frob"),
     ({"$ref": "#/$defs/none"}, "$defs/none"),
@@ -122,6 +125,39 @@ def test_what_cannot_be_enforced_is_refused_and_named(value: Any, why: str) -> N
         COMPILER.compile(schema(value))
     assert caught.value.param == "response_format"
     assert why in caught.value.message
+
+
+EMAIL = r"^(?!\.)(?!.*\.\.)([\w'+\-\.]*)[\w+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+READ_OVER: list[tuple[Any, Any]] = [
+    ({"type": "string", "pattern": EMAIL, "maxLength": 4}, {"type": "string", "maxLength": 4}),
+    ({"type": "object", "properties": {"to": {"pattern": EMAIL}, "pattern": {"pattern": "^[ab]$"}},
+      "required": ["to", "pattern"], "additionalProperties": False},
+     {"properties": {"pattern": {"pattern": "^[ab]$"}}, "required": ["to", "pattern"]}),
+    ({"type": "object", "patternProperties": {"^(?!x)": {"type": "null"}, "^y$": {"const": 1}},
+      "additionalProperties": False},
+     {"patternProperties": {"^y$": {"const": 1}}}),
+    ({"$ref": "#/$defs/word", "$defs": {"word": {"type": "string", "pattern": []}}},
+     {"type": "string"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "enforced"), READ_OVER, ids=lambda value: json.dumps(value)[:60])
+def test_patterns_that_cannot_be_enforced_are_read_over_where_that_is_allowed(
+    value: Any, enforced: Any
+) -> None:
+    part = GrammarPart("json_schema", json.dumps(value), "tools", is_lenient=True)
+    texts = [write(Grammar((part, part), "start: @p0 | @p1"), seed) for seed in range(6)]
+    whole = [json.loads(text) for text, is_whole in texts if is_whole]
+    assert whole
+    for answer in whole:
+        jsonschema.validate(answer, enforced)
+
+
+def test_what_else_is_wrong_with_a_schema_is_told_where_patterns_are_read_over() -> None:
+    value = {"properties": {"a": {"pattern": EMAIL}, "b": {"$ref": "#/$defs/none"}}}
+    part = GrammarPart("json_schema", json.dumps(value), "tools", is_lenient=True)
+    with pytest.raises(BadRequest, match="none"):
+        COMPILER.compile(Grammar((part,)))
 
 
 GRAMMARS = [
