@@ -275,6 +275,10 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema without arguments that it does not name: models invent some, and functions take
     none. A schema that says something about them, or has its properties elsewhere, is as it is."""
     closed = {"type": "object", **schema}  # whatever it says: arguments are one
-    if schema.get("properties") is not None and not SAYS_MORE & schema.keys():
+    properties, required = schema.get("properties"), schema.get("required")
+    if isinstance(properties, dict) and not SAYS_MORE & schema.keys():
+        names = required if isinstance(required, list) else ()
+        more = {name: True for name in names if isinstance(name, str) and name not in properties}
+        closed["properties"] = properties | more  # what is only required may be anything
         closed["additionalProperties"] = False
     return closed

@@ -266,10 +266,15 @@ def test_undeclared_arguments_are_written_only_where_they_may_be(service: Servic
     for schema, names in (
         ({"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]}, {"a"}),
         ({"type": "object", "additionalProperties": {"type": "null"}}, {""}),
-    ):
-        response = service.chat(tools=[tool(parameters=schema)], tool_choice="required")
-        ((_, arguments),) = called(message_of(response))
-        assert json.loads(arguments).keys() == names
+        ({"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a", "b"]},
+         {"a", "b"}),
+        ({"type": "object", "properties": {}, "required": ["b", "b"]}, {"b"}),
+    ):  # fmt: skip
+        for strict in (False, True):
+            functions = [tool(parameters=schema, strict=strict)]
+            response = service.chat(tools=functions, tool_choice="required")
+            ((_, arguments),) = called(message_of(response))
+            assert json.loads(arguments).keys() == names
 
 
 @pytest.mark.parametrize(
