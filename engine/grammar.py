@@ -41,6 +41,14 @@ _CHARACTER = re.compile(
     r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([tnr\"\\\[\]-]))|.", re.DOTALL
 )
 _LETTERS = {"t": "\t", "n": "\n", "r": "\r"}
+# those that llguidance knows; it refuses a schema with another `$schema`
+DRAFTS = (
+    "http://json-schema.org/draft-04/schema",
+    "http://json-schema.org/draft-06/schema",
+    "http://json-schema.org/draft-07/schema",
+    "https://json-schema.org/draft/2019-09/schema",
+    "https://json-schema.org/draft/2020-12/schema",
+)
 # what llguidance reads over although it limits what is valid
 UNENFORCED = ("minProperties", "maxProperties")
 
@@ -271,11 +279,20 @@ def _styled(part: GrammarPart) -> dict[str, Any]:
         for path, keyword in _keywords(schema):
             if keyword in UNENFORCED:
                 raise BadRequest(f"{path}: '{keyword}' cannot be enforced.", param=part.param)
+    for _, one in _schemas(schema):
+        if draft := _draft(one.pop("$schema", None)):
+            one["$schema"] = draft
     if isinstance(schema, bool):
         if not schema:
             raise BadRequest("The schema `false` allows nothing.", param=part.param)
         schema = {}
     return {**schema, "x-guidance": {**JSON_STYLE, "lenient": part.is_lenient}}
+
+
+def _draft(address: Any) -> str | None:
+    """The one that is meant, http or https. Other addresses say no more than none at all."""
+    _, _, place = str(address).removesuffix("#").partition("://")
+    return next((draft for draft in DRAFTS if draft.endswith(f"://{place}")), None)
 
 
 def _explain(error: str, part: GrammarPart) -> str:

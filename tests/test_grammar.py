@@ -127,6 +127,28 @@ def test_what_cannot_be_enforced_is_refused_and_named(value: Any, why: str) -> N
     assert why in caught.value.message
 
 
+@pytest.mark.parametrize("is_lenient", [False, True])
+@pytest.mark.parametrize("place", ["draft-04", "draft-06", "draft-07", "draft/2019-09",
+                                   "draft/2020-12", "draft-03", "draft/2030-01", ""])  # fmt: skip
+def test_the_address_of_a_draft_refuses_no_schema(place: str, is_lenient: bool) -> None:
+    own = f"//json-schema.org/{place}/schema".replace("///", "//")
+    for address in (f"http:{own}#", f"https:{own}#", f"http:{own}", f"https:{own}", place, "a b"):
+        said = {"$schema": address}
+        inner = {**said, "type": "object", "properties": {"$schema": {**said, "enum": ["x"]}},
+                 "required": ["$schema"], "additionalProperties": False}  # fmt: skip
+        value = {**said, "anyOf": [inner]}
+        part = GrammarPart("json_schema", json.dumps(value), "tools", is_lenient)
+        assert write(Grammar((part,)), 1) == ('{"$schema": "x"}', True)
+
+
+def test_a_schema_is_read_by_its_draft() -> None:
+    for scheme in ("http", "https"):
+        address = f"{scheme}://json-schema.org/draft-07/schema#"
+        pair = {"$schema": address, "type": "array", "items": [{"const": 1}, {"const": 2}],
+                "minItems": 2, "additionalItems": False}  # fmt: skip
+        assert write(schema(pair), 1) == ("[1, 2]", True)
+
+
 EMAIL = r"^(?!\.)(?!.*\.\.)([\w'+\-\.]*)[\w+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
 READ_OVER: list[tuple[Any, Any]] = [
     ({"type": "string", "pattern": EMAIL, "maxLength": 4}, {"type": "string", "maxLength": 4}),
