@@ -104,8 +104,8 @@ class Answer:
             return self._last(self._text.finish(), "stop")
         piece = self._piece(sampled.token)
         self._hold(piece, sampled)
-        if self._progress and self._progress.is_over:
-            self._text.stops = tuple(self.job.request.stop)
+        if self._progress:
+            self._text.stops = tuple(self.job.request.stop) if self._progress.is_over else ()
         text = self._text.push(piece)
         if self._text.stop is not None:
             return self._last(text, "stop")

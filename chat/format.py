@@ -121,7 +121,9 @@ class ChatFormat:
         thinking = None
         if tags:
             ending = self._family.ending(tags, functions)
-            thinking = Thinking(tags.open, tags.close, is_open, budget, ending)
+            thinking = Thinking(
+                tags.open, tags.close, is_open, budget, ending, tags.heads, tags.body
+            )
         is_split = tags or functions
         return Prompt(
             segments,

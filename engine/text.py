@@ -20,6 +20,7 @@ class TextStream:
         self.n_decoded += len(decoded)
         text = self._held + decoded
         if not self.stops:
+            self._held = ""
             return text
         # the stop that is complete first counts, so how text is cut into tokens changes nothing
         found = ((at + len(s), at, s) for s in self.stops if (at := text.find(s)) >= 0)

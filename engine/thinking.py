@@ -17,8 +17,9 @@ class Thoughts:
     """Follows one answer token by token; implements Constraint, over that of the grammar.
 
     Thoughts end with the first `close`. They begin in the prompt, or where the answer begins with
-    `open`, after spaces. When they have taken `budget` tokens, and the last character is whole, the
-    tokens of the `ending` are all that is allowed, one after the other.
+    `open`, after spaces; where an answer is several messages, in those with `open` in their heads.
+    When they have taken `budget` tokens, and the last character is whole, the tokens of the
+    `ending` are all that is allowed, one after the other.
     """
 
     def __init__(
@@ -30,8 +31,11 @@ class Thoughts:
     ) -> None:
         self._state: Literal["before", "open", "after", "over"]
         self._state = "open" if thinking.is_open else "before"
-        self._open = thinking.open.encode()
         self._close = thinking.close.encode()
+        self._has_messages = bool(thinking.heads)
+        self._heads = [head.encode() for head in thinking.heads or [thinking.open]]
+        self._body = (thinking.body or thinking.open).encode()
+        self._open = thinking.open.removesuffix(thinking.body).encode()
         self._text_of = text_of
         self._n_left = sys.maxsize if thinking.budget is None else thinking.budget
         self._ending = ending
@@ -43,7 +47,7 @@ class Thoughts:
 
     @property
     def is_over(self) -> bool:
-        """The model answers; spaces behind its thoughts are no answer yet."""
+        """The model answers; spaces behind its thoughts are no answer yet, and heads are none."""
         return self._state == "over"
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
@@ -61,7 +65,7 @@ class Thoughts:
             self._forced.popleft()
         elif self._state == "open":
             self._n_left -= 1
-        if self._state != "over":
+        if self._state != "over" or self._has_messages:
             self._follow(self._text_of(token))
             self._force_end()
 
@@ -69,18 +73,28 @@ class Thoughts:
         self._characters.decode(data)
         self._tail += data
         if self._state == "before":
-            text = self._tail.lstrip()
-            if text.startswith(self._open):
-                self._state = "open"
-                self._tail = text[len(self._open) :]
-            elif not self._open.startswith(text):
-                self._state = "over"
-        if self._state == "open":
-            _, close, after = self._tail.partition(self._close)
-            self._tail = after if close else self._tail[-len(self._close) :]
-            self._state = "after" if close else "open"
+            self._begin()
+        if self._state == "open" and self._has_ended():
+            self._state = "before" if self._has_messages else "after"
         if self._state == "after" and self._tail.strip():
             self._state = "over"
+        if self._state == "over" and self._has_messages and self._has_ended():
+            self._state = "before"
+
+    def _begin(self) -> None:
+        text = self._tail if self._has_messages else self._tail.lstrip()
+        if not any(text.startswith(head) or head.startswith(text) for head in self._heads):
+            self._state = "over"
+            return
+        head, body, rest = text.partition(self._body)
+        if body:
+            self._state = "open" if self._open in head + body else "after"
+            self._tail = rest
+
+    def _has_ended(self) -> bool:
+        _, close, after = self._tail.partition(self._close)
+        self._tail = after if close else self._tail[-len(self._close) :]
+        return bool(close)
 
     def _force_end(self) -> None:
         is_whole = not self._characters.getstate()[0]

@@ -110,13 +110,19 @@ class Grammar(msgspec.Struct, frozen=True):
 
 class Thinking(msgspec.Struct, frozen=True):
     """A model's thoughts: what comes before the first `close`, if the prompt ends inside them or
-    the answer begins with `open`. Stop strings count after them."""
+    the answer begins with `open`. Stop strings count after them.
+
+    An answer that is several messages has `heads`, what those of messages begin with, and `body`,
+    which ends each head. Then every message ends with `close`, those with `open` in their heads are
+    thoughts, and stop strings count in the others' bodies."""
 
     open: str
     close: str
     is_open: bool
     budget: int | None  # tokens, after which `ending` is put into the model's mouth
     ending: str
+    heads: tuple[str, ...] = ()
+    body: str = ""
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):

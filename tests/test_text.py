@@ -53,6 +53,15 @@ def test_without_stops_nothing_is_held_back() -> None:
     assert pushes([b"one ", b"two"]) == ["one ", "two"]
 
 
+def test_stops_may_come_and_go() -> None:
+    stream = TextStream(["END"])
+    assert stream.push(b"an EN") == "an "
+    stream.stops = ()
+    assert stream.push(b"D END") == "END END"
+    stream.stops = ("END",)
+    assert stream.push(b" ok END") == " ok "
+
+
 def test_text_ends_before_the_stop_string() -> None:
     stream = TextStream(["END"])
     assert stream.push(b"some text END and more") == "some text "

@@ -1,6 +1,7 @@
 """For how long a model may think, and what of an answer counts as thoughts."""
 
 import json
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 
 import generation_jobs
+from chat.events import Call, Message
+from chat.tools.base import Tool
 from engine import wire
 from engine.backends.base import Constraint
 from engine.grammar import Compiler
 from engine.thinking import Thoughts
 from engine.types import Sampled, SamplingParams
 from tests.byte_tokenizer import END, ByteTokenizer, sampled
+from tests.chat_formats import CONTROL_TOKENS, TOOLS, prompt, user
 
 LETTERS = ByteTokenizer()  # in which all tags are text
 TOKENS = ByteTokenizer("<think>", "</think>")
@@ -168,6 +172,7 @@ def answer_text(
     thinking: wire.Thinking | None = None,
     stop: list[str] = [],  # noqa: B006 (not changed)
     max_tokens: int | None = None,
+    visible: Sequence[str] = ("<think>", "</think>", "<tool_call>"),
 ) -> tuple[str, str]:
     """What the worker sends of an answer, and why it ended."""
     request = wire.Generate(
@@ -177,7 +182,7 @@ def answer_text(
         stop=stop,
         max_tokens=max_tokens,
         thinking=thinking,
-        visible=["<think>", "</think>", "<tool_call>"] if thinking else [],
+        visible=list(visible) if thinking else [],
     )
     engine: Any = SimpleNamespace(tokenizer=tokenizer, n_ctx=1000)
     answer = generation_jobs.Answer(
@@ -244,6 +249,67 @@ def test_a_stop_string_is_not_looked_for_in_the_tags(tokenizer: ByteTokenizer, s
         stop=[stop],
     )
     assert (said, finish) == ("<think>Hm.</think>Hello", "stop")
+
+
+ANALYSIS = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant"
+PREAMBLE = "<|channel|>commentary<|message|>{}<|end|><|start|>assistant"
+FINAL = "<|channel|>final<|message|>{}"
+
+
+def harmony(script: str, *stop: str, tools: Sequence[Tool] = ()) -> Message:
+    """What comes of an answer of gpt-oss."""
+    made = prompt("gpt_oss", user("Hi"), tools)
+    tokenizer = ByteTokenizer(*CONTROL_TOKENS["gpt_oss"])
+    said, _ = answer_text(script, tokenizer=tokenizer, thinking=made.thinking, stop=[*stop],
+                          visible=made.visible)  # fmt: skip
+    splitter = made.splitter()
+    return Message.of([*splitter.feed(said), *splitter.finish()])
+
+
+@pytest.mark.parametrize("said", [FINAL, PREAMBLE])
+@pytest.mark.parametrize(
+    "stop", ["|", "<", "final", "assistant", "analysis", "commentary", "message|>", "<|me"]
+)
+@pytest.mark.parametrize("before", [ANALYSIS.format("Hm."), ANALYSIS.format("Hm.") * 2, "",
+                                    ANALYSIS.format("") + PREAMBLE.format("I look.")])  # fmt: skip
+def test_a_stop_string_is_not_looked_for_in_the_heads_of_messages(
+    before: str, stop: str, said: str
+) -> None:
+    assert harmony(before + said.format("Rome."), stop).text.endswith("Rome.")
+    assert harmony(before + said.format(f"  Rome {stop}."), stop).text.endswith("  Rome ")
+
+
+def test_stop_strings_count_in_no_thoughts_of_several() -> None:
+    thoughts = ANALYSIS.format("Hm.") + ANALYSIS.format("Observation: none")
+    for before in (thoughts, PREAMBLE.format("I look.") + thoughts):
+        message = harmony(before + FINAL.format("Rome\nObservation: sun"), "Observation:")
+        assert "none" in message.reasoning
+        assert message.text.endswith("Rome\n")
+
+
+@pytest.mark.parametrize("before", ["", ANALYSIS.format("Hm.")])
+@pytest.mark.parametrize("head", [" to=functions.get_time<|channel|>commentary json",
+                                  "<|channel|>commentary to=functions.get_time "])  # fmt: skip
+def test_a_stop_string_is_not_looked_for_in_the_head_of_a_call(before: str, head: str) -> None:
+    call = f'{before}{head}<|message|>{{"city": "Rome"}}'
+    for stop in ("json", "get_time", "functions", "to=", "|"):
+        message = harmony(call, stop, tools=TOOLS)
+        assert message.calls == [Call("get_time", '{"city": "Rome"}')]
+    assert harmony(call, "Rome", tools=TOOLS).calls == [Call("get_time", '{"city": "')]
+
+
+def test_stop_strings_count_where_a_model_leaves_the_form_of_messages() -> None:
+    assert harmony("Rome STOP Paris", "STOP") == Message("Rome ")
+
+
+def test_a_budget_is_that_of_all_thoughts_of_an_answer() -> None:
+    thinking = prompt("gpt_oss", user("Hi"), TOOLS, budget=5).thinking
+    assert thinking
+    tokenizer = ByteTokenizer(*CONTROL_TOKENS["gpt_oss"])
+    script = ANALYSIS.format("abc") + "<|channel|>analysis<|message|>defg"
+    said = play(thoughts(thinking, tokenizer), tokenizer, script)
+    end = "<|end|><|start|>assistant"
+    assert said == f"{ANALYSIS.format('abc')}<|channel|>analysis<|message|>d{end}efg"
 
 
 @BOTH

@@ -17,7 +17,8 @@ from chat.tools.base import Function, Messages, ToolFormat, literal, one_call_a_
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 CONSTRAIN, END, CALL, RETURN = "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"
 KIND = f'(" "? «{CONSTRAIN}» "json" | " json")?'  # of what follows
-TAGS = ReasoningTags(f"{CHANNEL}analysis{MESSAGE}", END)
+HEADS = (START, CHANNEL, " to=functions.")  # behind the prompt's own beginning of a header
+TAGS = ReasoningTags(f"{CHANNEL}analysis{MESSAGE}", END, HEADS, MESSAGE)
 
 
 class Harmony(ToolFormat):
@@ -98,7 +99,6 @@ class HarmonySplitter:
     """Reads messages one by one: a header, then what it says. What is said to anybody else but the
     user and the functions counts as thoughts."""
 
-    _HEADS = (START, CHANNEL, " to=functions.")  # behind the prompt's own beginning of a header
     _ENDS = (END, CALL, RETURN)
     _END = re.compile("|".join(map(re.escape, _ENDS)))
     _RECIPIENT = re.compile(r" to=(?!assistant)(?:functions\.)?([^\s<]+)")
@@ -130,12 +130,12 @@ class HarmonySplitter:
     def finish(self) -> list[Event]:
         held, self._held = self._held, ""
         if self._in_header:
-            return [] if held.startswith(self._HEADS) or not held else [Text(held)]
+            return [] if held.startswith(HEADS) or not held else [Text(held)]
         return self._said(held)
 
     def _read_header(self) -> tuple[list[Event], bool]:
-        if not self._held.startswith(self._HEADS):
-            if any(head.startswith(self._held) for head in self._HEADS):
+        if not self._held.startswith(HEADS):
+            if any(head.startswith(self._held) for head in HEADS):
                 return [], False
             self._in_header = False  # the model leaves the format: all is text
             self._kind = "text"
