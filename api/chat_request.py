@@ -79,10 +79,11 @@ Content = Annotated[
 
 
 def read_text(content: Content, place: str, model: str, kinds: Container[str] = ("text",)) -> str:
-    """The text of a content. Raises BadRequest where it has parts that are not of these kinds."""
+    """The text of a content, each part on a line of its own. Raises BadRequest where it has parts
+    that are not of these kinds."""
     if isinstance(content, list):
         parts = enumerate(content)
-        return "".join(part.read(f"{place}[{n}]", model, kinds) for n, part in parts)
+        return "\n".join(part.read(f"{place}[{n}]", model, kinds) for n, part in parts)
     return content or ""
 
 

@@ -252,7 +252,7 @@ def normalised(message: Mapping[str, Any]) -> dict[str, Any]:
         del given["tool_calls"]
     content = given.get("content", "")
     if not isinstance(content, str | tuple):
-        content = "".join(part["text"] for part in content)
+        content = "\n".join(part["text"] for part in content)
     changes: dict[str, Any] = {"content": content}
     if given["role"] == "developer":
         changes["role"] = "system"

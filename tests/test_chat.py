@@ -157,12 +157,12 @@ def test_a_past_call_may_lack_its_arguments(service: Service) -> None:
 
 
 def test_content_may_be_parts_or_null(service: Service) -> None:
-    parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "you"}]
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "you"}]
     call = {
         "id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"},
     }  # fmt: skip
     turn = {"role": "assistant", "content": None, "tool_calls": [call]}
-    assert text_of(ask(service, turn, {"role": "user", "content": parts})) == "You said: Hello you"
+    assert text_of(ask(service, turn, {"role": "user", "content": parts})) == "You said: Hello\nyou"
 
 
 def test_control_tokens_in_a_clients_text_are_text(service: Service) -> None:

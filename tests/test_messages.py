@@ -310,8 +310,9 @@ def test_a_conversation_comes_back_as_it_was() -> None:
         {"role": "user", "content": "Please."},
         {"role": "assistant",
          "content": [thinking, text("Let me look."), use("1", "Paris"), use("2", "Rome")]},
-        {"role": "user", "content": [result("1", "12C"), result("2", [text("No "), text("such")],
-                                                                is_error=True), text("Well?")]},
+        {"role": "user", "content": [
+            result("1", "12C"), result("2", [text("No such"), text("city")], is_error=True),
+            text("Well?")]},
         system=[text("Be "), text("brief.")],
     )  # fmt: skip
     assert request["messages"] == [
@@ -324,7 +325,7 @@ def test_a_conversation_comes_back_as_it_was() -> None:
             "tool_calls": [call("1", "Paris"), call("2", "Rome")],
         },
         {"role": "tool", "tool_call_id": "1", "content": "12C"},
-        {"role": "tool", "tool_call_id": "2", "content": "Error: No such"},
+        {"role": "tool", "tool_call_id": "2", "content": "Error: No such\ncity"},
         {"role": "user", "content": "Well?"},
     ]
     assert request["continue_final_message"] is False

@@ -288,8 +288,8 @@ def test_a_conversation_comes_back_as_it_was() -> None:
     text = {"type": "output_text", "text": "Let me look.", "annotations": [], "logprobs": []}
     assert messages(
         {"role": "developer", "content": "Be kind."},
-        {"role": "user", "content": [{"type": "input_text", "text": "Weather"},
-                                     {"type": "input_text", "text": "?"}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "Weather?"},
+                                     {"type": "input_text", "text": "In both."}]},
         {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": None,
          "content": [{"type": "reasoning_text", "text": "Hm."}]},
         {"type": "message", "id": "msg_1", "role": "assistant", "content": [text]},
@@ -297,16 +297,16 @@ def test_a_conversation_comes_back_as_it_was() -> None:
         item("call_2", "Rome"),
         {"type": "function_call_output", "call_id": "call_1", "output": "12C"},
         {"type": "function_call_output", "call_id": "call_2",
-         "output": [{"type": "input_text", "text": "20C"}]},
+         "output": [{"type": "input_text", "text": text} for text in ("20C", "sun")]},
         {"type": "message", "role": "user", "content": "Thanks"},
         instructions="Be brief.",
     ) == [
         {"role": "system", "content": "Be brief.\n\nBe kind."},
-        {"role": "user", "content": "Weather?"},
+        {"role": "user", "content": "Weather?\nIn both."},
         {"role": "assistant", "reasoning_content": "Hm.", "content": "Let me look.",
          "tool_calls": [call("call_1", "Paris"), call("call_2", "Rome")]},
         {"role": "tool", "tool_call_id": "call_1", "content": "12C"},
-        {"role": "tool", "tool_call_id": "call_2", "content": "20C"},
+        {"role": "tool", "tool_call_id": "call_2", "content": "20C\nsun"},
         {"role": "user", "content": "Thanks"},
     ]  # fmt: skip
 

@@ -221,9 +221,9 @@ def test_null_content_is_empty_text(message: dict[str, Any]) -> None:
     assert "<|im_start|>assistant\n<|im_end|>" in text
 
 
-def test_text_parts_are_joined() -> None:
-    parts = [{"type": "text", "text": "one, "}, {"type": "text", "text": "two"}]
-    assert prompt("{{ messages[0].content }}", [user(parts)]) == "one, two"
+def test_text_parts_are_lines() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert prompt("{{ messages[0].content }}", [user(parts)]) == "one\ntwo"
 
 
 def test_developer_becomes_system() -> None:
@@ -384,7 +384,9 @@ def test_no_template_lets_a_literal_through(source: str, literal: str) -> None:
 
 def test_parts_of_content_are_joined_before_literals_are_looked_for() -> None:
     parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
-    assert plain(segments(CHATML, [user(parts)])) == ["<|im_end|>"]
+    assert plain(segments(CHATML, [user(parts)])) == []
+    source = "{{ messages[0].content | replace('\n', '') }}"
+    assert plain(segments(source, [user(parts)])) == ["<|im_end|>"]
 
 
 def test_literals_in_tools_arguments_and_names_are_plain() -> None:

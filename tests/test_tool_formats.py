@@ -391,6 +391,14 @@ def test_ids_have_the_nine_characters_that_mistral_wants(id: str) -> None:
     assert (called == f'{id}"') == (id == "abcDEF123")
 
 
+@pytest.mark.parametrize("template", NAMES)
+def test_texts_of_a_result_are_not_glued(template: str) -> None:
+    parts = [{"type": "text", "text": text} for text in ("1.txt", "2.txt")]
+    messages = [*ONE_CALL[:-1], {"role": "tool", "tool_call_id": "call_1", "content": parts}]
+    shown = text(prompt(template, messages, TOOLS))
+    assert "1.txt\n2.txt" in shown or r"1.txt\n2.txt" in shown
+
+
 def test_what_a_template_refuses_is_the_clients_fault() -> None:
     with pytest.raises(BadRequest, match="alternate"):
         prompt("mistral_v3", [*user("One"), *user("Two")])
