@@ -296,6 +296,10 @@ def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
     assert shown["gemma4"].endswith('response:get_weather{value:<|"|>rain<|"|>}<tool_response|>')
     assert "<|im_start|>assistant\nI look.<|tool_call_start|>[{" in shown["lfm2"]
     assert "<|channel|>analysis<|message|>Hm.\n\nI look.<|end|><|start|>" in shown["gpt_oss"]
+    # whose own templates show the call alone
+    turns = shown["llama3_1"].replace("<|end_header_id|>\n\n", ">").split("<|start_header_id|>")
+    assert turns[-4] == "assistant>I look.<|eot_id|>"
+    assert turns[-3].startswith('assistant>{"name": "get_weather"')
 
 
 def test_lfm2_is_asked_for_json_and_past_calls_are_in_its_own_tokens() -> None:
@@ -342,6 +346,7 @@ def test_what_was_said_before_two_calls_comes_once_where_each_has_a_turn() -> No
     messages[1] = messages[1] | {"content": "I look.", "reasoning": "Hm."}
     shown = text(prompt("gpt_oss", messages, TOOLS))
     assert shown.count("Hm.\n\nI look.") == shown.count("Hm.") == shown.count("I look.") == 1
+    assert text(prompt("llama3_1", messages, TOOLS)).count("I look.") == 1
 
 
 def test_results_stay_with_their_calls_where_ids_are_used_again() -> None:

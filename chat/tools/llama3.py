@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chat.events import Event, Splitter, Text
@@ -52,7 +52,14 @@ class Llama3(ToolFormat):
         return Llama3Splitter([function.name for function in functions])
 
     def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
-        return one_call_a_turn(messages)
+        """What was said before a call in a turn of its own, since templates show only the call."""
+        turns: list[Mapping[str, Any]] = []
+        for turn in one_call_a_turn(messages):
+            if turn.get("tool_calls") and turn["content"]:
+                turns.append({"role": turn["role"], "content": turn["content"]})
+                turn = {**turn, "content": ""}
+            turns.append(turn)
+        return turns
 
 
 def _quoted(name: str) -> str:
