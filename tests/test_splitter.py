@@ -379,7 +379,15 @@ HARMONY_ROWS = [
     (f"{FINAL}Hello <b> | \n", said("Hello <b> | \n")),
     (f"{FINAL}Hello<|return|>", said("Hello")),
     (f"{ANALYSIS}Hm. {NEXT}{FINAL}Hi", said("Hi", reasoning="Hm. ")),
-    (f"{ANALYSIS}One.{NEXT}{ANALYSIS}Two.{NEXT}{FINAL}Hi", said("Hi", reasoning="One.Two.")),
+    (f"{ANALYSIS}One.{NEXT}{ANALYSIS}Two.{NEXT}{FINAL}Hi", said("Hi", reasoning="One.\n\nTwo.")),
+    (f"{COMMENTARY}<|message|>I look.{NEXT}{FINAL}Equal.", said("I look.\n\nEqual.")),
+    (
+        f"{ANALYSIS}One.{NEXT}{FINAL}I look."
+        f"{NEXT}{ANALYSIS}{NEXT}{ANALYSIS}Two.{NEXT}{FINAL}Equal.",
+        said("I look.\n\nEqual.", reasoning="One.\n\nTwo."),
+    ),
+    (f"{FINAL}{NEXT}{FINAL}Equal.", said("Equal.")),
+    (f"{FINAL}One.<|end|>Two.", said("One.\n\nTwo.")),
     *(
         (
             f"{COMMENTARY} to=functions.f <|constrain|>json<|message|>{arguments}<|call|>",

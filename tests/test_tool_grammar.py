@@ -143,7 +143,7 @@ def test_mistral_may_give_its_calls_ids(has_tokens: bool) -> None:
 def test_gpt_oss_may_think_twice() -> None:
     raw = GPT_OSS.thoughts("Hm.") + GPT_OSS.before_a_call("I look.") + GPT_OSS.thoughts("Oh.")
     said = GPT_OSS.asked().says(raw + GPT_OSS.calls(CALL))
-    assert said == Message("I look.", "Hm.Oh.", [Call(*CALL)])
+    assert said == Message("I look.", "Hm.\n\nOh.", [Call(*CALL)])
 
 
 @pytest.mark.parametrize("before", ["\n\n", "<|python_tag|>", "\n<|python_tag|> "])

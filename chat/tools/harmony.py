@@ -97,7 +97,7 @@ class Harmony(ToolFormat):
 
 class HarmonySplitter:
     """Reads messages one by one: a header, then what it says. What is said to anybody else but the
-    user and the functions counts as thoughts."""
+    user and the functions counts as thoughts. Messages of a kind are paragraphs of one text."""
 
     _ENDS = (END, CALL, RETURN)
     _END = re.compile("|".join(map(re.escape, _ENDS)))
@@ -109,6 +109,8 @@ class HarmonySplitter:
         self._kind: Literal["text", "reasoning", "call"] = "text"
         self._arguments = JsonSpan()
         self._held = ""
+        self._said_before: set[str] = set()  # kinds
+        self._between = ""  # what was said before and what comes next
 
     @property
     def is_reasoning(self) -> bool:
@@ -137,21 +139,24 @@ class HarmonySplitter:
         if not self._held.startswith(HEADS):
             if any(head.startswith(self._held) for head in HEADS):
                 return [], False
-            self._in_header = False  # the model leaves the format: all is text
-            self._kind = "text"
+            self._begin("text")  # the model leaves the format: all is text
             return [], True
         header, found, body = self._held.partition(MESSAGE)
         if not found:
             return [], False
-        self._in_header = False
         self._held = body
         recipient = self._RECIPIENT.search(header)
         if recipient and recipient[1] in self._names:
-            self._kind = "call"
+            self._begin("call")
             self._arguments = JsonSpan()
             return [CallBegin(recipient[1])], True
-        self._kind = "reasoning" if recipient or f"{CHANNEL}analysis" in header else "text"
+        self._begin("reasoning" if recipient or f"{CHANNEL}analysis" in header else "text")
         return [], True
+
+    def _begin(self, kind: Literal["text", "reasoning", "call"]) -> None:
+        self._in_header = False
+        self._kind = kind
+        self._between = "\n\n" if kind in self._said_before else ""
 
     def _read_body(self) -> tuple[list[Event], bool]:
         if self.is_calling:  # a mark in JSON is a part of it
@@ -176,4 +181,6 @@ class HarmonySplitter:
             return []
         if self._kind == "call":
             return [CallArguments(text)]
+        text, self._between = self._between + text, ""
+        self._said_before.add(self._kind)
         return [Reasoning(text) if self._kind == "reasoning" else Text(text)]
