@@ -1,6 +1,7 @@
 """What a client may ask of a chat, in OpenAI's fields. The other chat endpoints translate theirs
 into these."""
 
+import json
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -224,12 +225,10 @@ class Conversation(Extensible):
                     f"There are two functions '{function.name}'.", param=f"tools[{n}].function.name"
                 )
             names.add(function.name)
-            schema = function.parameters or {"type": "object", "properties": {}}
-            part = schema_part(
-                _closed(schema), f"tools[{n}].function.parameters", is_lenient=not function.strict
-            )
+            place = f"tools[{n}].function.parameters"
+            schema = _of_objects(function.parameters or {"properties": {}}, place)
+            part = schema_part(_closed(schema), place, is_lenient=not function.strict)
             shown = {"name": function.name, "description": function.description or ""}
-            schema = {"type": "object", **schema}  # templates ask for it
             definition = {"type": "function", "function": {**shown, "parameters": schema}}
             tools.append(Tool(definition, part))
         return tools
@@ -272,10 +271,23 @@ class ChatRequest(Conversation, GenerationFields):
         return None
 
 
+def _of_objects(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """The schema of arguments, which are an object whatever else it allows; templates ask for the
+    type too. Raises BadRequest where it allows none."""
+    type = schema.get("type", "object")
+    if "object" not in (type if isinstance(type, list) else [type]):
+        raise BadRequest(
+            'The arguments of a function are an object: `type` must be "object" and not '
+            f"{json.dumps(type):.200}.",
+            param=place,
+        )
+    return {"type": "object"} | schema | {"type": "object"}
+
+
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema without arguments that it does not name: models invent some, and functions take
     none. A schema that says something about them, or has its properties elsewhere, is as it is."""
-    closed = {"type": "object", **schema}  # whatever it says: arguments are one
+    closed = dict(schema)
     properties, required = schema.get("properties"), schema.get("required")
     if isinstance(properties, dict) and not SAYS_MORE & schema.keys():
         names = required if isinstance(required, list) else ()

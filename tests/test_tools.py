@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from api.chat_request import ChatRequest
 from chat.events import CallArguments, CallBegin, Message
 from tests.serving import Service, events, fake, script, serving, settings
 
@@ -227,7 +228,10 @@ UNIQUE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems":
         ({"tools": TOOLS, "tool_choice": {"type": "custom"}}, "tool_choice.type", "function"),
         (bad_schema(UNIQUE, strict=True), "tools[0].function.parameters",
          "$.properties.a: 'uniqueItems'"),
-        (bad_schema({"type": "frob"}), "tools[0].function.parameters", "frob"),
+        *(
+            (bad_schema({"type": type}), "tools[0].function.parameters", f"not {json.dumps(type)}")
+            for type in ("frob", "string", ["string", "null"], None, 5)
+        ),
         (bad_schema([]), "tools[0].function.parameters", "dict"),
         ({"tools": TOOLS, "ignore_eos": True}, "ignore_eos", "where it ends"),
         ({"tools": TOOLS, "min_tokens": 3}, "min_tokens", "where it ends"),
@@ -275,6 +279,19 @@ def test_undeclared_arguments_are_written_only_where_they_may_be(service: Servic
             response = service.chat(tools=functions, tool_choice="required")
             ((_, arguments),) = called(message_of(response))
             assert json.loads(arguments).keys() == names
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_arguments_are_an_object_whatever_else_they_may_be(service: Service, strict: bool) -> None:
+    schema = {"type": ["null", "object"], "properties": {"a": {"type": "null"}}, "required": ["a"]}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "model": "light",
+            "tools": [tool(parameters=schema, strict=strict)]}  # fmt: skip
+    (made,) = ChatRequest.model_validate(body).tool_list()
+    assert json.loads(made.arguments.text)["type"] == "object"
+    assert made.definition["function"]["parameters"] == {**schema, "type": "object"}
+    response = service.chat(tools=body["tools"], tool_choice="required")
+    ((_, arguments),) = called(message_of(response))
+    assert json.loads(arguments) == {"a": None}
 
 
 @pytest.mark.parametrize(
