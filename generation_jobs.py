@@ -48,8 +48,8 @@ class Progress:
         self._own = own
         self._grammar = grammar
         self._thoughts = thoughts
-        self._ahead: deque[tuple[bool, bool | None]] = deque()
-        self.is_over, self.is_complete = self._now()
+        self._ahead: deque[tuple[bool, int, bool | None]] = deque()
+        self.is_over, self.n_undecided, self.is_complete = self._now()
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
         self._own.apply(logits)
@@ -60,12 +60,15 @@ class Progress:
 
     def told(self) -> None:
         """The next token was told: from here on all is as it was after that."""
-        self.is_over, self.is_complete = self._ahead.popleft()
+        self.is_over, self.n_undecided, self.is_complete = self._ahead.popleft()
 
-    def _now(self) -> tuple[bool, bool | None]:
-        """Whether thoughts are over, and whether the answer is a whole one by its grammar."""
-        is_over = self._thoughts is None or self._thoughts.is_over
-        return is_over, self._grammar.is_complete if self._grammar else None
+    def _now(self) -> tuple[bool, int, bool | None]:
+        """Whether thoughts are over, how many bytes may be either, and whether the answer is a
+        whole one by its grammar."""
+        is_complete = self._grammar.is_complete if self._grammar else None
+        if self._thoughts is None:
+            return True, 0, is_complete
+        return self._thoughts.is_over, self._thoughts.n_undecided, is_complete
 
 
 class Answer:
@@ -82,6 +85,7 @@ class Answer:
         own = thoughts or grammar
         self._progress = Progress(own, grammar, thoughts) if own else None
         self._text = TextStream([] if thoughts else job.request.stop)
+        self._late = b""  # of which it is not known yet whether stop strings count in it
         self.n_guessed = self.n_right = 0
         self._n_tokens = 0
         self._logprob = 0.0  # of all tokens, also of the end
@@ -101,17 +105,29 @@ class Answer:
         if self._progress:
             self._progress.told()
         if self._tokenizer.ends_generation(sampled.token):
-            return self._last(self._text.finish(), "stop")
+            return self._last(self._rest(), "stop")
         piece = self._piece(sampled.token)
         self._hold(piece, sampled)
-        if self._progress:
-            self._text.stops = tuple(self.job.request.stop) if self._progress.is_over else ()
-        text = self._text.push(piece)
+        text = self._read(self._progress, piece) if self._progress else self._text.push(piece)
         if self._text.stop is not None:
             return self._last(text, "stop")
         if self._n_tokens >= self.job.max_tokens:
-            return self._last(text + self._text.finish(), "length")
+            return self._last(text + self._rest(), "length")
         return self._out(text, None) if text else None
+
+    def _read(self, progress: Progress, piece: bytes) -> str:
+        """Text, in which stop strings count from where the answer begins; spaces there are none."""
+        data = self._late + piece
+        n_sure = len(data) - progress.n_undecided
+        data, self._late = data[:n_sure], data[n_sure:]
+        begins = progress.is_over and not self._text.stops
+        self._text.stops = tuple(self.job.request.stop) if progress.is_over else ()
+        return self._text.push(data, len(data) - len(data.lstrip()) if begins else 0)
+
+    def _rest(self) -> str:
+        """What was held back, now that it is no stop string."""
+        late, self._late = self._late, b""
+        return self._text.push(late) + self._text.finish()
 
     def _piece(self, token: int) -> bytes:
         return self.job.visible.get(token) or self._tokenizer.piece(token)
@@ -120,7 +136,8 @@ class Answer:
         if sampled.logprob is None:
             return
         top = [(self._piece(token), logprob) for token, logprob in sampled.top]
-        self._held.append((self._text.n_decoded, wire.TokenLogprob(piece, sampled.logprob, top)))
+        begin = self._text.n_decoded + len(self._late)
+        self._held.append((begin, wire.TokenLogprob(piece, sampled.logprob, top)))
 
     def _last(self, text: str, finish: Finish) -> wire.TokenOut:
         mean = None

@@ -14,8 +14,9 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
-    def push(self, data: bytes) -> str:
-        """The text that `data` makes certain, without the stop string and what follows it."""
+    def push(self, data: bytes, n_blank: int = 0) -> str:
+        """The text that `data` makes certain, without the stop string and what follows it. Its
+        first `n_blank` characters are none by themselves."""
         decoded = self._decoder.decode(data)
         self.n_decoded += len(decoded)
         text = self._held + decoded
@@ -23,7 +24,8 @@ class TextStream:
             self._held = ""
             return text
         # the stop that is complete first counts, so how text is cut into tokens changes nothing
-        found = ((at + len(s), at, s) for s in self.stops if (at := text.find(s)) >= 0)
+        places = ((text.find(s, max(n_blank - len(s) + 1, 0)), s) for s in self.stops)
+        found = ((at + len(s), at, s) for at, s in places if at >= 0)
         _, cut, self.stop = min(found, default=(0, 0, None))
         if self.stop is not None:
             self._held = ""

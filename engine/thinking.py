@@ -50,6 +50,11 @@ class Thoughts:
         """The model answers; spaces behind its thoughts are no answer yet, and heads are none."""
         return self._state == "over"
 
+    @property
+    def n_undecided(self) -> int:
+        """Bytes at the end that will be the answer's, unless thoughts begin with them."""
+        return len(self._tail) if self._state in ("before", "after") else 0
+
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
         if self._forced:
             wanted = logits[self._forced[0]]

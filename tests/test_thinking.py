@@ -321,6 +321,31 @@ def test_stop_strings_count_from_the_start_where_nothing_is_thought(
         assert said == ("", "stop")
 
 
+@pytest.mark.parametrize(
+    ("said", "stop", "text"),
+    [
+        ("<b>x", "<b>", ""),  # which might have become the tag
+        ("<think>Hm.</think><b>x", "<b>", "<think>Hm.</think>"),
+        ("\n\nUser: x", "\n\nUser:", ""),
+        ("<think>Hm.</think>\n\nUser: x", "\n\nUser:", "<think>Hm.</think>"),
+        ("<think>Hm.</think>\n\n\nUser: x", "\n\nUser:", "<think>Hm.</think>\n"),
+        ("<think>Hm.</think>x>>y", ">>", "<think>Hm.</think>x"),
+        ("<think>Hm.</think>>y>>", ">>", "<think>Hm.</think>>y"),
+    ],
+)
+def test_a_stop_string_may_begin_an_answer(said: str, stop: str, text: str) -> None:
+    found = answer_text(said, thinking=think(is_open=False), stop=[stop])
+    assert found == (text, "stop")
+    assert answer_text(said, thinking=think(is_open=False))[0] == said
+
+
+def test_an_answer_that_ends_before_it_has_begun_is_whole() -> None:
+    for said in ("<", "<thin", " \n", "<think>Hm.</think> \n"):
+        for limit in (None, len(said)):
+            found = answer_text(said, thinking=think(is_open=False), stop=["x"], max_tokens=limit)
+            assert found[0] == said
+
+
 @BOTH
 def test_thoughts_that_take_too_long_are_ended_in_the_text(tokenizer: ByteTokenizer) -> None:
     said, _ = answer_text("Hm, oh.", tokenizer=tokenizer, thinking=think(3), stop=["\n\n"])
