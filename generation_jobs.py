@@ -174,6 +174,7 @@ class Jobs:
         """Answer a job: after one prefill, which its sequences share."""
         self._jobs[job.request.job] = job
         sampling = job.request.sampling
+        first: int | None = None
         for index in range(job.request.n):
             number = next(self._ids)
             seed = (sampling.seed + index) % 2**32
@@ -185,13 +186,15 @@ class Jobs:
                     job.prompt,
                     own,
                     answer.constraint,
-                    reuses=job.request.reuse or index > 0,  # of the job's own first one
+                    reuses=job.request.reuse,
+                    goes_on_from=None if job.request.reuse else first,
                     rank=job.request.rank + SECOND_ANSWER_RANK * index,
                 )
             except Exception:
                 self.cancel(job.request.job)
                 raise
             job.answers[number] = self._answers[number] = answer
+            first = first or number
 
     def cancel(self, job_id: int) -> None:
         """Forget a job. Unknown ones are fine: it may just have ended."""

@@ -52,10 +52,19 @@ class BatchEngine:
         constraint: Constraint | None = None,
         *,
         reuses: bool = True,
+        goes_on_from: int | None = None,
         rank: float = 0.0,
     ) -> None:
         sampler = self._decoder.sampler(sampling, prompt)
-        sequence = Sequence(id, array("i", prompt), sampler, constraint, reuses=reuses, rank=rank)
+        sequence = Sequence(
+            id,
+            array("i", prompt),
+            sampler,
+            constraint,
+            reuses=reuses,
+            goes_on_from=goes_on_from,
+            rank=rank,
+        )
         self._scheduler.add(sequence)
 
     def cancel(self, id: int) -> None:

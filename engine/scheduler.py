@@ -166,19 +166,20 @@ class Scheduler:
             if len(self._running) == len(self._slots) and not self._outranks(sequence):
                 break
             wanted = view(sequence.tokens)[:-1]  # the last is decoded for its logits
-            if not (sequence.reuses or sequence.has_started):
+            reuses = sequence.reuses or sequence.has_started
+            if not reuses and sequence.goes_on_from is None:
                 wanted = wanted[:0]
                 if not self._running:
                     self._empty()  # also where cells lie in the memory changes last digits
-            if self._is_coming(wanted):
+            if self._is_coming(wanted) if reuses else self._waits_for_first(sequence):
                 n_passed_over += 1
                 continue
             if len(self._running) == len(self._slots):
                 self._put_off_last()
-            source = self._source(wanted)
+            source = self._source(wanted, recalls=reuses)
             while not self._fits(sequence, source) and self._outranks(sequence):
                 self._put_off_last()
-                source = self._source(wanted)
+                source = self._source(wanted, recalls=reuses)
             if not self._fits(sequence, source):
                 break
             self._waiting.remove(sequence)
@@ -199,14 +200,17 @@ class Scheduler:
         self._cells.move_out(self._release(last).index)
         self.add(last)
 
-    def _source(self, wanted: Tokens) -> Source:
-        """The longest beginning that is there; of equal ones a slot's, and an idle slot's first."""
+    def _source(self, wanted: Tokens, *, recalls: bool) -> Source:
+        """The longest beginning that is there; of equal ones a slot's, and an idle slot's first.
+        Only of a slot's, if nothing may be recalled."""
         best = Source()
         for slot in sorted(self._slots, key=lambda slot: slot.sequence is not None):
             n_tokens = self._cells.n_common(slot.index, wanted)
             is_usable = slot.sequence is None or self._cells.can_share or self._cells.can_mark
             if is_usable and n_tokens > best.n_tokens:
                 best = Source(n_tokens, slot)
+        if not recalls:
+            return best
         match = self._cells.match(wanted)
         if match.n_tokens > max(best.n_tokens, NOT_WORTH_RECALLING):
             return Source(match.n_tokens, None, match)
@@ -219,6 +223,18 @@ class Scheduler:
         """All of it is loaded, whatever is of use, and has room beside those that run."""
         has_room = len(kept.tokens) <= self._n_room()
         return has_room and n_gained > max(NOT_WORTH_RECALLING, len(kept.tokens) // OF_KEPT)
+
+    def _waits_for_first(self, sequence: Sequence) -> bool:
+        """The one that it goes on from has not come through its prompt. If that has ended by now
+        its slot still has the prompt, and else it is computed anew."""
+        return any(
+            other.id == sequence.goes_on_from and other.n_pending > 1
+            for other in (*self._running, *self._waiting)
+        )
+
+    def _is_one_steady_job(self) -> bool:
+        """Nobody runs but answers of one job that is to have the same numbers every time."""
+        return not self._running[0].reuses and len({s.first for s in self._running}) == 1
 
     def _is_coming(self, wanted: Tokens) -> bool:
         """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
@@ -358,6 +374,9 @@ class Scheduler:
             if self._cells.can_mark and is_alone:  # whole, which takes too long beside streams
                 any(self._cells.put_away(slot.index) for slot in idle)
             return
+        if self._is_one_steady_job():  # whatever the tree knows of it already
+            self._empty()
+            return
         n_to_move = self._cells.block
         if is_alone:
             n_pending = sum(sequence.n_pending for sequence in self._running)
@@ -426,7 +445,7 @@ class Scheduler:
         prefilling.sort(key=self._length)
         lengths = [sequence.n_pending for sequence in prefilling]
         n_left = min(self._n_batch - batch.n_tokens, sum(lengths))
-        if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time
+        if not self._is_one_steady_job():  # which has the same chunks every time
             burst = lengths if batch.is_beginning else ()
             n_left = self._pace.n_prefill(batch.n_decodes, n_left, burst)
         while self._cells.n_free - batch.n_tokens < n_left and self._idle():

@@ -69,6 +69,7 @@ class Sequence:
     n_cached: int = 0  # prompt tokens that needed no decoding
     has_started: bool = False  # was given a slot before
     reuses: bool = True  # begins with what others have computed, and so with their rounding
+    goes_on_from: int | None = None  # or only with what this one has, the first of its job
     rank: float = 0.0  # the least goes first, and puts off others where there is no place
     admitted_at: int = 0  # the plan in which it got its slot
     guesses: Any = None  # engine.speculation.Guesses, made when first wanted
@@ -80,6 +81,11 @@ class Sequence:
     @property
     def n_pending(self) -> int:
         return len(self.tokens) - self.n_past
+
+    @property
+    def first(self) -> int:
+        """The first of its job, by which such are known that do not reuse."""
+        return self.id if self.goes_on_from is None else self.goes_on_from
 
 
 @dataclass(slots=True)
@@ -129,6 +135,11 @@ class Batch:
             self.n_new += len(sequence.tokens) <= sequence.n_prompt + 1
         self.chunks.append(Chunk(sequence, sequence.n_past, n_tokens))
         self.n_tokens += n_tokens
+
+    @property
+    def is_steady(self) -> bool:
+        """All in it are to have the same numbers every time."""
+        return not any(chunk.sequence.reuses for chunk in self.chunks)
 
     @property
     def is_beginning(self) -> bool:

@@ -9,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import generation_jobs
 from engine import wire
 from engine.backends.base import Engine, load_engine
+from engine.grammar import Compiler
 from engine.types import Sampled, SamplingParams, Sequence
 
 Logits = npt.NDArray[np.float32]
@@ -75,6 +77,23 @@ def generate(
             if len(tokens[number]) == n_tokens or engine.tokenizer.ends_generation(token):
                 engine.cancel(number)
     return tokens
+
+
+def seeded_answers(engine: Engine, prompt: list[int], *, n: int) -> list[list[tuple[bytes, float]]]:
+    """Tokens and log probabilities of the answers to a request with a seed, which end at different
+    times, in an engine that is idle."""
+    free = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    sampling = SamplingParams(**free, seed=7, n_logprobs=0)  # type: ignore[arg-type]
+    request = wire.Generate(list(prompt), False, sampling, ["q"], 40, n=n, reuse=False)
+    jobs = generation_jobs.Jobs(engine)
+    jobs.admit(generation_jobs.prepare(request, engine, Compiler(engine.tokenizer)))
+    answers: list[list[tuple[bytes, float]]] = [[] for _ in range(n)]
+    while not engine.idle:
+        for message in jobs.report(engine.step()):
+            assert not isinstance(message, wire.Failed)
+            for out in message.outs if isinstance(message, wire.Step) else ():
+                answers[out.index] += [(one.token, one.logprob) for one in out.logprobs]
+    return answers
 
 
 def ids(engine: Engine, text: str) -> list[int]:

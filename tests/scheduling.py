@@ -183,8 +183,11 @@ class Bench:
         n_wanted: int = 1000,
         rank: float = 0.0,
         reuses: bool = True,
+        goes_on_from: int | None = None,
     ) -> Sequence:
-        sequence = Sequence(id, array("i", prompt), rank=rank, reuses=reuses)
+        sequence = Sequence(
+            id, array("i", prompt), rank=rank, reuses=reuses, goes_on_from=goes_on_from
+        )
         self.sequences[id] = sequence
         self.wanted[id] = n_wanted
         self.scheduler.add(sequence)

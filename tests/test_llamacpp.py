@@ -41,7 +41,16 @@ from errors import ModelLoadFailed
 from generation_jobs import prepare
 from settings import TierSettings
 from tests import gguf_fixtures
-from tests.engines import GREEDY, engine_of, generate, ids, lanes_of, next_logits, open_lanes
+from tests.engines import (
+    GREEDY,
+    engine_of,
+    generate,
+    ids,
+    lanes_of,
+    next_logits,
+    open_lanes,
+    seeded_answers,
+)
 from tests.serving import events, serving, settings
 
 pytestmark = pytest.mark.real
@@ -207,7 +216,7 @@ def _first_difference(a: list[int], b: list[int]) -> int | None:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
 
 
-def test_only_a_seeded_answer_alone_keeps_its_threads_and_its_numbers_on_a_busy_machine(
+def test_only_seeded_answers_alone_keep_their_threads_and_numbers_on_a_busy_machine(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention adds up 512 cells and more in as many parts as there are threads."""
@@ -239,14 +248,31 @@ def test_only_a_seeded_answer_alone_keeps_its_threads_and_its_numbers_on_a_busy_
         is_busy = busy
         numbers.clear()
         engine.admit(number, prompt, sampling, reuses=reuses)
-        answer: list[Sampled] = []
-        while len(answer) < 5:
-            answer += [sampled for _, sampled in engine.step().tokens]
+        first = None if reuses else number
+        engine.admit(number + 10, prompt, sampling, reuses=reuses, goes_on_from=first, rank=10.0)
+        answers: list[Sampled] = []
+        while len(answers) < 9:
+            answers += [sampled for _, sampled in engine.step().tokens]
         engine.cancel(number)
-        said.append(answer)
+        engine.cancel(number + 10)
+        said.append(answers)
         assert numbers == expected
     engine.close()
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("n_parallel", [1, 3, 8])
+def test_all_answers_to_a_seeded_request_are_the_same_every_time(
+    tiny: Path, load: Callable[..., Engine], n_parallel: int
+) -> None:
+    """Whatever the tier has computed before, the same prompt or another."""
+    engine = load(tiny, n_parallel=n_parallel, n_ctx=1024, speculates=True)
+    prompt = [1000 + i for i in range(600)]
+    said = seeded_answers(engine, prompt, n=5)
+    assert len({len(answer) for answer in said}) > 2
+    generate(engine, {101: prompt[:590], 102: prompt}, 12)
+    assert seeded_answers(engine, prompt, n=5) == said
+    assert seeded_answers(engine, prompt, n=5) == said
 
 
 def test_without_flash_attention_128_tokens_are_computed_at_once_with_the_same_numbers(

@@ -19,7 +19,7 @@ from engine.chat_folder import AddedToken, TokenizerConfig, TokenizerFile, Vocab
 from engine.grammar import Compiler
 from engine.types import SamplingParams
 from errors import ModelLoadFailed
-from tests.engines import GREEDY, engine_of, generate, ids, needs_mlx
+from tests.engines import GREEDY, engine_of, generate, ids, needs_mlx, seeded_answers
 from tests.gguf_fixtures import spm_vocabulary, write_tiny_spm
 
 pytestmark = [pytest.mark.real, needs_mlx]
@@ -96,6 +96,37 @@ def test_answers_to_one_prompt_need_one_prefill(tiny_mlx: Path, load: Load) -> N
     said, cached = run(engine, dict.fromkeys(range(4), 6))
     assert cached == {0: 0, 1: 79, 2: 79, 3: 79}
     assert said[0] == said[1] == said[2] == said[3]
+
+
+def test_all_answers_to_a_seeded_request_are_the_same_every_time(
+    tiny_mlx: Path, load: Load
+) -> None:
+    engine = load(tiny_mlx, n_parallel=3)
+    prompt = [1000 + i for i in range(90)]
+    said = seeded_answers(engine, prompt, n=5)
+    assert len({len(answer) for answer in said}) > 2
+    generate(engine, {101: prompt[:60], 102: prompt}, 12)
+    assert seeded_answers(engine, prompt, n=5) == said
+    assert seeded_answers(engine, prompt, n=5) == said
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_answers_without_reuse_go_on_from_their_first_one_whatever_is_known(
+    is_cancelled: bool, tiny_mlx: Path, load: Load
+) -> None:
+    """If that is gone, from the first that is left, which computes the prompt anew."""
+    engine = load(tiny_mlx)
+    prompt = [1000 + i for i in range(90)]
+    generate(engine, {9: prompt}, 2)
+    for number in (1, 2, 3):
+        first, rank = (1, 10.0) if number > 1 else (None, 0.0)
+        engine.admit(number, prompt, GREEDY, reuses=False, goes_on_from=first, rank=rank)
+    assert engine.step().started == [(1, 0)], "the others wait"
+    if is_cancelled:
+        engine.cancel(1)
+    said, cached = run(engine, {1: 4, 2: 4, 3: 4})
+    assert cached == ({2: 0, 3: 89} if is_cancelled else {2: 89, 3: 89})
+    assert said[2] == said[3]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What a newcomer need not compute, as lists of plain calls: cells of conversations that went
 before, of sequences that run, and of the prefix tree."""
 
+import pytest
+
 from engine.marks import TAIL
 from engine.scheduler import WORTH_WAITING_FOR
 from tests.scheduling import BLOCK, Bench, answer_to, tokens
@@ -421,3 +423,53 @@ def test_without_reuse_a_prompt_has_the_pace_of_the_others_beside_them() -> None
     bench.step()
     bench.add(2, tokens(2000, 50), reuses=False)
     assert bench.step() == {1: 1, 2: 7}
+
+
+@pytest.mark.parametrize("n_slots", [3, 5])
+def test_the_answers_of_a_job_without_reuse_have_the_same_steps_whatever_is_known(
+    n_slots: int,
+) -> None:
+    """They end one after the other; one waits for a place, or what ended lies there."""
+    prompt = tokens(1000, 600)
+    jobs = []
+    bench = Bench(n_slots=n_slots, n_cells=2000, n_prefill=7)
+    for at in (10, 20, 30):
+        steps: list[tuple[list[int], int]] = []
+        jobs.append(steps)
+        for i, n_wanted in enumerate((2, 9, 6, 4)):
+            first = at if i else None
+            bench.add(at + i, prompt, n_wanted, rank=10.0 * i, reuses=False, goes_on_from=first)
+        while not bench.scheduler.idle:
+            steps.append((list(bench.step().values()), bench.memory.n_used))
+        for i in range(4):
+            assert bench.answers[at + i] == answer_to(prompt, len(bench.answers[at + i]))
+        bench.talk(at + 5, [*prompt[:500], 7])
+        bench.talk(at + 6, prompt)
+    assert jobs[0][:6] == [([100], n) for n in range(100, 700, 100)]
+    assert jobs[0][6][0] == [1] * min(n_slots, 4), "all go on together"
+    assert jobs[0] == jobs[1] == jobs[2]
+
+
+def test_who_goes_on_from_one_that_is_gone_does_not_wait_for_it() -> None:
+    prompt = tokens(1000, 90)
+    bench = Bench(n_batch=40)
+    bench.talk(9, prompt)  # known, and not to be taken
+    bench.add(1, prompt, reuses=False)
+    bench.add(2, prompt, n_wanted=2, rank=10.0, reuses=False, goes_on_from=1)
+    bench.add(3, prompt, n_wanted=2, rank=20.0, reuses=False, goes_on_from=1)
+    assert bench.step() == {1: 40}
+    for failed in bench.scheduler.fail(bench.plan()):
+        del bench.sequences[failed.id]
+    n_decoded = bench.n_decoded
+    bench.run()
+    assert bench.n_decoded >= n_decoded + 89, "they compute it anew"
+    assert bench.answers[2] == bench.answers[3] == answer_to(prompt, 2)
+
+
+def test_answers_without_reuse_share_one_prefill_also_when_the_first_has_said_all() -> None:
+    prompt = tokens(1000, 90)
+    bench = Bench(n_slots=1)
+    for i in range(3):
+        first = 1 if i else None
+        bench.add(1 + i, prompt, 1, rank=10.0 * i, reuses=False, goes_on_from=first)
+    assert [bench.step() for _ in range(3)] == [{1: 90}, {2: 1}, {3: 1}]

@@ -205,6 +205,7 @@ def test_nothing_is_guessed_beside_a_prompt() -> None:
 def test_a_request_that_must_have_the_same_numbers_gets_no_guesses() -> None:
     bench = guessing()
     bench.add(1, [1, 2, 3] * 5, n_wanted=40, reuses=False)
+    bench.add(2, [1, 2, 3] * 5, n_wanted=40, reuses=False, goes_on_from=1)
     bench.run()
     assert bench.n_guessed == 0
 

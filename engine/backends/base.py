@@ -73,12 +73,15 @@ class Engine(Protocol):
         constraint: Constraint | None = None,
         *,
         reuses: bool = True,
+        goes_on_from: int | None = None,
         rank: float = 0.0,
     ) -> None:
         """Take a sequence of 1…n_ctx - 1 valid tokens. It starts in this or a later step; of those
         that wait the one with the least rank goes first, and of equal ones the lowest id; where
         there is no place for it one with a greater rank is put off. Unless it `reuses` what others
-        have computed, its numbers are the same whenever it has no company."""
+        have computed, its numbers are the same whenever it has no company but the answers of its
+        job: of these the first computes the prompt, and the others, with the same prompt, say by
+        its id what they go on from."""
 
     def cancel(self, id: int) -> None:
         """End a sequence before the next step. Unknown ids are fine: it may just have failed."""

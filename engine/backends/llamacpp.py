@@ -149,13 +149,11 @@ class LlamaDecoder:
     def decode(self, batch: Batch) -> None:
         # flash attention adds up a long context in as many parts as there are threads, and some
         # kernels take rows in pairs, as they fall to the threads
-        is_alone = len(batch.chunks) == 1
-        is_steady = is_alone and not batch.chunks[0].sequence.reuses
         in_lanes = self._lanes.choose(batch) if self._lanes else {}
         slots = {chunk.slot for chunk in in_lanes.values()}
         at_home = {chunk.slot: chunk for chunk in batch.chunks if chunk.slot not in slots}
         rows: dict[int, list[Row]] = {}
-        with self._threads.step(batch.n_tokens, batch.n_held, is_steady=is_steady):
+        with self._threads.step(batch.n_tokens, batch.n_held, is_steady=batch.is_steady):
             if at_home:  # first: only there may cells be missing, and then nothing is computed
                 rows |= self._compute(self._context, at_home)
             if self._lanes and in_lanes:

@@ -117,6 +117,7 @@ class Live:
     tokens: "array[int]"
     chooser: Chooser  # survives being put off
     reuses: bool
+    goes_on_from: int | None  # does not reuse, but goes on from this one, the first of its job
     rank: float
     n_joined: int = 0  # tokens with which it joined the rows
     has_started: bool = False
@@ -125,6 +126,11 @@ class Live:
     def is_decoding(self) -> bool:
         """Its prompt is computed: a token came after it."""
         return len(self.tokens) > self.n_joined
+
+    @property
+    def first(self) -> int:
+        """The first of its job, by which such are known that do not reuse."""
+        return self.id if self.goes_on_from is None else self.goes_on_from
 
 
 class MlxEngine:
@@ -164,12 +170,14 @@ class MlxEngine:
         constraint: Constraint | None = None,
         *,
         reuses: bool = True,
+        goes_on_from: int | None = None,
         rank: float = 0.0,
     ) -> None:
         chooser = new_chooser(
             sampling, prompt, constraint, self._ends, self._suppressed, self.tokenizer.piece
         )
-        insort(self._waiting, Live(id, array("i", prompt), chooser, reuses, rank), key=_order)
+        live = Live(id, array("i", prompt), chooser, reuses, goes_on_from, rank)
+        insort(self._waiting, live, key=_order)
 
     def cancel(self, id: int) -> None:
         for live in self._waiting:
@@ -189,7 +197,8 @@ class MlxEngine:
             return result
         n_decodes = sum(live.is_decoding for live in self._running)
         n_prefill = self._n_alone
-        if len(self._running) > 1 or self._running[0].reuses:  # else the same chunks every time
+        # one job that does not reuse has the same chunks every time
+        if self._running[0].reuses or len({live.first for live in self._running}) > 1:
             n_allowed = self._pace.n_prefill(n_decodes, self._spec.n_batch)
             n_prefill = min(max(self._n_least, n_allowed), self._spec.n_batch)
         started_at = time.perf_counter()
@@ -247,9 +256,9 @@ class MlxEngine:
             is_full = len(self._running) >= self._rows.n_most
             if (is_full and not self._outranks(live)) or n_passed_over == self.n_parallel:
                 break
-            reuses = live.reuses or live.has_started
-            wanted = view(live.tokens)[: len(live.tokens) - 1 if reuses else 0]
-            if self._is_coming(wanted):
+            first = None if live.reuses or live.has_started else self._first_of(live)
+            wanted = view(live.tokens)[: 0 if first is live else len(live.tokens) - 1]
+            if self._is_coming(wanted) if first is None else not self._is_through(first, live):
                 n_passed_over += 1
                 continue
             if is_full:
@@ -259,10 +268,10 @@ class MlxEngine:
             if not self._fits(live):
                 break
             self._waiting.remove(live)
-            self._enter(live, wanted, result)
+            self._enter(live, wanted, first, result)
 
-    def _enter(self, live: Live, wanted: Tokens, result: StepResult) -> None:
-        n_cached, cached = self._beginning(wanted)
+    def _enter(self, live: Live, wanted: Tokens, first: Live | None, result: StepResult) -> None:
+        n_cached, cached = self._beginning(wanted, first)
         self._rows.add(live.id, live.tokens.tolist(), cached, n_cached, live.chooser)
         live.n_joined = len(live.tokens)
         insort(self._running, live, key=_order)
@@ -270,18 +279,30 @@ class MlxEngine:
             live.has_started = True
             result.started.append((live.id, n_cached))
 
-    def _beginning(self, wanted: Tokens) -> tuple[int, Cache | None]:
-        """The longest beginning of a prompt that is computed, of one that runs or that ended. Never
-        all of the prompt: the last token is computed for what follows it."""
-        n_known = self._prompts.n_known(wanted)
-        decoding = [live for live in self._running if live.is_decoding]
+    def _first_of(self, live: Live) -> Live:
+        """The first answer of its job that is still there, perhaps itself: the others go on from
+        that."""
+        job = [other for other in (*self._running, *self._waiting) if other.first == live.first]
+        return min(job, key=_order)
+
+    def _is_through(self, first: Live, live: Live) -> bool:
+        """The prompt is there for who goes on from it."""
+        return first is live or (first in self._running and first.is_decoding)
+
+    def _beginning(self, wanted: Tokens, first: Live | None) -> tuple[int, Cache | None]:
+        """The longest beginning of a prompt that is computed, of one that runs or that ended, or
+        only of the first of its job. Never all of the prompt: the last token is computed for what
+        follows it."""
+        n_known = 0 if first else self._prompts.n_known(wanted)
+        decoding = [first] if first else [live for live in self._running if live.is_decoding]
         source = max(decoding, key=lambda live: n_common(view(live.tokens), wanted), default=None)
         if source and n_common(view(source.tokens), wanted) > n_known:
             tokens, cache = self._rows.cache_of(source.id)
             n = n_usable(tokens, cache, wanted)
             if n > n_known:
                 return n, beginning(cache, len(tokens), n)
-        return self._prompts.recall(wanted) or (0, None)
+        recalled = None if first else self._prompts.recall(wanted)
+        return recalled or (0, None)
 
     def _is_coming(self, wanted: Tokens) -> bool:
         """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
