@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.gbnf_to_lark import gbnf_to_lark
+from llguidance.gbnf_to_lark import ASTNode, GrammarParser, RuleRefNode
 
 from engine.backends.base import Tokenizer
 from engine.wire import MAX_GRAMMAR_BYTES, Grammar, GrammarPart
@@ -35,6 +35,7 @@ _MARK = re.compile(
     "(?:(?P<inside>inside )?(?P<length>\\{[0-9,]+\\} )?until (?P<until>[^»]+))?"
     "|(?P<spaced>spaced )?(?P<text>[^»]+))»"
 )
+_IS_GBNF = re.compile(r"(?:^|[\r\n])[ \t]*[\w-]+[ \t]*::=")  # the beginning of one of its rules
 # what of GBNF holds characters, and comments, which hold none; one character; those of one letter
 _GBNF = re.compile(r'#[^\r\n]*|"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\.', re.DOTALL)
 _CHARACTER = re.compile(
@@ -218,19 +219,41 @@ def _source(part: GrammarPart) -> dict[str, Any]:
     if part.kind == "json_schema":
         return {"json_schema": _styled(part)}
     text = part.text
-    if "::=" in text:
+    if _IS_GBNF.search(text):
         try:
-            text = gbnf_to_lark(_GBNF.sub(_plain, text))
+            text = _as_lark(text)
         except Exception as error:  # the converter raises bare ones
             reason = _first_line(str(error)) or "it is nested too deeply"
             raise BadRequest(f"The GBNF cannot be used: {reason}.", param=part.param) from None
     return {"lark_grammar": text}
 
 
+def _as_lark(gbnf: str) -> str:
+    """GBNF as Lark without terminals, and no literal has two characters: of a terminal as much is
+    taken as can be, and a literal that has begun must end, where GBNF tries every way."""
+    rules = GrammarParser().parse(_GBNF.sub(_plain, gbnf))
+    names = {name: f"rule_{n}" for n, name in enumerate(rules)} | {"root": "start"}
+    if "root" not in rules:
+        raise ValueError("it has no rule 'root'")
+
+    def rename(node: ASTNode) -> None:
+        if isinstance(node, RuleRefNode):
+            if node.name not in names:
+                raise ValueError(f"it has no rule '{node.name}'")
+            node.name = names[node.name]
+        for child in node.children():
+            rename(child)
+
+    for rule in rules.values():
+        rename(rule)
+    lines = (f"{names[name]}: {rule.alternatives.top_str()}" for name, rule in rules.items())
+    return "\n".join(lines)
+
+
 def _plain(match: re.Match[str]) -> str:
     """A part of GBNF in which each character stands for itself, or is written as all read it. The
-    converter to Lark drops zeros of \\u00e9, and takes dots and classes for those of a regex, where
-    a dot is no line break and && intersects."""
+    parser drops zeros of \\u00e9, and its nodes take dots and classes for those of a regex, where a
+    dot is no line break and && intersects."""
     part = match[0]
     if part[0] == "#":
         return part
@@ -238,7 +261,8 @@ def _plain(match: re.Match[str]) -> str:
         return "[\\x00-\U0010ffff]"
     found = list(_CHARACTER.finditer(part[1:-1]))
     if part[0] == '"':
-        return f'"{"".join(_in_literal(_character(one)) for one in found)}"'
+        chars = [f'"{_in_literal(_character(one))}"' for one in found]
+        return f"({' '.join(chars)})" if chars else part
     is_negated = bool(found) and found[0][0] == "^"
     marks = [one[0] for one in found[is_negated:]]
     chars = [_in_class(_character(one)) for one in found[is_negated:]]

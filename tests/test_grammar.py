@@ -182,6 +182,17 @@ def test_what_else_is_wrong_with_a_schema_is_told_where_patterns_are_read_over()
         COMPILER.compile(Grammar((part,)))
 
 
+def is_accepted(grammar: str, text: str) -> bool:
+    state = COMPILER.compile(lark(grammar))
+    for byte in text.encode():
+        logits = np.zeros(TOKENIZER.n_vocab, np.float32)
+        state.apply(logits)
+        if logits[byte] < 0:
+            return False
+        state.accept(byte)
+    return state.is_complete
+
+
 GRAMMARS = [
     ('root ::= "yes" | "no" digits\ndigits ::= [0-9]+', r"yes|no[0-9]+"),
     ('root ::= a-b\na-b ::= "x"{2,3}', r"xx|xxx"),
@@ -215,17 +226,31 @@ SPELLINGS = [
 def test_characters_of_gbnf_are_what_llama_cpp_takes_them_for(
     rule: str, right: str, wrong: str
 ) -> None:
-    def is_accepted(text: str) -> bool:
-        state = COMPILER.compile(lark(f"root ::= {rule}\n"))
-        for byte in text.encode():
-            logits = np.zeros(TOKENIZER.n_vocab, np.float32)
-            state.apply(logits)
-            if logits[byte] < 0:
-                return False
-            state.accept(byte)
-        return state.is_complete
+    grammar = f"root ::= {rule}\n"
+    assert (is_accepted(grammar, right), is_accepted(grammar, wrong)) == (True, False)
 
-    assert (is_accepted(right), is_accepted(wrong)) == (True, False)
+
+WAYS = [
+    ('root ::= thought "Answer: " [0-9]+\nthought ::= [^\\n]*', "An An Answer: 42", "Answer: "),
+    ('root ::= text "END"\ntext ::= .*', "THE EEND\n END", "EN"),
+    ('root ::= .* "END"', "THE EEND\n END", "EN"),
+    ('root ::= w " is " w "."\nw ::= [A-Za-z ]+', "This is it is not.", "This is."),
+    ('root ::= word "x"\nword ::= [a-z]+', "axbx", "ab"),
+    ('root ::= "ab"+ "abc"?', "abababc", "ababa"),
+    ('root ::= a-b a_b aB\na-b ::= "x"\na_b ::= "y"\naB ::= "z"', "xyz", "xy"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("grammar", "right", "wrong"), WAYS)
+def test_gbnf_takes_every_way_that_leads_on(grammar: str, right: str, wrong: str) -> None:
+    assert (is_accepted(grammar, right), is_accepted(grammar, wrong)) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "grammar", ['start: NAME " ::= " NAME\nNAME: /[a-z]+/', "start: /a ::= b/"]
+)
+def test_what_gbnf_looks_like_may_stand_in_a_literal_of_lark(grammar: str) -> None:
+    assert (is_accepted(grammar, "a ::= b"), is_accepted(grammar, "a")) == (True, False)
 
 
 @pytest.mark.parametrize(
