@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from engine.backends.base import load_engine
 from engine.backends.mlx import MlxEngine
-from engine.backends.mlx_sampling import RowChooser
+from engine.drawing import RowSampler
 from engine.types import SamplingParams
 from engine.wire import WorkerSpec
 
@@ -56,7 +56,7 @@ def main() -> None:
     in_mlx, in_numpy = Clock(), Clock()
     kind = import_module("mlx_lm.generate").BatchGenerator
     kind._next = in_mlx.of(kind._next)
-    RowChooser.choose = in_numpy.of(RowChooser.choose)  # type: ignore[method-assign]
+    RowSampler.choose = in_numpy.of(RowSampler.choose)  # type: ignore[method-assign]
 
     def ours(n: int, sampling: SamplingParams) -> None:
         for number in range(n):

@@ -140,6 +140,15 @@ def test_mirostat_follows_its_seed_and_aims_at_its_surprise(say: Say, version: i
     assert tokens(**FREE, seed=1, mirostat=0, mirostat_tau=0.1) == tokens(**FREE, seed=1)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_mirostat_keeps_all_candidates_while_it_cannot_reach_its_surprise(
+    say: Say, version: int
+) -> None:
+    aims = {"temperature": 1.0, "mirostat": version, "mirostat_tau": 100.0, "mirostat_eta": 1.0}
+    said = say(n_tokens=60, **aims, seed=1, n_logprobs=1)
+    assert sum(sampled.token != sampled.top[0][0] for sampled in said[20:]) > 8
+
+
 def test_no_rule_of_sampling_breaks_a_grammar(model: Path, load: Callable[..., Engine]) -> None:
     engine = load(model)
     constraint = Compiler(engine.tokenizer).compile(

@@ -501,7 +501,6 @@ def test_what_the_file_suppresses_is_never_said(
     [
         ({}, {*range(13)}),
         ({"typical_p": 0.1}, {1, 2}),  # the likeliest one surprises too little
-        ({"mirostat": 1}, {*range(13)}),
         ({"mirostat": 2}, {*range(13)}),
     ],
 )

@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from engine.backends.base import Constraint
 from engine.backends.llama_tokenizer import LlamaTokenizer
+from engine.drawing import RowSampler
 from engine.sampling import Rules, logprobs
 from engine.types import Sampled, SamplingParams
 
 # Before samplers that take the logarithm of each probability: one of 0 makes all of them NaN. So
 # much of the likeliest one's has every candidate that is not forbidden and could ever be drawn.
 NOT_ZERO = 1e-30
-MIROSTAT_M = 100  # likeliest tokens that version 1 estimates from, as in the paper and llama.cpp
 
 
 class Samplers:
@@ -31,9 +31,11 @@ class Samplers:
         self._suppressed: list[int] = suppressed[: n.value] if n.value else []
         self._dry = lru_cache(maxsize=8)(partial(LlamaDry, vocab))
 
-    def new(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler":
+    def new(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler | NumpySampler":
         ends = self._tokenizer.ends if sampling.ignore_eos or sampling.min_tokens else []
         rules = Rules(sampling, prompt, ends, self._suppressed)
+        if sampling.mirostat == 1 and not sampling.is_greedy:
+            return NumpySampler(RowSampler(sampling, prompt, rules, self._tokenizer.piece))
         return LlamaSampler(sampling, rules, self._new_chain(sampling, prompt))
 
     def _new_chain(self, sampling: SamplingParams, prompt: list[int]) -> Any:
@@ -51,12 +53,7 @@ class Samplers:
         if sampling.mirostat and not sampling.is_greedy:
             tau, eta = sampling.mirostat_tau, sampling.mirostat_eta
             add(lib.llama_sampler_init_temp(sampling.temperature))
-            if sampling.mirostat == 1:
-                n_vocab = self._tokenizer.n_vocab
-                add(lib.llama_sampler_init_min_p(NOT_ZERO, 1))
-                add(lib.llama_sampler_init_mirostat(n_vocab, seed, tau, eta, MIROSTAT_M))
-            else:
-                add(lib.llama_sampler_init_mirostat_v2(seed, tau, eta))
+            add(lib.llama_sampler_init_mirostat_v2(seed, tau, eta))
             return chain
         if sampling.top_k > 0:
             add(lib.llama_sampler_init_top_k(sampling.top_k))
@@ -126,6 +123,23 @@ class LlamaSampler:
     def __del__(self) -> None:
         if self._chain is not None:
             lib.llama_sampler_free(self._chain)
+
+
+class NumpySampler:
+    """Chooses without llama.cpp, for Mirostat 1: there the number of candidates overflows where the
+    surprise that it aims at cannot be reached, and one is left for good."""
+
+    def __init__(self, sampler: RowSampler) -> None:
+        self._sampler = sampler
+
+    def sample(
+        self,
+        context: Any,
+        index: int,
+        logits: npt.NDArray[np.float32],
+        constraint: Constraint | None,
+    ) -> Sampled:
+        return self._sampler.choose(logits, constraint)
 
 
 class LlamaDry:

@@ -23,7 +23,7 @@ from engine.backends.llama_model import (
     pointer,
     reason_of,
 )
-from engine.backends.llama_sampling import LlamaSampler, Samplers
+from engine.backends.llama_sampling import LlamaSampler, NumpySampler, Samplers
 from engine.backends.llama_threads import ABORTED, ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.batch_engine import BatchEngine
@@ -189,11 +189,11 @@ class LlamaDecoder:
         first = lib.llama_get_logits(context)
         return _rows_at(ctypes.addressof(first.contents), n_rows, self.tokenizer.n_vocab)
 
-    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> LlamaSampler:
+    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> LlamaSampler | NumpySampler:
         return self._samplers.new(sampling, prompt)
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
-        sampler: LlamaSampler = sequence.sampler
+        sampler: LlamaSampler | NumpySampler = sequence.sampler
         return sampler.sample(*self._rows[row], sequence.constraint)
 
 
