@@ -174,13 +174,17 @@ class Scheduler:
             if self._is_coming(wanted) if reuses else self._waits_for_first(sequence):
                 n_passed_over += 1
                 continue
+            source = self._source(wanted, recalls=reuses)
+            lasting = [other for other in self._running if other.rank <= sequence.rank]
+            if not self._fits(sequence, source, lasting):  # nobody is put off for nothing
+                break
             if len(self._running) == len(self._slots):
                 self._put_off_last()
-            source = self._source(wanted, recalls=reuses)
-            while not self._fits(sequence, source) and self._outranks(sequence):
+                source = self._source(wanted, recalls=reuses)
+            while not self._fits(sequence, source, self._running) and self._outranks(sequence):
                 self._put_off_last()
                 source = self._source(wanted, recalls=reuses)
-            if not self._fits(sequence, source):
+            if not self._fits(sequence, source, self._running):
                 break
             self._waiting.remove(sequence)
             self._occupy(sequence, source)
@@ -221,7 +225,8 @@ class Scheduler:
 
     def _is_worth_taking(self, kept: Kept, n_gained: int) -> bool:
         """All of it is loaded, whatever is of use, and has room beside those that run."""
-        has_room = len(kept.tokens) <= self._n_room()
+        running = [slot.index for slot in self._slots if slot.sequence is not None]
+        has_room = len(kept.tokens) <= self._n_room(running)
         return has_room and n_gained > max(NOT_WORTH_RECALLING, len(kept.tokens) // OF_KEPT)
 
     def _waits_for_first(self, sequence: Sequence) -> bool:
@@ -262,22 +267,22 @@ class Scheduler:
             self._cells.want_mark(other.slot, n_coming)
         return True
 
-    def _fits(self, sequence: Sequence, source: Source) -> bool:
-        """The prompt, and what is still to come of the running ones, fits into the cells that are
-        free or only idle slots hold. Cells that a running sequence holds too cost nothing."""
-        if not self._running:
+    def _fits(self, sequence: Sequence, source: Source, beside: list[Sequence]) -> bool:
+        """The prompt, and what is still to come of those beside it, fits into the cells that these
+        do not hold. Cells that they hold too cost nothing."""
+        if not beside:
             return True
-        running = [slot.index for slot in self._slots if slot.sequence is not None]
+        slots = [other.slot for other in beside if other.slot is not None]
         n_new = len(sequence.tokens) + 1
         if source.slot is not None and self._cells.shares_cells:
-            n_new -= self._cells.n_also_in(source.slot.index, source.n_tokens, running)
-        n_pending = sum(other.n_pending for other in self._running)
-        return n_new + n_pending <= self._n_room()
+            n_new -= self._cells.n_also_in(source.slot.index, source.n_tokens, slots)
+        n_pending = sum(other.n_pending for other in beside)
+        return n_new + n_pending <= self._n_room(slots)
 
-    def _n_room(self) -> int:
-        """Cells that are free, or that only idle slots hold."""
-        idle = [slot.index for slot in self._slots if slot.sequence is None]
-        return self._cells.n_free + self._cells.n_only_in(idle)
+    def _n_room(self, slots: list[int]) -> int:
+        """Cells that are free, or that only others than these slots hold."""
+        others = [slot.index for slot in self._slots if slot.index not in slots]
+        return self._cells.n_free + self._cells.n_only_in(others)
 
     def _occupy(self, sequence: Sequence, source: Source) -> None:
         """Give a slot to a newcomer, with the cells of its source.

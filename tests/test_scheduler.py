@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,6 +61,19 @@ def test_a_sequence_starts_once_and_in_the_order_of_arrival() -> None:
     assert bench.started == [1, 2]
     bench.run()
     assert bench.started == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("n_slots", [2, 3])
+def test_nobody_is_put_off_for_who_would_not_fit_all_the_same(n_slots: int) -> None:
+    bench = Bench(n_slots=n_slots, n_batch=1000)
+    bench.add(1, tokens(1000, 700))
+    bench.add(2, tokens(2000, 100), rank=2.0)
+    bench.step()
+    bench.add(3, tokens(3000, 350), n_wanted=1, rank=1.0)
+    for _ in range(3):
+        assert bench.step() == {1: 1, 2: 1}
+    bench.cancel(1)
+    assert bench.step() == {2: 1, 3: 350}
 
 
 def test_a_newcomer_waits_while_its_prompt_does_not_fit_and_nobody_overtakes_it() -> None:

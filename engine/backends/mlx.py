@@ -261,11 +261,14 @@ class MlxEngine:
             if self._is_coming(wanted) if first is None else not self._is_through(first, live):
                 n_passed_over += 1
                 continue
+            lasting = [other for other in self._running if other.rank <= live.rank]
+            if not self._fits(live, lasting):  # nobody is put off for nothing
+                break
             if is_full:
                 self._put_off_last(result)
-            while not self._fits(live) and self._outranks(live):
+            while not self._fits(live, self._running) and self._outranks(live):
                 self._put_off_last(result)
-            if not self._fits(live):
+            if not self._fits(live, self._running):
                 break
             self._waiting.remove(live)
             self._enter(live, wanted, first, result)
@@ -314,11 +317,11 @@ class MlxEngine:
         settled = [n_common(view(live.tokens), wanted) for live in decoding]
         return coming >= max(self._prompts.n_known(wanted), *settled, 0) + WORTH_WAITING_FOR
 
-    def _fits(self, live: Live) -> bool:
+    def _fits(self, live: Live, beside: list[Live]) -> bool:
         """Each row of a batch takes as much memory as the longest one."""
-        lengths = [len(other.tokens) for other in self._running]
+        lengths = [len(other.tokens) for other in beside]
         n_most = max([*lengths, len(live.tokens)]) + 1
-        return not self._running or (len(lengths) + 1) * n_most <= self._spec.kv_tokens
+        return not beside or (len(lengths) + 1) * n_most <= self._spec.kv_tokens
 
     def _make_room(self, result: StepResult) -> None:
         """Put off the last of those that run, while the rows have grown too long."""
