@@ -1,8 +1,10 @@
 """Who may have memory: makes room for a model by stopping others."""
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -109,7 +111,7 @@ class Room:
         self.limit_bytes = limit_bytes
         self._patience_s = patience_s
         self._tenants: dict[str, Tenant] = {}
-        self._turn = asyncio.Lock()  # of those for whom others must go
+        self._line: list[Tenant] = []  # who waits; the first may have others go
         self._coming = 0  # bytes of the one for whom others are going
         self._leaving: set[str] = set()  # of these, who has not gone yet
         self._changed = asyncio.Event()
@@ -120,30 +122,34 @@ class Room:
     def changed(self) -> None:
         """Somebody has left, is wanted no more, or has just been loaded."""
         self._changed.set()
+        self._changed = asyncio.Event()  # several wait, so none of them may clear it
 
     async def wait_for(self, tenant: Tenant, needed: int) -> bool:
         """True as soon as there is room for the tenant's model: what it has from now on must be
         in its `occupant`. False when nobody wants it any more. Raises InsufficientMemory when
         waiting would not help."""
-        if self._fits_beside_all(tenant, needed):
-            return True
         impatient_at = time.monotonic() + self._patience_s
-        async with self._turn:
+        self._line.append(tenant)
+        try:
             while tenant.is_wanted:
-                self._changed.clear()
-                decision = self._decide(tenant, needed, impatient_at)
-                if isinstance(decision, Go):
+                if self._fits_beside_all(tenant, needed):
                     return True
-                if isinstance(decision, Never):
-                    raise self.insufficient(needed, decision.n_bytes)
-                if isinstance(decision, Stop):
-                    await self._stop(decision.names, needed)
-                    continue
-                try:
-                    timeout_s = max(decision.until - time.monotonic(), 0.001)
-                    await asyncio.wait_for(self._changed.wait(), timeout_s)
-                except asyncio.TimeoutError:
-                    pass  # it may be time for somebody to go
+                changed, until = self._changed, math.inf
+                if self._line[0] is tenant:
+                    decision = self._decide(tenant, needed, impatient_at)
+                    if isinstance(decision, Never):
+                        raise self.insufficient(needed, decision.n_bytes)
+                    if isinstance(decision, Stop):
+                        await self._stop(decision.names, needed)
+                        continue
+                    if isinstance(decision, Wait):
+                        until = decision.until
+                with suppress(asyncio.TimeoutError):  # it may be time for somebody to go
+                    timeout_s = max(until - time.monotonic(), 0.001)
+                    await asyncio.wait_for(changed.wait(), timeout_s)
+        finally:
+            self._line.remove(tenant)
+            self.changed()
         return False
 
     def _fits_beside_all(self, tenant: Tenant, needed: int) -> bool:
@@ -159,6 +165,7 @@ class Room:
         async def leave(name: str) -> None:
             await self._tenants[name].make_way()
             self._leaving.discard(name)
+            self.changed()
 
         self._coming, self._leaving = coming, set(names)
         try:

@@ -140,6 +140,47 @@ def test_who_fits_now_and_beside_the_one_that_comes_does_not_wait_for_who_goes()
     asyncio.run(test())
 
 
+def test_who_fits_later_beside_those_that_go_and_the_one_that_comes_waits_no_longer() -> None:
+    async def test() -> None:
+        room = Room(100, patience_s=0)
+        embedding = Comer("embedding", 35, room, leaves_after=5)
+        heavy = Comer("heavy", 60, room, leaves_after=1000)
+        medium, light = Comer("medium", 70, room), Comer("light", 20, room)
+        await heavy.come()
+        await embedding.come()
+        coming = asyncio.create_task(medium.come())
+        await asyncio.sleep(0)
+        await asyncio.wait_for(light.come(), 5)
+        assert (heavy.n_held, embedding.n_held, light.n_held) == (60, 0, 20)
+        await coming
+        assert (heavy.n_held, medium.n_held, light.n_held) == (0, 70, 20)
+        for task in (*heavy.comes, *embedding.comes):
+            task.cancel()
+
+    asyncio.run(test())
+
+
+def test_who_waits_for_others_that_wait_goes_when_nobody_wants_it_any_more() -> None:
+    async def test() -> None:
+        room = Room(100, patience_s=0)
+        heavy = Comer("heavy", 60, room, leaves_after=1000)
+        medium, light = Comer("medium", 70, room), Comer("light", 80, room)
+        await heavy.come()
+        coming = asyncio.create_task(medium.come())
+        other = asyncio.create_task(light.come())
+        await asyncio.sleep(0)
+        light.is_wanted = False
+        room.changed()
+        await asyncio.wait_for(other, 5)
+        assert (heavy.n_held, medium.n_held, light.n_held) == (60, 0, 0)
+        await coming
+        assert medium.n_held == 70
+        for task in heavy.comes:
+            task.cancel()
+
+    asyncio.run(test())
+
+
 FAKE = 42 << 20  # what a worker of the fake backend is taken to need
 TWO = {"memory_limit": "100M", "swap_wait_s": 0.05}
 
