@@ -140,7 +140,7 @@ class Room:
                     if isinstance(decision, Never):
                         raise self.insufficient(needed, decision.n_bytes)
                     if isinstance(decision, Stop):
-                        await self._stop(decision.names, needed)
+                        await self._stop(decision.names, tenant, needed)
                         continue
                     if isinstance(decision, Wait):
                         until = decision.until
@@ -157,20 +157,30 @@ class Room:
         others = self._occupants(tenant)
         n_now = sum(occupant.n_bytes for occupant in others)
         n_leaving = sum(o.n_bytes for o in others if o.name in self._leaving)
-        return needed + n_now + max(self._coming - n_leaving, 0) <= self.limit_bytes
+        n_coming = 0 if self._line[0] is tenant else max(self._coming - n_leaving, 0)
+        return needed + n_now + n_coming <= self.limit_bytes
 
-    async def _stop(self, names: Sequence[str], coming: int) -> None:
-        """Stop these for one of so many bytes."""
+    async def _stop(self, names: Sequence[str], tenant: Tenant, needed: int) -> None:
+        """Stop these for the tenant, for as long as it wants that and does not fit."""
 
         async def leave(name: str) -> None:
             await self._tenants[name].make_way()
             self._leaving.discard(name)
-            self.changed()
 
-        self._coming, self._leaving = coming, set(names)
+        self._coming, self._leaving = needed, set(names)
+        leaving = [asyncio.create_task(leave(name)) for name in names]
+        for task in leaving:
+            task.add_done_callback(lambda _: self.changed())
         try:
-            await asyncio.gather(*map(leave, names))
+            while tenant.is_wanted and not self._fits_beside_all(tenant, needed):
+                if all(task.done() for task in leaving):
+                    for task in leaving:
+                        task.result()  # raises what it failed with
+                    return
+                await self._changed.wait()
         finally:
+            for task in leaving:
+                task.cancel()
             self._coming, self._leaving = 0, set()
 
     def insufficient(

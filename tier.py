@@ -250,9 +250,9 @@ class Tier:
 
     async def make_way(self) -> None:
         """Stop the worker for another's. Returns when it has ended what was in it."""
-        if self.life.worker is not None:
-            self.metrics.evictions.inc()
+        has_worker = self.life.worker is not None
         await self._leave()
+        self.metrics.evictions.inc(has_worker)
 
     async def _leave(self) -> None:
         """Returns when the worker has ended what was in it and is stopped. Meanwhile it gets

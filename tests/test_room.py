@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class Comer:
         self.is_wanted = True
         self.stays_until = 0.0
         self.n_held = 0
+        self.is_leaving = False
         self.comes: list[asyncio.Task[None]] = []
         self._n_bytes = n_bytes
         self._room = room
@@ -91,8 +93,12 @@ class Comer:
             self._room.changed()
 
     async def make_way(self) -> None:
-        for _ in range(self._leaves_after):
-            await asyncio.sleep(0)
+        self.is_leaving = True
+        try:
+            for _ in range(self._leaves_after):
+                await asyncio.sleep(0)
+        finally:
+            self.is_leaving = False
         self.n_held = 0
         self._room.changed()
         self.comes.append(asyncio.create_task(self.come()))
@@ -181,6 +187,37 @@ def test_who_waits_for_others_that_wait_goes_when_nobody_wants_it_any_more() -> 
     asyncio.run(test())
 
 
+def test_nobody_goes_for_one_that_is_wanted_no_more_or_fits_meanwhile(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(ends: Callable[[Comer, Comer], None]) -> int:
+        room = Room(100, patience_s=0)
+        light = Comer("light", 60, room, leaves_after=10**9)
+        small = Comer("small", 10, room)
+        heavy = Comer("heavy", 40, room)
+        await light.come()
+        await small.come()
+        small.stays_until = math.inf
+        coming = asyncio.create_task(heavy.come())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        ends(heavy, small)
+        room.changed()
+        await asyncio.wait_for(coming, 5)
+        assert (light.n_held, light.is_leaving) == (60, False)
+        return heavy.n_held
+
+    def leaves(heavy: Comer, small: Comer) -> None:
+        small.n_held = 0
+
+    def is_wanted_no_more(heavy: Comer, small: Comer) -> None:
+        heavy.is_wanted = False
+
+    assert asyncio.run(test(leaves)) == 40
+    assert asyncio.run(test(is_wanted_no_more)) == 0
+    assert not caplog.records, "which asyncio makes of errors that nobody looks at"
+
+
 FAKE = 42 << 20  # what a worker of the fake backend is taken to need
 TWO = {"memory_limit": "100M", "swap_wait_s": 0.05}
 
@@ -213,6 +250,25 @@ def test_one_that_is_used_makes_way_after_a_while_and_nothing_is_cut(tmp_path: A
         assert await later == "You said: after"
 
     run(test, server=TWO | {"memory_limit": "50M"}, light=fake(path), heavy=fake(path))
+
+
+def test_one_that_makes_way_serves_on_when_the_other_is_wanted_no_more(tmp_path: Any) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 20_000}, step_ms=1)
+
+    async def test(manager: ModelManager) -> None:
+        light, heavy = manager.tiers["light"], manager.tiers["heavy"]
+        with light.lease(), light.submit(request("long")) as generation:
+            await generation.started()
+            other = asyncio.create_task(ask(heavy))
+            await until(lambda: light._n_making_way)
+            later = asyncio.create_task(ask(light))
+            other.cancel()
+            assert await asyncio.wait_for(later, 5) == "You said: Hi"
+            assert light.n_running == 1, "the long answer goes on"
+            assert heavy.state == "stopped"
+            assert light.metrics.evictions._value.get() == 0
+
+    run(test, server=TWO | {"memory_limit": "50M"}, light=fake(path), heavy=fake())
 
 
 def test_two_that_take_turns_stay_for_as_long_as_they_load(tmp_path: Any) -> None:
