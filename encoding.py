@@ -1,6 +1,6 @@
 """One request for vectors or scores in a tier.
 
-What has come stays, so after a crash only the rest is computed again.
+What has come stays, so after a crash only the rest is computed again, if by the same model.
 """
 
 import asyncio
@@ -14,13 +14,20 @@ import msgspec
 from engine import wire
 from engine.client import Worker, error_from
 from engine.types import Method, Scale
-from errors import ServiceError
+from errors import ServiceError, WorkerCrashed
 
 Item = TypeVar("Item", wire.Vector, wire.Scored)
 
 
 class Owner(Protocol):
     """The tier, as far as its requests know it."""
+
+    @property
+    def identity(self) -> str:
+        """Stands for the model that is loaded."""
+
+    def is_still(self, identity: str) -> bool:
+        """That model is loaded for certain."""
 
     def drop(self, job: "Encoding[Any]") -> None:
         """Forget a request that ended or whose client left."""
@@ -45,10 +52,11 @@ class Encoding(Generic[Item]):
         self.method: Method | None = None  # of scores, once there is one
         self.scale: Scale | None = None
         self._owner = owner
+        self._identity = ""  # of the model that has or had it
         asked = request.inputs if isinstance(request, wire.Embed) else request.pairs
         self._sent = list(range(len(asked)))  # where each item of `request` stood at first
         self._open = set(self._sent)
-        self._n_unread = len(asked)
+        self._n_asked = self._n_unread = len(asked)
         self._messages: asyncio.Queue[Item | ServiceError] = asyncio.Queue()
 
     @property
@@ -85,6 +93,13 @@ class Encoding(Generic[Item]):
         """Hand what is left of it to a worker."""
         request = self.request
         asked: Any = request.inputs if isinstance(request, wire.Embed) else request.pairs
+        if len(self._open) == self._n_asked:
+            self._identity = self._owner.identity
+        elif not self._owner.is_still(self._identity):
+            self._owner.drop(self)
+            self.fail(WorkerCrashed("The process with the model died in the middle of the request, "
+                                    "and the model's file is another by now."))  # fmt: skip
+            return
         if len(self._open) < len(asked):
             kept = [n for n, at in enumerate(self._sent) if at in self._open]
             self._sent = [self._sent[n] for n in kept]

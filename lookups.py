@@ -4,7 +4,8 @@
 2. An identical request is on its way: its work is shared.
 3. Each text is looked up by each kind of vector that is wanted of it, and each pair by how it is
    scored; a pair that is not known by the vectors of its texts, where these are compared.
-4. The rest is computed in one request, and remembered as it comes, also if that fails later.
+4. The rest is computed in one request, and remembered as it comes, also if that fails later. If
+   the model was replaced meanwhile all is computed: no reply has results of two.
 
 The tokens of a cached item count as if it had been computed.
 """
@@ -157,6 +158,10 @@ async def _known_or_kept(
         async with aclosing(_kept(batch, rest, cache)) as computed:
             async for found in computed:
                 yield found
+        if known and not batch.tier.is_still(batch.identity):  # which made what is known
+            async with aclosing(_kept(batch, batch.places, cache)) as computed:
+                async for found in computed:
+                    yield found
 
 
 async def _kept(

@@ -578,6 +578,31 @@ def test_what_another_file_than_the_keys_has_answered_is_not_remembered(tmp_path
         assert kinds["answer"]["entries"] == kinds["dense"]["entries"] == 0
 
 
+def test_what_is_remembered_is_not_mixed_with_what_another_file_makes(tmp_path: Path) -> None:
+    """It is put in place after the look-up, for a reply of which a part is known."""
+    file = tmp_path / "model.json"
+    file.write_text("{}")
+    is_replaced = False
+
+    async def replace_and_launch(sock: socket.socket) -> Handle:
+        if is_replaced:
+            file.write_text(" " + file.read_text())
+        return await in_threads(sock)
+
+    with serving(remembering(embedding=fake(str(file))), launch=replace_and_launch) as service:
+        for ask in (service.embed, lambda texts: service.rerank("a", texts)):
+            for is_to_be_another, n_cached in ((False, "3"), (True, "0")):
+                service.http.delete("/v1/cache")
+                assert outcome(ask(["a", "b"])) == "MISS"
+                service.http.post("/v1/models/embedding/unload")
+                is_replaced = is_to_be_another
+                reply = ask(["b", "new", "b", "a"])
+                is_replaced = False
+                assert outcome(reply) == "MISS"
+                assert reply.headers["x-cached-inputs"] == n_cached
+                service.http.post("/v1/models/embedding/unload")
+
+
 def damage(folder: Path, data: bytes | None) -> None:
     for file in folder.glob("*.sqlite*"):
         if data is None:

@@ -352,6 +352,28 @@ def test_what_had_come_before_a_crash_is_kept(tmp_path: Path) -> None:
     run(test, Launches(launch_process), embedding=fake(slow))
 
 
+def test_what_had_come_is_not_mixed_with_what_another_file_makes(tmp_path: Path) -> None:
+    path, other = Path(script(tmp_path, step_ms=20)), Path(script(tmp_path, step_ms=1))
+
+    def replace_it() -> None:
+        other.replace(path)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["embedding"]
+        with tier.embed(embed(*(f"text {i}" for i in range(1000)))) as encoding:
+            items = aiter(encoding)
+            await anext(items)
+            assert tier.life.worker is not None
+            replace_it()
+            tier.life.worker._handle.kill()
+            with pytest.raises(WorkerCrashed, match="another by now") as caught:
+                [item async for item in items]
+            assert "x-should-retry" not in caught.value.headers()
+        assert await vectors(tier, "a")
+
+    run(test, Launches(launch_process), embedding=fake(str(path)))
+
+
 def test_a_worker_that_hangs_in_a_batch_is_ended(tmp_path: Path) -> None:
     hang = {"match": "hang", "fault": "hang"}
 
