@@ -362,7 +362,7 @@ class _Pairs(_Batch[Score]):
     def _is_cut(self, document: wire.Vector) -> bool:
         """It may have more tokens than are wanted of it."""
         limit = self.asked.max_tokens
-        return limit is not None and document.n_tokens > limit
+        return limit is not None and document.n_tokens + document.n_cut > limit
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -429,6 +429,18 @@ def test_vectors_that_are_known_score_without_a_computation(service: Service, me
     assert service.http.post("/v1/score", json=wrong).status_code == 400
 
 
+def test_a_vector_of_a_text_that_was_cut_elsewhere_scores_nothing() -> None:
+    long = " ".join(f"w{i}" for i in range(100))
+    asked = {"method": "dense", "max_tokens_per_doc": 50, "truncation_direction": "Left"}
+    with serving(remembering(embedding=fake(n_ctx=32))) as service:
+        plain = service.rerank("w95", [long], **asked)
+        service.http.delete("/v1/cache")
+        service.embed("w95", input_type="query", truncate="start")
+        service.embed(long, input_type="document", truncate="start")
+        reply = service.rerank("w95", [long], **asked)
+        assert reply.json()["results"] == plain.json()["results"]
+
+
 # over restarts
 
 
