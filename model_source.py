@@ -22,7 +22,7 @@ from hub_model import FOLDER_BACKENDS
 from settings import ENCODER_TIERS, ServerSettings, TierName, TierSettings
 from worker_spec import effective_n_ctx, worker_spec
 
-Signature = tuple[int, int]  # when a file was written, in ns, and its size
+Signature = tuple[int, int]  # when a file was written, in ns; its size, or a directory's digest
 LIBRARIES = {  # that compute
     "llamacpp": ["llama-cpp-python"],
     "mlx": ["mlx", "mlx-lm"],
@@ -214,13 +214,14 @@ def _heads(tier: TierName, settings: TierSettings, model: Path) -> list[tuple[st
 
 
 def _signature(path: Path) -> Signature:
-    """Of a directory those of the files in it together."""
+    """Of a directory those of the files in it together: the last time, and a digest of all."""
     try:
         status = path.stat()
         if not stat.S_ISDIR(status.st_mode):
             return status.st_mtime_ns, status.st_size
-        files = [file.stat() for file in path.iterdir() if file.is_file()]
+        files = [(file.name, file.stat()) for file in path.iterdir() if file.is_file()]
     except OSError:
         return 0, 0
-    written_at = max((file.st_mtime_ns for file in files), default=status.st_mtime_ns)
-    return written_at, sum(file.st_size for file in files)
+    each = sorted((name, file.st_mtime_ns, file.st_size) for name, file in files)
+    written_at = max((file.st_mtime_ns for _, file in files), default=status.st_mtime_ns)
+    return written_at, int.from_bytes(hashlib.sha256(repr(each).encode()).digest()[:8], "big")

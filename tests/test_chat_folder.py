@@ -1,6 +1,7 @@
 """What a directory says of a model that generates, and its tokenizer: no MLX, and no weights."""
 
 import json
+import os
 import struct
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from engine.backends.mlx import check_room
 from engine.chat_folder import end_tokens, read_chat_folder, read_tokenizer
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
+from model_source import ModelSource
+from settings import ServerSettings, TierSettings
 from tests.engines import engine_of
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
@@ -75,6 +78,22 @@ def folder(tmp_path: Path) -> Path:
 def change(path: Path, **values: Any) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in (content | values).items() if v is not None}))
+
+
+def test_other_weights_of_one_size_and_an_older_time_are_another_model(folder: Path) -> None:
+    weights, other = folder / "model.safetensors", folder.with_name("other")
+    other.write_bytes(weights.read_bytes()[:-1] + b"1")
+    for n, file in enumerate((other, weights)):
+        os.utime(file, ns=(n, n))
+    tier = TierSettings(backend="mlx", model_path=str(folder))
+    source = ModelSource("light", tier, ServerSettings().hub)
+    source.read(is_loaded=False)
+    before = source.identity
+    assert source.is_unchanged()
+    other.replace(weights)
+    assert not source.is_unchanged()
+    source.read(is_loaded=False)
+    assert source.identity != before
 
 
 def test_the_facts_of_a_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
