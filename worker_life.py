@@ -51,6 +51,7 @@ class WorkerLife:
         self.state: State = "stopped"
         self.progress = 0.0  # of a load, 0…1
         self.reason: str | None = None  # of the last failure, until a load succeeds
+        self.fits = True  # False: whoever made way, there was no room the last time
         self.worker: Worker | None = None
         self.encoder: wire.EncoderInfo | None = None  # what the model can do, once it was loaded
         self.source = ModelSource(name, settings, server.hub)
@@ -247,8 +248,11 @@ class WorkerLife:
                 )
             finally:
                 self._progress_log.end(self.name)
-        except InsufficientMemory:
-            self.state = "stopped"
+        except InsufficientMemory as error:
+            self.state, self.fits = "stopped", False
+            if error.message != self.reason:
+                self.reason = error.message
+                logger.error("Tier %s cannot be loaded: %s", self.name, self.reason)
             raise
         except Exception as error:
             self._free()
@@ -260,7 +264,7 @@ class WorkerLife:
             self.state = "stopped"
             raise
         self._metrics.loads.inc()
-        self.state, self.reason = "ready", None
+        self.state, self.reason, self.fits = "ready", None, True
         self._n_load_failures *= bool(self._n_deaths)
         self.encoder = self.worker.ready.encoder
         self.used_at = time.monotonic()

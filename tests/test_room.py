@@ -14,7 +14,7 @@ from engine.client import launch_process
 from errors import InsufficientMemory, QueueFull, QueueTimeout
 from model_manager import ModelManager
 from room import Go, Never, Occupant, Room, Stop, Wait, decide
-from tests.serving import fake, script
+from tests.serving import fake, script, serving, settings, wait_until
 from tests.test_model_manager import Launches, ask, outcome, request, run, until
 from tier import Tier
 
@@ -299,6 +299,30 @@ def test_what_never_fits_is_refused_with_the_numbers() -> None:
         assert manager.tiers["heavy"].state == "stopped"
 
     run(test, server={"memory_limit": "50M"}, light=fake(pin=True), heavy=fake())
+
+
+def test_one_that_was_to_be_loaded_at_start_and_never_fits_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = {"memory_limit": "50M"}
+    with serving(settings(server, light=fake(pin=True), heavy=fake(preload=True))) as service:
+        wait_until(lambda: service.manager.tiers["heavy"].state == "ready")
+        assert service.http.get("/health").status_code == 200
+    for preload, status in ((False, 200), (True, 503)):
+        tiers = {"light": fake(pin=True, preload=True), "heavy": fake(preload=preload)}
+        with serving(settings(server, **tiers)) as service:
+            wait_until(lambda: service.manager.tiers["light"].state == "ready")
+            for _ in range(2):
+                reply = service.chat(model="heavy")
+                assert (reply.status_code, reply.json()["error"]["code"]) == (
+                    503, "insufficient_memory",
+                )  # fmt: skip
+            reply = service.http.get("/health")
+            assert reply.status_code == status
+            assert "MEMORY_LIMIT" in reply.json()["tiers"]["heavy"]["reason"]
+            said = [r for r in caplog.messages if "heavy cannot be loaded" in r]
+            assert len(said) == 1
+            caplog.clear()
 
 
 def test_waiting_for_memory_has_an_end_that_says_when_to_try_again(tmp_path: Any) -> None:
