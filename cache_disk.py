@@ -144,10 +144,15 @@ class DiskStore:
 
     async def _in_reader(self, work: Callable[[], T]) -> T | None:
         """What `work` returns, or None where that takes too long."""
-        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.wait_for(loop.run_in_executor(self._reader, work), READ_TIMEOUT_S)
-        except asyncio.TimeoutError:
+            reading = asyncio.get_running_loop().run_in_executor(self._reader, work)
+            try:
+                # not wait_for, which before Python 3.12 may swallow a cancellation
+                await asyncio.wait({reading}, timeout=READ_TIMEOUT_S)
+                if reading.done():
+                    return reading.result()
+            finally:
+                reading.cancel()
             self._reads.rest(f"it takes more than {READ_TIMEOUT_S:g} s to answer")
         except Exception:
             logger.exception("Reading the cache's file failed")

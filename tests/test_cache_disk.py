@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -216,7 +216,7 @@ def test_a_clear_gives_the_space_back(open_file: Open, tmp_path: Path) -> None:
 N_TOGETHER = 7
 WRITER = f"""
 import asyncio, sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from cache import key
@@ -638,6 +638,27 @@ def test_a_disk_that_does_not_answer_is_a_miss(
         assert await store.get_many("k", [b"a"]) == {}  # at once
         assert (await store.stats()).is_resting
         goes_on.set()
+
+    with_store(tmp_path, main)
+
+
+def test_one_that_leaves_when_the_disk_answers_has_left(tmp_path: Path) -> None:
+    class Held(ThreadPoolExecutor):
+        """Answers when it is told to."""
+
+        def submit(self, *_: Any) -> "Future[Any]":  # type: ignore[override]
+            self.answer: Future[Any] = Future()
+            return self.answer
+
+    async def main(store: DiskStore) -> None:
+        reader, store._reader = store._reader, (held := Held())
+        reading = asyncio.create_task(store.get_many("k", [b"a"]))
+        await asyncio.sleep(0)
+        held.answer.set_result({})
+        asyncio.get_running_loop().call_soon(reading.cancel)  # when it is known, and not yet read
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        store._reader = reader
 
     with_store(tmp_path, main)
 
