@@ -188,9 +188,9 @@ class Tier:
             self._room.changed()
 
     def keep_alive(self, seconds: float | None) -> None:
-        """From now on the model stays so long without a request; for ever where that is negative.
-        None leaves it as it is."""
-        if seconds is not None:
+        """From now on the model stays so long without a request, if it is loaded; for ever where
+        that is negative. None leaves it as it is."""
+        if seconds is not None and self.life.worker is not None:
             self._keep_alive_s = seconds
             self._wakeup.set()
 
@@ -573,6 +573,8 @@ class Tier:
             else:
                 self._suspects.append(generation)
         self._running.clear()
+        if not self._suspects:  # who is tried again has said it for the next worker too
+            self._keep_alive_s = None
         for conversion in self._conversions.values():
             if conversion.worker is worker:
                 conversion.fail(crashed)

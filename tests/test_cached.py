@@ -256,6 +256,18 @@ def test_cache_control_is_obeyed(service: Service, ask: Callable[..., httpx.Resp
     assert asked("max-age=00007") == "HIT"
 
 
+def test_a_hit_without_a_model_does_not_say_how_long_the_next_one_stays(service: Service) -> None:
+    tiers = service.manager.tiers
+    for ask, name in (
+        (lambda **f: service.chat(seed=1, **f), "light"),
+        (service.embed, "embedding"),
+    ):
+        assert outcome(ask()) == "MISS"
+        assert service.http.post(f"/v1/models/{name}/unload").status_code == 200
+        assert outcome(ask(keep_alive=0)) == "HIT"
+        assert tiers[name]._keep_alive_s is None
+
+
 def test_clients_with_different_keys_have_results_of_their_own() -> None:
     for is_shared, expected in [(False, "MISS"), (True, "HIT")]:
         of = {"api_keys": "one,two", "cache_shared": is_shared}

@@ -376,6 +376,29 @@ def test_how_long_a_model_stays_may_be_said_when_nobody_uses_it() -> None:
     run(test, light=fake())
 
 
+def test_how_long_a_model_stays_ends_with_its_worker(tmp_path: Path) -> None:
+    def kill_worker_of(tier: Tier) -> None:
+        assert tier.life.worker is not None
+        tier.life.worker._handle.kill()
+
+    async def test(manager: ModelManager) -> None:
+        light = manager.tiers["light"]
+        await ask(light)
+        light.keep_alive(-1)
+        kill_worker_of(light)
+        await until(lambda: light.state == "stopped")
+        assert light._keep_alive_s is None
+        with light.lease(), light.submit(request("hang")):
+            await until(lambda: light.n_running)
+            light.keep_alive(-1)
+            kill_worker_of(light)
+            await until(lambda: light.life.worker is None)
+            assert light._keep_alive_s == -1, "it is tried again"
+
+    path = script(tmp_path, {"match": "hang", "fault": "hang"})
+    run(test, launch_process, light=fake(path))
+
+
 def test_a_lease_keeps_the_worker(tmp_path: Path) -> None:
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
