@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # wake one takes longer than what it waits for, so threads that slept are late and sleep again.
 SPIN_COUNT = 100_000
 LOAD_PATIENCE = 5  # times the timeout may a load be silent: some of its steps say nothing
+WATCHDOG_LOOKS = 4  # in its timeout
 EndReason = str  # how a worker ended, for people
 
 
@@ -100,7 +101,7 @@ class Worker:
         self._has_gone = asyncio.Event()
         self._on_lost = on_lost
         self._expectants: dict[int, _Expectant] = {}  # by job
-        self._heard_at = asyncio.get_running_loop().time()
+        self._n_silent = 0  # times that the watchdog has looked since it said something
         self._is_stopping = False
         self._task = asyncio.create_task(self._live(), name=f"worker {name}")
         self._watchdog = asyncio.create_task(self._watch(timeout_s), name=f"watchdog {name}")
@@ -166,7 +167,7 @@ class Worker:
     def _submit(self, request: wire.Request, sink: JobSink, n_answers: int) -> None:
         data = wire.frame(request)  # may fail: before anybody counts on an answer
         if not self._expectants:
-            self._heard_at = asyncio.get_running_loop().time()
+            self._n_silent = 0
         self._expectants[request.job] = _Expectant(sink, n_answers)
         self._write(data)
 
@@ -197,7 +198,7 @@ class Worker:
         if message is None:
             self._has_gone.set()
         else:
-            self._heard_at = asyncio.get_running_loop().time()
+            self._n_silent = 0
             self._dispatch(message)
 
     async def _live(self) -> None:
@@ -208,13 +209,14 @@ class Worker:
             self._on_lost(self, reason)
 
     async def _watch(self, timeout_s: float) -> None:
+        """Looks are counted and not time, which also passes while server and worker are stopped."""
         while True:
-            await asyncio.sleep(timeout_s / 4)
-            silent_s = asyncio.get_running_loop().time() - self._heard_at
-            if self._expectants and silent_s > timeout_s:
-                logger.error("Worker %s has hung for %.0f s and is ended", self.name, silent_s)
+            await asyncio.sleep(timeout_s / WATCHDOG_LOOKS)
+            self._n_silent += 1
+            if self._expectants and self._n_silent > WATCHDOG_LOOKS:
+                logger.error("Worker %s has hung for %.0f s and is ended", self.name, timeout_s)
                 self._handle.kill()
-            elif self._expectants and silent_s > timeout_s / 2:
+            elif self._expectants and self._n_silent > WATCHDOG_LOOKS / 2:
                 self._send(wire.Ping())
 
     def _dispatch(self, message: wire.FromWorker) -> None:

@@ -488,6 +488,38 @@ def test_a_busy_worker_that_answers_pings_is_left_alone() -> None:
     run(test)
 
 
+def test_a_worker_that_was_stopped_together_with_the_server_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with Ctrl-Z, or when a container is paused: the clock has gone on, and nobody could say
+    anything."""
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        time, paused_s = loop.time, 0.0
+        monkeypatch.setattr(loop, "time", lambda: time() + paused_s)
+
+        async def talk(receive: Receive, say: Say) -> None:
+            nonlocal paused_s
+            say(READY)
+            assert isinstance(await receive(), wire.Generate)
+            paused_s = 1000.0
+            assert isinstance(await receive(), wire.Ping)
+            paused_s = 2000.0
+            say(wire.Pong(), text(1, "at last", is_last=True))
+            assert isinstance(await receive(), wire.Shutdown)
+
+        started = Started(scripted(talk))
+        worker = await started.start(spec(), timeout_s=0.6)
+        sink = Sink()
+        worker.generate(generate("a long prompt"), sink)
+        await sink._last  # its limit is over
+        await worker.stop()
+        assert started.losses == []
+
+    asyncio.run(test())
+
+
 def test_after_a_jobs_last_word_its_sink_hears_no_more() -> None:
     async def test() -> None:
         async def talk(receive: Receive, say: Say) -> None:
