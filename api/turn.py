@@ -1,6 +1,7 @@
 """One turn of a chat: from a request to events. Every chat endpoint folds these."""
 
 import asyncio
+import codecs
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -182,8 +183,8 @@ class _Reader:
             events += self.shown.finish()
         self.has_calls |= any(isinstance(event, CallBegin) for event in events)
         logprobs = self._logprobs(out, events, was_text)
-        if out.done and self.pending and not self.has_calls:  # of what is no text: half a character
-            events, logprobs, self.pending = [*events, Text("")], self.pending, []
+        if out.done and not self.has_calls and (half := _half_character(self.pending)):
+            events, logprobs = [*events, Text("")], half
         return Out(index, events, logprobs, self._end(out.done))
 
     def _is_text(self) -> bool:
@@ -212,3 +213,14 @@ class _Reader:
         is_answer = self.has_client_grammar and not self.has_calls
         is_valid = done.is_valid if is_answer else None
         return End(finish, done.n_tokens, self.n_reasoning, is_valid, done.stop)
+
+
+def _half_character(tokens: Sequence[wire.TokenLogprob]) -> list[wire.TokenLogprob]:
+    """Those at the end that are the beginning of a character."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(b"".join(one.token for one in tokens))
+    n_bytes = len(decoder.getstate()[0])
+    half: list[wire.TokenLogprob] = []
+    while sum(len(one.token) for one in half) < n_bytes:
+        half.insert(0, tokens[len(tokens) - len(half) - 1])
+    return half

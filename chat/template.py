@@ -132,7 +132,7 @@ class ChatTemplate:
                 client["messages"][-1]["content"] += end
             if self._in_parts:
                 for message in client["messages"]:
-                    message["content"] = [{"type": "text", "text": message["content"]}]
+                    message["content"] = _Parts([{"type": "text", "text": message["content"]}])
             variables = {"tools": None, "documents": None} | client["extra"]
             variables |= {
                 "messages": client["messages"],
@@ -199,6 +199,20 @@ class ChatTemplate:
 
 class _Refused(Exception):
     """The template called raise_exception, or its output has no end. The text is for clients."""
+
+
+class _Parts(list[dict[str, str]]):
+    """A content of one part. Where a template prints it, it is its text: some take parts of users
+    and texts of others."""
+
+    def __str__(self) -> str:
+        return self[0]["text"]
+
+    def __add__(self, other: Any) -> Any:
+        return f"{self}{other}"
+
+    def __radd__(self, other: str) -> str:
+        return f"{other}{self}"
 
 
 class _GenerationTag(Extension):

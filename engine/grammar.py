@@ -50,6 +50,7 @@ DRAFTS = (
     "https://json-schema.org/draft/2019-09/schema",
     "https://json-schema.org/draft/2020-12/schema",
 )
+MOST_PATTERNS = 200  # of a schema that are looked at one by one
 # what llguidance reads over although it limits what is valid
 UNENFORCED = ("minProperties", "maxProperties")
 
@@ -140,15 +141,19 @@ class Compiler:
         alone = self._matcher([source])
         if alone.is_error() and part.kind == "json_schema":
             reasons = []
-            for path, schema in _schemas(source["json_schema"]):
-                for holder, key, pattern in _patterns(schema):
-                    if self._is_beyond(pattern):
-                        reasons.append(
-                            f"{path}: the pattern '{pattern!s:.200}' cannot be enforced."
-                        )
-                        del holder[key]
-                        if holder is not schema:  # it is about names without a pattern
-                            schema.pop("additionalProperties", None)
+            found = [
+                (p, s, *one) for p, s in _schemas(source["json_schema"]) for one in _patterns(s)
+            ]
+            patterns = {repr(pattern): pattern for *_, pattern in found}
+            beyond = set()
+            if len(patterns) <= MOST_PATTERNS:
+                beyond = {key for key, pattern in patterns.items() if self._is_beyond(pattern)}
+            for path, schema, holder, key, pattern in found:
+                if repr(pattern) in beyond:
+                    reasons.append(f"{path}: the pattern '{pattern!s:.200}' cannot be enforced.")
+                    del holder[key]
+                    if holder is not schema:  # it is about names without a pattern
+                        schema.pop("additionalProperties", None)
             alone = self._matcher([source])
             if reasons and not part.is_lenient and not alone.is_error():
                 raise BadRequest(reasons[0], param=part.param)

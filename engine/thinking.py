@@ -38,7 +38,7 @@ class Thoughts:
         self._open = thinking.open.removesuffix(thinking.body).encode()
         self._text_of = text_of
         self._n_left = sys.maxsize if thinking.budget is None else thinking.budget
-        self._ending = ending
+        self._ending = self._to_say = ending
         self._forced: deque[int] = deque()
         self._grammar = grammar
         self._tail = b""
@@ -95,6 +95,7 @@ class Thoughts:
         if body:
             self._state = "open" if self._open in head + body else "after"
             self._tail = rest
+            self._to_say = self._ending  # again, where there are thoughts again
 
     def _has_ended(self) -> bool:
         _, close, after = self._tail.partition(self._close)
@@ -104,5 +105,5 @@ class Thoughts:
     def _force_end(self) -> None:
         is_whole = not self._characters.getstate()[0]
         if self._state == "open" and self._n_left <= 0 and is_whole:
-            self._forced += self._ending
-            self._ending = ()
+            self._forced += self._to_say
+            self._to_say = ()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.backends.fake import FakeTokenizer
-from engine.grammar import Compiler
+from engine.grammar import MOST_PATTERNS, Compiler
 from engine.wire import MAX_GRAMMAR_BYTES, Grammar, GrammarPart
 from errors import BadRequest
 
@@ -173,6 +173,27 @@ def test_patterns_that_cannot_be_enforced_are_read_over_where_that_is_allowed(
     assert whole
     for answer in whole:
         jsonschema.validate(answer, enforced)
+
+
+def test_few_patterns_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    is_beyond = Compiler._is_beyond
+
+    def note(compiler: Compiler, pattern: str) -> bool:
+        asked.append(pattern)
+        return is_beyond(compiler, pattern)
+
+    monkeypatch.setattr(Compiler, "_is_beyond", note)
+    for n_different, n_asked in ((2, 2), (MOST_PATTERNS + 1, 0)):
+        asked.clear()
+        properties = {f"p{n}": {"pattern": f"(?=a{{{n % n_different}}})"} for n in range(300)}
+        value = {"properties": properties, "additionalProperties": False}
+        part = GrammarPart("json_schema", json.dumps(value), "tools", is_lenient=True)
+        with (
+            contextlib.nullcontext() if n_asked else pytest.raises(BadRequest, match="cannot be enforced")
+        ):
+            COMPILER.compile(Grammar((part,)))
+        assert len(asked) == n_asked
 
 
 def test_what_else_is_wrong_with_a_schema_is_told_where_patterns_are_read_over() -> None:

@@ -71,6 +71,12 @@ def test_a_prompt_may_end_inside_of_thoughts(service: Service) -> None:
     assert details == {"reasoning_tokens": len("hm, hm\n</think>")}
 
 
+def test_what_stands_around_thoughts_has_no_log_probabilities(service: Service) -> None:
+    for n_tokens in (8, len("<think>\nhm, hm\n</think>\n")):
+        body = service.chat("sum", logprobs=True, max_tokens=n_tokens).json()
+        assert body["choices"][0]["logprobs"]["content"] == []
+
+
 def test_streamed_thoughts_come_first_in_a_field_of_their_own(service: Service) -> None:
     chunks = events(service.chat("sum", stream=True))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]

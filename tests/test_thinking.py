@@ -310,6 +310,9 @@ def test_a_budget_is_that_of_all_thoughts_of_an_answer() -> None:
     said = play(thoughts(thinking, tokenizer), tokenizer, script)
     end = "<|end|><|start|>assistant"
     assert said == f"{ANALYSIS.format('abc')}<|channel|>analysis<|message|>d{end}efg"
+    head = "<|channel|>analysis<|message|>"
+    said = play(thoughts(thinking, tokenizer), tokenizer, f"{head}abcde{head}{head}xy")
+    assert said == f"{head}abcde{end}{head}{end}{head}{end}xy"
 
 
 @BOTH

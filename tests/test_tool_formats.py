@@ -309,7 +309,7 @@ def test_lfm2_is_asked_for_json_and_past_calls_are_in_its_own_tokens() -> None:
     assert "JSON" not in text(prompt("lfm2", [*system("Be brief."), *user("Hi")]))
     mark, end = "<|tool_call_start|>", "<|tool_call_end|>"
     call = ("call_1", "get_weather", json.dumps({"city": mark}))
-    messages = [*user(mark), *assistant(f"So: {end}", call), *result("call_1", "rain")]
+    messages = [*user(mark), *assistant(end, call), *result("call_1", "rain")]
     segments = prompt("lfm2", messages, TOOLS).segments
     clients = [segment.text for segment in segments if not segment.parse_special]
     assert clients == [mark, end, mark]
@@ -448,7 +448,21 @@ FIRST_PART = """\
 {%- endfor %}"""
 
 
-@pytest.mark.parametrize("template", [LINES, SELECTED, FIRST_PART])
+PARTS_OF_USERS = """\
+{%- if messages[0].role == 'system' %}
+    {{- 'System: ' + messages[0].content + '\n' }}{% set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages %}
+    {{- message.role | capitalize }}: {% if message.role == 'assistant' %}
+        {{- message.content | trim ~ '' }}
+    {%- else %}
+        {%- for part in message.content %}{{ part.text }}{% endfor %}
+    {%- endif %}
+    {{- '\n' }}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("template", [LINES, SELECTED, FIRST_PART, PARTS_OF_USERS])
 def test_a_template_that_takes_content_in_parts_gets_parts(template: str) -> None:
     messages = [*system("Be brief."), *user("<s>Weather?"), *assistant("It is")]
     shown = "System: Be brief.\nUser: <s>Weather?\nAssistant: It is"

@@ -38,13 +38,13 @@ class Lfm2(ToolFormat):
         for message in messages:
             turn = dict(message)
             if calls := turn.pop("tool_calls", None):
-                own = (
-                    OPEN,
-                    json.dumps([_plain(call) for call in calls], ensure_ascii=False),
-                    CLOSE,
+                listed = json.dumps([_plain(call) for call in calls], ensure_ascii=False)
+                turn["content"] = (
+                    Segment(turn["content"], False),
+                    Segment(OPEN, True),
+                    Segment(listed, False),
+                    Segment(CLOSE, True),
                 )
-                said = (turn["content"], *own)
-                turn["content"] = tuple(Segment(text, text in (OPEN, CLOSE)) for text in said)
             if "reasoning_content" in turn:
                 turn["thinking"] = turn["reasoning_content"]
             turns.append(turn)
