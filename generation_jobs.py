@@ -49,7 +49,7 @@ class Progress:
         self._grammar = grammar
         self._thoughts = thoughts
         self._ahead: deque[tuple[bool, int, bool | None]] = deque()
-        self.is_over, self.n_undecided, self.is_complete = self._now()
+        self.is_over, self.n_begun, self.is_complete = self._now()
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
         self._own.apply(logits)
@@ -60,15 +60,15 @@ class Progress:
 
     def told(self) -> None:
         """The next token was told: from here on all is as it was after that."""
-        self.is_over, self.n_undecided, self.is_complete = self._ahead.popleft()
+        self.is_over, self.n_begun, self.is_complete = self._ahead.popleft()
 
     def _now(self) -> tuple[bool, int, bool | None]:
-        """Whether thoughts are over, how many bytes may be either, and whether the answer is a
-        whole one by its grammar."""
+        """Whether thoughts are over, with how many bytes an answer begins or may, and whether it is
+        a whole one by its grammar."""
         is_complete = self._grammar.is_complete if self._grammar else None
         if self._thoughts is None:
             return True, 0, is_complete
-        return self._thoughts.is_over, self._thoughts.n_undecided, is_complete
+        return self._thoughts.is_over, self._thoughts.n_begun, is_complete
 
 
 class Answer:
@@ -86,6 +86,7 @@ class Answer:
         self._progress = Progress(own, grammar, thoughts) if own else None
         self._text = TextStream([] if thoughts else job.request.stop)
         self._late = b""  # of which it is not known yet whether stop strings count in it
+        self._is_answer = thoughts is None  # they count now
         self.n_guessed = self.n_right = 0
         self._n_tokens = 0
         self._logprob = 0.0  # of all tokens, also of the end
@@ -117,12 +118,18 @@ class Answer:
 
     def _read(self, progress: Progress, piece: bytes) -> str:
         """Text, in which stop strings count from where the answer begins; spaces there are none."""
+        if self._is_answer and progress.is_over:
+            return self._text.push(piece)
         data = self._late + piece
-        n_sure = len(data) - progress.n_undecided
-        data, self._late = data[:n_sure], data[n_sure:]
-        begins = progress.is_over and not self._text.stops
-        self._text.stops = tuple(self.job.request.stop) if progress.is_over else ()
-        return self._text.push(data, len(data) - len(data.lstrip()) if begins else 0)
+        n_before = len(data) - progress.n_begun
+        self._late, self._is_answer = data[n_before:], progress.is_over
+        self._text.stops = ()
+        text = self._text.push(data[:n_before])
+        if self._is_answer:
+            data, self._late = self._late, b""
+            self._text.stops = tuple(self.job.request.stop)
+            text += self._text.push(data, len(data) - len(data.lstrip()))
+        return text
 
     def _rest(self) -> str:
         """What was held back, now that it is no stop string."""

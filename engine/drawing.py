@@ -125,7 +125,7 @@ class Draw:
             return 1
         ranks = np.arange(1, len(likely))
         t = np.log((ranks + 1) / ranks)
-        s = float((t * np.log(likely[:-1] / likely[1:])).sum() / (t * t).sum())
+        s = float((t * -np.diff(np.log(likely))).sum() / (t * t).sum())
         epsilon = s - 1 or 1e-9
         ratio = epsilon / -math.expm1(-epsilon * math.log(n))
         log2_k = (math.log2(ratio) + self._mu) / max(s, 1e-9)

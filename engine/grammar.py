@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -234,12 +234,15 @@ def _source(part: GrammarPart) -> dict[str, Any]:
 
 
 def _as_lark(gbnf: str) -> str:
-    """GBNF as Lark without terminals, and no literal has two characters: of a terminal as much is
-    taken as can be, and a literal that has begun must end, where GBNF tries every way."""
+    """GBNF as Lark: of a terminal as much is taken as can be, and a literal that has begun must
+    end, where GBNF tries every way. So where no rule is a part of itself all is one terminal, and
+    else there are none, nor literals of two characters."""
     rules = GrammarParser().parse(_GBNF.sub(_plain, gbnf))
-    names = {name: f"rule_{n}" for n, name in enumerate(rules)} | {"root": "start"}
     if "root" not in rules:
         raise ValueError("it has no rule 'root'")
+    names = {name: f"rule_{n}" for n, name in enumerate(rules)}
+    if not _is_recursive(rules):
+        names = {name: lark.upper() for name, lark in names.items()}  # of a terminal
 
     def rename(node: ASTNode) -> None:
         if isinstance(node, RuleRefNode):
@@ -251,8 +254,23 @@ def _as_lark(gbnf: str) -> str:
 
     for rule in rules.values():
         rename(rule)
-    lines = (f"{names[name]}: {rule.alternatives.top_str()}" for name, rule in rules.items())
-    return "\n".join(lines)
+    lines = [f"{names[name]}: {rule.alternatives.top_str()}" for name, rule in rules.items()]
+    return "\n".join([f"start: {names['root']}", *lines])
+
+
+def _is_recursive(rules: Mapping[str, ASTNode]) -> bool:
+    """A rule is a part of itself."""
+    parts = {name: set(_references(rule)) & rules.keys() for name, rule in rules.items()}
+    while leaves := [name for name, inner in parts.items() if not inner]:
+        parts = {name: inner - set(leaves) for name, inner in parts.items() if inner}
+    return bool(parts)
+
+
+def _references(node: ASTNode) -> Iterator[str]:
+    if isinstance(node, RuleRefNode):
+        yield node.name
+    for child in node.children():
+        yield from _references(child)
 
 
 def _plain(match: re.Match[str]) -> str:

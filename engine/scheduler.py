@@ -171,7 +171,7 @@ class Scheduler:
                 wanted = wanted[:0]
                 if not self._running:
                     self._empty()  # also where cells lie in the memory changes last digits
-            if self._is_coming(wanted) if reuses else self._waits_for_first(sequence):
+            if self._is_coming(wanted) if reuses else self._waits_for_first(sequence, wanted):
                 n_passed_over += 1
                 continue
             source = self._source(wanted, recalls=reuses)
@@ -229,13 +229,15 @@ class Scheduler:
         has_room = len(kept.tokens) <= self._n_room(running)
         return has_room and n_gained > max(NOT_WORTH_RECALLING, len(kept.tokens) // OF_KEPT)
 
-    def _waits_for_first(self, sequence: Sequence) -> bool:
+    def _waits_for_first(self, sequence: Sequence, wanted: Tokens) -> bool:
         """The one that it goes on from has not come through its prompt. If that has ended by now
         its slot still has the prompt, and else it is computed anew."""
-        return any(
-            other.id == sequence.goes_on_from and other.n_pending > 1
-            for other in (*self._running, *self._waiting)
-        )
+        for other in (*self._running, *self._waiting):
+            if other.id == sequence.goes_on_from and other.n_pending > 1:
+                if other.slot is not None and not self._cells.can_share:
+                    self._cells.want_mark(other.slot, len(wanted))
+                return True
+        return False
 
     def _is_one_steady_job(self) -> bool:
         """Nobody runs but answers of one job that is to have the same numbers every time."""
@@ -473,8 +475,10 @@ class Scheduler:
         return self._cells.next_mark(sequence.slot, sequence.n_prompt)
 
     def _can_mark(self, sequence: Sequence) -> bool:
-        """Without reuse it is computed in the same chunks every time."""
-        return self._cells.can_mark and sequence.reuses
+        """Without reuse it is computed in the same chunks every time: it makes marks only if other
+        answers of its job wait."""
+        is_waited_for = any(other.goes_on_from == sequence.id for other in self._waiting)
+        return self._cells.can_mark and (sequence.reuses or is_waited_for)
 
     def _length(self, sequence: Sequence) -> float:
         """Of what is pending, as it counts."""

@@ -13,6 +13,7 @@ class TextStream:
         self.n_decoded = 0  # characters that are whole, with those that are held back
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
+        self._n_blank = 0  # characters of it that are no stop string by themselves
 
     def push(self, data: bytes, n_blank: int = 0) -> str:
         """The text that `data` makes certain, without the stop string and what follows it. Its
@@ -21,8 +22,9 @@ class TextStream:
         self.n_decoded += len(decoded)
         text = self._held + decoded
         if not self.stops:
-            self._held = ""
+            self._held, self._n_blank = "", 0
             return text
+        n_blank = max(n_blank, self._n_blank)
         # the stop that is complete first counts, so how text is cut into tokens changes nothing
         places = ((text.find(s, max(n_blank - len(s) + 1, 0)), s) for s in self.stops)
         found = ((at + len(s), at, s) for at, s in places if at >= 0)
@@ -31,8 +33,9 @@ class TextStream:
             self._held = ""
             return text[:cut]
         n_held = max(_overlap(text, stop) for stop in self.stops)
-        self._held = text[len(text) - n_held :]
-        return text[: len(text) - n_held]
+        n_sure = len(text) - n_held
+        self._held, self._n_blank = text[n_sure:], max(n_blank - n_sure, 0)
+        return text[:n_sure]
 
     def finish(self) -> str:
         """What was held back, when no more bytes will come. Half a character is dropped."""

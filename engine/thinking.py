@@ -42,6 +42,7 @@ class Thoughts:
         self._forced: deque[int] = deque()
         self._grammar = grammar
         self._tail = b""
+        self.n_begun = 0  # bytes at the end that begin the answer, or will unless thoughts do
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._force_end()
 
@@ -49,11 +50,6 @@ class Thoughts:
     def is_over(self) -> bool:
         """The model answers; spaces behind its thoughts are no answer yet, and heads are none."""
         return self._state == "over"
-
-    @property
-    def n_undecided(self) -> int:
-        """Bytes at the end that will be the answer's, unless thoughts begin with them."""
-        return len(self._tail) if self._state in ("before", "after") else 0
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
         if self._forced:
@@ -83,6 +79,7 @@ class Thoughts:
             self._state = "before" if self._has_messages else "after"
         if self._state == "after" and self._tail.strip():
             self._state = "over"
+        self.n_begun = 0 if self._state == "open" else len(self._tail)
         if self._state == "over" and self._has_messages and self._has_ended():
             self._state = "before"
 

@@ -138,8 +138,9 @@ class Batch:
 
     @property
     def is_steady(self) -> bool:
-        """All in it are to have the same numbers every time."""
-        return not any(chunk.sequence.reuses for chunk in self.chunks)
+        """It is of one job, which is to have the same numbers every time."""
+        sequences = [chunk.sequence for chunk in self.chunks]
+        return not any(s.reuses for s in sequences) and len({s.first for s in sequences}) == 1
 
     @property
     def is_beginning(self) -> bool:

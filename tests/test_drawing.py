@@ -31,7 +31,11 @@ def test_mirostat_keeps_all_candidates_while_it_cannot_reach_its_surprise(tau: f
     assert max(drawn[-1000:]) > 50
 
 
-@pytest.mark.parametrize("row", [[0.0], [0.0, 0.0], [0.0] * 200, [5.0, -np.inf], [80.0, 0.0, 0.0]])
+@pytest.mark.parametrize(
+    "row",
+    [[0.0], [0.0, 0.0], [0.0] * 200, [5.0, -np.inf], [80.0, 0.0, 0.0], [95.0, 0.0, -1.0],
+     [100.0, 3.0, 3.0, -1.0]],
+)  # fmt: skip
 def test_mirostat_takes_any_row(row: list[float]) -> None:
     draw = mirostat(tau=3.0, mirostat_eta=1.0)
     allowed = set(np.flatnonzero(np.array(row) > -np.inf).tolist())

@@ -190,7 +190,9 @@ def test_few_patterns_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) 
         value = {"properties": properties, "additionalProperties": False}
         part = GrammarPart("json_schema", json.dumps(value), "tools", is_lenient=True)
         with (
-            contextlib.nullcontext() if n_asked else pytest.raises(BadRequest, match="cannot be enforced")
+            contextlib.nullcontext()
+            if n_asked
+            else pytest.raises(BadRequest, match="cannot be enforced")
         ):
             COMPILER.compile(Grammar((part,)))
         assert len(asked) == n_asked
@@ -258,6 +260,10 @@ WAYS = [
     ('root ::= w " is " w "."\nw ::= [A-Za-z ]+', "This is it is not.", "This is."),
     ('root ::= word "x"\nword ::= [a-z]+', "axbx", "ab"),
     ('root ::= "ab"+ "abc"?', "abababc", "ababa"),
+    ('root ::= (text | tool)*\ntext ::= [^<]+\ntool ::= "<" [a-z]+ ">"', "Do <it> now", "<It>"),
+    ('root ::= step+ "Answer: " .*\nstep ::= [^\\n]+ "\\n"?', "One\nTwo\nAnswer: 3", "One\n2\nA"),
+    ("root ::= " + " | ".join(f'"{n}."' for n in range(3000)), "2999.", "3000."),
+    ('root ::= "(" root* ")" | text\ntext ::= [a-z]+', "((ab)(c))", "((ab)"),
     ('root ::= a-b a_b aB\na-b ::= "x"\na_b ::= "y"\naB ::= "z"', "xyz", "xy"),
 ]  # fmt: skip
 

@@ -46,13 +46,22 @@ class Twins:
         for engine in self._engines:
             engine.close()
 
-    def step(self, numbers: dict[int, int], n_guesses: int = 0, n_held: int | None = None) -> float:
+    def step(
+        self,
+        numbers: dict[int, int],
+        n_guesses: int = 0,
+        n_held: int | None = None,
+        reuses: bool = True,
+    ) -> float:
         """Compute so many more tokens of each slot, and guesses that are all wrong; the largest
-        difference of a logit, in standard deviations."""
+        difference of a logit, in standard deviations. Unless it `reuses` they are of one job."""
         batch = Batch(n_held=sum(map(len, self.tokens)) if n_held is None else n_held)
         for slot, n in numbers.items():
             more = array("i", [self._dice.randrange(1000, 40000) for _ in range(n)])
-            sequence = Sequence(slot, self.tokens[slot] + more, slot=slot)
+            first = None if reuses else 0
+            sequence = Sequence(
+                slot, self.tokens[slot] + more, slot=slot, reuses=reuses, goes_on_from=first
+            )
             sequence.n_past = len(self.tokens[slot])
             batch.add(sequence, n)
             if n == 1 and n_guesses:
@@ -304,6 +313,16 @@ def test_an_engine_closes_while_its_lanes_are_made(
     monkeypatch.setattr(lib, "llama_free", note)
     engine.close()
     assert len(set(freed)) == 2
+
+
+def test_answers_that_are_to_be_the_same_every_time_have_their_cells_at_home(
+    twins: Twins,
+) -> None:
+    twins.step({0: 40, 1: 40, 2: 40})
+    twins.answer(0, 1, 2)
+    assert twins.slots
+    assert twins.step({0: 1, 1: 1, 2: 1}, reuses=False) < CLOSE
+    assert not twins.slots
 
 
 def test_cells_that_cannot_be_copied_home_fail_the_step_and_no_later_one(

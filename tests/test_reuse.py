@@ -425,6 +425,27 @@ def test_without_reuse_a_prompt_has_the_pace_of_the_others_beside_them() -> None
     assert bench.step() == {1: 1, 2: 7}
 
 
+@pytest.mark.parametrize("n_tokens", [20, 300, 600])
+def test_the_answers_of_a_job_without_reuse_share_a_prompt_that_can_only_be_marked(
+    n_tokens: int,
+) -> None:
+    prompt = tokens(1000, n_tokens)
+    bench = Bench(n_slots=4, n_cells=4000, n_batch=256, is_cells=False)
+    numbers = []
+    for at in (10, 20, 30):
+        bench.n_decoded = 0
+        steps = []
+        for i in range(6):
+            first = at if i else None
+            bench.add(at + i, prompt, 3 + i, rank=10.0 * i, reuses=False, goes_on_from=first)
+        while not bench.scheduler.idle:
+            steps.append(sorted((id - at, n) for id, n in bench.step().items()))
+        assert bench.answers[at + 5] == answer_to(prompt, 8)
+        numbers.append((steps, bench.n_decoded))
+    assert numbers[1] == numbers[2] == numbers[0]
+    assert numbers[0][1] < 1.2 * n_tokens + 6
+
+
 @pytest.mark.parametrize("n_slots", [3, 5])
 def test_the_answers_of_a_job_without_reuse_have_the_same_steps_whatever_is_known(
     n_slots: int,

@@ -342,6 +342,39 @@ def test_a_stop_string_may_begin_an_answer(said: str, stop: str, text: str) -> N
     assert answer_text(said, thinking=think(is_open=False))[0] == said
 
 
+def test_spaces_are_no_stop_string_while_another_one_may_have_begun() -> None:
+    for said, stops in (
+        ("<think>Hm.</think>\n\nHTTP is", ["\n\n", "\n\nHuman:"]),
+        ("\n10 apples", ["\n", "\n1)"]),
+    ):
+        assert answer_text(said, thinking=think(is_open=False), stop=stops) == (said, "stop")
+    said = "<think>Hm.</think>\n\nHu\n\n"
+    found = answer_text(f"{said}x", thinking=think(is_open=False), stop=["\n\n", "\n\nHuman:"])
+    assert found == (said.rstrip(), "stop")
+
+
+def test_a_token_may_end_thoughts_and_begin_the_answer() -> None:
+    pieces = [b"<think>", b"Hm.", b"</think", b"><", b"b>", b"x", b">", b"y", b""]
+    tokenizer: Any = SimpleNamespace(
+        n_vocab=len(pieces), piece=lambda token: pieces[token], ends_generation=lambda t: t == 8
+    )
+    for stop, text in ((">", "<think>Hm.</think><b"), ("<b", "<think>Hm.</think>")):
+        request = wire.Generate(
+            [], False, SamplingParams(), [stop], None, thinking=think(is_open=False)
+        )
+        job = generation_jobs.Job(request, [0], 100, None, {}, {}, [])
+        answer = generation_jobs.Answer(job, 0, tokenizer)
+        assert answer.constraint
+        said = ""
+        for token in range(9):
+            answer.constraint.accept(token)
+            out = answer.accept(Sampled(token))
+            said += out.text if out else ""
+            if out and out.done:
+                break
+        assert said == text
+
+
 def test_an_answer_that_ends_before_it_has_begun_is_whole() -> None:
     for said in ("<", "<thin", " \n", "<think>Hm.</think> \n"):
         for limit in (None, len(said)):

@@ -86,7 +86,10 @@ class Lanes:
         return dict(sorted(by_lane.items()))
 
     def _worth_lanes(self, batch: Batch) -> dict[int, Chunk]:
-        """By slot, the chunks for lanes: all that fit, or none."""
+        """By slot, the chunks for lanes: all that fit, or none. When they open is a matter of time,
+        and they change last digits."""
+        if batch.is_steady:
+            return {}
         fitting = {chunk.slot: chunk for chunk in batch.chunks if self._fits(chunk)}
         lengths = [chunk.start for chunk in fitting.values() if chunk.n_tokens == 1]
         n_looked_at = batch.n_held * len(lengths)  # if all are at home
