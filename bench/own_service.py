@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def is_healthy(url: str) -> bool:
-    return httpx.get(f"{url}/health").status_code == 200
+    return httpx.get(f"{url}/health", trust_env=False).status_code == 200
 
 
 @contextmanager

@@ -8,15 +8,22 @@ import pytest
 from settings import DEFAULT_CHAT_MODEL, DEFAULT_EMBEDDING_MODEL, ROOT, known_keys
 from tests import gguf_fixtures
 
+# no limit on the time of an example: the machine may be busy
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 # for test_fuzz*.py, test_cache*.py and test_flights.py: pytest --hypothesis-profile=deep
 hypothesis.settings.register_profile("deep", max_examples=3334)
 
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test depends on what its caller has configured."""
-    for key in known_keys():
-        monkeypatch.delenv(key, raising=False)
+
+@pytest.fixture(autouse=True, scope="session")
+def clean_environment() -> Iterator[None]:
+    """No test depends on what its caller has configured, for the services or for all programs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for key in (*known_keys(), *PROXIES, *map(str.lower, PROXIES)):
+            monkeypatch.delenv(key, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -40,9 +40,6 @@ CONTENT = bytes(range(256)) * 8192  # 2 MiB, more than a socket holds
 def nothing_but_loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for key in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(key, raising=False)
-        monkeypatch.delenv(key.lower(), raising=False)
     monkeypatch.setattr(hub_download, "RETRY_PAUSES_S", (0.0, 0.0))
     yield
     huggingface_hub.close_session()  # which has its proxies and certificates from its first request
