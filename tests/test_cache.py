@@ -62,7 +62,6 @@ def spelled(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-@settings(deadline=None)
 @given(st.text(max_size=2), PARTS, st.text(max_size=2), PARTS)
 def test_two_inputs_have_one_key_only_if_they_are_the_same(
     a_kind: str, a: list[Any], b_kind: str, b: list[Any]
@@ -364,5 +363,5 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(
-    max_examples=2 * settings().max_examples, stateful_step_count=14, deadline=None
+    max_examples=2 * settings().max_examples, stateful_step_count=14
 )

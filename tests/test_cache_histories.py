@@ -41,7 +41,6 @@ RULES = (
 )
 HISTORIES = settings(
     max_examples=settings().max_examples,  # 100 of each kind, or 10,000 with the profile `deep`
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

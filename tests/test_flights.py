@@ -388,7 +388,7 @@ async def act(works: Works, steps: list[tuple[Any, ...]]) -> None:
             assert isinstance(client.end, QueueFull)
 
 
-@settings(max_examples=3 * settings().max_examples, deadline=None)
+@settings(max_examples=3 * settings().max_examples)
 @given(STEPS, st.sampled_from([2, 1000]))
 def test_whatever_the_others_do_who_stays_gets_the_whole(
     steps: list[tuple[Any, ...]], max_items: int

@@ -167,7 +167,6 @@ def service(
 N_BODIES = 3 * settings().max_examples  # 300, or 10,000 with --hypothesis-profile=deep
 ANY_NUMBER = settings(
     max_examples=N_BODIES,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -363,7 +363,7 @@ SCHEMA = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(value=SCHEMA, seed=st.integers(0, 2**32 - 1))
 def test_any_schema_is_refused_or_enforced(value: Any, seed: int) -> None:
     try:
@@ -375,7 +375,7 @@ def test_any_schema_is_refused_or_enforced(value: Any, seed: int) -> None:
             jsonschema.validate(json.loads(text), value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.one_of(st.text(max_size=60), st.text('root:=" |()[]{}*+?/\\a-z\n', max_size=60)))
 def test_any_text_is_refused_or_a_grammar(text: str) -> None:
     with contextlib.suppress(BadRequest):

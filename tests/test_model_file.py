@@ -464,7 +464,7 @@ places = st.integers(0, 10_000)
 lengths = st.sampled_from([0, 1, 2**16 + 1, 2**22, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1])
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@settings(max_examples=400, derandomize=True, database=None)
 @given(
     changes=st.lists(st.tuples(places, st.binary(min_size=1, max_size=4)), max_size=4),
     numbers=st.lists(st.tuples(places, lengths), max_size=2),
@@ -487,7 +487,7 @@ def test_mutated_bytes_are_read_or_refused(
     read_quickly(path)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, derandomize=True, database=None)
 @given(content=st.binary(max_size=200))
 def test_random_bytes_are_refused(folder: Path, content: bytes) -> None:
     path = folder / "noise.gguf"

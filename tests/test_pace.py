@@ -257,7 +257,7 @@ def test_alone_so_few_teach_nothing_since_the_step_itself_has_a_price() -> None:
     assert pace.n_prefill(4, MOST) == 150
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     decode_s=st.floats(0.001, 0.15),
     token_s=st.floats(0.0001, 0.003),

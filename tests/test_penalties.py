@@ -131,7 +131,7 @@ def test_an_empty_history_changes_nothing() -> None:
 Tokens = st.lists(st.integers(0, N_VOCAB - 1), max_size=80)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     logits=st.lists(st.floats(-30, 30, width=32), min_size=N_VOCAB, max_size=N_VOCAB),
     prompt=Tokens,

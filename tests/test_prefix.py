@@ -121,7 +121,7 @@ def test_what_cannot_be_saved_is_not_remembered() -> None:
 Word = st.lists(st.integers(0, 2), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(words=st.lists(Word, max_size=20), asked=Word, max_tokens=st.integers(0, 60))
 def test_what_comes_back_was_put_and_the_bound_is_kept(
     words: list[list[int]], asked: list[int], max_tokens: int

@@ -347,7 +347,7 @@ def test_streams_wait_for_others_only_before_their_second_token() -> None:
     assert sum(step().values()) < 50  # the first has said two
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(token_s=st.floats(0.0005, 0.004), decode_s=st.floats(0.001, 0.02), rng=st.randoms())
 def test_no_step_goes_over_its_budget(token_s: float, decode_s: float, rng: random.Random) -> None:
     """With a real pace, and a cost that the test decides."""
@@ -366,7 +366,7 @@ def test_no_step_goes_over_its_budget(token_s: float, decode_s: float, rng: rand
         n_steps += 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(token_s=st.floats(0.001, 0.05), decode_s=st.floats(0.001, 0.1), rng=st.randoms())
 def test_prompts_and_streams_get_on_where_wide_steps_alternate(
     token_s: float, decode_s: float, rng: random.Random
@@ -427,7 +427,7 @@ Prompt = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     n_slots=st.integers(1, 4),
     n_cells=st.integers(720, 1500),

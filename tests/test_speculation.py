@@ -292,7 +292,7 @@ THINKING = [
 ]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     answer=st.text("ab", min_size=1, max_size=4).map(lambda text: text * 9 + "cd"),
     n_guesses=st.integers(1, 8),

@@ -724,7 +724,7 @@ MAKES |= {f"{name} inline": inline(thinking(make)) for name, make in MAKES.items
 
 
 @pytest.mark.parametrize("name", MAKES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_text_is_read_the_same_however_it_is_cut(name: str, data: st.DataObject) -> None:
     pieces = [*PIECES[name.split()[0]], "<think>", "</think>", "ж", " ", "\n"]
@@ -757,7 +757,7 @@ WHOLES = {
 
 
 @pytest.mark.parametrize("name", MAKES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_no_text_outside_of_calls_is_lost(name: str, data: st.DataObject) -> None:
     pieces = [*WHOLES[name.split()[0]], "<think>", "</think>", "ж", "ж", " "]

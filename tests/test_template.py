@@ -492,7 +492,7 @@ GUARDED = {source: template(source) for source in (CHATML, GLUED)}
 UNGUARDED = {source: template(source, control_tokens=[]) for source in (CHATML, GLUED)}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(TEXTS, max_size=4))
 def test_text_is_never_changed_and_clients_never_write_control_tokens(texts: list[str]) -> None:
     messages = [user(text) for text in texts]

@@ -123,7 +123,7 @@ def before_first_stop(text: str, stops: list[str]) -> str:
     return text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=Texts, stops=Stops, cuts=st.lists(st.integers(0, 90), max_size=6))
 def test_cuts_between_tokens_change_nothing(text: str, stops: list[str], cuts: list[int]) -> None:
     data = text.encode()
@@ -135,7 +135,7 @@ def test_cuts_between_tokens_change_nothing(text: str, stops: list[str], cuts: l
     assert not any(stop in expected for stop in stops)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=Texts, stops=Stops)
 def test_no_more_is_held_back_than_may_begin_a_stop(text: str, stops: list[str]) -> None:
     stream = TextStream(stops)
