@@ -6,8 +6,9 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -96,6 +97,22 @@ def is_idle(service: Service) -> bool:
     return not any(tier._running or tier._n_leases for tier in service.manager.tiers.values())
 
 
+def undisturbed(client: Callable[[list[float]], None]) -> None:
+    """What a client finds that notes when it takes its steps: where the machine held one up for so
+    long that a limit may have been over, it counts what another try finds."""
+    failure: Exception
+    for _ in range(5):
+        steps_at = [time.monotonic()]
+        try:
+            return client(steps_at)
+        except (AssertionError, OSError) as error:
+            failure = error
+        steps_at.append(time.monotonic())
+        if max(b - a for a, b in pairwise(steps_at)) < min(QUICK.values()) / 2:
+            break
+    raise failure
+
+
 # who does not read
 
 
@@ -123,17 +140,22 @@ def test_a_whole_reply_that_nobody_reads_is_cut(service: Service) -> None:
 
 
 def test_who_reads_slowly_gets_everything(service: Service) -> None:
-    with dial(service) as sock:
-        sock.sendall(post("/v1/embeddings", **VECTORS))
-        started_at = time.monotonic()
-        data = sock.recv(1 << 16)
-        while time.monotonic() - started_at < 3 * QUICK["send_timeout_s"]:
-            time.sleep(0.05)  # as a slow reader does
-            data += sock.recv(1 << 16)
-        data += read_all(sock)
-    head, _, body = data.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200")
-    assert len(json.loads(body)["data"]) == len(VECTORS["input"])
+    def read_slowly(steps_at: list[float]) -> None:
+        with dial(service) as sock:
+            sock.sendall(post("/v1/embeddings", **VECTORS))
+            started_at = time.monotonic()
+            data = sock.recv(1 << 16)
+            while time.monotonic() - started_at < 3 * QUICK["send_timeout_s"]:
+                steps_at.append(time.monotonic())
+                time.sleep(0.05)  # as a slow reader does
+                data += sock.recv(1 << 16)
+            steps_at.append(time.monotonic())
+            data += read_all(sock)
+        head, _, body = data.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert len(json.loads(body)["data"]) == len(VECTORS["input"])
+
+    undisturbed(read_slowly)
 
 
 # who does not send
@@ -156,7 +178,10 @@ def test_a_head_that_drips_in_ends_the_connection(service: Service) -> None:
                 assert sock.recv(1) == b""
                 break
             except TimeoutError:
-                sock.sendall(b"x")
+                with suppress(OSError):  # what was reset meanwhile says so at the next recv
+                    sock.sendall(b"x")
+            except ConnectionResetError:  # of bytes that nobody has read
+                break
         assert time.monotonic() - started_at < 5
 
 
@@ -190,14 +215,20 @@ def test_a_client_that_leaves_before_its_body_has_come_is_told_as_such(
 
 def test_a_body_may_take_its_time_as_long_as_it_comes(service: Service) -> None:
     whole = chat("Hi" * 30)
-    with dial(service) as sock:
-        started_at = time.monotonic()
-        sock.sendall(whole[:-30])
-        for byte in whole[-30:]:
-            time.sleep(0.02)  # as a slow sender does
-            sock.sendall(bytes([byte]))
-        assert time.monotonic() - started_at > 2 * QUICK["receive_timeout_s"]
-        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+    def send_slowly(steps_at: list[float]) -> None:
+        with dial(service) as sock:
+            started_at = time.monotonic()
+            sock.sendall(whole[:-30])
+            for byte in whole[-30:]:
+                steps_at.append(time.monotonic())
+                time.sleep(0.02)  # as a slow sender does
+                sock.sendall(bytes([byte]))
+            steps_at.append(time.monotonic())
+            assert time.monotonic() - started_at > 2 * QUICK["receive_timeout_s"]
+            assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+    undisturbed(send_slowly)
 
 
 def test_an_answer_may_take_longer_than_any_limit_of_the_clients(service: Service) -> None:
