@@ -300,9 +300,9 @@ def test_a_body_of_bad_items_costs_no_more_than_one_of_them(service: Service) ->
         {"model": "light", "messages": [{"role": "user", "content": "a"}] * 200_000},
         {"model": "light", "messages": [{"role": "user", "content": [TEXT] * 200_000}]},
     ):
-        started_at = time.perf_counter()
+        started_at = time.process_time()
         assert error_of(service.http.post("/v1/chat/completions", json=body), 400)
-        assert time.perf_counter() - started_at < 1.0
+        assert time.process_time() - started_at < 1.0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -556,13 +556,13 @@ def test_unknown_fields_inside_are_named_with_their_place(service: Service) -> N
 
 
 def test_a_prompt_that_is_far_too_long_is_refused_without_tokenising_it(service: Service) -> None:
-    started_at = time.perf_counter()
+    started_at = time.process_time()
     error = error_of(service.chat("x" * 8_000_000), 400)
     assert error["code"] == "context_length_exceeded"
     assert error["param"] == "messages"
     assert "light" in error["message"]
     assert error_of(service.complete([1] * 100_000), 400)["code"] == "context_length_exceeded"
-    assert time.perf_counter() - started_at < 2.0
+    assert time.process_time() - started_at < 2.0
 
 
 def test_a_conversation_of_many_turns_is_answered(service: Service) -> None:
