@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -269,9 +270,17 @@ def test_a_batch_does_not_give_way_where_that_gains_little(
     assert computed(jobs, embed(coming, job=2)) == [1]
 
 
-def test_batches_do_not_give_way_for_ever(tmp_path: Path) -> None:
+def test_batches_do_not_give_way_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is lost is a part of what is gained. Asked at the end of each batch: the worst case."""
+    now = 0.0
+
+    def compute(for_s: float) -> None:
+        nonlocal now
+        now += for_s
+
+    monkeypatch.setattr("encoder_jobs.time", SimpleNamespace(monotonic=lambda: now))
     jobs = encoder_jobs(tmp_path, token_us=50)
+    jobs._model.encoder._sleep = compute  # type: ignore[attr-defined]
     jobs._may_repeat_s = 0.0
     jobs.admit(embed(*[f"{LONG}{n}" for n in range(40)], job=1))
     answered = []
