@@ -330,13 +330,14 @@ def test_waiting_for_memory_has_an_end_that_says_when_to_try_again(tmp_path: Any
 
     async def test(manager: ModelManager) -> None:
         light = manager.tiers["light"]
+        await light.load()
         with light.submit(request("long")) as generation:
             await generation.started()
             with pytest.raises(InsufficientMemory) as caught:
                 await ask(manager.tiers["heavy"])
             assert caught.value.retry_after_s
 
-    server = {"memory_limit": "50M", "queue_timeout_s": 0.1}
+    server = {"memory_limit": "50M", "queue_timeout_s": 0.5}
     run(test, server=server, light=fake(path), heavy=fake(path))
 
 
@@ -349,6 +350,7 @@ def test_waiting_for_memory_has_an_end_also_where_the_file_has_gone(tmp_path: An
 
     async def test(manager: ModelManager) -> None:
         light, heavy = manager.tiers["light"], manager.tiers["heavy"]
+        await light.load()
         with light.submit(request("long")) as generation:
             await generation.started()
             waiting = asyncio.create_task(ask(heavy))
@@ -358,7 +360,7 @@ def test_waiting_for_memory_has_an_end_also_where_the_file_has_gone(tmp_path: An
                 await asyncio.wait_for(waiting, 10)
             assert caught.value.numbers["needed_bytes"] == FAKE
 
-    server = {"memory_limit": "50M", "queue_timeout_s": 0.2}
+    server = {"memory_limit": "50M", "queue_timeout_s": 0.5}
     run(test, server=server, light=fake(path), heavy=fake(str(other)))
 
 
@@ -367,13 +369,14 @@ def test_waiting_in_line_has_an_end(tmp_path: Any) -> None:
 
     async def test(manager: ModelManager) -> None:
         light = manager.tiers["light"]
+        await light.load()
         with light.submit(request("long")) as generation:
             await generation.started()
             with pytest.raises(QueueTimeout, match="QUEUE_TIMEOUT_S"):
                 await ask(light)
             assert light.n_waiting == 0
 
-    run(test, server={"queue_timeout_s": 0.1}, light=fake(path, n_parallel=1))
+    run(test, server={"queue_timeout_s": 0.5}, light=fake(path, n_parallel=1))
 
 
 def test_four_tiers_in_random_order_never_have_more_than_the_limit() -> None:
