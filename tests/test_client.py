@@ -315,7 +315,7 @@ def test_a_process_that_hangs_is_ended(script: Callable[..., str]) -> None:
     async def test() -> None:
         started = Started(launch_process)
         path = script({"match": "poison", "fault": "hang"})
-        worker = await started.start(spec(path), timeout_s=0.4)
+        worker = await started.start(spec(path), timeout_s=1.5)
         worker.generate(generate("poison"), Sink())
         assert await started.lost() == "killed by SIGKILL"
         assert not started.has_process
@@ -471,14 +471,14 @@ def test_a_busy_worker_that_answers_pings_is_left_alone() -> None:
         async def talk(receive: Receive, say: Say) -> None:
             say(READY)
             assert isinstance(await receive(), wire.Generate)
-            for _ in range(3):
+            for _ in range(2):
                 assert isinstance(await receive(), wire.Ping)
                 say(wire.Pong())
             say(text(1, "at last", is_last=True))
             assert isinstance(await receive(), wire.Shutdown)
 
         started = Started(scripted(talk))
-        worker = await started.start(spec(), timeout_s=0.6)
+        worker = await started.start(spec(), timeout_s=2)
         sink = Sink()
         worker.generate(generate("a long prompt"), sink)
         await sink.last()  # after more than timeout_s without a word of the job

@@ -386,7 +386,7 @@ def test_a_worker_that_hangs_in_a_batch_is_ended(tmp_path: Path) -> None:
     run(
         test,
         Launches(launch_process),
-        server={"watchdog_s": 0.5},
+        server={"watchdog_s": 1.5},
         embedding=fake(script(tmp_path, hang)),
     )
 
@@ -398,14 +398,14 @@ def test_a_long_batch_is_no_hang(tmp_path: Path) -> None:
         tier = manager.tiers["embedding"]
         await vectors(tier, "a")
         with tier.embed(embed("stall")):
-            await asyncio.sleep(0.6)  # it is asked for a sign of life, and gives one
+            await asyncio.sleep(1.6)  # it is asked for a sign of life, and gives one
         assert await vectors(tier, "b")
 
     stall = {"match": "stall", "fault": "stall"}
     run(
         test,
         launches,
-        server={"watchdog_s": 0.2},
+        server={"watchdog_s": 1},
         embedding=fake(script(tmp_path, stall)),
     )
     assert len(launches.handles) == 1

@@ -591,7 +591,7 @@ def test_a_worker_that_hangs_is_ended_also_when_only_tokens_are_waited_for() -> 
         psutil.Process(launches.pids[0]).suspend()
         assert await tier.detokenize([72]) == "H"
 
-    run(test, launches, {"watchdog_s": 0.4})
+    run(test, launches, {"watchdog_s": 1.5})
     assert len(launches.handles) == 2
 
 
@@ -661,7 +661,7 @@ def test_a_worker_that_hangs_is_ended_and_its_requests_tried_again(tmp_path: Pat
         assert isinstance(stuck, WorkerCrashed)
         assert fine == "You said: Hi"
 
-    run(test, launches, {"watchdog_s": 0.4}, light=fake(path))
+    run(test, launches, {"watchdog_s": 1.5}, light=fake(path))
 
 
 def test_a_worker_that_dies_while_it_loads_is_a_load_failure(tmp_path: Path) -> None:
