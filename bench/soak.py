@@ -212,20 +212,36 @@ async def watch(server: psutil.Process, seconds: list[float], sizes: list[float]
         await asyncio.sleep(1)
 
 
-async def held(http: httpx.AsyncClient) -> dict[str, float]:
+def connections(url: str) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False)
+
+
+async def held(url: str) -> dict[str, float]:
     """What the service says that it holds, once it has had time to let go."""
     found: dict[str, float] = {}
-    for _ in range(100):
-        text = (await http.get("/metrics")).text
-        found = {
-            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
-            for line in text.splitlines()
-            if line.startswith(("quintet_queue_depth{", "quintet_running_requests{"))
-        }
-        if not any(found.values()):
-            break
-        await asyncio.sleep(0.1)
+    async with connections(url) as http:
+        for _ in range(100):
+            text = (await http.get("/metrics")).text
+            found = {
+                line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+                for line in text.splitlines()
+                if line.startswith(("quintet_queue_depth{", "quintet_running_requests{"))
+            }
+            if not any(found.values()):
+                break
+            await asyncio.sleep(0.1)
     return {name: value for name, value in found.items() if value}
+
+
+async def n_descriptors(server: psutil.Process) -> int:
+    """Its file descriptors without those of workers, the fewest of a second: connections may be
+    about to be closed, and workers come and go."""
+    found = []
+    for _ in range(10):
+        found.append(server.num_fds() - len(server.children()))
+        await asyncio.sleep(0.1)
+    return min(found)
 
 
 async def soak(url: str, server: psutil.Process, script: Path, seconds: float, seed: int) -> dict[
@@ -235,27 +251,27 @@ async def soak(url: str, server: psutil.Process, script: Path, seconds: float, s
     warm_up_s = min(seconds / 4, 120)
     times: list[float] = []
     sizes: list[float] = []
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
 
-        async def traffic(for_s: float) -> None:
-            ends_at = time.monotonic() + for_s
+    async def traffic(for_s: float) -> None:
+        ends_at = time.monotonic() + for_s
+        breaker = Breaker(server, script, tally, random.Random(seed))
+        async with connections(url) as http:
             clients = [Client(http, tally, random.Random(seed + n)) for n in range(N_CLIENTS)]
-            breaker = Breaker(server, script, tally, random.Random(seed))
             await asyncio.gather(
                 breaker.run(ends_at),
                 *(client.run(ends_at) for client in clients),
             )
 
-        await traffic(warm_up_s)
-        still = await held(http)
-        n_descriptors = server.num_fds()
-        watching = asyncio.create_task(watch(server, times, sizes))
-        await traffic(seconds - warm_up_s)
-        watching.cancel()
-        still |= await held(http)
+    await traffic(warm_up_s)
+    still = await held(url)
+    n_before = await n_descriptors(server)
+    watching = asyncio.create_task(watch(server, times, sizes))
+    await traffic(seconds - warm_up_s)
+    watching.cancel()
+    still |= await held(url)
+    more = await n_descriptors(server) - n_before
+    async with connections(url) as http:
         kinds = (await http.get("/v1/cache")).json()["kinds"]
-        more = server.num_fds() - n_descriptors
     slope = linear_regression(times, sizes).slope * 60
     return {
         "answers": tally.answers,
