@@ -56,6 +56,20 @@ async def in_threads(sock: socket.socket) -> Handle:
     return Thread(sock.dup())
 
 
+class Held:
+    """A launcher of workers in threads that waits until it may go on."""
+
+    def __init__(self) -> None:
+        self._may_go_on = threading.Event()
+
+    def go_on(self) -> None:
+        self._may_go_on.set()
+
+    async def __call__(self, sock: socket.socket) -> Handle:
+        await asyncio.to_thread(self._may_go_on.wait, 30)
+        return await in_threads(sock)
+
+
 # of a model that thinks and calls tools; their results are turns of the user, as with Qwen
 THINKING_TEMPLATE = (
     "{% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>"

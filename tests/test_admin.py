@@ -2,11 +2,10 @@
 
 import asyncio
 import re
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from api.middleware import Gate
-from engine.client import Handle
 from model_manager import ModelManager
 from server import check_config
 from settings import ServerSettings, TierSettings
 from tests import gguf_fixtures
 from tests.hub_imitation import Repo, hub_imitation
 from tests.serving import (
+    Held,
     Service,
     events,
     fake,
-    in_threads,
     script,
     serving,
     settings,
@@ -247,7 +245,7 @@ def test_the_openai_sdk_tries_again_when_the_queue_is_full_and_is_answered(
 
 def test_a_request_that_takes_too_long_is_ended_and_its_place_is_free(tmp_path: Path) -> None:
     path = script(tmp_path, {"match": "long", "answer": "x" * 9000}, step_ms=5)
-    server = {"request_timeout_s": 0.5}
+    server = {"request_timeout_s": 2}
     with serving(settings(server, light=fake(path, n_parallel=1))) as service:
         reply = service.chat("long")
         assert reply.status_code == 504
@@ -289,13 +287,8 @@ def test_how_many_were_before_it_is_told(service: Service) -> None:
 
 
 def test_so_it_is_with_vectors_and_scores() -> None:
-    all_wait = threading.Event()
-
-    async def launch(sock: socket.socket) -> Handle:
-        await asyncio.to_thread(all_wait.wait, 10)
-        return await in_threads(sock)
-
-    served = serving(settings(embedding=fake()), launch=launch)
+    launcher = Held()
+    served = serving(settings(embedding=fake()), launch=launcher)
     with served as service, ThreadPoolExecutor(3) as pool:
         asked: list[Future[httpx.Response]] = []
         for ask in (
@@ -306,7 +299,7 @@ def test_so_it_is_with_vectors_and_scores() -> None:
             asked.append(pool.submit(ask))
             wait_until(lambda: service.manager.tiers["embedding"].n_waiting == len(asked))
         time.sleep(0.01)
-        all_wait.set()
+        launcher.go_on()
         replies = [reply.result() for reply in asked]
         assert [reply.headers["x-queue-position"] for reply in replies] == ["0", "1", "2"]
         waited_ms = [float(reply.headers["x-queue-time-ms"]) for reply in replies]
@@ -429,26 +422,36 @@ def test_a_stream_that_computes_for_long_says_that_it_lives(tmp_path: Path, path
 
 
 @pytest.mark.parametrize("path", WAYS)
-def test_a_stream_that_waits_says_for_what(tmp_path: Path, path: str) -> None:
-    light = fake(script(tmp_path, load_s=0.6))
+def test_a_stream_that_waits_says_for_what(path: str) -> None:
     body = {"model": "light", "stream": True, "frob": 1, **WAYS[path]}
-    with serving(settings({"comment_after_s": 0.25}, light=light)) as service:
-        reply = service.http.post(path, json=body)
-        assert reply.headers["x-ignored-params"] == "frob"
-        text = reply.text
+    launcher = Held()
+
+    def n_events(text: str) -> int:
+        parts = text.split("\n\n")
+        return sum("data:" in part and not part.startswith(BEATS[path]) for part in parts)
+
+    with serving(settings({"comment_after_s": 0.05}), launch=launcher) as service:
+        with service.http.stream("POST", path, json=body) as reply:
+            assert reply.headers["x-ignored-params"] == "frob"
+            pieces = reply.iter_text()
+            text = next(pieces)
+            launcher.go_on()
+            text += "".join(pieces)
         assert text.startswith(": loading light ")
         again = service.http.post(path, json=body).text
-        assert text.count("data:") == again.count("data:") > 3, "all came"
-        assert not again.startswith(":"), "it did not wait"
+        assert n_events(text) == n_events(again) > 3, "all came"
+        assert ": loading" not in again, "it did not wait"
 
 
 def test_openais_sdk_raises_a_fault_after_a_comment(tmp_path: Path) -> None:
-    light = fake(script(tmp_path, load_s=0.3, fault="load"))
+    light = fake(script(tmp_path, fault="load"))
+    launcher = Held()
     with (
-        serving(settings({"comment_after_s": 0.05}, light=light)) as service,
+        serving(settings({"comment_after_s": 0.05}, light=light), launch=launcher) as service,
         openai.OpenAI(base_url=f"{service.url}/v1", api_key="none") as client,
         client.responses.stream(model="light", input="Hi") as stream,
     ):
+        launcher.go_on()  # now that the stream has begun
         assert next(stream).type == "response.created"
         assert next(stream).type == "response.failed"
         with pytest.raises(openai.APIError, match="told to fail"):
@@ -456,27 +459,41 @@ def test_openais_sdk_raises_a_fault_after_a_comment(tmp_path: Path) -> None:
 
 
 def test_a_place_in_the_queue_is_said(tmp_path: Path) -> None:
-    path = script(tmp_path, {"match": "long", "answer": "x" * 100}, step_ms=6)
+    path = script(tmp_path, {"match": "long", "answer": "x" * 9000}, step_ms=6)
     light = fake(path, n_parallel=1)
-    served = serving(settings({"comment_after_s": 0.25}, light=light))
-    with served as service, ThreadPoolExecutor(3) as pool:
-        replies = [pool.submit(service.chat, "long", stream=True) for _ in range(3)]
-        texts = sorted(reply.result().text.split("\n")[0][:8] for reply in replies)
-    assert texts[:2] == [": queue ", ": queue "]
+    body = {"model": "light", "stream": True, "prompt": "long"}
+    with serving(settings({"comment_after_s": 0.05}, light=light)) as service, ExitStack() as stack:
+        assert service.chat().status_code == 200
+
+        def ask() -> Iterator[str]:
+            reply = stack.enter_context(service.http.stream("POST", "/v1/completions", json=body))
+            return reply.iter_lines()  # whose end would end the request
+
+        first = ask()
+        assert any(line.startswith("data:") for line in first), "it has begun"
+        second, third = ask(), ask()
+        assert [next(second), next(third)] == [": queue 1/1", ": queue 2/2"]
 
 
 @pytest.mark.parametrize("path", WAYS)
 def test_a_fault_after_a_comment_is_an_event(tmp_path: Path, path: str) -> None:
-    light = fake(script(tmp_path, load_s=0.3, fault="load"))
+    light = fake(script(tmp_path, fault="load"))
     body = {"model": "light", "stream": True, **WAYS[path]}
-    with serving(settings({"comment_after_s": 0.05}, light=light)) as service:
-        reply = service.http.post(path, json=body)
+    launcher, limits = Held(), {"comment_after_s": 0.05}
+    with (
+        serving(settings(limits, light=light), launch=launcher) as service,
+        service.http.stream("POST", path, json=body) as reply,
+    ):
         assert reply.status_code == 200
-        assert reply.text.startswith(": ")
-        *_, last, end = reply.text.split("\n\n")
+        pieces = reply.iter_text()
+        text = next(pieces)
+        launcher.go_on()
+        text += "".join(pieces)
+        assert text.startswith(": ")
+        *_, last, end = text.split("\n\n")
         assert end == ""
         is_named = path in ("/v1/responses", "/v1/messages")  # whose streams have no [DONE]
         assert last.startswith("event: error\n" if is_named else "data: [DONE]")
-        assert '"error"' in reply.text
+        assert '"error"' in text
     with serving(settings(light=light)) as service:
         assert service.http.post(path, json=body).status_code == 500, "in time it is a status"

@@ -27,7 +27,7 @@ from errors import (
 from generating import Conversion
 from model_manager import ModelManager
 from settings import ServerSettings, TierSettings
-from tests.serving import fake, in_threads, script, settings
+from tests.serving import Held, fake, in_threads, script, settings
 from tier import Tier
 from worker_spec import default_kv_tokens, default_n_threads, lane_tokens, worker_spec
 
@@ -120,7 +120,9 @@ def test_a_model_is_found_by_tier_then_alias_then_stem(tmp_path: Path) -> None:
     run(test, **tiers)
 
 
-def test_the_queue_is_bounded_also_while_the_model_loads(tmp_path: Path) -> None:
+def test_the_queue_is_bounded_also_while_the_model_loads() -> None:
+    launcher = Held()
+
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         tasks = [asyncio.create_task(ask(tier, f"{i}")) for i in range(3)]
@@ -128,10 +130,11 @@ def test_the_queue_is_bounded_also_while_the_model_loads(tmp_path: Path) -> None
         with pytest.raises(QueueFull) as caught:
             tier.submit(request())
         assert caught.value.retry_after_s is not None
+        launcher.go_on()
         assert await asyncio.gather(*tasks) == ["You said: 0", "You said: 1", "You said: 2"]
         assert await ask(tier) == "You said: Hi"
 
-    run(test, light=fake(script(tmp_path, load_s=0.1), queue_size=3))
+    run(test, launcher, light=fake(queue_size=3))
 
 
 def test_requests_are_served_in_the_order_in_which_they_came(tmp_path: Path) -> None:
@@ -177,15 +180,18 @@ def test_leaving_the_block_ends_a_request_wherever_it_is(tmp_path: Path) -> None
 
 
 def test_one_that_left_during_the_load_is_never_run_and_the_load_is_kept(tmp_path: Path) -> None:
+    launcher = Held()
+    launches = Launches(launcher)
+
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         with tier.submit(request("poison")):
             await until(lambda: tier.state == "starting")
+        launcher.go_on()
         assert await ask(tier) == "You said: Hi"
 
     poison = {"match": "poison", "fault": "step"}
-    launches = Launches()
-    run(test, launches, light=fake(script(tmp_path, poison, load_s=0.1)))
+    run(test, launches, light=fake(script(tmp_path, poison)))
     assert len(launches.handles) == 1
 
 
@@ -245,7 +251,8 @@ def test_a_repaired_file_is_loaded_at_once_also_after_a_worker_failed(tmp_path: 
 def test_a_file_that_is_replaced_during_the_load_is_not_taken_for_what_answers(
     tmp_path: Path,
 ) -> None:
-    path, other = Path(script(tmp_path, load_s=0.2)), Path(script(tmp_path, step_ms=1))
+    path, other = Path(script(tmp_path)), Path(script(tmp_path, step_ms=1))
+    launcher = Held()
 
     def replace_it() -> None:
         other.replace(path)
@@ -257,11 +264,12 @@ def test_a_file_that_is_replaced_during_the_load_is_not_taken_for_what_answers(
         before = tier.identity
         replace_it()
         assert tier.identity == before
+        launcher.go_on()
         await asked
         assert tier.identity == before
         assert not tier.is_still(before)
 
-    run(test, light=fake(str(path)))
+    run(test, launcher, light=fake(str(path)))
 
 
 def test_a_file_that_is_replaced_while_memory_is_waited_for_is_the_one_that_is_loaded(
@@ -509,9 +517,9 @@ def test_tokens_are_refused_as_answers_are_while_the_model_cannot_be_loaded(
     run(test, light=fake(script(tmp_path, fault="load")))
 
 
-def test_those_that_wait_for_tokens_are_bounded_and_told_when_the_service_stops(
-    tmp_path: Path,
-) -> None:
+def test_those_that_wait_for_tokens_are_bounded_and_told_when_the_service_stops() -> None:
+    launcher = Held()
+
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         tasks = [asyncio.create_task(tier.detokenize([72])) for _ in range(3)]
@@ -520,6 +528,7 @@ def test_those_that_wait_for_tokens_are_bounded_and_told_when_the_service_stops(
             await tier.detokenize([72])
         tasks[0].cancel()
         manager.abandon()
+        launcher.go_on()
         left, *told = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(left, asyncio.CancelledError)
         assert all(isinstance(error, TierUnavailable) for error in told)
@@ -527,7 +536,7 @@ def test_those_that_wait_for_tokens_are_bounded_and_told_when_the_service_stops(
             await tier.tokenize(text("Hi"), add_bos=True)
         assert not tier._conversions
 
-    run(test, light=fake(script(tmp_path, load_s=0.1), queue_size=3))
+    run(test, launcher, light=fake(queue_size=3))
 
 
 def test_a_text_that_cannot_be_sent_fails_alone() -> None:
