@@ -438,7 +438,7 @@ def test_a_model_is_unloaded_when_its_requests_have_ended_or_by_force(tmp_path: 
 
 
 def test_urgent_requests_take_places_and_the_last_of_a_full_line_leaves_it(tmp_path: Any) -> None:
-    path = script(tmp_path, {"match": "long", "answer": "x" * 200}, step_ms=2)
+    path = script(tmp_path, {"match": "long", "answer": "x" * 400}, step_ms=2)
 
     async def test(manager: ModelManager) -> None:
         light = manager.tiers["light"]
