@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -54,7 +54,11 @@ def stream(client: httpx.Client, text: str, model: str = "light") -> httpx.Respo
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [p for p in psutil.Process(process.pid).children() if "worker" in p.cmdline()]
+    found = []
+    for child in psutil.Process(process.pid).children():
+        with suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+            found += [child] * ("worker" in child.cmdline())
+    return found
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -78,7 +82,8 @@ def test_the_banner_says_what_is_served_and_what_to_try() -> None:
         assert re.search(r"light +fake +fake, 8,192 tokens of context · loads at its first", text)
         assert re.search(r"heavy +fake +fake, 8,192 tokens of context · loads now", text)
         body = json.loads(lines[-1].strip().removeprefix("-d '").removesuffix("'"))
-        assert httpx.post(f"{url[1]}/v1/chat/completions", json=body).status_code == 200
+        reply = httpx.post(f"{url[1]}/v1/chat/completions", json=body, timeout=30)
+        assert reply.status_code == 200
 
 
 @pytest.mark.parametrize("more", [[], ["--http", "api.connections:Connection"]])
@@ -110,7 +115,7 @@ def test_it_leaves_no_process_behind(tmp_path: Path, ending: signal.Signals) -> 
     path = script(tmp_path, SLOW, step_ms=2)
     with (
         command("server.py", LIGHT_MODEL_PATH=path, SHUTDOWN_GRACE_S="0") as process,
-        httpx.Client(base_url=url_in(process)) as client,
+        httpx.Client(base_url=url_in(process), timeout=30) as client,
     ):
         response = stream(client, "slow")
         next(response.iter_raw())
@@ -137,7 +142,7 @@ def test_a_stream_that_the_end_of_the_service_cuts_is_told_so(tmp_path: Path) ->
     path = script(tmp_path, SLOW, step_ms=2)
     with (
         command("server.py", LIGHT_MODEL_PATH=path, SHUTDOWN_GRACE_S="0.2") as process,
-        httpx.Client(base_url=url_in(process)) as client,
+        httpx.Client(base_url=url_in(process), timeout=30) as client,
     ):
         response = stream(client, "slow")
         chunks = response.iter_text()
@@ -153,7 +158,7 @@ def test_a_stream_may_end_during_the_grace(tmp_path: Path) -> None:
     path = script(tmp_path, {"match": "short", "answer": "0123456789" * 10}, step_ms=2)
     with (
         command("server.py", LIGHT_MODEL_PATH=path) as process,
-        httpx.Client(base_url=url_in(process)) as client,
+        httpx.Client(base_url=url_in(process), timeout=30) as client,
     ):
         response = stream(client, "short")
         chunks = response.iter_text()
@@ -171,9 +176,9 @@ def test_killing_a_worker_ends_its_stream_and_nothing_else(tmp_path: Path) -> No
     with command("server.py", **tiers) as process:
         url = url_in(process)
         with (
-            httpx.Client(base_url=url) as one,
-            httpx.Client(base_url=url) as two,
-            httpx.Client(base_url=url, timeout=20) as three,
+            httpx.Client(base_url=url, timeout=30) as one,
+            httpx.Client(base_url=url, timeout=30) as two,
+            httpx.Client(base_url=url, timeout=30) as three,
         ):
             doomed = stream(one, "slow")
             chunks = doomed.iter_text()
