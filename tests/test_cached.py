@@ -35,7 +35,7 @@ from tests.serving import (
 )
 
 RULES = (
-    {"match": "long", "answer": "0123456789" * 20},
+    {"match": "long", "answer": "0123456789" * 60},
     {"match": "endless", "answer": "0123456789" * 3000},
     {"match": "object", "answer": '{"a": 1}'},
     {"match": "dice", "answer": ["one", "two", "three", "four", "five"]},
@@ -728,7 +728,7 @@ def test_32_identical_streams_are_one_generation(service: Service) -> None:
     first = same(replies[0][1])
     assert all(same(chunks) == first for _, chunks in replies)
     told = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in first)
-    assert told == "0123456789" * 20
+    assert told == "0123456789" * 60
 
 
 @pytest.mark.parametrize("last", [0, 31])
@@ -736,7 +736,7 @@ def test_31_that_leave_do_not_disturb_the_last(service: Service, last: int) -> N
     n = n_jobs(service)
     ((_, chunks),) = streams(service, 32, "long", lambda number: number == last)
     told = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
-    assert told == "0123456789" * 20
+    assert told == "0123456789" * 60
     assert n_jobs(service) - n == 1
     assert outcome(service.chat("long", temperature=0)) == "HIT"
 
@@ -750,13 +750,13 @@ def test_the_last_to_leave_ends_the_work(service: Service) -> None:
 def test_identical_vectors_on_their_way_are_computed_once(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    slow = fake(script(tmp_path_factory.mktemp("slow"), step_ms=100))
+    slow = fake(script(tmp_path_factory.mktemp("slow"), step_ms=500))
     with serving(remembering(embedding=slow)) as service:
         service.embed("warm")
         seen = batches(service)
 
         async def main() -> list[httpx.Response]:
-            async with httpx.AsyncClient(base_url=service.url, trust_env=False) as http:
+            async with httpx.AsyncClient(base_url=service.url, timeout=30, trust_env=False) as http:
                 body = {"model": "embedding", "input": ["a", "b", "a", "warm"]}
                 asks = (http.post("/v1/embeddings", json=body) for _ in range(8))
                 return await asyncio.gather(*asks)
