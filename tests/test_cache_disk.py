@@ -233,6 +233,7 @@ async def main(folder, first):
         store.put_many(dict(entry(n + at) for at in range({N_TOGETHER})))
         await store.flush()
         print(n, flush=True)
+    sys.stdin.read()  # until the test ends it, or has ended
 
 asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 """
@@ -240,7 +241,8 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 
 def start_writer(folder: Path, first: int) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", WRITER, str(folder), str(first)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
 
 
 def test_a_writer_that_is_killed_at_any_time_loses_nothing_that_was_written(
