@@ -519,6 +519,7 @@ def test_tokens_are_refused_as_answers_are_while_the_model_cannot_be_loaded(
 
 def test_those_that_wait_for_tokens_are_bounded_and_told_when_the_service_stops() -> None:
     launcher = Held()
+    launches = Launches(launcher)
 
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
@@ -528,15 +529,16 @@ def test_those_that_wait_for_tokens_are_bounded_and_told_when_the_service_stops(
             await tier.detokenize([72])
         tasks[0].cancel()
         manager.abandon()
-        launcher.go_on()
         left, *told = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(left, asyncio.CancelledError)
         assert all(isinstance(error, TierUnavailable) for error in told)
         with pytest.raises(TierUnavailable):
             await tier.tokenize(text("Hi"), add_bos=True)
         assert not tier._conversions
+        launcher.go_on()
+        await until(lambda: launches.handles)  # then closing ends a worker, not a launch
 
-    run(test, launcher, light=fake(queue_size=3))
+    run(test, launches, light=fake(queue_size=3))
 
 
 def test_a_text_that_cannot_be_sent_fails_alone() -> None:
