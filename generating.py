@@ -122,7 +122,6 @@ class Conversion:
         self.request = request
         self.answer: asyncio.Future[wire.OfJob] = asyncio.get_running_loop().create_future()
         self.worker: Worker | None = None  # who has it
-        self.n_crashes = 0
 
     def send(self, worker: Worker) -> None:
         self.worker = worker

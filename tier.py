@@ -12,13 +12,12 @@ so none of them can race (`worker_life.py` has what a transition does):
 3. While the worker has free sequences it gets the next waiting job, by priority and age; also one
    that should be served before those that run, whose place it takes. One that embeds or scores
    takes nearly all, and shares itself out among them. Conversions between text and tokens need no
-   sequence: they go to it at once.
+   sequence: they go to it at once, and fail with it.
 4. When nobody has a lease for IDLE_TTL_S the worker is stopped.
 5. When the worker dies, jobs that had sent text fail; the others are suspects: each is tried again
    alone on a fresh worker, and a second death is its own fault. Vectors and scores that have come
-   are kept, and the rest is tried. Conversions are tried once more, before all jobs. Waiting jobs
-   just wait on, unless workers die again and again without an answer to anybody: then it counts
-   as a load that fails.
+   are kept, and the rest is tried. Waiting jobs just wait on, unless workers die again and again
+   without an answer to anybody: then it counts as a load that fails.
 """
 
 import asyncio
@@ -528,12 +527,11 @@ class Tier:
     def _next(self, n_seats: int) -> Job | None:
         """Who goes to the worker now.
 
-        1. Nobody while a suspect is in there, alone; or texts and tokens that were in a worker that
-           died.
+        1. Nobody while a suspect is in there, alone.
         2. A suspect, once the worker is empty.
         3. The first in the waiting line, if a sequence is free, or has one that comes after it.
         """
-        if any(job.n_crashes for job in (*self._running.values(), *self._conversions.values())):
+        if any(generation.n_crashes for generation in self._running.values()):
             return None
         if self._suspects:
             if self._running:
@@ -579,10 +577,7 @@ class Tier:
             self._keep_alive_s = None
         for conversion in self._conversions.values():
             if conversion.worker is worker:
-                conversion.worker = None
-                conversion.n_crashes += 1
-                if conversion.n_crashes > 1:
-                    conversion.fail(crashed)
+                conversion.fail(crashed)
         self._wakeup.set()
 
     def _fail_waiting(self, error: ServiceError) -> None:
