@@ -97,6 +97,10 @@ class Tenant(Protocol):
     def is_wanted(self) -> bool:
         """Somebody waits for the model, or is in it."""
 
+    @property
+    def wanted_until(self) -> float:
+        """When that was so for the last time; inf while it is."""
+
     def occupant(self) -> Occupant | None:
         """What it has of the memory; None: nothing."""
 
@@ -142,8 +146,8 @@ class Room:
                     if isinstance(decision, Stop):
                         await self._stop(decision.names, tenant, needed)
                         continue
-                    if isinstance(decision, Wait):
-                        until = decision.until
+                    assert isinstance(decision, Wait)  # who fits has gone
+                    until = decision.until
                 with suppress(asyncio.TimeoutError):  # it may be time for somebody to go
                     timeout_s = max(until - time.monotonic(), 0.001)
                     await asyncio.wait_for(changed.wait(), timeout_s)
@@ -161,7 +165,9 @@ class Room:
         return needed + n_now + n_coming <= self.limit_bytes
 
     async def _stop(self, names: Sequence[str], tenant: Tenant, needed: int) -> None:
-        """Stop these for the tenant, for as long as it wants that and does not fit."""
+        """Stop these for the tenant, for as long as it does not fit, and has not been unwanted for
+        our patience: a client whose own is at an end mostly comes again, and would find those that
+        go with new long jobs."""
 
         async def leave(name: str) -> None:
             await self._tenants[name].make_way()
@@ -172,12 +178,16 @@ class Room:
         for task in leaving:
             task.add_done_callback(lambda _: self.changed())
         try:
-            while tenant.is_wanted and not self._fits_beside_all(tenant, needed):
+            while not self._fits_beside_all(tenant, needed):
                 if all(task.done() for task in leaving):
                     for task in leaving:
                         task.result()  # raises what it failed with
                     return
-                await self._changed.wait()
+                left_s = tenant.wanted_until + self._patience_s - time.monotonic()
+                if left_s <= 0:
+                    return
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), left_s)
         finally:
             for task in leaving:
                 task.cancel()

@@ -201,6 +201,11 @@ class Tier:
             return False
         return bool(self._n_leases or self._is_to_load or self._suspects or self._waiting)
 
+    @property
+    def wanted_until(self) -> float:
+        """When that was so for the last time; inf while it is."""
+        return math.inf if self.is_wanted else self.life.used_at
+
     def waits_for(self, job: Generation | None) -> str:
         """In words for people: what happens before the job's answer begins."""
         if (doing := self.life.doing()) is not None:

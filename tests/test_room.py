@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class Comer:
         self.is_leaving = False
         self.comes: list[asyncio.Task[None]] = []
         self._n_bytes = n_bytes
+        self._wanted_until = 0.0
         self._room = room
         self._leaves_after = leaves_after  # turns of the event loop
         room.enter(self)
@@ -85,7 +87,18 @@ class Comer:
     def occupant(self) -> Occupant | None:
         if not self.n_held:
             return None
-        return of(self.name, self.n_held, is_wanted=True, stays_until=self.stays_until)
+        return of(self.name, self.n_held, is_wanted=self.is_wanted, stays_until=self.stays_until)
+
+    @property
+    def wanted_until(self) -> float:
+        return math.inf if self.is_wanted else self._wanted_until
+
+    def want(self) -> None:
+        self.is_wanted = True
+
+    def leave(self) -> None:
+        self.is_wanted, self._wanted_until = False, time.monotonic()
+        self._room.changed()
 
     async def come(self) -> None:
         if await self._room.wait_for(self, self._n_bytes):
@@ -175,8 +188,7 @@ def test_who_waits_for_others_that_wait_goes_when_nobody_wants_it_any_more() -> 
         coming = asyncio.create_task(medium.come())
         other = asyncio.create_task(light.come())
         await asyncio.sleep(0)
-        light.is_wanted = False
-        room.changed()
+        light.leave()
         await asyncio.wait_for(other, 5)
         assert (heavy.n_held, medium.n_held, light.n_held) == (60, 0, 0)
         await coming
@@ -191,11 +203,12 @@ def test_nobody_goes_for_one_that_is_wanted_no_more_or_fits_meanwhile(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def test(ends: Callable[[Comer, Comer], None]) -> int:
-        room = Room(100, patience_s=0)
+        room = Room(100, patience_s=0.05)
         light = Comer("light", 60, room, leaves_after=10**9)
         small = Comer("small", 10, room)
         heavy = Comer("heavy", 40, room)
         await light.come()
+        light.leave()
         await small.come()
         small.stays_until = math.inf
         coming = asyncio.create_task(heavy.come())
@@ -211,11 +224,29 @@ def test_nobody_goes_for_one_that_is_wanted_no_more_or_fits_meanwhile(
         small.n_held = 0
 
     def is_wanted_no_more(heavy: Comer, small: Comer) -> None:
-        heavy.is_wanted = False
+        heavy.leave()
 
     assert asyncio.run(test(leaves)) == 40
     assert asyncio.run(test(is_wanted_no_more)) == 0
     assert not caplog.records, "which asyncio makes of errors that nobody looks at"
+
+
+def test_those_that_go_do_so_also_for_one_whose_client_comes_again() -> None:
+    async def test() -> None:
+        room = Room(100, patience_s=60)
+        light, heavy = Comer("light", 60, room, leaves_after=100), Comer("heavy", 80, room)
+        await light.come()
+        light.leave()
+        coming = asyncio.create_task(heavy.come())
+        for heavy_does in (heavy.leave, heavy.want, heavy.leave, heavy.want):
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert light.is_leaving
+            heavy_does()
+        await asyncio.wait_for(coming, 5)
+        assert (light.n_held, heavy.n_held) == (0, 80)
+
+    asyncio.run(test())
 
 
 FAKE = 42 << 20  # what a worker of the fake backend is taken to need
@@ -269,6 +300,27 @@ def test_one_that_makes_way_serves_on_when_the_other_is_wanted_no_more(tmp_path:
             assert light.metrics.evictions._value.get() == 0
 
     run(test, server=TWO | {"memory_limit": "50M"}, light=fake(path), heavy=fake())
+
+
+def test_one_that_makes_way_does_so_also_when_the_others_client_tries_again(tmp_path: Any) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 1000}, step_ms=1)
+
+    async def test(manager: ModelManager) -> None:
+        light, heavy = manager.tiers["light"], manager.tiers["heavy"]
+        long = asyncio.create_task(ask(light, "long"))
+        await until(lambda: light.n_running)
+        other = asyncio.create_task(ask(heavy))
+        await until(lambda: light._n_making_way)
+        later = asyncio.create_task(ask(light))
+        other.cancel()
+        await until(lambda: not heavy.is_wanted)
+        assert await ask(heavy) == "You said: Hi"
+        assert long.done()
+        assert not later.done()
+        assert await later == "You said: Hi"
+
+    server = {"memory_limit": "50M", "swap_wait_s": 0.3}
+    run(test, server=server, light=fake(path), heavy=fake())
 
 
 def test_two_that_take_turns_stay_for_as_long_as_they_load(tmp_path: Any) -> None:
