@@ -26,9 +26,6 @@ class Owner(Protocol):
     def identity(self) -> str:
         """Stands for the model that is loaded."""
 
-    def is_still(self, identity: str) -> bool:
-        """That model is loaded for certain."""
-
     def drop(self, job: "Encoding[Any]") -> None:
         """Forget a request that ended or whose client left."""
 
@@ -95,7 +92,7 @@ class Encoding(Generic[Item]):
         asked: Any = request.inputs if isinstance(request, wire.Embed) else request.pairs
         if len(self._open) == self._n_asked:
             self._identity = self._owner.identity
-        elif not self._owner.is_still(self._identity):
+        elif self._owner.identity != self._identity:
             self._owner.drop(self)
             self.fail(WorkerCrashed("The process with the model died in the middle of the request, "
                                     "and the model's file is another by now."))  # fmt: skip

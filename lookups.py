@@ -158,7 +158,7 @@ async def _known_or_kept(
         async with aclosing(_kept(batch, rest, cache)) as computed:
             async for found in computed:
                 yield found
-        if known and not batch.tier.is_still(batch.identity):  # which made what is known
+        if known and batch.tier.identity != batch.identity:  # which made what is known
             async with aclosing(_kept(batch, batch.places, cache)) as computed:
                 async for found in computed:
                     yield found

@@ -105,6 +105,12 @@ class ModelSource:
         heads = _heads(self._tier, self._settings, self._path)
         return self.is_known and (self.signature(), heads) == (self._signature, self._heads)
 
+    def was_loaded(self) -> None:
+        """A worker has just loaded it. If it was replaced since it was read nobody knows which of
+        the two that is: neither, then."""
+        if not self.is_unchanged():
+            self._signature, self._identity = (0, -1), f"{self._identity} or another"
+
     @property
     def is_known(self) -> bool:
         """The header could be read before."""

@@ -167,7 +167,7 @@ class Tier:
     @property
     def identity(self) -> str:
         """Stands for all of the model, its library and its settings that decides what a request is
-        answered. Raises ModelLoadFailed."""
+        answered; while it is loaded, for what the worker has. Raises ModelLoadFailed."""
         self.model()
         return self.life.source.identity
 

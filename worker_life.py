@@ -263,6 +263,7 @@ class WorkerLife:
             self._free()
             self.state = "stopped"
             raise
+        self.source.was_loaded()
         self._metrics.loads.inc()
         self.state, self.reason, self.fits = "ready", None, True
         self._n_load_failures *= bool(self._n_deaths)

@@ -627,6 +627,20 @@ def test_what_is_remembered_is_not_mixed_with_what_another_file_makes(tmp_path: 
                 service.http.post("/v1/models/embedding/unload")
 
 
+def test_a_file_that_is_touched_under_its_model_makes_nothing_be_computed_twice(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "model.json"
+    file.write_text("{}")
+    with serving(remembering(embedding=fake(str(file)))) as service:
+        assert outcome(service.embed(["a", "b"])) == "MISS"
+        os.utime(file, ns=(1, 1))
+        for _ in range(2):
+            seen = batches(service)
+            assert service.embed(["a", "new", "b"]).headers["x-cached-inputs"] == "2"
+            assert batches(service) - seen == 1
+
+
 def damage(folder: Path, data: bytes | None) -> None:
     for file in folder.glob("*.sqlite*"):
         if data is None:
