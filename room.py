@@ -141,8 +141,6 @@ class Room:
                 changed, until = self._changed, math.inf
                 if self._line[0] is tenant:
                     decision = self._decide(tenant, needed, impatient_at)
-                    if isinstance(decision, Never):
-                        raise self.insufficient(needed, decision.n_bytes)
                     if isinstance(decision, Stop):
                         await self._stop(decision.names, tenant, needed)
                         continue
@@ -155,6 +153,10 @@ class Room:
             self._line.remove(tenant)
             self.changed()
         return False
+
+    def check(self, tenant: Tenant, needed: int) -> None:
+        """Raises InsufficientMemory where `wait_for` would do so now."""
+        self._decide(tenant, needed, math.inf)
 
     def _fits_beside_all(self, tenant: Tenant, needed: int) -> bool:
         """Also beside the one for whom others are going."""
@@ -212,10 +214,13 @@ class Room:
     def free_bytes(self) -> int:
         return self.limit_bytes - sum(o.n_bytes for o in self._occupants(None))
 
-    def _decide(self, tenant: Tenant, needed: int, impatient_at: float) -> Go | Stop | Wait | Never:
+    def _decide(self, tenant: Tenant, needed: int, impatient_at: float) -> Go | Stop | Wait:
         others = self._occupants(tenant)
         now = time.monotonic()
-        return decide(needed, self.limit_bytes, others, now=now, impatient_at=impatient_at)
+        decision = decide(needed, self.limit_bytes, others, now=now, impatient_at=impatient_at)
+        if isinstance(decision, Never):
+            raise self.insufficient(needed, decision.n_bytes)
+        return decision
 
     def _occupants(self, but: Tenant | None) -> list[Occupant]:
         tenants = (tenant for tenant in self._tenants.values() if tenant is not but)

@@ -51,7 +51,6 @@ class WorkerLife:
         self.state: State = "stopped"
         self.progress = 0.0  # of a load, 0…1
         self.reason: str | None = None  # of the last failure, until a load succeeds
-        self.fits = True  # False: whoever made way, there was no room the last time
         self.worker: Worker | None = None
         self.encoder: wire.EncoderInfo | None = None  # what the model can do, once it was loaded
         self.source = ModelSource(name, settings, server.hub)
@@ -85,14 +84,19 @@ class WorkerLife:
 
     def status(self) -> tuple[State, str | None]:
         """The state, and why the tier is not as it should be."""
-        if not self.source.is_here():
-            return self.state, self.reason
-        if self.worker is None and self.state != "starting":
-            try:
-                self.model()
-            except ModelLoadFailed as error:
-                return "failed", error.message
+        if self.worker is None and self.state != "starting" and (fault := self._fault()):
+            return "failed", fault
         return self.state, self.reason
+
+    def _fault(self) -> str | None:
+        """Why it cannot be loaded, by what is known of its file and of the memory now."""
+        if not self.source.is_here():
+            return None
+        try:
+            self._room.check(self._tenant, self.footprint().most)
+        except (ModelLoadFailed, InsufficientMemory) as error:
+            return error.message
+        return None
 
     def doing(self) -> str | None:
         """In words for people: what happens before there is a worker."""
@@ -106,11 +110,7 @@ class WorkerLife:
         """The next request would not be refused for what is known of the model."""
         if self.worker is not None or not self.source.is_here():
             return True
-        try:
-            self.model()
-        except ModelLoadFailed:
-            return False
-        return self._back_off_s() <= 0
+        return self._fault() is None and self._back_off_s() <= 0
 
     def _back_off_s(self) -> float:
         """For so long no load is tried after one that failed; a file that has changed is at
@@ -249,7 +249,7 @@ class WorkerLife:
             finally:
                 self._progress_log.end(self.name)
         except InsufficientMemory as error:
-            self.state, self.fits = "stopped", False
+            self.state = "stopped"
             if error.message != self.reason:
                 self.reason = error.message
                 logger.error("Tier %s cannot be loaded: %s", self.name, self.reason)
@@ -265,7 +265,7 @@ class WorkerLife:
             raise
         self.source.was_loaded()
         self._metrics.loads.inc()
-        self.state, self.reason, self.fits = "ready", None, True
+        self.state, self.reason = "ready", None
         self._n_load_failures *= bool(self._n_deaths)
         self.encoder = self.worker.ready.encoder
         self.used_at = time.monotonic()

@@ -371,7 +371,12 @@ def test_one_that_was_to_be_loaded_at_start_and_never_fits_is_told(
                 )  # fmt: skip
             reply = service.http.get("/health")
             assert reply.status_code == status
+            assert reply.json()["tiers"]["heavy"]["state"] == "failed"
             assert "MEMORY_LIMIT" in reply.json()["tiers"]["heavy"]["reason"]
+            assert service.http.get("/ready").status_code == 503
+            service.http.post("/v1/models/light/unload")
+            for path in ("/health", "/ready"):
+                assert service.http.get(path).status_code == 200, "it could be loaded now"
             said = [r for r in caplog.messages if "heavy cannot be loaded" in r]
             assert len(said) == 1
             caplog.clear()
