@@ -65,6 +65,14 @@ class _Line(asyncio.Protocol):
         self._handle = handle
         self._frames = wire.Frames()
 
+    async def next(self, timeout_s: float) -> wire.FromWorker | None:
+        """What is said next during a load. Raises ModelLoadFailed when that takes too long, in
+        looks as those of the watchdog."""
+        for _ in range(LOAD_PATIENCE * WATCHDOG_LOOKS):
+            with contextlib.suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(self.heard.get(), timeout_s / WATCHDOG_LOOKS)
+        raise ModelLoadFailed("The load got no further, and was ended.")
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
@@ -135,10 +143,7 @@ class Worker:
         _, line = await loop.create_connection(lambda: _Line(spec.name, handle), sock=ours)
         try:
             line.transport.write(wire.frame(wire.Load(spec)))
-            while isinstance(
-                message := await asyncio.wait_for(line.heard.get(), timeout_s * LOAD_PATIENCE),
-                wire.Progress,
-            ):
+            while isinstance(message := await line.next(timeout_s), wire.Progress):
                 on_progress(message.fraction)
             if isinstance(message, wire.Ready):
                 return cls(spec.name, handle, line, message, on_lost, timeout_s)
@@ -146,12 +151,10 @@ class Worker:
                 raise ModelLoadFailed(message.reason)
             reason = await handle.wait()
             raise ModelLoadFailed(f"The worker ended while it loaded the model: {reason}.")
-        except BaseException as error:
+        except BaseException:
             line.transport.close()
             handle.kill()
             await asyncio.shield(handle.wait())
-            if isinstance(error, asyncio.TimeoutError):
-                raise ModelLoadFailed("The load got no further, and was ended.") from None
             raise
 
     def generate(self, request: wire.Generate, sink: JobSink) -> None:

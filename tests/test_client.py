@@ -520,6 +520,31 @@ def test_a_worker_that_was_stopped_together_with_the_server_is_left_alone(
     asyncio.run(test())
 
 
+def test_a_load_that_was_stopped_together_with_the_server_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        time, paused_s = loop.time, 0.0
+        monkeypatch.setattr(loop, "time", lambda: time() + paused_s)
+
+        async def talk(receive: Receive, say: Say) -> None:
+            nonlocal paused_s
+            say(wire.Progress(0.5))
+            await started.is_loading.wait()
+            paused_s = 1000.0
+            for _ in range(10):  # turns of the event loop, in which timers end
+                await asyncio.sleep(0)
+            say(READY)
+            assert isinstance(await receive(), wire.Shutdown)
+
+        started = Started(scripted(talk))
+        worker = await started.start(spec(), timeout_s=0.6)
+        await worker.stop()
+
+    asyncio.run(test())
+
+
 def test_after_a_jobs_last_word_its_sink_hears_no_more() -> None:
     async def test() -> None:
         async def talk(receive: Receive, say: Say) -> None:
