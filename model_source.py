@@ -197,12 +197,9 @@ def _release(settings: TierSettings) -> list[str]:
 
 
 def _begin(path: Path) -> bytes:
-    """The beginning of a file; of a directory what it has."""
-    with suppress(OSError):
-        if path.is_dir():
-            return repr(sorted((file.name, _signature(file)) for file in path.iterdir())).encode()
-        with path.open("rb") as file:
-            return file.read(HEADER_BYTES)
+    """The beginning of a file; of a directory nothing, whose signature has all that is in it."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(HEADER_BYTES)
     return b""
 
 
@@ -220,12 +217,14 @@ def _heads(tier: TierName, settings: TierSettings, model: Path) -> list[tuple[st
 
 
 def _signature(path: Path) -> Signature:
-    """Of a directory those of the files in it together: the last time, and a digest of all."""
+    """Of a directory those of the files in it and one level below together, as 1_Pooling has one:
+    the last time, and a digest of all."""
     try:
         status = path.stat()
         if not stat.S_ISDIR(status.st_mode):
             return status.st_mtime_ns, status.st_size
-        files = [(file.name, file.stat()) for file in path.iterdir() if file.is_file()]
+        found = (file for pattern in ("*", "[!.]*/*") for file in path.glob(pattern))
+        files = [(str(file), file.stat()) for file in found if file.is_file()]
     except OSError:
         return 0, 0
     each = sorted((name, file.st_mtime_ns, file.st_size) for name, file in files)

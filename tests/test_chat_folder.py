@@ -96,6 +96,23 @@ def test_other_weights_of_one_size_and_an_older_time_are_another_model(folder: P
     assert source.identity != before
 
 
+def test_another_pooling_one_level_below_is_another_model(folder: Path) -> None:
+    below, hidden = folder / "1_Pooling", folder / ".git"
+    for directory in (below, hidden):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+    tier = TierSettings(backend="mlx", model_path=str(folder))
+    source = ModelSource("light", tier, ServerSettings().hub)
+    source.read(is_loaded=False)
+    before = source.identity
+    change(hidden / "config.json", pooling_mode_cls_token=True)
+    assert source.is_unchanged()
+    change(below / "config.json", pooling_mode_cls_token=True)
+    assert not source.is_unchanged()
+    source.read(is_loaded=False)
+    assert source.identity != before
+
+
 def test_the_facts_of_a_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_folder, "FLOAT_BYTES", 4)
     facts = read_chat_folder(folder)
