@@ -136,9 +136,11 @@ class Worker:
         with theirs:
             try:
                 handle = await launch(theirs)
-            except OSError as error:
+            except BaseException as error:
                 ours.close()
-                raise ModelLoadFailed(f"The worker cannot be started: {error}.") from error
+                if isinstance(error, OSError):
+                    raise ModelLoadFailed(f"The worker cannot be started: {error}.") from error
+                raise
         loop = asyncio.get_running_loop()
         _, line = await loop.create_connection(lambda: _Line(spec.name, handle), sock=ours)
         try:

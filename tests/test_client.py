@@ -263,6 +263,25 @@ def test_a_process_that_dies_while_it_loads_is_model_load_failed(
     run(test)
 
 
+def test_a_start_that_is_given_up_during_the_launch_leaves_no_socket() -> None:
+    async def test() -> None:
+        launched: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+
+        async def launch(theirs: socket.socket) -> Handle:
+            launched.set_result(theirs.dup())
+            await asyncio.Event().wait()
+            raise AssertionError("nobody sets it")
+
+        task = asyncio.create_task(Started(launch).start(spec("unused")))
+        with await launched as other:
+            task.cancel()
+            await asyncio.wait({task})
+            other.settimeout(1)
+            assert other.recv(1) == b"", "the other end is closed"
+
+    run(test)
+
+
 def test_a_start_that_is_given_up_leaves_no_process(script: Callable[..., str]) -> None:
     async def test() -> None:
         started = Started(launch_process)
