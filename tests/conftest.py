@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ def clean_environment() -> Iterator[None]:
         for key in (*known_keys(), *PROXIES, *map(str.lower, PROXIES)):
             monkeypatch.delenv(key, raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def kept_environment() -> Iterator[None]:
+    """No test depends on what another has set, as backends do for their libraries."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
