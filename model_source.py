@@ -109,7 +109,8 @@ class ModelSource:
         """A worker has just loaded it. If it was replaced since it was read nobody knows which of
         the two that is: neither, then."""
         if not self.is_unchanged():
-            self._signature, self._identity = (0, -1), f"{self._identity} or another"
+            self._signature = self._signature[0], -1
+            self._identity += " or another"
 
     @property
     def is_known(self) -> bool:

@@ -163,7 +163,10 @@ class Room:
         others = self._occupants(tenant)
         n_now = sum(occupant.n_bytes for occupant in others)
         n_leaving = sum(o.n_bytes for o in others if o.name in self._leaving)
-        n_coming = 0 if self._line[0] is tenant else max(self._coming - n_leaving, 0)
+        first = self._line[0]
+        n_coming = (
+            max(self._coming - n_leaving, 0) if first is not tenant and first.is_wanted else 0
+        )
         return needed + n_now + n_coming <= self.limit_bytes
 
     async def _stop(self, names: Sequence[str], tenant: Tenant, needed: int) -> None:

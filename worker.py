@@ -39,6 +39,9 @@ EXIT_OK, EXIT_ENGINE_FAILED = 0, 70  # 70: EX_SOFTWARE of sysexits.h
 
 Answered = wire.Failed | wire.Tokens | wire.Text
 Incoming = Job | Answered | wire.Embed | wire.Score | wire.Cancel | wire.Ping | wire.Shutdown
+# of the thread that compiles grammars: llguidance follows references by recursion, and a chain of
+# thousands ended the process. What of it is not used takes no memory.
+STACK_BYTES = 512 << 20
 WorkOn = Callable[[wire.Request], Incoming]
 
 
@@ -91,7 +94,9 @@ def serve(
     for name in LOGGERS:
         logging.getLogger(name).setLevel(load.spec.log_level)
     receiver = Receiver(sock, on_disconnect)
+    before = threading.stack_size(STACK_BYTES)
     receiver.start()  # before the load, which takes long: without a server it is for nobody
+    threading.stack_size(before)
 
     def send(*messages: wire.Message) -> None:
         sock.sendall(b"".join(map(wire.frame, messages)))

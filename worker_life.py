@@ -69,6 +69,7 @@ class WorkerLife:
         self._fetching: asyncio.Task[None] | None = None
         self._footprint: Footprint | None = None  # of the worker that was started last
         self._stays_until = 0.0
+        self._load_began_at = 0.0
         self._n_load_failures = 0
         self._retry_at = 0.0  # unless the file has changed
         self._failed_signature: Signature = 0, 0
@@ -222,32 +223,16 @@ class WorkerLife:
         try:
             if not await self._is_fetched():
                 return None
-            while True:
-                model = await asyncio.to_thread(self.model)
-                spec = self._spec(model)
-                self._footprint = estimate(spec, model)
-                self.needed_bytes = self._footprint.most
-                self.state = "waiting"
-                if not await self._room.wait_for(self._tenant, self.needed_bytes):
-                    self.state = "stopped"
-                    return None
-                self.held_bytes, self._stays_until = self.needed_bytes, math.inf
-                if await asyncio.to_thread(self.model) is model:
-                    break
-                self._free()  # it waited for another file's memory
-            self.state, self.progress = "starting", 0.0
-            started_at = time.monotonic()
-            logger.info("Tier %s: loading %s", self.name, model.name)
-            try:
-                self.worker = await Worker.start(
-                    spec,
-                    launch=self._launch,
-                    on_progress=self._on_progress,
-                    on_lost=self._lost,
-                    timeout_s=self._server.watchdog_s,
-                )
-            finally:
-                self._progress_log.end(self.name)
+            worker = await self._loaded()
+            if worker is not None and not self.source.is_unchanged():
+                logger.warning("Tier %s: its file was replaced meanwhile; once more", self.name)
+                await worker.stop()
+                self._free()
+                worker = await self._loaded()
+            if worker is None:
+                self.state = "stopped"
+                return None
+            self.worker = worker
         except InsufficientMemory as error:
             self.state = "stopped"
             if error.message != self.reason:
@@ -269,15 +254,44 @@ class WorkerLife:
         self._n_load_failures *= bool(self._n_deaths)
         self.encoder = self.worker.ready.encoder
         self.used_at = time.monotonic()
-        load_s = self.used_at - started_at
+        load_s = self.used_at - self._load_began_at
         self._stays_until = self.used_at + load_s
         self._room.changed()
+        assert self._footprint is not None
         logger.info(
             "Tier %s: ready after %.1f s, %d tokens of context, %d requests at once, about %d MB",
             self.name, load_s, self.worker.ready.n_ctx, self.worker.ready.n_parallel,
             self._footprint.loaded >> 20,
         )  # fmt: skip
         return self.worker
+
+    async def _loaded(self) -> Worker | None:
+        """A worker that has loaded the file as it was just before; None when nobody wants it."""
+        while True:
+            model = await asyncio.to_thread(self.model)
+            spec = self._spec(model)
+            self._footprint = estimate(spec, model)
+            self.needed_bytes = self._footprint.most
+            self.state = "waiting"
+            if not await self._room.wait_for(self._tenant, self.needed_bytes):
+                return None
+            self.held_bytes, self._stays_until = self.needed_bytes, math.inf
+            if await asyncio.to_thread(self.model) is model:
+                break
+            self._free()  # it waited for another file's memory
+        self.state, self.progress = "starting", 0.0
+        self._load_began_at = time.monotonic()
+        logger.info("Tier %s: loading %s", self.name, model.name)
+        try:
+            return await Worker.start(
+                spec,
+                launch=self._launch,
+                on_progress=self._on_progress,
+                on_lost=self._lost,
+                timeout_s=self._server.watchdog_s,
+            )
+        finally:
+            self._progress_log.end(self.name)
 
     def answered(self) -> None:
         """Somebody has been answered, so the deaths of workers are counted anew."""

@@ -216,11 +216,13 @@ class _Reader:
 
 
 def _half_character(tokens: Sequence[wire.TokenLogprob]) -> list[wire.TokenLogprob]:
-    """Those at the end that are the beginning of a character."""
+    """Those at the end that are of a character which is not whole. Its first bytes may have come
+    with text."""
+    n = next((n for n, one in enumerate(reversed(tokens)) if _is_whole(one.token)), len(tokens))
+    return [*tokens[len(tokens) - n :]]
+
+
+def _is_whole(token: bytes) -> bool:
+    """It does not end in the midst of a character, as far as can be told without the others."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    decoder.decode(b"".join(one.token for one in tokens))
-    n_bytes = len(decoder.getstate()[0])
-    half: list[wire.TokenLogprob] = []
-    while sum(len(one.token) for one in half) < n_bytes:
-        half.insert(0, tokens[len(tokens) - len(half) - 1])
-    return half
+    return "\ufffd" not in decoder.decode(token) and not decoder.getstate()[0]

@@ -141,9 +141,9 @@ class Worker:
                 if isinstance(error, OSError):
                     raise ModelLoadFailed(f"The worker cannot be started: {error}.") from error
                 raise
-        loop = asyncio.get_running_loop()
-        _, line = await loop.create_connection(lambda: _Line(spec.name, handle), sock=ours)
+        line = _Line(spec.name, handle)
         try:
+            await asyncio.get_running_loop().create_connection(lambda: line, sock=ours)
             line.transport.write(wire.frame(wire.Load(spec)))
             while isinstance(message := await line.next(timeout_s), wire.Progress):
                 on_progress(message.fraction)
@@ -154,7 +154,7 @@ class Worker:
             reason = await handle.wait()
             raise ModelLoadFailed(f"The worker ended while it loaded the model: {reason}.")
         except BaseException:
-            line.transport.close()
+            getattr(line, "transport", ours).close()  # whoever has the socket by now
             handle.kill()
             await asyncio.shield(handle.wait())
             raise

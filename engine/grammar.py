@@ -10,6 +10,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,8 @@ class Compiler:
                 f"Grammars and schemas may have {MAX_GRAMMAR_BYTES:,} bytes in all.",
                 param=grammar.param,
             )
-        sources = [_source(part) for part in grammar.parts]
+        is_all = "«" not in grammar.frame  # neither thoughts nor calls come instead
+        sources = [_source(part, is_all) for part in grammar.parts]
         frame = {"name": "frame", "lark_grammar": self._resolved(grammar.frame)}
         matcher = self._whole(frame, sources)
         if matcher.is_error():
@@ -219,29 +221,29 @@ def control_token(text: str, tokenizer: Tokenizer) -> int | None:
     return ids[0] if len(ids) == 1 and not tokenizer.piece(ids[0]) else None
 
 
-def _source(part: GrammarPart) -> dict[str, Any]:
+def _source(part: GrammarPart, is_all: bool) -> dict[str, Any]:
     """A part as llguidance takes it."""
     if part.kind == "json_schema":
         return {"json_schema": _styled(part)}
     text = part.text
     if _IS_GBNF.search(text):
         try:
-            text = _as_lark(text)
+            text = _as_lark(text, is_all)
         except Exception as error:  # the converter raises bare ones
             reason = _first_line(str(error)) or "it is nested too deeply"
             raise BadRequest(f"The GBNF cannot be used: {reason}.", param=part.param) from None
     return {"lark_grammar": text}
 
 
-def _as_lark(gbnf: str) -> str:
+def _as_lark(gbnf: str, is_all: bool) -> str:
     """GBNF as Lark: of a terminal as much is taken as can be, and a literal that has begun must
-    end, where GBNF tries every way. So where no rule is a part of itself all is one terminal, and
-    else there are none, nor literals of two characters."""
+    end, where GBNF tries every way. So where it is all of an answer, and no rule is a part of
+    itself, it is one terminal; else there are none, nor literals of two characters."""
     rules = GrammarParser().parse(_GBNF.sub(_plain, gbnf))
     if "root" not in rules:
         raise ValueError("it has no rule 'root'")
     names = {name: f"rule_{n}" for n, name in enumerate(rules)}
-    if not _is_recursive(rules):
+    if is_all and not _is_recursive(rules):
         names = {name: lark.upper() for name, lark in names.items()}  # of a terminal
 
     def rename(node: ASTNode) -> None:
@@ -260,10 +262,11 @@ def _as_lark(gbnf: str) -> str:
 
 def _is_recursive(rules: Mapping[str, ASTNode]) -> bool:
     """A rule is a part of itself."""
-    parts = {name: set(_references(rule)) & rules.keys() for name, rule in rules.items()}
-    while leaves := [name for name, inner in parts.items() if not inner]:
-        parts = {name: inner - set(leaves) for name, inner in parts.items() if inner}
-    return bool(parts)
+    try:
+        TopologicalSorter({name: set(_references(r)) for name, r in rules.items()}).prepare()
+    except CycleError:
+        return True
+    return False
 
 
 def _references(node: ASTNode) -> Iterator[str]:

@@ -82,6 +82,7 @@ class Thoughts:
         self.n_begun = 0 if self._state == "open" else len(self._tail)
         if self._state == "over" and self._has_messages and self._has_ended():
             self._state = "before"
+            self.n_begun = len(self._tail)
 
     def _begin(self) -> None:
         text = self._tail if self._has_messages else self._tail.lstrip()

@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from api import turn
+from engine import wire
 from engine.backends import fake as backend
 from tests.serving import Service, events, fake, script, serving, settings, wait_until
 
@@ -406,6 +408,18 @@ def test_half_a_character_is_no_text_and_has_log_probabilities(
     choices = [chunk["choices"][0] for chunk in chunks]
     told = [entry for c in choices if c["logprobs"] for entry in c["logprobs"]["content"]]
     assert told == logprobs_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "n_half"),
+    [([], 0), ([b"a"], 0), ([b" ", b""], 0), ([b"\xe4"], 1), ([b" ", b"\xf0\x9f", b"\x98"], 2),
+     ([b"\x98", b"\xba"], 2), ([" 世".encode()], 0), ([b" \xf0\x9f", b"\x98"], 2)],
+)  # fmt: skip
+def test_which_tokens_are_of_a_character_that_is_not_whole(
+    pieces: list[bytes], n_half: int
+) -> None:
+    pending = [wire.TokenLogprob(piece, 0.0, []) for piece in pieces]
+    assert turn._half_character(pending) == pending[len(pending) - n_half :]
 
 
 def test_a_bias_changes_what_is_said_by_id_and_by_text(service: Service) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import random
 import re
+import threading
 import time
 from typing import Any
 
@@ -18,6 +19,8 @@ from engine.backends.fake import FakeTokenizer
 from engine.grammar import MOST_PATTERNS, Compiler
 from engine.wire import MAX_GRAMMAR_BYTES, Grammar, GrammarPart
 from errors import BadRequest
+from tests.chat_formats import TOOLS, prompt, user
+from worker import STACK_BYTES
 
 TOKENIZER = FakeTokenizer()
 COMPILER = Compiler(TOKENIZER)
@@ -271,6 +274,55 @@ WAYS = [
 @pytest.mark.parametrize(("grammar", "right", "wrong"), WAYS)
 def test_gbnf_takes_every_way_that_leads_on(grammar: str, right: str, wrong: str) -> None:
     assert (is_accepted(grammar, right), is_accepted(grammar, wrong)) == (True, False)
+
+
+@pytest.mark.parametrize("grammar", ["root ::= .{1,30}", r"root ::= [^\n]+", "root ::= .*"])
+def test_gbnf_swallows_neither_thoughts_nor_calls(grammar: str) -> None:
+    part = GrammarPart("grammar", grammar, "grammar")
+    made = prompt("qwen3", user("Hi"), TOOLS, answer=part)  # in a vocabulary with no such tokens
+    assert made.grammar
+
+    def takes(text: str) -> bool:
+        state = COMPILER.compile(made.grammar)
+        for byte in text.encode():
+            logits = np.zeros(TOKENIZER.n_vocab, np.float32)
+            state.apply(logits)
+            if logits[byte] < 0:
+                return False
+            state.accept(byte)
+        return True
+
+    assert takes(f"<think>\n{'Hm, oh. ' * 9}\nSo:\n</think>\n\nAnswer")
+    call = '<tool_call>\n{"name": "get_time", "arguments": {"city": "Rome"}}\n</tool_call>'
+    assert takes(call)
+    assert not takes(call.replace("time", "rain"))
+    assert not takes(call.replace('"Rome"', "5"))
+
+
+CHAINS = {
+    "gbnf": lambda n: "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(n))
+    + f'r{n} ::= "x"',
+    "recursive gbnf": lambda n: 'root ::= "(" root ")" | r0\n'
+    + "".join(f"r{i} ::= r{i + 1}\n" for i in range(n)) + f'r{n} ::= "x"',
+    "lark": lambda n: "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(n))
+    + f'r{n}: "x"',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_a_long_chain_of_rules_ends_no_process(kind: str) -> None:
+    """In a thread with the stack that a worker gives it."""
+    found = []
+    part = GrammarPart("grammar", CHAINS[kind](12_000), "grammar")
+    before = threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=lambda: found.append(COMPILER.compile(Grammar((part,)))))
+    thread.start()
+    threading.stack_size(before)
+    thread.join()
+    (state,) = found
+    logits = np.zeros(TOKENIZER.n_vocab, np.float32)
+    state.apply(logits)
+    assert logits[ord("x")] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The tiers' queues, workers' lives and the failure contract, without HTTP."""
 
 import asyncio
+import json
+import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -265,14 +267,35 @@ def test_a_file_that_is_replaced_during_the_load_is_not_taken_for_what_answers(
         assert tier.identity == before
         launcher.go_on()
         await asked
-        assert tier.identity != before, "which of the two it is nobody knows"
-        for identity in (before, tier.identity):
-            assert not tier.is_still(identity)
-        await tier.unload()
-        await tier.load()
-        assert tier.is_still(tier.identity)
+        assert tier.identity != before
+        assert not tier.is_still(before)
+        assert tier.is_still(tier.identity), "it was loaded once more"
 
     run(test, launcher, light=fake(str(path)))
+
+
+def test_a_file_that_is_replaced_during_each_load_is_neither(tmp_path: Path) -> None:
+    path = Path(script(tmp_path))
+    n_launches = 0
+
+    def replace_it() -> None:
+        nonlocal n_launches
+        n_launches += 1
+        path.write_text(json.dumps({"step_ms": n_launches}))
+
+    async def replace_and_launch(sock: socket.socket) -> Handle:
+        replace_it()
+        return await in_threads(sock)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        before = tier.identity
+        assert await ask(tier) == "You said: Hi"
+        assert n_launches == 2
+        for identity in (before, tier.identity):
+            assert not tier.is_still(identity)
+
+    run(test, replace_and_launch, light=fake(str(path)))
 
 
 def test_a_file_that_is_replaced_while_memory_is_waited_for_is_the_one_that_is_loaded(

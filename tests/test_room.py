@@ -179,6 +179,26 @@ def test_who_fits_later_beside_those_that_go_and_the_one_that_comes_waits_no_lon
     asyncio.run(test())
 
 
+def test_nothing_is_kept_for_one_that_is_wanted_no_more() -> None:
+    async def test() -> None:
+        room = Room(100, patience_s=1000)
+        light = Comer("light", 60, room, leaves_after=10**9)
+        heavy, medium = Comer("heavy", 80, room), Comer("medium", 30, room)
+        await light.come()
+        room._patience_s = 0  # others go at once,
+        coming = asyncio.create_task(heavy.come())
+        while not light.is_leaving:  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(0)
+        room._patience_s = 1000  # and for long
+        heavy.leave()
+        await asyncio.wait_for(medium.come(), 5)
+        assert (light.n_held, medium.n_held) == (60, 30)
+        for task in (coming, *light.comes):
+            task.cancel()
+
+    asyncio.run(test())
+
+
 def test_who_waits_for_others_that_wait_goes_when_nobody_wants_it_any_more() -> None:
     async def test() -> None:
         room = Room(100, patience_s=0)

@@ -302,6 +302,19 @@ def test_stop_strings_count_where_a_model_leaves_the_form_of_messages() -> None:
     assert harmony("Rome STOP Paris", "STOP") == Message("Rome ")
 
 
+def test_the_end_of_a_message_is_whole() -> None:
+    tokenizer = ByteTokenizer(*CONTROL_TOKENS["gpt_oss"])
+    thinking = prompt("gpt_oss", user("Hi"), TOOLS).thinking
+    assert thinking
+    follower = thoughts(thinking, tokenizer)
+    for token in tokens(tokenizer, PREAMBLE.format("Hi")):
+        follower.accept(token)
+        if tokenizer.shown(token) == b"<|end|>":
+            assert follower.n_begun == 0
+            return
+    raise AssertionError("it has no end")
+
+
 def test_a_budget_is_that_of_all_thoughts_of_an_answer() -> None:
     thinking = prompt("gpt_oss", user("Hi"), TOOLS, budget=5).thinking
     assert thinking
