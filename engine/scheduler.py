@@ -477,8 +477,9 @@ class Scheduler:
     def _can_mark(self, sequence: Sequence) -> bool:
         """Without reuse it is computed in the same chunks every time: it makes marks only if other
         answers of its job wait."""
-        is_waited_for = any(other.goes_on_from == sequence.id for other in self._waiting)
-        return self._cells.can_mark and (sequence.reuses or is_waited_for)
+        return self._cells.can_mark and (
+            sequence.reuses or any(other.goes_on_from == sequence.id for other in self._waiting)
+        )
 
     def _length(self, sequence: Sequence) -> float:
         """Of what is pending, as it counts."""

@@ -139,8 +139,10 @@ class Batch:
     @property
     def is_steady(self) -> bool:
         """It is of one job, which is to have the same numbers every time."""
-        sequences = [chunk.sequence for chunk in self.chunks]
-        return not any(s.reuses for s in sequences) and len({s.first for s in sequences}) == 1
+        one = self.chunks[0].sequence
+        return not one.reuses and all(
+            not chunk.sequence.reuses and chunk.sequence.first == one.first for chunk in self.chunks
+        )
 
     @property
     def is_beginning(self) -> bool:
