@@ -57,6 +57,16 @@ class Receiver(threading.Thread):
         self._sock = sock
         self._on_disconnect = on_disconnect
 
+    def start(self) -> None:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            super().start()
+        except RuntimeError:  # where what is not used is counted too (ulimit -v, no overcommit)
+            threading.stack_size(before)
+            super().start()
+        finally:
+            threading.stack_size(before)
+
     def run(self) -> None:
         try:
             while (message := wire.receive(self._sock)) is not None:
@@ -94,9 +104,7 @@ def serve(
     for name in LOGGERS:
         logging.getLogger(name).setLevel(load.spec.log_level)
     receiver = Receiver(sock, on_disconnect)
-    before = threading.stack_size(STACK_BYTES)
     receiver.start()  # before the load, which takes long: without a server it is for nobody
-    threading.stack_size(before)
 
     def send(*messages: wire.Message) -> None:
         sock.sendall(b"".join(map(wire.frame, messages)))

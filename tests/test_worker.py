@@ -3,6 +3,7 @@
 import json
 import queue
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from engine.batch_engine import MAX_FAILED_STEPS, BatchEngine
 from engine.grammar import Compiler
 from engine.types import SamplingParams, StepResult
 from errors import BadRequest, ContextLengthExceeded, ModelLoadFailed
+from settings import ROOT
 from worker_requests import convert
 
 WAIT_S = 20
@@ -414,6 +416,26 @@ def test_ping_is_answered_by_pong(serve: Serve) -> None:
     served = serve()
     served.send(wire.Ping(), wire.Ping())
     assert [served.read(), served.read()] == [wire.Pong(), wire.Pong()]
+
+
+WITHOUT_ROOM = """
+import resource, socket
+import psutil, worker
+most = psutil.Process().memory_info().vms + (300 << 20)  # also what is not used
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+ours, theirs = socket.socketpair()
+receiver = worker.Receiver(theirs, ours.close)
+receiver.start()
+ours.shutdown(socket.SHUT_WR)
+print(type(receiver.inbox.get(timeout=20)).__name__, worker.threading.stack_size())
+"""
+
+
+def test_where_there_is_no_room_for_a_deep_stack_a_worker_serves_all_the_same() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ROOM], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert said.stdout == "Shutdown 0\n", said.stderr
 
 
 def test_cancelling_what_is_unknown_is_fine(serve: Serve) -> None:
