@@ -1,7 +1,6 @@
 """One turn of a chat: from a request to events. Every chat endpoint folds these."""
 
 import asyncio
-import codecs
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -218,11 +217,13 @@ class _Reader:
 def _half_character(tokens: Sequence[wire.TokenLogprob]) -> list[wire.TokenLogprob]:
     """Those at the end that are of a character which is not whole. Its first bytes may have come
     with text."""
-    n = next((n for n, one in enumerate(reversed(tokens)) if _is_whole(one.token)), len(tokens))
+    n = next((n for n, one in enumerate(reversed(tokens)) if _is_text(one.token)), len(tokens))
     return [*tokens[len(tokens) - n :]]
 
 
-def _is_whole(token: bytes) -> bool:
-    """It does not end in the midst of a character, as far as can be told without the others."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    return "\ufffd" not in decoder.decode(token) and not decoder.getstate()[0]
+def _is_text(token: bytes) -> bool:
+    try:
+        token.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

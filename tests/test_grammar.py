@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.backends.fake import FakeTokenizer
-from engine.grammar import MOST_PATTERNS, Compiler
+from engine.grammar import MOST_PATTERNS, Compiler, GrammarState
 from engine.wire import MAX_GRAMMAR_BYTES, Grammar, GrammarPart
 from errors import BadRequest
 from tests.chat_formats import TOOLS, prompt, user
@@ -208,15 +208,21 @@ def test_what_else_is_wrong_with_a_schema_is_told_where_patterns_are_read_over()
         COMPILER.compile(Grammar((part,)))
 
 
-def is_accepted(grammar: str, text: str) -> bool:
-    state = COMPILER.compile(lark(grammar))
+def after(grammar: Grammar, text: str) -> GrammarState | None:
+    """The state behind a text; None where it is not allowed."""
+    state = COMPILER.compile(grammar)
     for byte in text.encode():
         logits = np.zeros(TOKENIZER.n_vocab, np.float32)
         state.apply(logits)
         if logits[byte] < 0:
-            return False
+            return None
         state.accept(byte)
-    return state.is_complete
+    return state
+
+
+def is_accepted(grammar: str, text: str) -> bool:
+    state = after(lark(grammar), text)
+    return state is not None and state.is_complete
 
 
 GRAMMARS = [
@@ -282,21 +288,11 @@ def test_gbnf_swallows_neither_thoughts_nor_calls(grammar: str) -> None:
     made = prompt("qwen3", user("Hi"), TOOLS, answer=part)  # in a vocabulary with no such tokens
     assert made.grammar
 
-    def takes(text: str) -> bool:
-        state = COMPILER.compile(made.grammar)
-        for byte in text.encode():
-            logits = np.zeros(TOKENIZER.n_vocab, np.float32)
-            state.apply(logits)
-            if logits[byte] < 0:
-                return False
-            state.accept(byte)
-        return True
-
-    assert takes(f"<think>\n{'Hm, oh. ' * 9}\nSo:\n</think>\n\nAnswer")
+    assert after(made.grammar, f"<think>\n{'Hm, oh. ' * 9}\nSo:\n</think>\n\nAnswer")
     call = '<tool_call>\n{"name": "get_time", "arguments": {"city": "Rome"}}\n</tool_call>'
-    assert takes(call)
-    assert not takes(call.replace("time", "rain"))
-    assert not takes(call.replace('"Rome"', "5"))
+    assert after(made.grammar, call)
+    assert not after(made.grammar, call.replace("time", "rain"))
+    assert not after(made.grammar, call.replace('"Rome"', "5"))
 
 
 CHAINS = {
