@@ -21,6 +21,7 @@ import logs
 from embedders import Embedder, new_embedder
 from encoder_jobs import EncoderJobs, Model
 from engine import wire
+from engine.apart import Apart
 from engine.backends.base import Engine, Tokenizer, load_encoder, load_engine
 from engine.grammar import Compiler
 from errors import BadRequest, ModelLoadFailed
@@ -110,6 +111,7 @@ def serve(
         sock.sendall(b"".join(map(wire.frame, messages)))
 
     spec = load.spec
+    apart = Apart()
     engine: Engine | None = None
     model: Model | None = None
     try:
@@ -119,7 +121,7 @@ def serve(
                 return EXIT_OK
             receiver.begin(partial(_before_generating, engine, Compiler(engine.tokenizer)))
             send(wire.Ready(engine.n_ctx, engine.n_parallel, engine.tokenizer.n_vocab))
-            return _loop(engine, receiver.inbox, send)
+            return _loop(engine, apart, receiver.inbox, send)
         model = _load(load_model, spec, send)
         if model is None:
             return EXIT_OK
@@ -128,7 +130,7 @@ def serve(
         info = _encoder_info(model)
         send(wire.Ready(model.encoder.n_ctx, ENCODER_SEATS, tokenizer.n_vocab, info))
         jobs = EncoderJobs(model, tier=spec.name, batch_tokens=spec.encoder.batch_tokens)
-        return _encoder_loop(jobs, receiver.inbox, send)
+        return _encoder_loop(jobs, apart, receiver.inbox, send)
     except ConnectionError:  # the server has gone
         return EXIT_OK
     finally:
@@ -195,6 +197,7 @@ def _before_encoding(tokenizer: Tokenizer, request: wire.Request) -> Incoming:
 
 def _loop(
     engine: Engine,
+    apart: Apart,
     inbox: "queue.SimpleQueue[Incoming]",
     send: Callable[..., None],
 ) -> int:
@@ -216,7 +219,8 @@ def _loop(
             elif not isinstance(message, wire.Embed | wire.Score):
                 send(message)
         try:
-            result = engine.step()
+            with apart:
+                result = engine.step()
         except Exception:
             logger.critical("The engine cannot go on; the worker ends", exc_info=True)
             return EXIT_ENGINE_FAILED
@@ -226,6 +230,7 @@ def _loop(
 
 def _encoder_loop(
     jobs: EncoderJobs,
+    apart: Apart,
     inbox: "queue.SimpleQueue[Incoming]",
     send: Callable[..., None],
 ) -> int:
@@ -256,7 +261,9 @@ def _encoder_loop(
         go_on()
         try:
             send(*jobs.tokenize())
-            send(*jobs.compute(go_on))
+            with apart:
+                messages = jobs.compute(go_on)
+            send(*messages)
         except ConnectionError:
             raise
         except Exception:

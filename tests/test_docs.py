@@ -415,6 +415,7 @@ MAY_IMPORT = {
         "engine.types",
     },
     "engine.threads": {"engine.machine"},
+    "engine.apart": set(),
     "engine.cells": {"engine.backends.base", "engine.marks", "engine.prefix"},
     "engine.marks": {"engine.prefix"},
     "engine.batcher": set(),
