@@ -26,6 +26,7 @@ class Threads:
 
     def __init__(self, n_most: int, dice: random.Random) -> None:
         self.n = n_most
+        self.may_be_more = False  # it has fewer by a look at one moment, and nothing was measured
         self._n_most = n_most
         self._dice = dice
         self._hold_s = HOLD_S
@@ -50,6 +51,13 @@ class Threads:
         self._free.clear()
         if n_free is not None:
             self.n = min(self._n_most, max(n_free, (self._n_most + 1) // 2))
+            self.may_be_more = self.n < self._n_most
+
+    def look_again(self, n_free: int) -> None:
+        """A moment later so many cores have nobody: who had them may only have been about to end,
+        as threads that still look for work, or a client that has just asked."""
+        self.n = max(self.n, min(self._n_most, n_free))
+        self.may_be_more = self.n < self._n_most
 
     def observe(self, now_s: float, own_s: float, cores: Sequence[Cores]) -> None:
         """By now this process has computed for `own_s`; and what is so of the cores."""
@@ -65,6 +73,7 @@ class Threads:
             least = min(free for _, free in self._free)
             before = self.n
             self.n = max(1, min(self._n_most, int(least + SLACK)))
+            self.may_be_more = False
             if self.n < before:
                 self._hold_s = HOLD_S * (1 + self._dice.random())
         self._seen_at, self._own_s, self._cores = now_s, own_s, cores

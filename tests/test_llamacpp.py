@@ -26,7 +26,7 @@ from engine import wire
 from engine.backends import llama_threads
 from engine.backends.base import Engine
 from engine.backends.llama_model import LlamaLog
-from engine.backends.llama_threads import ContextThreads
+from engine.backends.llama_threads import N_LOOKS, ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
@@ -259,6 +259,23 @@ def test_only_seeded_answers_alone_keep_their_threads_and_numbers_on_a_busy_mach
         assert numbers == expected
     engine.close()
     assert said[0] == said[1]
+
+
+def test_a_core_that_was_taken_for_a_moment_only_is_used_from_the_next_step_on(
+    tiny: Path, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a client that has just asked, or by threads of a server that still look for work."""
+    n_idle = iter([*[1] * N_LOOKS, 1, 2])
+    numbers: list[int] = []
+    monkeypatch.setattr("engine.machine.cores", lambda: [Cores(2, 0.0)])
+    monkeypatch.setattr("engine.machine.n_idle_cores", lambda: next(n_idle))
+    monkeypatch.setattr("engine.threads.WINDOW_S", 1e6)
+    engine = load(tiny, n_threads=2)
+    monkeypatch.setattr(lib, "llama_set_n_threads", lambda _, n, __: numbers.append(n))
+    engine.admit(1, [1000, 1001, 1002], SamplingParams(temperature=0))
+    for expected in ([1], [1], [1, 2], [1, 2]):
+        engine.step()
+        assert numbers == expected
 
 
 @pytest.mark.parametrize("n_parallel", [1, 3, 8])

@@ -157,6 +157,29 @@ def test_after_a_pause_it_takes_the_free_cores_and_half_of_its_threads_in_any_ca
     assert threads.n == n
 
 
+def test_who_was_about_to_end_when_it_looked_costs_one_step() -> None:
+    threads = new(8)
+    threads.resume(5)
+    assert threads.may_be_more
+    threads.look_again(3)
+    assert threads.n == 5
+    threads.look_again(6)
+    assert threads.n == 6
+    threads.look_again(60)
+    assert (threads.n, threads.may_be_more) == (8, False)
+    threads.resume(8)
+    assert not threads.may_be_more
+
+
+def test_once_something_is_measured_it_looks_at_no_moment() -> None:
+    threads = new(2)
+    threads.resume(1)
+    threads.observe(0.0, 0.0, [Cores(2, 0.0)])
+    assert threads.may_be_more
+    threads.observe(1.0, 1.0, [Cores(2, 2.0)])
+    assert (threads.n, threads.may_be_more) == (1, False)
+
+
 @pytest.mark.parametrize("n_cores", [2, 4, 8])
 def test_who_comes_later_gets_its_part(n_cores: int) -> None:
     first, second = new(n_cores, 1), new(n_cores, 2)
