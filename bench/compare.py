@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 from bench import api_cost, busy, engine, growth, performance_page, start
-from bench.plain_client import Client, NoMeasurement
+from bench.plain_client import REST_S, Client, NoMeasurement
 from bench.scenarios import FIGURES, LEVELS, QUICK, SCENARIOS, Sizes, asking
 from bench.servers import OURS, Setup, default_binary, serving, versions
 from settings import DEFAULT_CHAT_MODEL, ROOT
@@ -53,6 +53,7 @@ def over_http(
                 found: Round = {server: {} for server in clients}
                 for run in SCENARIOS[name].runs:
                     for server in list(clients)[:: -1 if number % 2 else 1]:
+                        await asyncio.sleep(REST_S)
                         found[server] |= await run(clients[server], f"{seed}/{name}", sizes)
                 print(f"{number + 1} {name} {found}", file=sys.stderr)
                 rounds.append(found)

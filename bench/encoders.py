@@ -39,7 +39,7 @@ import msgspec
 import numpy as np
 
 from bench.own_service import PATIENCE_S, free_port, running, service
-from bench.plain_client import post
+from bench.plain_client import REST_S, post
 from engine.backends.base import Encoder, load_encoder
 from engine.batcher import Batcher
 from engine.client import SPIN_COUNT
@@ -345,6 +345,7 @@ async def measure(
     for number in range(rounds):
         for name in list(turns)[:: -1 if number % 2 else 1]:
             turn, count = turns[name]
+            await asyncio.sleep(REST_S)
             # who is compared has the same texts; dense and triple must not share them, as what the
             # service has computed it may remember
             kind = name if name.startswith(("triple", *IN_MS)) else name.partition(",")[0]

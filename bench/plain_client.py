@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 Message = dict[str, str]
+# before a server's turn: threads of the one before still look for work, for some ms
+REST_S = 0.1
 
 
 class NoMeasurement(Exception):
