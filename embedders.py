@@ -148,15 +148,15 @@ class BGEM3Embedder(SimpleEmbedder):
     def _vectors(self, rows: "Rows", wanted: Sequence[Collection[Output]]) -> list[Embedded]:
         embedded = super()._vectors(rows, wanted)
         heads = self._heads
-        texts = [i for i, kinds in enumerate(wanted) if "sparse" in kinds]
-        weights = rows.of(texts) @ heads.sparse_weight + heads.sparse_bias
-        for i, of_text in zip(texts, rows.split(weights, texts), strict=True):
-            embedded[i].sparse = lexical_weights(rows.batch[i], of_text, self._unused)
-        texts = [i for i, kinds in enumerate(wanted) if "colbert" in kinds]
-        vectors = rows.of(texts) @ heads.colbert_weight.T + heads.colbert_bias
-        for i, of_text in zip(texts, rows.split(normalized(vectors), texts), strict=True):
-            # without the one of CLS
-            embedded[i].colbert = of_text if self.encoder.specials.begin is None else of_text[1:]
+        if texts := [i for i, kinds in enumerate(wanted) if "sparse" in kinds]:
+            weights = rows.of(texts) @ heads.sparse_weight + heads.sparse_bias
+            for i, of_text in zip(texts, rows.split(weights, texts), strict=True):
+                embedded[i].sparse = lexical_weights(rows.batch[i], of_text, self._unused)
+        if texts := [i for i, kinds in enumerate(wanted) if "colbert" in kinds]:
+            vectors = rows.of(texts) @ heads.colbert_weight.T + heads.colbert_bias
+            n_left_out = 0 if self.encoder.specials.begin is None else 1  # the one of CLS
+            for i, of_text in zip(texts, rows.split(normalized(vectors), texts), strict=True):
+                embedded[i].colbert = of_text[n_left_out:]
         return embedded
 
 
@@ -193,12 +193,11 @@ class Rows:
         """The rows of some texts, without a copy where they are all."""
         if len(texts) == len(self.batch):
             return self._values
-        slices = (self._values[self._starts[i] : self._ends[i]] for i in texts)
-        return np.concatenate([self._values[:0], *slices])
+        return np.concatenate([self._values[self._starts[i] : self._ends[i]] for i in texts])
 
     def split(self, values: Floats, texts: Sequence[int]) -> list[Floats]:
         """What was made of the rows of some texts, text by text."""
-        return np.split(values, np.cumsum(self._lengths[texts])[:-1]) if texts else []
+        return np.split(values, np.cumsum(self._lengths[texts])[:-1])
 
 
 def new_embedder(encoder: Encoder, spec: EncoderSpec) -> Embedder:

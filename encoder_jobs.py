@@ -286,6 +286,11 @@ class EncoderJobs:
         return not self._new and self._batcher.idle
 
     @property
+    def has_batch(self) -> bool:
+        """There is something to compute."""
+        return not self._batcher.idle
+
+    @property
     def goes_on(self) -> bool:
         """What is being computed is wanted, and gives way to nobody. Asked while it is."""
         return self._is_wanted and not self._gives_way

@@ -108,7 +108,8 @@ def serve(
     receiver.start()  # before the load, which takes long: without a server it is for nobody
 
     def send(*messages: wire.Message) -> None:
-        sock.sendall(b"".join(map(wire.frame, messages)))
+        if messages:
+            sock.sendall(b"".join(map(wire.frame, messages)))
 
     spec = load.spec
     apart = Apart()
@@ -261,6 +262,8 @@ def _encoder_loop(
         go_on()
         try:
             send(*jobs.tokenize())
+            if not jobs.has_batch:
+                continue
             with apart:
                 messages = jobs.compute(go_on)
             send(*messages)

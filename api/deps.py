@@ -103,6 +103,9 @@ async def _admin(request: Request) -> None:
 ADMIN_ONLY = Depends(_admin)  # of routes that change the service: `dependencies=[ADMIN_ONLY]`
 
 
+SOON_S = 0.02  # what is done by then costs no look at the client
+
+
 class ClientLeft(Exception):
     """Nobody is there to read the answer."""
 
@@ -113,18 +116,29 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     The request's body must have been read: what comes after it is the disconnect.
     """
     task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=SOON_S)
+        if not task.done():
+            await _until_left(receive, task)
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def _until_left(receive: Receive, task: "asyncio.Task[Any]") -> None:
+    """Until the task is done. Raises ClientLeft, or a ServiceError where its time is over."""
     left = asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
-            return task.result()
+            return
         if isinstance(error := left.exception(), ServiceError):
-            raise error  # the request's time is over
+            raise error
         raise ClientLeft
     finally:
         left.cancel()
-        task.cancel()
-        await asyncio.wait({task, left})
+        await asyncio.wait({left})
         if not left.cancelled():
             left.exception()  # a server that fails in receive() has lost the client too
 

@@ -11,25 +11,29 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 REST_S = 0.001  # whoever waits longer for the next step may have gone to sleep (GOMP_SPINCOUNT)
+HEAD_BYTES = 1 << 12  # of a file that says the same of each core
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class Apart:
     """To be entered around each step. Made before the library that computes has threads of its own:
-    those that are there by then, and Python's, are not touched."""
+    those that are there by then, and Python's, are not touched. Outside of virtual machines, and on
+    systems that do not tell, it does nothing."""
 
     def __init__(self) -> None:
         self._has_gone_on = 0.0  # when the last step ended
-        self._can = hasattr(os, "sched_setaffinity") and hasattr(ctypes.CDLL(None), "sched_getcpu")
-        self._before = set(_threads()) if self._can else set[int]()
+        self._core_of_caller = _getcpu()
+        self._before = set(_threads())
         self._moved: list[tuple[int, set[int]]] = []  # threads, and the cores they may use
 
     def __enter__(self) -> None:
-        if self._can and time.monotonic() - self._has_gone_on > REST_S:
+        if self._core_of_caller and time.monotonic() - self._has_gone_on > REST_S:
             own = {thread.native_id for thread in threading.enumerate()}
-            core: int = ctypes.CDLL(None).sched_getcpu()
+            core = self._core_of_caller()
             for thread in _threads():
                 if thread not in self._before and thread not in own:
                     self._keep_off(core, thread)
@@ -47,6 +51,18 @@ class Apart:
             if core in cores and len(cores) > 1:
                 os.sched_setaffinity(thread, cores - {core})
                 self._moved.append((thread, cores))
+
+
+def _getcpu() -> Callable[[], int] | None:
+    """What says on which core its caller is, in a virtual machine on Linux."""
+    try:
+        with CPUINFO.open("rb") as file:
+            is_virtual = b" hypervisor" in file.read(HEAD_BYTES)
+    except OSError:
+        return None
+    if not is_virtual or not hasattr(os, "sched_setaffinity"):
+        return None
+    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
 
 
 def _threads() -> Iterator[int]:

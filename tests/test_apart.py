@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,15 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2,
     reason="it wants Linux and two cores",
 )
+
+
+@pytest.fixture(autouse=True)
+def is_virtual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the system says of the cores of a virtual machine."""
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor: 0\nflags: fpu vme hypervisor lahf_lm\n\nprocessor: 1\n")
+    monkeypatch.setattr(apart, "CPUINFO", path)
+    return path
 
 
 @contextmanager
@@ -127,10 +137,25 @@ def test_where_the_system_refuses_steps_go_on(monkeypatch: pytest.MonkeyPatch, w
             assert not keep._moved
 
 
-def test_on_other_systems_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def does_nothing() -> bool:
+    keep = Apart()
+    with native_thread(), keep:
+        return not keep._moved
+
+
+def test_on_real_machines_and_other_systems_it_does_nothing(is_virtual: Path) -> None:
+    assert not does_nothing()
+    is_virtual.write_text("flags: fpu vme lahf_lm\n")
+    assert does_nothing()
+    is_virtual.unlink()
+    assert does_nothing()
+
+
+def test_where_threads_have_no_cores_of_their_own_it_does_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delattr(os, "sched_setaffinity")
-    with Apart() as entered:
-        assert entered is None
+    assert does_nothing()
 
 
 @pytest.mark.parametrize("encoder", [None, wire.EncoderSpec(kind="embedding")])

@@ -176,6 +176,7 @@ class LlamaEncoder:
         # llama_batch.seq_id holds, for each token, the address of its list of sequences: one here
         addresses = self._sequence.ctypes.data + 4 * np.arange(n, dtype=np.uintp)
         self._seq_id = addresses.astype(np.uintp)
+        self._batch = self._batch_from(0)
         self._go_on: Callable[[], bool] = lambda: True
         self._heard: BaseException | None = None
         self._is_interrupted = False
@@ -246,15 +247,18 @@ class LlamaEncoder:
                 scores[i] = self._score(i)
         return scores
 
-    def _call(self, start: int, end: int) -> None:
-        batch = lib.llama_batch(
-            n_tokens=end - start,
+    def _batch_from(self, start: int) -> Any:
+        return lib.llama_batch(
             token=pointer(self._token[start:], "token"),
             pos=pointer(self._pos[start:], "pos"),
             n_seq_id=pointer(self._n_seq_id, "n_seq_id"),
             seq_id=pointer(self._seq_id[start:], "seq_id"),
             logits=pointer(self._wanted, "logits"),
         )
+
+    def _call(self, start: int, end: int) -> None:
+        batch = self._batch if start == 0 else self._batch_from(start)
+        batch.n_tokens = end - start
         self._heard, self._is_interrupted = None, False
         compute = lib.llama_decode if self._memory else lib.llama_encode
         with self._threads.step():

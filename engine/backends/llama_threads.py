@@ -100,7 +100,7 @@ class ContextThreads:
         # what this process did itself since the last step, as to draw tokens, is no pause
         if now_s - self._ended_at - (own_s - self._own_s) > PAUSE_S:
             self._threads.resume(self._n_free())
-        if self._threads.is_due(now_s):
+        elif self._threads.is_due(now_s):
             self._threads.observe(now_s, own_s, machine.cores())
 
     def _n_free(self) -> int | None:
