@@ -20,6 +20,7 @@ from chat.tools.base import Tool
 from errors import BadRequest, UnsupportedParameter
 
 MAX_TOOLS = 512  # OpenAI's limit is 128, but agents bring those of many servers
+MAX_NAME = 128  # of a function
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # of a message
 SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
@@ -50,22 +51,27 @@ class ContentPart(Extensible):
         return self.text
 
 
-ToolName = Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")]
+ToolName = Annotated[str, Field(pattern=rf"^[\w.-]{{1,{MAX_NAME}}}$")]
 ThinkingBudget = Annotated[int, Field(ge=0, lt=2**31)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-def left_out(tools: Sequence[BaseModel] | None, kind: type[BaseModel]) -> list[str]:
+def placed(tools: Iterable[BaseModel] | None) -> list[tuple[str, BaseModel]]:
+    """Each tool behind its place in a request."""
+    return [(f"tools[{n}]", tool) for n, tool in enumerate(tools or ())]
+
+
+def left_out(tools: Sequence[tuple[str, BaseModel]], kind: type[BaseModel]) -> list[str]:
     """The places of tools that are not there, beside functions, which are of this kind: clients
     send what they have, such as `web_search`, and the model goes without."""
-    others = [n for n, tool in enumerate(tools or ()) if not isinstance(tool, kind)]
-    return [f"tools[{n}]" for n in others] if len(others) < len(tools or ()) else []
+    others = [place for place, tool in tools if not isinstance(tool, kind)]
+    return others if len(others) < len(tools) else []
 
 
-def tool_names(tools: Sequence[BaseModel] | None, kind: type[BaseModel]) -> dict[str, str]:
+def tool_names(tools: Iterable[tuple[str, BaseModel]], kind: type[BaseModel]) -> dict[str, str]:
     """What the functions of a chat's tools are called where others stand among them."""
-    places = [n for n, tool in enumerate(tools or ()) if isinstance(tool, kind)]
-    return {rf"^tools\[{i}\]\.function": f"tools[{n}]" for i, n in enumerate(places)}
+    places = [place for place, tool in tools if isinstance(tool, kind)]
+    return {rf"^tools\[{i}\]\.function": place for i, place in enumerate(places)}
 
 
 def _content_kind(value: Any) -> str:

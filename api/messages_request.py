@@ -16,6 +16,7 @@ from api.chat_request import (
     ThinkingBudget,
     ToolName,
     left_out,
+    placed,
     read_text,
     tool_names,
 )
@@ -156,7 +157,7 @@ class PromptRequest(Extensible):
             else "output_config.effort",
             r"^thinking_budget_tokens$": "thinking.budget_tokens",
             r"\.function\.parameters": ".function.input_schema",
-            **tool_names(self.tools, ClientTool),
+            **tool_names(placed(self.tools), ClientTool),
         }
 
     @property
@@ -165,7 +166,7 @@ class PromptRequest(Extensible):
 
     @property
     def left_out(self) -> list[str]:
-        return left_out(self.tools, ClientTool)
+        return left_out(placed(self.tools), ClientTool)
 
     @property
     def has_effort_as_hint(self) -> bool:

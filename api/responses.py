@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,7 @@ async def create_response(
 
         async def stream() -> EventStream:
             started = await start()
-            reply = _Reply(started, _head(body, tier))
+            reply = _Reply(started, _head(body, tier), body.namespaces)
             all_headers = headers | started.headers()
             return EventStream(
                 reply.stream(), all_headers, silence_s=patience_s, beat=reply.beat,
@@ -77,7 +77,7 @@ async def create_response(
             last=b"",
         )  # fmt: skip
     started = await start()
-    reply = _Reply(started, _head(body, tier))
+    reply = _Reply(started, _head(body, tier), body.namespaces)
     await while_connected(request.receive, reply.finish())
     headers |= started.whole_headers()
     return JSONResponse(reply.response, headers=headers)
@@ -108,7 +108,7 @@ def _head(body: ResponsesRequest, tier: Tier) -> dict[str, Any]:
         "store": False,
         "temperature": _or(body.temperature, tier.settings.temperature),
         "text": {"format": wanted or {"type": "text"}, "verbosity": "medium"},
-        "tool_choice": chosen if isinstance(chosen, str) else chosen.model_dump(),
+        "tool_choice": chosen if isinstance(chosen, str) else chosen.model_dump(exclude_unset=True),
         "tools": [tool.model_dump() for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": _or(body.top_p, tier.settings.top_p),
@@ -128,8 +128,11 @@ def _or(value: float | None, default: float) -> float:
 class _Reply(BlockReply):
     """A Response; its output items are the blocks."""
 
-    def __init__(self, started: turn.Turn, head: dict[str, Any]) -> None:
+    def __init__(
+        self, started: turn.Turn, head: dict[str, Any], namespaces: Mapping[str, tuple[str, str]]
+    ) -> None:
         super().__init__(started)
+        self._namespaces = namespaces
         self.response = head
         self._output: list[dict[str, Any]] = head["output"]
         self._n_events = 0
@@ -141,7 +144,10 @@ class _Reply(BlockReply):
     def open(self, first: Event) -> Iterable[Data]:
         if isinstance(first, CallBegin):
             call_id = generation.new_id("call_")
-            yield self._open("function_call", "fc_", call_id=call_id, name=first.name, arguments="")
+            named = {"name": first.name}
+            if first.name in self._namespaces:
+                named = dict(zip(("namespace", "name"), self._namespaces[first.name], strict=True))
+            yield self._open("function_call", "fc_", call_id=call_id, **named, arguments="")
         elif isinstance(first, Reasoning):
             yield self._open("reasoning", "rs_", summary=[], content=[])
             yield self._open_part("reasoning_text")

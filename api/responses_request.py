@@ -1,12 +1,22 @@
 """What a client may ask of OpenAI's Responses, and the chat that it comes to."""
 
 from collections.abc import Container, Iterator
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    model_validator,
+)
 
 from api.chat_request import (
     MAX_MESSAGES,
+    MAX_NAME,
     MAX_PARTS,
     MAX_TOOLS,
     ChatRequest,
@@ -16,7 +26,9 @@ from api.chat_request import (
     Extensible,
     FunctionDefinition,
     FunctionName,
+    ToolName,
     left_out,
+    placed,
     read_text,
     tool_names,
 )
@@ -65,6 +77,7 @@ class ReasoningItem(Extensible):
 
 class CallItem(Extensible):
     call_id: str
+    namespace: str | None = None
     name: str
     arguments: str
 
@@ -86,6 +99,7 @@ class FunctionTool(FunctionDefinition):
 
 class ChosenFunction(FunctionName):
     type: Literal["function"]
+    namespace: str | None = None
 
 
 class AllowedFunctions(BaseModel):
@@ -95,7 +109,7 @@ class AllowedFunctions(BaseModel):
 
 
 def _tag(value: Any, kinds: Container[str]) -> str:
-    kind = value.get("type") if isinstance(value, dict) else None
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"<{kind}>" if kind in kinds else "<other>"
 
 
@@ -106,6 +120,10 @@ def _item_tag(value: Any) -> str:
 
 
 def _tool_tag(value: Any) -> str:
+    return _tag(value, ("function", "namespace"))
+
+
+def _inner_tool_tag(value: Any) -> str:
     return _tag(value, ("function",))
 
 
@@ -121,10 +139,71 @@ Item = Annotated[
     | Annotated[Other, Tag("<other>")],
     Discriminator(_item_tag),
 ]
-ToolField = Annotated[
+InnerTool = Annotated[
     Annotated[FunctionTool, Tag("<function>")] | Annotated[Other, Tag("<other>")],
+    Discriminator(_inner_tool_tag),
+]
+
+
+class NamespaceTool(Extensible):
+    """Functions that are called by its name and their own, such as those of an MCP server."""
+
+    type: Literal["namespace"]
+    name: ToolName
+    description: str | None = None
+    tools: Annotated[list[InnerTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "NamespaceTool":
+        for tool in self.functions:
+            n = len(one_name(self.name, tool.name))
+            if n > MAX_NAME:
+                raise ValueError(
+                    f"With its namespace the name of '{tool.name}' has {n} characters; there may "
+                    f"be {MAX_NAME}."
+                )
+        return self
+
+    @property
+    def functions(self) -> list[FunctionTool]:
+        return [tool for tool in self.tools if isinstance(tool, FunctionTool)]
+
+    def shown(self) -> Iterator[FunctionTool | Other]:
+        """Its tools as the model is told of them, the first function with what all are about."""
+        about = self.description
+        for tool in self.tools:
+            if isinstance(tool, FunctionTool):
+                name = one_name(self.name, tool.name)
+                description = "\n\n".join(filter(None, (about, tool.description)))
+                yield tool.model_copy(update={"name": name, "description": description})
+                about = None
+            else:
+                yield tool
+
+
+def one_name(namespace: str | None, name: str) -> str:
+    """What the model calls a function of a namespace; of those of MCP servers, `mcp__x__`, it is
+    the name that agents give them where there are no namespaces."""
+    if not namespace:
+        return name
+    return namespace + name if namespace.endswith("_") else f"{namespace}__{name}"
+
+
+ToolField = Annotated[
+    Annotated[FunctionTool, Tag("<function>")]
+    | Annotated[NamespaceTool, Tag("<namespace>")]
+    | Annotated[Other, Tag("<other>")],
     Discriminator(_tool_tag),
 ]
+
+
+def _not_too_many(tools: list[ToolField]) -> list[ToolField]:
+    n = sum(len(tool.tools) if isinstance(tool, NamespaceTool) else 1 for tool in tools)
+    if n > MAX_TOOLS:
+        raise ValueError(f"There are {n} tools, in namespaces or not; there may be {MAX_TOOLS}.")
+    return tools
+
+
 ChoiceField = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
     | Annotated[ChosenFunction, Tag("<function>")]
@@ -168,7 +247,14 @@ class ResponsesRequest(Extensible):
     model: str
     input: Input
     instructions: str | None = None
-    tools: Annotated[list[ToolField], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: (
+        Annotated[
+            list[ToolField],
+            Field(max_length=MAX_TOOLS, fail_fast=True),
+            AfterValidator(_not_too_many),
+        ]
+        | None
+    ) = None
     tool_choice: ChoiceField | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -199,19 +285,41 @@ class ResponsesRequest(Extensible):
     @property
     def names(self) -> dict[str, str]:
         """What fields are called here, by what they are called in a chat."""
-        return NAMES | tool_names(self.tools, FunctionTool)
+        return NAMES | tool_names(self._placed, FunctionTool)
 
     @property
     def left_out(self) -> list[str]:
-        return left_out(self.tools, FunctionTool)
+        return left_out(self._placed, FunctionTool)
+
+    @cached_property
+    def namespaces(self) -> dict[str, tuple[str, str]]:
+        """The namespace of each function that has one and its name there, by what the model calls
+        it."""
+        spaces = [tool for tool in self.tools or () if isinstance(tool, NamespaceTool)]
+        return {
+            one_name(space.name, tool.name): (space.name, tool.name)
+            for space in spaces
+            for tool in space.functions
+        }
+
+    @cached_property
+    def _placed(self) -> list[tuple[str, BaseModel]]:
+        """Each tool behind its place, as the model is told of it."""
+        tools: list[tuple[str, BaseModel]] = []
+        for place, tool in placed(self.tools):
+            if isinstance(tool, NamespaceTool):
+                tools += ((f"{place}.{inner}", one) for inner, one in placed(tool.shown()))
+            else:
+                tools.append((place, tool))
+        return tools
 
     def inner(self) -> Iterator[tuple[str, BaseModel]]:
         """What of the body may hold unknown fields, with its place."""
         inner = {"text": self.text, "text.format": self.format, "reasoning": self.reasoning}
         yield from ((name, part) for name, part in inner.items() if part)
-        for n, tool in enumerate(self.tools or ()):
-            if isinstance(tool, FunctionTool):
-                yield f"tools[{n}]", tool
+        spaces = ((p, tool) for p, tool in placed(self.tools) if isinstance(tool, NamespaceTool))
+        yield from spaces
+        yield from ((p, tool) for p, tool in self._placed if isinstance(tool, FunctionTool))
 
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises BadRequest."""
@@ -261,7 +369,8 @@ class ResponsesRequest(Extensible):
             role = "system" if item.role == "developer" else item.role
             transcript.text(role, text(item.content, "content"))
         elif isinstance(item, CallItem):
-            transcript.call(item.call_id, item.name, item.arguments)
+            name = one_name(item.namespace, item.name)
+            transcript.call(item.call_id, name, item.arguments)
         elif isinstance(item, ResultItem):
             transcript.result(item.call_id, text(item.output, "output"))
         elif isinstance(item, ReasoningItem):
@@ -277,13 +386,13 @@ class ResponsesRequest(Extensible):
             raise UnsupportedParameter(message, param=f"{place}.type")
 
     def _tools(self) -> Iterator[dict[str, Any]]:
-        for n, tool in enumerate(self.tools or ()):
+        for place, tool in self._placed:
             if isinstance(tool, FunctionTool):
                 yield tool.model_dump(include=set(FunctionDefinition.model_fields))
-            elif not self.left_out:
+            elif isinstance(tool, Other) and not self.left_out:
                 raise UnsupportedParameter(
                     f"Tools of type '{tool.type}' are not supported: only functions.",
-                    param=f"tools[{n}].type",
+                    param=f"{place}.type",
                 )
 
     def _tool_choice(self) -> Any:
@@ -294,11 +403,26 @@ class ResponsesRequest(Extensible):
                 param="tool_choice.type",
             )
         if isinstance(choice, ChosenFunction):
-            return _named(choice)
+            return self._named(choice)
         if isinstance(choice, AllowedFunctions):
-            allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
+            allowed = {"mode": choice.mode, "tools": [self._named(tool) for tool in choice.tools]}
             return {"type": "allowed_tools", "allowed_tools": allowed}
         return choice
+
+    def _named(self, choice: ChosenFunction) -> dict[str, Any]:
+        """A choice by what the model calls it. The namespace may be left out where the function's
+        name is that of no other. Raises BadRequest."""
+        name = one_name(choice.namespace, choice.name)
+        known = {tool.name for _, tool in self._placed if isinstance(tool, FunctionTool)}
+        if name not in known and not choice.namespace:
+            same = [one for one, (_, inner) in self.namespaces.items() if inner == name]
+            if len(same) > 1:
+                raise BadRequest(
+                    f"Several functions are called '{name}': name its `namespace` too.",
+                    param="tool_choice",
+                )
+            name = same[0] if same else name
+        return {"type": "function", "function": {"name": name}}
 
     def _response_format(self) -> Any:
         wanted = self.format
@@ -306,7 +430,3 @@ class ResponsesRequest(Extensible):
             return wanted and {"type": wanted.type}
         schema = {"name": wanted.name, "schema": wanted.schema_, "strict": wanted.strict}
         return {"type": "json_schema", "json_schema": schema}
-
-
-def _named(choice: ChosenFunction) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": choice.name}}

@@ -37,6 +37,7 @@ WEATHER = {
 }
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 RULES = (
+    {"match": "sky", "answer": CALL.replace("get_weather", "mcp__sky__get_weather")},
     {"match": "weather", "answer": f"<think>\nHm.\n</think>\n\nLet me look.\n{CALL}"},
     {"match": "think", "answer": "<think>\nWell.\n</think>\n\nDone."},
     {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
@@ -340,6 +341,119 @@ def test_an_allowed_set_of_tools_is_that_of_a_chat(service: Service) -> None:
     choice["tools"] = [named | {"name": "third"}]
     error = error_of(service.respond("Hi", tools=[WEATHER], tool_choice=choice))
     assert (error["param"], "third" in error["message"]) == ("tool_choice", True)
+
+
+# functions of a namespace, as Codex sends those of MCP servers
+
+WEATHERS = {
+    "type": "namespace",
+    "name": "mcp__sky__",
+    "description": "Of the sky.",
+    "tools": [
+        {"type": "custom", "name": "free"},
+        WEATHER | {"name": "get_stars"},
+        WEATHER | {"description": None},
+    ],
+}
+
+
+def function(tool: dict[str, Any], name: str, description: str) -> dict[str, Any]:
+    return {name: tool[name] for name in ("parameters", "strict")} | {
+        "name": name,
+        "description": description,
+    }
+
+
+def test_functions_of_a_namespace_are_shown_by_both_names() -> None:
+    other = {"type": "namespace", "name": "crm", "tools": [WEATHER]}
+    body = {"model": "light", "input": "Hi", "tools": [{"type": "web_search"}, WEATHERS, other]}
+    request = ResponsesRequest.model_validate(body)
+    tools = request.chat().tools or []
+    assert [tool.function.model_dump() for tool in tools] == [
+        function(WEATHER, "mcp__sky__get_stars", "Of the sky.\n\nOf a city"),
+        function(WEATHER, "mcp__sky__get_weather", ""),
+        function(WEATHER, "crm__get_weather", "Of a city"),
+    ]
+    assert request.left_out == ["tools[0]", "tools[1].tools[0]"]
+
+
+def test_a_call_of_a_namespace_is_told_in_two_fields(service: Service) -> None:
+    response = service.respond("sky", tools=[WEATHERS])
+    assert response.headers["x-ignored-params"] == "tools[0].tools[0]"
+    body = body_of(response)
+    (call,) = body["output"]
+    assert (call["namespace"], call["name"]) == ("mcp__sky__", "get_weather")
+    assert types.Response.model_validate(body).tools[0].type == "namespace"
+    told = named_events(service.respond("sky", tools=[WEATHERS], stream=True))
+    for data in told:
+        EVENT.validate_python(data)
+    items = [data["item"] for data in told if "item" in data] + told[-1]["response"]["output"]
+    assert {(item["namespace"], item["name"]) for item in items} == {("mcp__sky__", "get_weather")}
+    (done,) = [data for data in told if data["type"].endswith("arguments.done")]
+    assert done["name"] == "get_weather"
+
+
+def test_a_past_call_of_a_namespace_has_the_name_that_is_shown() -> None:
+    past = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    (message,) = messages(past | {"namespace": "mcp__x__"}, past | {"namespace": None})
+    names = [call["function"]["name"] for call in message["tool_calls"]]
+    assert names == ["mcp__x__f", "f"]
+
+
+@pytest.mark.parametrize(
+    "named",
+    [{"name": "get_weather", "namespace": "mcp__sky__"}, {"name": "get_weather"},
+     {"name": "mcp__sky__get_weather"}],
+)  # fmt: skip
+def test_a_function_of_a_namespace_can_be_chosen(service: Service, named: dict[str, Any]) -> None:
+    fields = {"tools": [WEATHERS], "reasoning": {"effort": "none"}}
+    chosen = {"type": "function", **named}
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [chosen]}
+    for choice in (chosen, allowed):
+        body = body_of(service.respond("Hi", tool_choice=choice, **fields))
+        assert [item["name"] for item in body["output"]] == ["get_weather"]
+        assert body["tool_choice"] == choice
+
+
+def test_a_choice_among_namespaces_has_to_say_which(service: Service) -> None:
+    tools = [WEATHERS, WEATHERS | {"name": "crm"}]
+    choice = {"type": "function", "name": "get_stars"}
+    error = error_of(service.respond("Hi", tools=tools, tool_choice=choice))
+    assert error["param"] == "tool_choice"
+    assert "`namespace`" in error["message"]
+    body_of(service.respond("Hi", tools=[*tools, WEATHER | {"name": "get_stars"}],
+                            tool_choice=choice))  # fmt: skip
+
+
+LONG_NAME = WEATHER | {"name": "f" * 64}
+
+
+@pytest.mark.parametrize(
+    ("tools", "param"),
+    [
+        ([WEATHER, WEATHERS | {"tools": [{"type": "function"}]}], "tools[1].tools[0].name"),
+        ([WEATHER, WEATHERS | {"name": "a b"}], "tools[1].name"),
+        ([WEATHER, WEATHERS | {"name": "n" * 64, "tools": [LONG_NAME]}], "tools[1]"),
+        ([WEATHERS | {"tools": [{"type": "custom"}]}], "tools[0].tools[0].type"),
+        ([WEATHERS, WEATHER | {"name": "mcp__sky__get_stars"}], "tools[1].name"),
+        ([WEATHER | {"name": "mcp__sky__get_stars"}, WEATHERS], "tools[1].tools[1].name"),
+        ([WEATHERS | {"tools": [WEATHER | {"parameters": {"not": {}}}]}],
+         "tools[0].tools[0].parameters"),
+        ([WEATHERS | {"name": f"n{n}", "tools": [{"type": "x"}] * 300} for n in range(2)], "tools"),
+    ],
+)  # fmt: skip
+def test_a_fault_in_a_namespace_is_named(
+    service: Service, tools: list[dict[str, Any]], param: str
+) -> None:
+    error = error_of(service.respond("Hi", tools=tools, tool_choice="required"))
+    assert error["param"] == param
+
+
+def test_unknown_fields_in_a_namespace_are_named(service: Service) -> None:
+    inner = [WEATHER | {"defer_loading": True}]
+    response = service.respond("Hi", tools=[WEATHERS | {"tools": inner, "frob": 1}])
+    named = "tools[0].frob,tools[0].tools[0].defer_loading"
+    assert response.headers["x-ignored-params"] == named
 
 
 # what is not there
