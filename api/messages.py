@@ -39,7 +39,6 @@ DELTAS = {
     "thinking": ("thinking_delta", "thinking"),
     "tool_use": ("input_json_delta", "partial_json"),
 }
-EFFORT = "output_config.effort"
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -106,16 +105,17 @@ async def count_tokens(body: PromptRequest, request: Request, services: Services
 async def _chat(
     body: PromptRequest, request: Request, services: Services, tier: Tier, headers: dict[str, str]
 ) -> ChatRequest:
-    """The request as a chat. An effort that is a hint is left out for a model that does not think,
-    which `headers` then say. Raises ClientLeft or ServiceError."""
+    """The request as a chat. Hints are left out for a model that does not think, which `headers`
+    then say; with STRICT_PARAMS only an effort is one. Raises ClientLeft or ServiceError."""
     chat = body.chat()
     await fetched(request.receive, tier)
-    if body.has_effort_as_hint:
+    is_strict = services.settings.server.strict_params
+    if body.hints and not (is_strict and body.asks_for_thoughts):
         form = await asyncio.to_thread(services.chat_format, tier)
         if not form.thinks:
             named = headers.get("X-Ignored-Params")
-            headers["X-Ignored-Params"] = f"{named},{EFFORT}" if named else EFFORT
-            chat.reasoning_effort = None
+            headers["X-Ignored-Params"] = ",".join([*([named] if named else []), *body.hints])
+            chat.reasoning_effort = chat.thinking_budget_tokens = None
     return chat
 
 

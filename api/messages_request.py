@@ -152,9 +152,7 @@ class PromptRequest(Extensible):
         return {
             r"^continue_final_message$": "messages",
             r"^response_format.*": "output_config.format",
-            r"^reasoning_effort$": "thinking"
-            if self._asks_for_thoughts
-            else "output_config.effort",
+            r"^reasoning_effort$": "thinking" if self.asks_for_thoughts else "output_config.effort",
             r"^thinking_budget_tokens$": "thinking.budget_tokens",
             r"\.function\.parameters": ".function.input_schema",
             **tool_names(placed(self.tools), ClientTool),
@@ -169,14 +167,14 @@ class PromptRequest(Extensible):
         return left_out(placed(self.tools), ClientTool)
 
     @property
-    def has_effort_as_hint(self) -> bool:
-        """It has an effort and does not ask for thoughts: in this API that is about all that the
-        model writes, and it is sent to every one."""
+    def hints(self) -> list[str]:
+        """The fields that a model which does not think goes without: clients send them to every
+        one, and an effort is in this API about all that the model writes."""
         has_effort = self.output_config is not None and self.output_config.effort is not None
-        return has_effort and not self._asks_for_thoughts
+        return ["thinking"] * self.asks_for_thoughts + ["output_config.effort"] * has_effort
 
     @property
-    def _asks_for_thoughts(self) -> bool:
+    def asks_for_thoughts(self) -> bool:
         return self.thinking is not None and self.thinking.type == "enabled"
 
     def inner(self) -> Iterator[tuple[str, BaseModel]]:

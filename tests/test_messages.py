@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic.types
@@ -225,12 +226,36 @@ def test_thoughts_take_no_more_than_their_budget(service: Service) -> None:
     assert thoughts(service.message("Hi", thinking={"type": "disabled"})) == []
 
 
-def test_a_model_that_does_not_think_says_so(service: Service) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_does_not_think_leaves_thinking_out_and_says_so(
+    service: Service, stream: bool
+) -> None:
     enabled = {"type": "enabled", "budget_tokens": 1024}
-    error = error_of(service.message("Hi", model="heavy", thinking=enabled))
-    assert error["message"] == "thinking: This model does not think."
+    for effort in ({}, {"output_config": {"effort": "high"}}):
+        fields = {"model": "heavy", "thinking": enabled, "stream": stream, **effort}
+        response = service.message("Hi", **fields, frob=1)
+        assert response.status_code == 200
+        named = ["frob", "thinking", *(["output_config.effort"] if effort else [])]
+        assert response.headers["x-ignored-params"].split(",") == named
     for kind in ("disabled", "adaptive"):
-        assert text_of(service.message("Hi", model="heavy", thinking={"type": kind}))
+        response = service.message("Hi", model="heavy", thinking={"type": kind})
+        assert text_of(response)
+        assert "x-ignored-params" not in response.headers
+    response = service.message("think", thinking=enabled)
+    assert "x-ignored-params" not in response.headers
+
+
+def test_where_all_must_be_known_a_model_that_does_not_think_is_not_asked_to(
+    tmp_path: Path,
+) -> None:
+    enabled = {"type": "enabled", "budget_tokens": 1024}
+    tiers = {"heavy": fake(script(tmp_path, *RULES))}
+    with serving(settings({"strict_params": True}, **tiers)) as strict:
+        error = error_of(strict.message("Hi", model="heavy", thinking=enabled))
+        assert error["message"] == "thinking: This model does not think."
+        effort = {"output_config": {"effort": "high"}}
+        response = strict.message("Hi", model="heavy", **effort)
+        assert response.headers["x-ignored-params"] == "output_config.effort"
 
 
 def test_thoughts_may_be_left_out(service: Service) -> None:
