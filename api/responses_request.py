@@ -48,6 +48,12 @@ from errors import BadRequest, UnsupportedParameter
 LOGPROBS = "message.output_text.logprobs"
 # Thoughts are not encrypted: they come as they are, and are read when they come back.
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
+# of items that there are none of; clients ask for them where they bring such a tool
+ABOUT_OTHERS = (
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url",
+    "file_search_call.results", "message.input_image.image_url", "web_search_call.action.sources",
+    "web_search_call.results",
+)  # fmt: skip
 MESSAGE_TEXT = ("input_text", "output_text", "text")
 REASONING_TEXT = ("reasoning_text", "summary_text")
 
@@ -339,7 +345,7 @@ class ResponsesRequest(Extensible):
 
     def _check(self) -> None:
         for n, what in enumerate(self.include or ()):
-            if what not in (LOGPROBS, ENCRYPTED_REASONING):
+            if what not in (LOGPROBS, ENCRYPTED_REASONING, *ABOUT_OTHERS):
                 raise UnsupportedParameter(
                     f"There is no '{what}' in a response here.", param=f"include[{n}]"
                 )

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pydantic
@@ -464,7 +464,7 @@ FIELDS = [
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ({"prompt": {"id": "pmpt_1"}}, "prompt"),
     ({"truncation": "auto"}, "truncation"),
-    ({"include": ["message.output_text.logprobs", "file_search_call.results"]}, "include[1]"),
+    ({"include": ["message.output_text.logprobs", "file_search_call.secrets"]}, "include[1]"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
     ({"tools": [WEATHER], "tool_choice": {"type": "file_search"}}, "tool_choice.type"),
@@ -565,6 +565,14 @@ def test_tools_that_are_not_there_are_left_out_beside_functions_and_named(
         assert response.headers["x-ignored-params"] == "tools[0],tools[2]"
     error = error_of(service.respond("Hi", tools=[*tools, WEATHER]))
     assert error["param"] == "tools[3].name"
+
+
+@pytest.mark.parametrize("what", get_args(types.ResponseIncludable))
+def test_what_openai_includes_is_there_or_named(service: Service, what: str) -> None:
+    response = service.respond("Hi", include=[what], tools=[{"type": "web_search"}, WEATHER])
+    is_there = what == "message.output_text.logprobs"
+    named = "tools[0]" if is_there else "tools[0],include[0]"
+    assert (response.status_code, response.headers["x-ignored-params"]) == (200, named)
 
 
 @pytest.mark.parametrize("stream", [False, True])
