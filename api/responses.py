@@ -19,7 +19,7 @@ from api.sampling import ignored_params, refuse, validity
 from api.sse import EventStream, begun, event
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
-from errors import ServiceError
+from errors import BadRequest, ContextLengthExceeded, QueueFull, ServiceError
 from tier import Tier
 
 router = APIRouter()
@@ -245,10 +245,20 @@ def _failed(response: Data, number: int, error: ServiceError) -> bytes:
     told = {name: fault[name] for name in ("code", "message", "param")}
     response |= {
         "status": "failed",
-        "error": {"code": "server_error", "message": error.message},
+        "error": {"code": _code(error), "message": error.message},
     }
     last = _event("response.failed", number, response=response)
     return event(last) + event(_event("error", number + 1, **told, error=fault))
+
+
+def _code(error: ServiceError) -> str:
+    """Of those that OpenAI has for a response, and the one that Codex looks for: by them agents
+    know whether to try again."""
+    if isinstance(error, ContextLengthExceeded):
+        return "context_length_exceeded"
+    if isinstance(error, BadRequest):
+        return "invalid_prompt"
+    return "rate_limit_exceeded" if isinstance(error, QueueFull) else "server_error"
 
 
 def _never_begun(body: ResponsesRequest, tier: Tier, error: ServiceError) -> bytes:

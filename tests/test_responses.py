@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -10,9 +11,12 @@ import pydantic
 import pytest
 from openai.types import responses as types
 
+from api.responses import _failed
 from api.responses_request import ResponsesRequest
+from errors import QueueFull, ServiceError, TierUnavailable, UnsupportedParameter
 from tests.serving import (
     THINKING_TEMPLATE,
+    Held,
     Service,
     fake,
     named_events,
@@ -209,6 +213,47 @@ def test_a_stream_that_breaks_ends_as_failed_and_with_an_error(service: Service)
     assert (error["type"], error["code"]) == ("error", "internal_error")
     assert error["error"]["message"] == error["message"]
     assert error["sequence_number"] == len(told) + 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"input": "x" * 100}, "context_length_exceeded"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}},
+         "invalid_prompt"),
+    ],
+)  # fmt: skip
+def test_a_late_stream_that_no_other_try_would_mend_says_so(
+    fields: dict[str, Any], code: str
+) -> None:
+    launcher = Held()
+    body = {"model": "light", "input": "Hi", "stream": True, **fields}
+    tiers = {"light": fake(n_ctx=64)}
+    with (
+        serving(settings({"comment_after_s": 0.05}, **tiers), launch=launcher) as service,
+        service.http.stream("POST", "/v1/responses", json=body) as reply,
+    ):
+        pieces = reply.iter_text()
+        assert next(pieces).startswith(": loading light ")
+        launcher.go_on()
+        text = "".join(pieces)
+    (failed,) = re.findall("^event: response.failed\ndata: (.*)$", text, re.MULTILINE)
+    assert json.loads(failed)["response"]["error"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (QueueFull("Later."), "rate_limit_exceeded"),
+        (TierUnavailable("Later."), "server_error"),
+        (UnsupportedParameter("Never."), "invalid_prompt"),
+    ],
+)
+def test_a_failure_has_openais_codes(error: ServiceError, code: str) -> None:
+    _, data, *_ = _failed({}, 0, error).decode().split("\n")
+    failed = json.loads(data.removeprefix("data: "))["response"]["error"]
+    assert failed == {"code": code, "message": error.message}
+    types.ResponseError.model_validate(failed)
 
 
 def test_a_fault_before_the_answer_is_an_http_status(service: Service) -> None:
