@@ -25,6 +25,7 @@ from api.sampling import StopList, Switch, TopK, UnitInterval
 from api.transcript import Transcript
 from errors import BadRequest, UnsupportedParameter
 
+BLOCKS = ("thinking", "redacted_thinking", "tool_use", "tool_result")  # others are text
 DEFAULT_EFFORT = "medium"  # where thinking is asked for and an effort is not
 # What Claude Code bills by: other words in each request, so no prompt would begin like another.
 BILLING = "x-anthropic-billing-header:"
@@ -32,6 +33,12 @@ BILLING = "x-anthropic-billing-header:"
 
 class ThinkingBlock(Extensible):
     thinking: str
+
+
+class RedactedBlock(Extensible):
+    """Thoughts that only Anthropic can read."""
+
+    type: Literal["redacted_thinking"]
 
 
 class CallBlock(Extensible):
@@ -48,11 +55,12 @@ class ResultBlock(Extensible):
 
 def _block_tag(value: Any) -> str:
     kind = value.get("type") if isinstance(value, dict) else None
-    return f"<{kind}>" if kind in ("thinking", "tool_use", "tool_result") else "<part>"
+    return f"<{kind}>" if kind in BLOCKS else "<part>"
 
 
 Block = Annotated[
     Annotated[ThinkingBlock, Tag("<thinking>")]
+    | Annotated[RedactedBlock, Tag("<redacted_thinking>")]
     | Annotated[CallBlock, Tag("<tool_use>")]
     | Annotated[ResultBlock, Tag("<tool_result>")]
     | Annotated[ContentPart, Tag("<part>")],
@@ -164,6 +172,17 @@ class PromptRequest(Extensible):
 
     @property
     def left_out(self) -> list[str]:
+        blocks = (
+            f"messages[{n}].content[{b}]"
+            for n, message in enumerate(self.messages)
+            if isinstance(message.content, list)
+            for b, block in enumerate(message.content)
+            if isinstance(block, RedactedBlock)
+        )
+        return [*self._tools_left_out, *blocks]
+
+    @property
+    def _tools_left_out(self) -> list[str]:
         return left_out(placed(self.tools), ClientTool)
 
     @property
@@ -196,6 +215,8 @@ class PromptRequest(Extensible):
 
     def _fields(self) -> dict[str, Any]:
         messages = self._messages()
+        if not messages:
+            raise BadRequest("There is nothing in it that can be read.", param="messages")
         choice = self.tool_choice
         wanted = self.output_config and self.output_config.format
         schema = wanted and {"type": "json_schema", "json_schema": {"schema": wanted.schema_}}
@@ -233,7 +254,7 @@ class PromptRequest(Extensible):
                     transcript.thoughts(block.thinking)
                 elif isinstance(block, CallBlock):
                     transcript.call(block.id, block.name, block.input)
-                else:
+                elif isinstance(block, ResultBlock):
                     text = read_text(block.content, f"{place}.content", self.model)
                     text = (
                         f"Error: {text}" if block.is_error else text
@@ -246,7 +267,7 @@ class PromptRequest(Extensible):
             if isinstance(tool, ClientTool):
                 definition = tool.model_dump(include={"name", "description", "strict"})
                 yield definition | {"parameters": tool.input_schema}
-            elif not self.left_out:
+            elif not self._tools_left_out:
                 raise UnsupportedParameter(
                     f"The tool '{tool.name or tool.type}' is not there: only tools with an "
                     "'input_schema' are supported.",

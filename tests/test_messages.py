@@ -487,8 +487,6 @@ def test_arguments_are_told_as_they_were_written(service: Service) -> None:
         ({"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1",
                                        "content": [text("x"), {"type": "image"}]}]},
          "content[0].content[1]"),
-        ({"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]},
-         "content[0]"),
     ],
 )  # fmt: skip
 def test_a_block_that_cannot_be_read_is_refused_by_its_place(
@@ -497,6 +495,21 @@ def test_a_block_that_cannot_be_read_is_refused_by_its_place(
     error = error_of(service.message("Hi", message))
     assert error["message"].startswith(f"messages[1].{place}.type: Content of type")
     assert "model 'light' reads text only" in error["message"]
+
+
+def test_thoughts_that_nobody_can_read_are_left_out_and_named(service: Service) -> None:
+    redacted = {"type": "redacted_thinking", "data": "x"}
+    past = {"role": "assistant", "content": [redacted, text("Yes.")]}
+    response = service.message("Really?", past, "think")
+    assert text_of(response) == "Done."
+    assert response.headers["x-ignored-params"] == "messages[1].content[0]"
+    assert service.message(
+        "Really?", {"role": "assistant", "content": [redacted]}, "think"
+    ).is_success
+    error = error_of(service.message({"role": "assistant", "content": [redacted]}))
+    assert error["message"].startswith("messages: ")
+    error = error_of(service.message("Hi", past, "Hi", tools=[SEARCH]))
+    assert error["message"].startswith("tools[0].type: ")
 
 
 def test_an_unanswered_call_at_the_end_is_refused(service: Service) -> None:
