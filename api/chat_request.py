@@ -5,7 +5,15 @@ import json
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from api.sampling import (
     GenerationFields,
@@ -49,6 +57,14 @@ class ContentPart(Extensible):
         if self.text is None:
             raise BadRequest(f"'{place}.text' is required.", param=f"{place}.text")
         return self.text
+
+    def as_text(self) -> "ContentPart":
+        """A text in place of what an assistant said to refuse."""
+        more = dict(self.model_extra or {})
+        said = more.pop("refusal", None)
+        if self.type != "refusal" or not isinstance(said, str):
+            return self
+        return ContentPart.model_validate(more | {"type": "text", "text": said})
 
 
 ToolName = Annotated[str, Field(pattern=rf"^[\w.-]{{1,{MAX_NAME}}}$")]
@@ -94,22 +110,45 @@ def read_text(content: Content, place: str, model: str, kinds: Container[str] = 
     return content or ""
 
 
-class CalledFunction(Extensible):
+class Past(Extensible):
+    """Of a past call. What may be left out may be null."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if v is not None or k not in cls.model_fields}
+
+
+class CalledFunction(Past):
     name: str
     arguments: str | dict[str, Any] = ""
 
 
-class PastCall(Extensible):
+class PastCall(Past):
     id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(Extensible):
+class Said(Extensible):
+    """What somebody said. An assistant's refusals are text like the rest."""
+
+    role: str
+    content: Content = None
+
+    @model_validator(mode="after")
+    def _refusals_are_text(self) -> "Said":
+        if self.role == "assistant" and isinstance(self.content, list):
+            self.content = [part.as_text() for part in self.content]
+        return self
+
+
+class ChatMessage(Said):
     """Other fields go to the model's template as they are."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: Content = None
     tool_calls: Annotated[list[PastCall], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None

@@ -26,6 +26,7 @@ from api.chat_request import (
     Extensible,
     FunctionDefinition,
     FunctionName,
+    Said,
     ToolName,
     left_out,
     placed,
@@ -71,7 +72,7 @@ NAMES = {
 Parts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
-class MessageItem(Extensible):
+class MessageItem(Said):
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
 

@@ -158,6 +158,43 @@ def test_a_past_call_may_lack_its_arguments(service: Service) -> None:
     assert text_of(ask(service, turn, {"role": "user", "content": "Hi"})) == "You said: Hi"
 
 
+@pytest.mark.parametrize("missing", ["id", "type", "arguments"])
+def test_what_a_past_call_may_lack_may_be_null(service: Service, missing: str) -> None:
+    def prompt(call: dict[str, Any]) -> str:
+        turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+        result = {"role": "tool", "tool_call_id": "call_1", "content": "done"}
+        reply = service.http.post(
+            "/apply-template", json={"model": "light", "messages": [turn, result]}
+        )
+        assert reply.status_code == 200, reply.text
+        text: str = reply.json()["prompt"]
+        return text
+
+    def call(**fields: Any) -> dict[str, Any]:
+        call = {"id": "call_1", "type": "function", "name": "f", "arguments": "{}"} | fields
+        function = {name: call.pop(name) for name in ("name", "arguments") if name in call}
+        return {**call, "function": function}
+
+    without = call()
+    del (without["function"] if missing == "arguments" else without)[missing]
+    assert prompt(call(**{missing: None})) == prompt(without)
+
+
+def test_what_the_assistant_said_to_refuse_is_its_text(service: Service) -> None:
+    refusal = {"type": "refusal", "refusal": "I will not."}
+    parts = [{"type": "text", "text": "No."}, refusal]
+    turns = [{"role": "assistant", "content": parts}, {"role": "user", "content": "Hi"}]
+    reply = service.http.post("/apply-template", json={"model": "light", "messages": turns})
+    assert "No.\nI will not.<|end|>" in reply.json()["prompt"]
+    assert text_of(ask(service, *turns)) == "You said: Hi"
+    assert "x-ignored-params" not in ask(service, *turns).headers
+    for part in (refusal | {"refusal": 5}, {"type": "refusal"}):
+        error = error_of(ask(service, turns[0] | {"content": [part]}, turns[1]), 400)
+        assert error["param"] == "messages[0].content[0].type"
+    error = error_of(ask(service, {"role": "user", "content": [refusal]}), 400)
+    assert error["param"] == "messages[0].content[0].type"
+
+
 def test_content_may_be_parts_or_null(service: Service) -> None:
     parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "you"}]
     call = {

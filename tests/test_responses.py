@@ -357,6 +357,15 @@ def test_a_conversation_comes_back_as_it_was() -> None:
     ]  # fmt: skip
 
 
+def test_what_the_assistant_said_to_refuse_is_its_text() -> None:
+    refusal = {"type": "refusal", "refusal": "I will not."}
+    said = messages({"type": "message", "role": "assistant", "content": [refusal]})
+    assert said == [{"role": "assistant", "content": "I will not."}]
+    with pytest.raises(UnsupportedParameter) as caught:
+        messages({"role": "user", "content": [refusal]})
+    assert caught.value.param == "input[0].content[0].type"
+
+
 def test_thoughts_after_an_answer_begin_another_one() -> None:
     summary = [{"type": "summary_text", "text": "Well."}]
     assert messages(
