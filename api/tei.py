@@ -51,6 +51,7 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     if body.normalize is False:
         raise UnsupportedParameter("Vectors always have length 1.", param="normalize")
+    await fetched(request.receive, tier)
     cut = cut_of(tier, body.dimensions, ["dense"])
     vectors = await _vectors(services, tier, body, "dense", request, headers)
 
@@ -67,6 +68,7 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
 async def embed_sparse(body: SparseRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.embedding_tier(TIER)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
+    await fetched(request.receive, tier)
     vectors = await _vectors(services, tier, body, "sparse", request, headers)
 
     def content() -> bytes:
@@ -100,7 +102,6 @@ async def _vectors(
     headers: dict[str, str],
 ) -> list[wire.Vector]:
     """The vectors of the request; adds to its headers what was cut and what the cache had."""
-    await fetched(request.receive, tier)
     asked = wire.Embed(
         inputs=[*body.inputs],
         outputs=[output],

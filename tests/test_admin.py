@@ -19,7 +19,7 @@ from api.middleware import Gate
 from model_manager import ModelManager
 from server import check_config
 from settings import ServerSettings, TierSettings
-from tests import gguf_fixtures
+from tests import encoder_fixtures, gguf_fixtures
 from tests.hub_imitation import Repo, hub_imitation
 from tests.serving import (
     Held,
@@ -381,6 +381,30 @@ def test_a_model_comes_from_the_hub_at_its_first_request(tmp_path: Path) -> None
 
 EMBED = {"model": "embedding", "input": "Hi"}
 RERANK = {"model": "reranker", "query": "Hi", "documents": ["Hi"]}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", EMBED),
+        ("/embed", {"inputs": "Hi"}),
+        ("/v1/rerank", RERANK),
+        ("/v1/score", {"text_1": "Hi", "text_2": "Hi"}),
+        ("/info", None),
+    ],
+)
+def test_a_model_comes_from_the_hub_whichever_route_is_asked_first(
+    tmp_path: Path, path: str, body: Any
+) -> None:
+    content = encoder_fixtures.write_bert(tmp_path / "bert.gguf").read_bytes()
+    with hub_imitation() as hub:
+        hub.repos["me/Bert-GGUF"] = Repo({"bert-F32.gguf": content})
+        server = {"hf_endpoint": hub.endpoint, "hf_hub_cache": str(tmp_path / "cache")}
+        embedding = TierSettings(model_path="hf:me/Bert-GGUF", n_threads=1)
+        with serving(settings(server, embedding=embedding)) as service:
+            reply = service.http.request("POST" if body else "GET", path, json=body)
+            assert reply.status_code == 200, reply.text
 
 
 def test_how_long_a_model_stays_is_for_admins_where_there_are_some() -> None:
