@@ -8,6 +8,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ class Embedded:
     dense: Floats | None = None  # [n_embd], of length 1
     sparse: tuple[Ids, Floats] | None = None  # ascending token ids, and their weights over 0
     colbert: Floats | None = None  # [n_tokens - 1, D], rows of length 1; without that of CLS
+    norm: float = 1.0  # length of the dense one as it was pooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +125,12 @@ class SimpleEmbedder(Embedder):
         return self._vectors(Rows(self.encoder.encode(batch, go_on), batch), wanted)
 
     def _vectors(self, rows: "Rows", wanted: Sequence[Collection[Output]]) -> list[Embedded]:
-        dense = normalized(rows.pooled(self._pooling))
+        pooled = rows.pooled(self._pooling)
+        dense, norms = normalized(pooled), _norms(pooled)
         is_sound = rows.are_finite & (abs(np.linalg.norm(dense, axis=1) - 1) <= NORM_TOLERANCE)
         return [
-            Embedded(bool(is_right), vector if "dense" in kinds else None)
-            for kinds, vector, is_right in zip(wanted, dense, is_sound, strict=True)
+            Embedded(bool(is_right), vector if "dense" in kinds else None, norm=float(norm))
+            for kinds, vector, norm, is_right in zip(wanted, dense, norms, is_sound, strict=True)
         ]
 
 
@@ -209,9 +212,13 @@ def new_embedder(encoder: Encoder, spec: EncoderSpec) -> Embedder:
 
 def normalized(vectors: Floats) -> Floats:
     """Each of length 1; those of length 0 as they are."""
-    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-    scaled: Floats = vectors / np.maximum(norms, EPSILON)[:, None]
+    scaled: Floats = vectors / np.maximum(_norms(vectors), EPSILON)[:, None]
     return scaled
+
+
+def _norms(vectors: Floats) -> NDArray[Any]:
+    norms: NDArray[Any] = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+    return norms
 
 
 def lexical_weights(ids: Ids, weights: Floats, unused: Ids) -> tuple[Ids, Floats]:

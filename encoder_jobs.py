@@ -131,6 +131,7 @@ class EmbedJob(Job):
                 None if result.colbert is None else _bytes(result.colbert, "<f4"),
                 tokens,
                 None if tokens is None else [literal(token) for token in tokens],
+                norm=None if result.dense is None else result.norm,
             )
         ]
 

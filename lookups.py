@@ -33,7 +33,7 @@ from tier import Tier
 
 # the fields of a vector by the kind of what is remembered
 FIELDS = {
-    "dense": ("dense",),
+    "dense": ("dense", "norm"),
     "sparse": ("sparse_ids", "sparse_weights"),
     "colbert": ("colbert",),
     "tokens": ("tokens", "pieces"),

@@ -1,12 +1,11 @@
-"""Embeddings in the form of text-embeddings-inference: POST /embed, POST /embed_sparse, GET /info.
-It knows one model: here the embedding tier."""
+"""Embeddings in the form of text-embeddings-inference: POST /embed, which is POST / too, POST
+/embed_sparse and GET /info. It knows one model: here the embedding tier."""
 
 from typing import Annotated, Literal
 
 import msgspec
-import numpy as np
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from api.deps import Services, ServicesDep, fetched, while_connected
@@ -14,10 +13,9 @@ from api.embeddings import MAX_INPUTS, OneOrMore, cut_of, role_of
 from api.errors import client_names
 from api.generation import queue_headers
 from api.sampling import Switch, ignored_params
-from api.vectors import encoded, shortened, sparse, truncated_header
+from api.vectors import as_pooled, encoded, of_length_1, sparse, truncated_header
 from engine import wire
 from engine.types import Output, Truncate
-from errors import UnsupportedParameter
 from settings import InputType
 from tier import Tier
 
@@ -41,23 +39,22 @@ class SparseRequest(BaseModel):
 
 
 class EmbedRequest(SparseRequest):
-    normalize: bool | None = None
+    normalize: Annotated[bool, BeforeValidator(lambda v: True if v is None else v)] = True
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 
+@router.post("/")
 @router.post("/embed")
 async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.embedding_tier(TIER)
     headers = ignored_params(body, strict=services.settings.server.strict_params)
-    if body.normalize is False:
-        raise UnsupportedParameter("Vectors always have length 1.", param="normalize")
     await fetched(request.receive, tier)
     cut = cut_of(tier, body.dimensions, ["dense"])
     vectors = await _vectors(services, tier, body, "dense", request, headers)
 
     def content() -> bytes:
-        dense = [np.frombuffer(vector.dense or b"", "<f4") for vector in vectors]
-        rows = [msgspec.json.encode(shortened(row, cut).tolist()) for row in dense]
+        made = of_length_1 if body.normalize else as_pooled
+        rows = [msgspec.json.encode(made(vector, cut).tolist()) for vector in vectors]
         return b"[" + b",".join(rows) + b"]"
 
     packed = await encoded(vectors, content)

@@ -20,10 +20,13 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What is kept of a dense vector: the first `n` numbers, of length 1 again."""
+    """What is kept of a dense vector: the first `n` numbers."""
 
     n: int
     is_centred: bool = False  # of all numbers less their mean
+
+    def of(self, dense: Floats) -> Floats:
+        return (dense - dense.mean() if self.is_centred else dense)[: self.n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ def item(vector: wire.Vector, n_colbert: int, form: Form) -> dict[str, Any]:
     can read it; without a dense vector `embedding` is empty."""
     embedding: Any = []
     if vector.dense is not None:
-        dense = shortened(np.frombuffer(vector.dense, "<f4"), form.cut)
+        dense = of_length_1(vector, form.cut)
         embedding = _base64(dense) if form.is_base64 else dense.tolist()
     fields: dict[str, Any] = {"object": "embedding", "index": vector.index, "embedding": embedding}
     if vector.sparse_ids is not None:
@@ -83,10 +86,26 @@ def sparse(vector: wire.Vector) -> tuple[list[int], list[float]]:
 
 
 def shortened(dense: Floats, cut: Cut | None) -> Floats:
+    """What is kept of a vector, of length 1 again."""
     if cut is None or cut.n >= len(dense):
         return dense
-    head = (dense - dense.mean() if cut.is_centred else dense)[: cut.n]
+    head = cut.of(dense)
     return (head / max(float(np.linalg.norm(head)), 1e-12)).astype("<f4")
+
+
+def of_length_1(vector: wire.Vector, cut: Cut | None) -> Floats:
+    """What is kept of the dense vector."""
+    assert vector.dense is not None
+    return shortened(np.frombuffer(vector.dense, "<f4"), cut)
+
+
+def as_pooled(vector: wire.Vector, cut: Cut | None) -> Floats:
+    """The same before it had length 1."""
+    assert vector.dense is not None
+    assert vector.norm is not None
+    dense = np.frombuffer(vector.dense, "<f4")
+    pooled: Floats = (dense if cut is None else cut.of(dense)) * np.float32(vector.norm)
+    return pooled
 
 
 def _base64(array: npt.NDArray[Any]) -> str:

@@ -315,6 +315,7 @@ class Vector(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[int] | None = None  # that were computed
     pieces: list[bytes] | None = None  # how each is written
     fault: Fault | None = None  # then there are no vectors
+    norm: float | None = None  # length of the dense one as it was pooled
 
 
 class Vectors(Message, frozen=True):

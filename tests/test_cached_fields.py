@@ -196,7 +196,7 @@ ROUTES = [
         EmbedRequest,
         {"inputs": ["a b"]},
         decides={"inputs": ["c"], "prompt_name": "query"},
-        is_told={"truncate": True, "truncation_direction": "Left", "normalize": True,
+        is_told={"truncate": True, "truncation_direction": "Left", "normalize": False,
                  "dimensions": 4},
     ),
     Route(

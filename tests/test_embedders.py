@@ -82,6 +82,12 @@ def test_rows_are_pooled_text_by_text(pooling: Any, wanted: Any) -> None:
     ]
 
 
+def test_a_vector_knows_how_long_its_pooled_row_was() -> None:
+    embedder = SimpleEmbedder(Rows(floats([3, 4], [0, 9])), EncoderSpec(kind="embedding"))
+    found = embedder.embed([ids(0), ids(0)], [{"dense"}, {"dense"}], lambda: True)
+    assert [text.norm for text in found] == pytest.approx([5, 9])
+
+
 def test_the_spec_decides_and_then_the_file_how_rows_are_pooled() -> None:
     encoder = Rows(floats([1, 0], [0, 1]))
     encoder.pooling = "last"

@@ -458,6 +458,39 @@ def test_tei_gets_bare_lists(service: Service) -> None:
     np.testing.assert_allclose(alone, reply.json()[1], atol=1e-6)
 
 
+def test_tei_gets_vectors_as_they_are_pooled_where_they_are_not_to_have_length_1(
+    small: Service,
+) -> None:
+    for texts in (["a b", "c d e"], ["a b"]):
+        body = {"inputs": texts, "normalize": False}
+        raw = np.array(small.http.post("/embed", json=body).json())
+        unit = np.array([item["embedding"] for item in items(small.embed(texts))])
+        lengths = np.linalg.norm(raw, axis=1, keepdims=True)
+        assert (abs(lengths - 1) > 0.1).all()
+        np.testing.assert_allclose(raw / lengths, unit, atol=1e-6)
+        short = small.http.post("/embed", json=body | {"dimensions": 4}).json()
+        np.testing.assert_allclose(short, raw[:, :4], atol=1e-6)
+    reply = small.http.post("/embed", json={"inputs": "a b", "normalize": None})
+    assert reply.json() == [unit[0].tolist()]
+
+
+def test_nomics_are_less_their_mean_before_a_cut_at_any_length(tmp_path: Path) -> None:
+    path = tmp_path / "nomic-embed-text-v1.5.Q8_0.json"
+    path.write_text("{}")
+    with serving(settings(embedding=fake(str(path)))) as service:
+        body: dict[str, Any] = {"inputs": "a b", "normalize": False}
+        (raw,) = np.array(service.http.post("/embed", json=body).json())
+        (cut,) = service.http.post("/embed", json=body | {"dimensions": 8}).json()
+        np.testing.assert_allclose(cut, (raw - raw.mean())[:8], atol=1e-6)
+
+
+def test_tei_is_reached_without_a_path_too(service: Service) -> None:
+    body = {"inputs": ["a", "b c"]}
+    reply = service.http.post("/", json=body)
+    assert reply.status_code == 200
+    assert reply.json() == service.http.post("/embed", json=body).json()
+
+
 def test_tei_gets_sparse_vectors_as_pairs(service: Service) -> None:
     (pairs,) = service.http.post("/embed_sparse", json={"inputs": "a b"}).json()
     (item,) = items(service.embed("a b", embedding_type="sparse"))
@@ -482,7 +515,7 @@ def test_tei_may_let_texts_be_cut(small: Service) -> None:
     ("path", "body", "param"),
     [("/embed", {"inputs": []}, "inputs"), ("/embed", {"inputs": ["a", ""]}, "inputs[1]"),
      ("/embed", {"inputs": [5]}, "inputs[0]"), ("/embed", {}, "inputs"),
-     ("/embed", {"inputs": "a", "normalize": False}, "normalize"),
+     ("/embed", {"inputs": "a", "normalize": 7}, "normalize"),
      ("/embed_sparse", {"inputs": "a"}, "inputs")],
     ids=str,
 )  # fmt: skip

@@ -162,6 +162,10 @@ def test_coheres_first_version(service: Service) -> None:
 
 
 def test_the_client_of_text_embeddings_inference(service: Service) -> None:
+    with InferenceClient(model=service.url, token="any") as client:  # as LangChain and Haystack do
+        raw = client.feature_extraction(TEXTS[0], truncate=False, normalize=False)
+        unit = raw / np.linalg.norm(raw, axis=1)
+        np.testing.assert_allclose(unit, vectors(service, TEXTS[:1]), atol=1e-6)
     with InferenceClient(model=f"{service.url}/embed", token="any") as client:
         found = client.feature_extraction(TEXTS[0], prompt_name="query", truncate=True)
         assert found.tolist() == vectors(service, TEXTS[:1])

@@ -71,7 +71,9 @@ FROM_WORKER: list[wire.FromWorker] = [
     wire.Vectors(
         7,
         [
-            wire.Vector(3, 5, 1, b"\0\0\x80?", b"\x05\0\0\0", b"\0\0\x80?", b"", [1], [b"a"]),
+            wire.Vector(
+                3, 5, 1, b"\0\0\x80?", b"\x05\0\0\0", b"\0\0\x80?", b"", [1], [b"a"], None, 2.5
+            ),
             wire.Vector(4, 5, fault=wire.Fault("internal_error", "A fault.")),
         ],
     ),
