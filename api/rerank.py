@@ -118,10 +118,10 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
             for item in best
         ]
         return JSONResponse(reply, headers=headers)
-    results = [
-        {"index": item.index, "relevance_score": scores.shown(item)}
-        | ({"document": {"text": documents[item.index]}} if wants_text else {})
-        for item in best
+    data = [{"index": item.index, "relevance_score": scores.shown(item)} for item in best]
+    results: list[dict[str, Any]] = [
+        of | ({"document": {"text": documents[item.index]}} if wants_text else {})
+        for of, item in zip(data, best, strict=True)
     ]
     cut = [("query", scores.n_cut_query)]
     cut += [(f"documents[{item.index}]", item.n_cut) for item in scores.items]
@@ -135,6 +135,7 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
         "object": "list",
         "model": DEFAULT_MODEL if services.manager.means_reranker(body.model) else tier.name,
         "results": results,
+        "data": data,  # where Continue looks
         "meta": meta,
         **scores.about(),
     }

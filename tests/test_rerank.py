@@ -68,6 +68,7 @@ def test_a_reply_that_every_client_can_read(service: Service, path: str) -> None
     body = answer(service.rerank(QUERY, DOCUMENTS, path))
     assert body.pop("id").startswith("rerank-")
     results = body.pop("results")
+    assert body.pop("data") == results, "where Continue looks"
     assert [item["index"] for item in results] == BEST_FIRST
     assert all(item.keys() == {"index", "relevance_score"} for item in results)
     assert all(0 < item["relevance_score"] < 1 for item in results)
@@ -94,6 +95,7 @@ def test_jinas_and_coheres_documents_as_objects(service: Service) -> None:
         {"text": DOCUMENTS[2]},
         {"text": DOCUMENTS[1]},
     ]
+    assert [item.keys() for item in body["data"]] == [{"index", "relevance_score"}] * 2
 
 
 def test_tei_gets_a_bare_list(service: Service) -> None:
