@@ -229,6 +229,8 @@ class SimilarityJob(ScoreJob):
             return self._fit(framed, n_ctx, request.truncate, "query", at)
         at = self._document_at[index - len(self._query_at)]
         framed = embedder.frame(request.documents[at], "passage")
+        if not len(framed):  # an empty one, of a model that puts no tokens around texts
+            framed = embedder.frame(" ", "passage")
         n_cut = 0
         if request.max_tokens is not None and len(framed.body) > request.max_tokens:
             n_cut = len(framed.body) - request.max_tokens

@@ -35,10 +35,18 @@ def _text_of(value: Any) -> Any:
     return value["text"] if isinstance(value, dict) and "text" in value else value
 
 
-Document = Annotated[WholeText, Field(min_length=1), BeforeValidator(_text_of)]
-Documents = Annotated[list[Document], Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)]
-Texts = Annotated[Documents, BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 Query = Annotated[WholeText, Field(min_length=1)]
+Document = Annotated[WholeText, BeforeValidator(_text_of)]  # chunks of files may be empty
+Many = Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)
+Documents = Annotated[list[Document], Many]
+OneOrMoreDocuments = Annotated[Documents, BeforeValidator(_as_list)]
+OneOrMoreQueries = Annotated[
+    list[Annotated[Query, BeforeValidator(_text_of)]], Many, BeforeValidator(_as_list)
+]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -143,10 +151,10 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
 
 
 class ScoreRequest(ScoringFields):
-    text_1: Texts | None = None
-    text_2: Texts | None = None
-    queries: Texts | None = None
-    documents: Texts | None = None
+    text_1: OneOrMoreQueries | None = None
+    text_2: OneOrMoreDocuments | None = None
+    queries: OneOrMoreQueries | None = None
+    documents: OneOrMoreDocuments | None = None
 
     def read_pairs(self) -> tuple[list[str], list[str], list[tuple[int, int]]]:
         """Texts on both sides, and which of them are scored. Raises BadRequest."""

@@ -529,9 +529,10 @@ def write_decoder(
     *,
     pooling: gguf.PoolingType | None = gguf.PoolingType.LAST,
     is_causal: bool = True,
+    adds_eos: bool = True,
 ) -> Path:
     """Of one token it makes what is no number."""
-    writer = _qwen3_writer(path, adds_eos=True)
+    writer = _qwen3_writer(path, adds_eos=adds_eos)
     if pooling is not None:
         writer.add_pooling_type(pooling)
     if not is_causal:

@@ -768,6 +768,34 @@ def test_one_worker_embeds_and_scores(models: Path) -> None:
     run(test, embedding=TierSettings(model_path=path, n_threads=1))
 
 
+@pytest.mark.parametrize("adds_eos", [True, False])
+def test_an_empty_document_does_not_cost_the_others_their_scores(
+    tmp_path: Path, adds_eos: bool
+) -> None:
+    path = tiny.write_decoder(tmp_path / "decoder.gguf", adds_eos=adds_eos)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["embedding"]
+        asked = wire.Score(["what?"], ["", "a text", " "], [(0, i) for i in range(3)], "dense")
+        with tier.score(asked) as scoring:
+            scored = await scoring.all()
+        assert all(-1 <= item.score <= 1 for item in scored)
+        if not adds_eos:  # without a token around it nothing is left but a space
+            assert scored[0].score == scored[2].score
+
+    run(test, embedding=TierSettings(model_path=str(path), n_threads=1))
+
+
+@pytest.mark.parametrize("name", ["reranker-F32.gguf", "judge"])
+def test_a_cross_encoder_reads_a_query_and_an_empty_document(
+    models: Path, prompted: Path, load: Load, name: str
+) -> None:
+    path = prompted if name == "judge" else models / name
+    reranker = BGEReranker(load(path, kind="reranker"))
+    for score in scores_of(reranker, [("what?", ""), ("what?", "a text")]):
+        assert np.isfinite(score)
+
+
 def test_equal_documents_have_the_very_same_score_in_whatever_company(models: Path) -> None:
     documents = [TEXTS[n % 7] if n % 2 else "the same" for n in range(40)]
 

@@ -109,6 +109,18 @@ def test_tei_gets_a_bare_list(service: Service) -> None:
     assert [sigmoid(item["score"]) for item in raw] == [item["score"] for item in found]
 
 
+@pytest.mark.parametrize("method", [None, "dense", "sparse", "colbert", "hybrid"])
+def test_an_empty_document_is_scored_as_others_are(service: Service, method: str | None) -> None:
+    documents = ["", "rain", {"text": ""}]
+    found = scored(service, "rain", documents, method=method)  # type: ignore[arg-type]
+    assert list(found) == [1, 0, 2]
+    assert found[0] == found[2]
+    body = {"query": "rain", "texts": ["", "rain"]}
+    assert [item["index"] for item in answer(service.http.post("/rerank", json=body))] == [1, 0]
+    low, high = scores(service, text_1="rain", text_2=["", "rain"], method=method)
+    assert low < high
+
+
 def test_the_model_is_found_by_its_names_or_is_the_only_one(service: Service) -> None:
     for model in ("bge-reranker", "reranker"):
         assert answer(service.rerank("a", ["b"], model=model))["model"] == "reranker"
@@ -369,7 +381,8 @@ def test_the_reply_of_score(service: Service) -> None:
     [({}, "text_1"), ({"text_1": "a"}, "text_2"), ({"documents": ["a"]}, "queries"),
      ({"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_2"),
      ({"text_1": ["a", "b"], "text_2": "a"}, "text_2"),
-     ({"text_1": [], "text_2": "a"}, "text_1"), ({"text_1": "a", "text_2": ["a", ""]}, "text_2[1]"),
+     ({"text_1": [], "text_2": "a"}, "text_1"), ({"text_1": ["a", ""], "text_2": "a"}, "text_1[1]"),
+     ({"queries": "", "documents": "a"}, "queries[0]"),
      ({"text_1": "a", "text_2": "b", "queries": "a", "documents": "b"}, "queries"),
      ({"queries": ["a"] * 65, "documents": ["b"] * 64}, "documents"),
      ({"text_1": "a", "text_2": "b " * 40, "truncate": "none"}, "text_2"),
@@ -403,7 +416,7 @@ def test_too_many_pairs_are_refused_before_they_are_made() -> None:
     ("fields", "param"),
     [({"query": ""}, "query"), ({"query": None}, "query"), ({"query": "\ud800"}, "query"),
      ({"documents": []}, "documents"), ({"documents": "a"}, "documents"),
-     ({"documents": None}, "documents"), ({"documents": ["a", ""]}, "documents[1]"),
+     ({"documents": None}, "documents"),
      ({"documents": ["a", {"body": "b"}]}, "documents[1]"), ({"texts": ["a"]}, "texts"),
      ({"documents": ["a"] * 2049}, "documents"), ({"documents": ["\ud800"]}, "documents[0]"),
      ({"top_n": 0}, "top_n"), ({"max_tokens_per_doc": 0}, "max_tokens_per_doc"),
