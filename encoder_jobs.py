@@ -74,10 +74,11 @@ class Job(ABC):
         """The text as long as it may be; `what` is the field of the request that has it `at`."""
         fitting = framed.fit(n_ctx, truncate)
         if fitting is None:
+            always = f" ({self._tier.upper()}_TRUNCATE: always)" if what == "input" else ""
             raise ContextLengthExceeded(
                 f"{_named(what, at)} has {len(framed):,} tokens; tier '{self._tier}' takes "
                 f"{n_ctx:,} ({self._tier.upper()}_N_CTX). Shorten it, or send `truncate` to have "
-                "it cut.",
+                f"it cut{always}.",
                 param=what,
                 n_prompt_tokens=len(framed),
                 n_ctx=n_ctx,

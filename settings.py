@@ -181,6 +181,7 @@ class TierSettings(BaseSettings):
     query_prefix: str = ""
     passage_prefix: str = ""
     input_type: InputType | None = None  # of texts whose request does not say; None: none
+    truncate: Literal["none", "end", "start"] = "none"  # the same texts, where they are too long
     sparse_head_path: str = ""  # empty: beside the model
     colbert_head_path: str = ""
     token_ids: Literal["refuse", "own", "cl100k"] = "refuse"  # as input: whose they are

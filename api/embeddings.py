@@ -103,7 +103,7 @@ async def create_embeddings(
     asked = wire.Embed(
         inputs=inputs,
         outputs=outputs,
-        truncate=body.truncate or "none",
+        truncate=body.truncate or tier.settings.truncate,
         role=role_of(tier, body.input_type),
         return_tokens=body.return_tokens,
         max_colbert=MAX_COLBERT_NUMBERS[body.encoding_format or "float"],

@@ -12,7 +12,7 @@ from api.deps import Services, ServicesDep, fetched, while_connected
 from api.embeddings import MAX_INPUTS, OneOrMore, cut_of, role_of
 from api.errors import client_names
 from api.generation import queue_headers
-from api.sampling import Switch, ignored_params
+from api.sampling import ignored_params
 from api.vectors import as_pooled, encoded, of_length_1, sparse, truncated_header
 from engine import wire
 from engine.types import Output, Truncate
@@ -28,13 +28,16 @@ class SparseRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     inputs: OneOrMore
-    truncate: Switch = False
-    truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
+    truncate: bool | None = None
+    truncation_direction: Literal["Left", "Right", "left", "right"] | None = None
     prompt_name: InputType | None = None  # by which the model's own prompts are called
 
-    def read_truncate(self) -> Truncate:
-        if not self.truncate:
+    def read_truncate(self, setting: Truncate) -> Truncate:
+        """`setting` is for who does not say."""
+        if self.truncate is False or (self.truncate is None and setting == "none"):
             return "none"
+        if self.truncation_direction is None:
+            return "end" if self.truncate else setting
         return "start" if self.truncation_direction.lower() == "left" else "end"
 
 
@@ -102,7 +105,7 @@ async def _vectors(
     asked = wire.Embed(
         inputs=[*body.inputs],
         outputs=[output],
-        truncate=body.read_truncate(),
+        truncate=body.read_truncate(tier.settings.truncate),
         role=role_of(tier, body.prompt_name),
     )
     names = {r"^input$": "inputs", r"^return_sparse$": "inputs"}

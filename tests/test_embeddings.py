@@ -323,6 +323,32 @@ def test_a_text_is_cut_where_that_is_wanted_and_the_reply_says_so(small: Service
     assert "truncated" not in small.embed("short", truncate=end).json()
 
 
+@pytest.mark.parametrize("end", ["start", "end"])
+def test_a_setting_says_where_texts_are_cut_whose_request_does_not(end: Any) -> None:
+    words = [f"w{i}" for i in range(30)]
+    long, left = " ".join(words), " ".join(words[16:] if end == "start" else words[:14])
+    with serving(settings(embedding=fake(n_ctx=16, truncate=end))) as service:
+        reply = service.embed(["short", long])
+        assert reply.json()["truncated"] == [{"index": 1, "n_tokens_cut": 16}]
+        cut = items(reply)[1]["embedding"]
+        assert cut == items(service.embed(left))[0]["embedding"]
+        assert cut == items(service.embed(long, truncate=None))[0]["embedding"]
+        other = "end" if end == "start" else "start"
+        assert items(service.embed(long, truncate=other))[0]["embedding"] != cut
+        error = fault(service.embed(long, truncate="none"))
+        assert "EMBEDDING_TRUNCATE" in error["message"]
+        body = {"inputs": long}
+        for asked in ({}, {"truncate": None}, {"truncation_direction": None}):
+            reply = service.http.post("/embed", json=body | asked)
+            assert reply.json() == [cut]
+            assert reply.headers["X-Truncated-Inputs"] == "0=16"
+        assert service.http.post("/embed_sparse", json=body).status_code == 200
+        direction = "Right" if end == "start" else "Left"
+        reply = service.http.post("/embed", json=body | {"truncation_direction": direction})
+        assert reply.json() == [items(service.embed(long, truncate=other))[0]["embedding"]]
+        assert fault(service.http.post("/embed", json=body | {"truncate": False}))
+
+
 @pytest.mark.parametrize(
     ("input_type", "text"),
     [("query", "ask: a"), ("search_query", "ask: a"), ("passage", "text: a"),
