@@ -78,6 +78,7 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ServerSettings]]:
         room = {"max_connections": descriptors.room_for(settings.server.max_connections)}
         async with results or nullcontext(), manager:
+            _warn(manager)
             with descriptors.Spare():
                 yield {"settings": settings.server.model_copy(update=room)}  # for Connection
 
@@ -106,6 +107,14 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
         # include_router would match each request twice against the routes of each part
         app.router.routes.extend(part.router.routes)
     return app
+
+
+def _warn(manager: ModelManager) -> None:
+    """Of settings that do not fit a model, where that is here."""
+    for tier in manager.tiers.values():
+        with suppress(ModelLoadFailed):
+            if tier.is_downloaded and (fault := embeddings.fault_of_dimension(tier)):
+                logger.warning("Tier %s: %s", tier.name, fault)
 
 
 def _cache(settings: ServerSettings) -> Cache | None:
@@ -230,6 +239,7 @@ def check_config(manager: ModelManager) -> tuple[str, bool]:
         if tier.is_downloaded:
             try:
                 footprint = tier.life.footprint()
+                fault = embeddings.fault_of_dimension(tier)
             except ModelLoadFailed as error:
                 lines.append(f"  {tier.name:10} {error.message}")
                 is_well = False
@@ -248,6 +258,8 @@ def check_config(manager: ModelManager) -> tuple[str, bool]:
             note = ""
             if footprint.most > limit:
                 note, is_well = " · DOES NOT FIT", False
+            if fault is not None:
+                note, is_well = f"{note} · {fault}", False
             about = f"{tier.model().name}: {footprint.most >> 20:,} MB ({', '.join(parts)}){note}"
         else:
             about = f"{tier.settings.model_path}: downloaded at its first request"

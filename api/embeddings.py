@@ -158,19 +158,32 @@ def cut_of(tier: Tier, asked: int | None, outputs: Sequence[Output]) -> Cut | No
     name = name_of(model.path)
     if dimensions is None or dimensions == model.n_embd:
         return None
+    key = f"{tier.name.upper()}_EMBEDDING_DIMENSION"
+    whose = "" if asked is not None else f"{key}={dimensions}: "
     if dimensions > model.n_embd:
         raise BadRequest(
-            f"The vectors of {name} have {model.n_embd} dimensions.", param="dimensions"
+            f"{whose}The vectors of {name} have {model.n_embd} dimensions.", param="dimensions"
         )
     is_known = any(known in name.lower() for known in MATRYOSHKA)
     may_cut = is_known if tier.settings.matryoshka is None else tier.settings.matryoshka
     if not may_cut:
         raise UnsupportedParameter(
-            f"{name} is not known to be trained for shorter vectors than its "
+            f"{whose}{name} is not known to be trained for shorter vectors than its "
             f"{model.n_embd}; set {tier.name.upper()}_MATRYOSHKA=true if it is.",
             param="dimensions",
         )
     return Cut(dimensions, any(known in name.lower() for known in CENTRED))
+
+
+def fault_of_dimension(tier: Tier) -> str | None:
+    """What is wrong with EMBEDDING_DIMENSION, by which every request would fail that asks for no
+    `dimensions`. Raises ModelLoadFailed."""
+    if tier.name == "embedding" and tier.settings.embedding_dimension is not None:
+        try:
+            cut_of(tier, None, ["dense"])
+        except BadRequest as error:
+            return error.message
+    return None
 
 
 async def inputs_for(inputs: Sequence[Any], setting: str) -> list[str | list[int]]:

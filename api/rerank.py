@@ -50,11 +50,6 @@ OneOrMoreQueries = Annotated[
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
-def _cut(value: Any) -> Any:
-    """TEI says yes or no to cutting."""
-    return ("end" if value else "none") if isinstance(value, bool) else value
-
-
 class ScoringFields(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -64,13 +59,25 @@ class ScoringFields(BaseModel):
     method: Method | None = None
     weights: tuple[Weight, Weight, Weight] | None = None
     max_tokens_per_doc: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    truncate: Annotated[Truncate | None, BeforeValidator(_cut)] = None
-    truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"  # TEI's
+    truncate: Literal[Truncate, True, False] | None = None  # TEI says yes or no
+    truncation_direction: Literal["Left", "Right", "left", "right"] | None = None  # TEI's
 
     def read_truncate(self) -> Truncate:
-        """Documents are cut unless that is not wanted."""
-        is_left = self.truncation_direction.lower() == "left"
-        return "start" if is_left and self.truncate != "none" else self.truncate or "end"
+        """Documents are cut unless that is not wanted. Raises BadRequest."""
+        side: Truncate | None = None
+        if self.truncation_direction is not None:
+            side = "start" if self.truncation_direction.lower() == "left" else "end"
+        if self.truncate is False or self.truncate == "none":
+            return "none"
+        if self.truncate is True or self.truncate is None:
+            return side or "end"
+        if side not in (None, self.truncate):
+            raise BadRequest(
+                f"`truncate` is '{self.truncate}' and `truncation_direction` "
+                f"'{self.truncation_direction}': send one of them.",
+                param="truncation_direction",
+            )
+        return self.truncate
 
 
 class RerankRequest(ScoringFields):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from api import embeddings
 from api.vectors import truncated_header
 from engine.backends.fake_encoder import N_EMBD, N_VOCAB
+from server import check_config
 from tests.serving import Service, fake, script, serving, settings, wait_until
 
 RULES = (
@@ -248,8 +249,24 @@ def test_the_dimensions_of_who_asks_for_none_are_a_setting() -> None:
         assert len(items(service.embed("a", dimensions=5))[0]["embedding"]) == 5
         assert len(service.http.post("/embed", json={"inputs": "a"}).json()[0]) == 4
         assert items(service.embed("a", embedding_type="sparse"))[0]["embedding"] == []
-    with serving(settings(embedding=fake(embedding_dimension=N_EMBD + 1))) as service:
-        assert fault(service.embed("a"))["param"] == "dimensions"
+
+
+@pytest.mark.parametrize("dimension", [4, N_EMBD + 1])
+def test_dimensions_of_a_setting_that_the_model_does_not_have_are_named_by_it(
+    caplog: pytest.LogCaptureFixture, dimension: int
+) -> None:
+    with serving(settings(embedding=fake(embedding_dimension=dimension))) as service:
+        for reply in (service.embed("a"), service.http.post("/embed", json={"inputs": "a"})):
+            error = fault(reply)
+            assert error["message"].startswith(f"EMBEDDING_EMBEDDING_DIMENSION={dimension}: ")
+        asked = fault(service.embed("a", dimensions=dimension))
+        assert "EMBEDDING_EMBEDDING_DIMENSION" not in asked["message"]
+        assert items(service.embed("a", dimensions=N_EMBD))
+        report, is_well = check_config(service.manager)
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said == [f"Tier embedding: {error['message']}"], "at the start"
+    assert error["message"] in report
+    assert not is_well
 
 
 @pytest.mark.parametrize("dimensions", [0, -1, N_EMBD + 1, 2**40, "few"])

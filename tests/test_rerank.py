@@ -327,6 +327,31 @@ def test_tei_may_cut_at_the_start(service: Service) -> None:
     assert right["score"] > 0 > left["score"]
 
 
+@pytest.mark.parametrize(
+    ("truncate", "direction", "cut"),
+    [("end", "Right", "end"), ("start", "left", "start"), (None, "Left", "start"),
+     (True, "Left", "start"), (True, None, "end"), ("none", "Left", "none"),
+     (False, "Right", "none"), ("end", "Left", None), ("start", "Right", None)],
+)  # fmt: skip
+def test_two_fields_that_say_where_to_cut_say_the_same(
+    service: Service, truncate: object, direction: str | None, cut: str | None
+) -> None:
+    asked = {"truncate": truncate, "truncation_direction": direction}
+    long = " ".join(["rain", *(f"w{i}" for i in range(40))])
+    reply = service.rerank("rain", [long], **asked)
+    if cut is None:
+        error = fault(reply)
+        assert error["param"] == "truncation_direction"
+        assert f"'{truncate}'" in error["message"]
+    elif cut == "none":
+        assert fault(reply)["code"] == "context_length_exceeded"
+    else:
+        assert (
+            answer(reply)["results"]
+            == answer(service.rerank("rain", [long], truncate=cut))["results"]
+        )
+
+
 # /v1/score
 
 
