@@ -10,6 +10,7 @@ import logging
 import socket
 import struct
 import sys
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -141,9 +142,15 @@ class Limited(asyncio.Protocol):
         reply.headers["Connection"] = "close"
         reply.headers.update(common_headers(request_id))
         status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()
-        lines = [status, *(b"%s: %s" % header for header in reply.raw_headers), b"", b""]
-        self.transport.write(b"\r\n".join(lines) + cast(bytes, reply.body))
+        self.transport.write(_head(status, reply.raw_headers) + cast(bytes, reply.body))
         self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """To ignore what else a client would rather speak is all right (RFC 9110, 7.8)."""
+
+
+def _head(line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    return b"\r\n".join([line, *(b"%s: %s" % header for header in headers), b"", b""])
 
 
 def _too_large() -> HeadTooLarge:
@@ -155,12 +162,48 @@ class H11Connection(Limited, H11Protocol):  # type: ignore[misc]
 
 
 try:
+    from httptools import HttpParserUpgrade, HttpRequestParser
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 except ImportError:
     Connection: type[asyncio.Protocol] = H11Connection
 else:
 
-    class HttpToolsConnection(Limited, HttpToolsProtocol):  # type: ignore[misc]
+    class HttpOnly(HttpToolsProtocol):
+        """Ignores wishes for another protocol: JDK's HttpClient has one in each request. What
+        follows such a head is no HTTP to httptools, not even the body; so it gets the head once
+        more without the wish, and then the rest."""
+
+        _unread: memoryview  # what follows the head of a wish
+        _again = b""  # that head without it
+
+        def data_received(self, data: bytes) -> None:
+            self._unread = memoryview(data)
+            super().data_received(data)
+            while self._again:
+                head, self._again = self._again, b""
+                super().data_received(head)
+                super().data_received(cast(bytes, self._unread))
+
+        def _should_upgrade(self) -> bool:
+            return True  # so uvicorn makes nothing of such a head, and calls the next
+
+        def handle_websocket_upgrade(self) -> None:
+            method = self.parser.get_method()
+            if super()._should_upgrade():  # an application with WebSockets is served with this
+                super().handle_websocket_upgrade()
+            elif method == b"CONNECT":  # which is one by itself
+                self.send_400_response("")
+            else:
+                wish = cast(HttpParserUpgrade, sys.exc_info()[1])
+                self._unread = self._unread[wish.args[0] :]
+                version = self.parser.get_http_version().encode()
+                kept = [field for field in self.headers if field[0] != b"upgrade"]
+                self._again = _head(b"%s %s HTTP/%s" % (method, self.url, version), kept)
+                # this one would pass over all that follows a `Connection: close`
+                self.parser = HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+
+    class HttpToolsConnection(Limited, HttpOnly):  # type: ignore[misc]
         """httptools keeps all of a head, of trailers and of chunks' extensions."""
 
         _running: RequestResponseCycle | None = None

@@ -1,19 +1,23 @@
 """Clients that are slow, silent, too many or not speaking HTTP, with both parsers of HTTP."""
 
+import asyncio
 import json
 import logging
+import re
 import resource
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import pairwise
-from typing import Any
+from http.client import parse_headers
+from itertools import pairwise, product
+from typing import Any, cast
 
 import httpx
 import psutil
 import pytest
+import uvicorn
 
 import bench.connections as bench
 from api.connections import H11Connection, HttpToolsConnection
@@ -323,6 +327,146 @@ def test_every_reply_says_that_its_type_is_what_it_says(service: Service) -> Non
     ):
         assert reply.headers["x-content-type-options"] == "nosniff"
         assert "html" not in reply.headers["content-type"]
+
+
+# who would rather speak something else, as JDK's HttpClient does in its requests
+
+H2C = (
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+)
+WEBSOCKET = (
+    b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX-Empty:\r\n\r\n"
+
+
+def having(fields: bytes, request: bytes) -> bytes:
+    """The request with these fields in its head."""
+    return request.replace(b"\r\n", b"\r\n" + fields, 1)
+
+
+def chunked(request: bytes) -> bytes:
+    """The request with its body in two chunks."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+    pieces = (b"%x\r\n%s\r\n" % (len(piece), piece) for piece in (body[:9], body[9:], b""))
+    return head + b"\r\n\r\n" + b"".join(pieces)
+
+
+def replies(sock: socket.socket, n: int) -> list[tuple[int, Any]]:
+    """The next ones: status, and what the JSON says."""
+    found = []
+    with sock.makefile("rb") as reader:
+        for _ in range(n):
+            status = int(reader.readline().split()[1])
+            length = int(parse_headers(reader)["content-length"])
+            found.append((status, json.loads(reader.read(length))))
+    return found
+
+
+@pytest.fixture(scope="module", params=product(PARSERS, [1, 100, 1 << 20]))
+def pieces(request: Any) -> Iterator[Service]:
+    """A service that gets what is sent in pieces of so many bytes."""
+    parser, size = request.param
+
+    def data_received(self: Any, data: bytes) -> None:
+        for start in range(0, len(data), size):
+            parser.data_received(self, data[start : start + size])
+
+    cut = type("Cut", (parser,), {"data_received": data_received})
+    with serving(settings(light=fake(n_parallel=1)), http=cut) as service:
+        yield service
+
+
+@pytest.mark.parametrize("wish", [H2C, WEBSOCKET])
+@pytest.mark.parametrize("framed", [bytes, chunked])
+def test_a_wish_for_another_protocol_is_ignored_and_the_body_is_read(
+    pieces: Service, framed: Callable[[bytes], bytes], wish: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (having(wish, framed(chat(text, max_tokens=3))) for text in ("one", "two"))
+    with dial(pieces) as sock:
+        sock.sendall(having(wish, MODELS))
+        ((status, models),) = replies(sock, 1)
+        assert (status, models["data"][0]["id"]) == (200, "light")
+        sock.sendall(first)
+        assert [status for status, _ in replies(sock, 1)] == [200]
+        sock.sendall(chat("plain") + second + having(wish, MODELS) + first + MODELS)  # at once
+        assert [status for status, _ in replies(sock, 5)] == [200] * 5
+        sock.sendall(having(b"Expect: 100-continue\r\n", first).partition(b"{")[0])
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"{" + first.partition(b"{")[2])
+        assert [status for status, _ in replies(sock, 1)] == [200]
+        sock.sendall(having(b"Connection: close\r\n", second))
+        assert [status for status, _ in replies(sock, 1)] == [200]
+        assert read_all(sock) == b""
+    assert "upgrade" not in caplog.text
+    assert "WebSocket" not in caplog.text
+
+
+def test_a_wish_for_another_protocol_lifts_no_limit(service: Service) -> None:
+    with dial(service) as sock:
+        sock.sendall(having(H2C, chat("Hi"))[:-1])
+        assert refusal(sock, 408)["code"] == "body_too_slow"
+    with dial(service) as sock:
+        sock.sendall(having(H2C + b"Transfer-Encoding: gzip\r\n", MODELS))
+        assert refusal(sock, 400)["message"] == "The request is not valid HTTP."
+    with dial(service) as sock:
+        sock.sendall(having(H2C + b"".join(b"x-%d: x\r\n" % n for n in range(MAX_HEADERS)), MODELS))
+        ((status, said),) = replies(sock, 1)
+        assert (status, said["error"]["code"]) == (431, "head_too_large")
+    endless = having(H2C, b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n")
+    sent = 0
+    with dial(service) as sock, suppress(OSError):
+        sock.sendall(endless + b"\r\n5;x=")
+        while sent < 100 * MAX_HEADER_BYTES:
+            sent += sock.send(b"x" * MAX_HEADER_BYTES)
+    assert sent < 100 * MAX_HEADER_BYTES
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_a_wish_for_another_protocol_allows_no_larger_body(parser: Any) -> None:
+    with serving(settings({"max_body_bytes": 5000}), http=parser) as service:
+        for framed in (bytes, chunked):
+            with dial(service) as sock:
+                sock.sendall(having(H2C, framed(chat("x" * 6000))))
+                assert [status for status, _ in replies(sock, 1)] == [413]
+
+
+class Chosen(asyncio.Protocol):
+    """Where uvicorn hands WebSockets to: says the head that it is given."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+        self.transport.close()
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_websockets_go_where_uvicorn_was_told(parser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(uvicorn.config.WS_PROTOCOLS, "none", f"{__name__}:Chosen")
+    with serving(http=parser) as service, dial(service) as sock:
+        sock.sendall(MODELS + having(H2C, MODELS))
+        assert [status for status, _ in replies(sock, 2)] == [200, 200]
+        sock.sendall(having(WEBSOCKET, MODELS))
+        head = read_all(sock)
+    assert head.startswith(b"GET /v1/models HTTP/1.1\r\n")
+    assert b"\r\nupgrade: websocket\r\n" in head
+
+
+def test_a_tunnel_to_elsewhere_is_refused(service: Service) -> None:
+    for fields in (b"", b"Content-Length: 2\r\n", H2C):
+        with dial(service) as sock:
+            sock.sendall(
+                having(fields, b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            )
+            assert sock.recv(100).startswith((b"HTTP/1.1 404", b"HTTP/1.1 400"))
 
 
 # too many
