@@ -37,7 +37,7 @@ from api import (
 )
 from api.connections import Connection
 from api.deps import Services
-from api.middleware import MAX_HEADER_BYTES, Faults, Gate, RequestLog, is_loopback
+from api.middleware import MAX_HEADER_BYTES, Faults, Gate, HeadAsGet, RequestLog, is_loopback
 from cache import Cache
 from cache_disk import DiskStore
 from engine.client import Launcher, launch_process
@@ -94,6 +94,7 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
             Middleware(CORSMiddleware, **_cors(settings.server)),
             Middleware(Faults),
             Middleware(Gate, settings=settings.server),
+            Middleware(HeadAsGet),
         ],
     )
     answers = Answers(results, settings.server.cache_policy)
@@ -132,7 +133,7 @@ def _cors(settings: ServerSettings) -> dict[str, Any]:
     if not settings.cors_origins:
         origins = {"allow_origin_regex": LOCAL_ORIGINS}
     return origins | {
-        "allow_methods": ["GET", "POST", "DELETE"],
+        "allow_methods": ["GET", "HEAD", "POST", "DELETE"],
         "allow_headers": ["*"],
         "expose_headers": EXPOSED_HEADERS,
     }

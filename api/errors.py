@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from api.deps import ClientLeft
@@ -152,9 +153,18 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     }
     fault = by_status.get(error.status_code, BadRequest(str(error.detail)))
     reply = response(fault, request.scope)
-    if error.headers:  # such as Allow
-        reply.headers.update(error.headers)
+    reply.headers.update(error.headers or {})
+    if error.status_code == 405:  # whose Allow is of one route, and others may have the same path
+        reply.headers["Allow"] = ", ".join(_methods(request, request.scope["path"]))
     return reply
+
+
+def _methods(request: Request, path: str) -> list[str]:
+    """With which `path` can be asked."""
+    scope = {**request.scope, "path": path}
+    routes = [route for route in request.app.routes if route.matches(scope)[0] != Match.NONE]
+    methods = {method for route in routes for method in route.methods}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 async def _client_left(request: Request, error: Exception) -> Response:

@@ -295,6 +295,20 @@ class Gate(HttpMiddleware):
         return limited
 
 
+class HeadAsGet(HttpMiddleware):
+    """Has HEAD answered as GET. The body is left out by the server, whose scope still says HEAD."""
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        asked = {**scope, "method": "GET"}
+        try:
+            await self._app(asked, receive, send)
+        finally:
+            scope["route"] = asked.get("route")  # for the log
+
+
 def _client(scope: Scope) -> str:
     """The client's address. It may come from a proxy's header, where anything can stand."""
     address = scope["client"][0].partition("%")[0] if scope.get("client") else ""

@@ -42,6 +42,54 @@ def test_a_wrong_method_is_a_405_that_names_the_right_one(service: Service) -> N
     assert response.headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("HEAD", CHAT, "POST"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("PUT", "/v1/models/light", "GET, HEAD"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+        ("POST", "/v1/cache", "DELETE, GET, HEAD"),
+    ],
+)
+def test_a_405_names_all_that_is_possible(
+    service: Service, method: str, path: str, allowed: str
+) -> None:
+    response = service.http.request(method, path)
+    assert response.status_code == 405
+    assert response.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/health", "/ready", "/v1/models", "/v1/models/light", "/v1/models/none", "/v1/cache",
+        "/metrics", "/info", "/openapi.json", "/v2/nothing",
+    ],
+)  # fmt: skip
+def test_head_is_get_without_the_body(
+    service: Service, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "quintet.access"):
+        get, head = service.http.get(path), service.http.head(path)
+        wait_until(lambda: f"HEAD {path}" in caplog.text)
+    records = [r for r in caplog.records if f" {path} " in r.getMessage()]
+    first, second = (record.__dict__["fields"] for record in records)
+    assert (first["method"], second["method"]) == ("GET", "HEAD")
+    assert first["route"] == second["route"]
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    names = ["content-type", "content-length"]
+    if path == "/metrics":  # they have grown
+        names.pop()
+    assert [head.headers[name] for name in names] == [get.headers[name] for name in names]
+    assert service.chat().status_code == 200  # on the same connection
+
+
+def test_the_openapi_document_has_each_operation_once(service: Service) -> None:
+    paths = service.http.get("/openapi.json").json()["paths"]
+    assert {method for path in paths.values() for method in path} == {"get", "post", "delete"}
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"{'a': 1}", b"\xff\xfe", b"[" * 4000])
 def test_a_body_that_is_not_json_is_a_400(service: Service, content: bytes) -> None:
     error = error_of(service.http.post(CHAT, content=content, headers=JSON), 400)
@@ -123,6 +171,8 @@ def test_a_browser_on_localhost_may_ask(service: Service) -> None:
     origin = {"Origin": "http://localhost:3000"}
     wish = {"Access-Control-Request-Method": "POST",
             "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
+    reading = {"Access-Control-Request-Method": "HEAD"}
+    assert service.http.options("/v1/models", headers=origin | reading).status_code == 200
     preflight = service.http.options(CHAT, headers=origin | wish)
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "http://localhost:3000"
