@@ -145,7 +145,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
     by_status: dict[int, ServiceError] = {
-        404: RouteNotFound(f"There is no {where} here."),
+        404: RouteNotFound(f"There is no {where} here{_hint(request)}"),
         405: MethodNotAllowed(f"{where} is not possible."),
         408: BodyTooSlow(str(error.detail)),
         504: RequestTimeout(str(error.detail)),
@@ -157,6 +157,15 @@ async def _http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == 405:  # whose Allow is of one route, and others may have the same path
         reply.headers["Allow"] = ", ".join(_methods(request, request.scope["path"]))
     return reply
+
+
+def _hint(request: Request) -> str:
+    """What to ask instead of a path that is not there, if that is plain; and the sentence's end."""
+    path = re.sub("/+", "/", request.url.path).rstrip("/")
+    for meant in (path, f"/v1{path}"):
+        if request.method in _methods(request, meant):
+            return f"; did you mean {meant}?"
+    return "."
 
 
 def _methods(request: Request, path: str) -> list[str]:

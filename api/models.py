@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from api.deps import ServicesDep
@@ -34,6 +35,8 @@ def list_models(services: ServicesDep) -> Response:
 
 @router.get("/v1/models/{model:path}")
 def retrieve_model(model: str, services: ServicesDep) -> Response:
+    if not model.strip("/"):
+        raise HTTPException(404)  # a slash too many behind /v1/models
     manager = services.manager
     tier = manager.resolve(model)
     if tier is manager.stand_in and manager.means_reranker(model):

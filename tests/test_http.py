@@ -36,6 +36,45 @@ def test_an_unknown_route_is_a_404(service: Service) -> None:
     assert error_of(service.http.get("/v2/nothing"), 404)["code"] == "route_not_found"
 
 
+@pytest.mark.parametrize(
+    ("method", "asked", "meant"),
+    [
+        ("POST", "/chat/completions", CHAT),
+        ("POST", "/v1/chat/completions/", CHAT),
+        ("POST", "//v1//chat/completions", CHAT),
+        ("POST", "//chat/completions/", CHAT),
+        ("POST", "/embeddings", "/v1/embeddings"),
+        ("POST", "/embed/", "/embed"),
+        ("POST", "/messages", "/v1/messages"),
+        ("POST", "/models/light/load", "/v1/models/light/load"),
+        ("GET", "/models", "/v1/models"),
+        ("GET", "//v1/models", "/v1/models"),
+        ("GET", "/v1/models/", "/v1/models"),
+        ("GET", "/v1/models//", "/v1/models"),
+        ("GET", "/models/light", "/v1/models/light"),
+        ("GET", "/health/", "/health"),
+    ],
+)
+def test_a_404_names_the_path_that_was_meant(
+    service: Service, method: str, asked: str, meant: str
+) -> None:
+    error = error_of(service.http.request(method, f"{service.url}{asked}"), 404)
+    assert error["message"] == f"There is no {method} {asked} here; did you mean {meant}?"
+    assert error["code"] == "route_not_found"
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [
+        ("GET", "/"), ("GET", "//"), ("GET", "/v1"), ("GET", "/chat/completions"),
+        ("POST", "/chat"), ("POST", "/v1/v3/rerank"), ("DELETE", "/v2/cache/"),
+    ],
+)  # fmt: skip
+def test_a_404_does_not_guess(service: Service, method: str, asked: str) -> None:
+    error = error_of(service.http.request(method, f"{service.url}{asked}"), 404)
+    assert error["message"] == f"There is no {method} {asked} here."
+
+
 def test_a_wrong_method_is_a_405_that_names_the_right_one(service: Service) -> None:
     response = service.http.get(CHAT)
     assert error_of(response, 405)["code"] == "method_not_allowed"
