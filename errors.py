@@ -11,6 +11,7 @@ ServiceError
 ├── MethodNotAllowed               the path exists, the method does not
 ├── BodyTooLarge                   more than MAX_BODY_BYTES
 ├── BodyTooSlow                    no piece of it within RECEIVE_TIMEOUT_S
+├── UnsupportedEncoding            a compressed body
 ├── UrlTooLong                     path and query
 ├── HeadTooLarge                   too many headers, or too long ones
 ├── TooManyConnections             more than MAX_CONNECTIONS
@@ -113,6 +114,15 @@ class BodyTooSlow(ServiceError):
 
     def headers(self) -> dict[str, str]:
         return super().headers() | {"Connection": "close"}  # the rest of the body may still come
+
+
+class UnsupportedEncoding(ServiceError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_encoding"
+
+    def headers(self) -> dict[str, str]:
+        return super().headers() | {"Accept-Encoding": "identity"}
 
 
 class UrlTooLong(ServiceError):

@@ -26,6 +26,7 @@ from errors import (
     InvalidApiKey,
     RequestTimeout,
     ServiceError,
+    UnsupportedEncoding,
     UrlTooLong,
 )
 from metrics import Metrics
@@ -46,6 +47,7 @@ TIMES = {
     "x-generation-time-ms": "generation_ms",
 }
 READING = ("GET", "HEAD", "OPTIONS")  # methods that neither run a model nor change anything
+PLAIN = ("", "identity", "utf-8", "utf8")  # of Content-Encoding; some clients mean the charset
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +181,8 @@ class Faults(HttpMiddleware):
 
 class Gate(HttpMiddleware):
     """Refuses before any work is done: strangers, rebound hosts, web pages from elsewhere, heads
-    and bodies that are too large, bodies that do not come. Says in the scope whose request it is:
-    `key_id`, which is None without a key, and `is_admin`."""
+    and bodies that are too large, bodies that are compressed or do not come. Says in the scope
+    whose request it is: `key_id`, which is None without a key, and `is_admin`."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         super().__init__(app)
@@ -209,6 +211,8 @@ class Gate(HttpMiddleware):
                     "An API key is needed: send `Authorization: Bearer KEY`."
                 )  # fmt: skip
             self._check_length(headers.get("content-length", ""))
+            if scope["method"] not in READING:
+                _check_encoding(headers)
         except ServiceError as error:
             await response(error, scope)(scope, receive, send)
             return
@@ -325,6 +329,14 @@ def _check_head(scope: Scope) -> None:
         raise BadRequest("A request has one Host header, not several.")
     if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
         raise HeadTooLarge(f"The headers are over {MAX_HEADER_BYTES:,} bytes.")
+
+
+def _check_encoding(headers: Headers) -> None:
+    given = ",".join(headers.getlist("content-encoding"))
+    if not all(encoding.strip().lower() in PLAIN for encoding in given.split(",")):
+        raise UnsupportedEncoding(
+            "The body is not read with this Content-Encoding; send it plain, without that header."
+        )
 
 
 @lru_cache(maxsize=256)

@@ -1,6 +1,8 @@
 """What holds for every route: errors, request ids, keys, hosts, CORS, limits, models and health."""
 
 import asyncio
+import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,33 @@ def test_a_body_of_another_type_is_told_which_to_send(service: Service) -> None:
     for headers in ({}, {"Content-Type": "text/plain"}):
         error = error_of(service.http.post(CHAT, content=body, headers=headers), 400)
         assert "Content-Type: application/json" in error["message"]
+
+
+def test_a_compressed_body_is_a_415_that_asks_for_a_plain_one(service: Service) -> None:
+    body = b'{"model": "light", "messages": [{"role": "user", "content": "x"}]}'
+    for encoding, content in (
+        ("gzip", gzip.compress(body)),
+        ("Deflate", zlib.compress(body)),
+        ("identity, gzip", gzip.compress(body)),
+        ("zstd", b"x" * 400),
+    ):
+        headers = JSON | {"Content-Encoding": encoding}
+        response = service.http.post(CHAT, content=content, headers=headers)
+        error = error_of(response, 415)
+        assert error["code"] == "unsupported_encoding"
+        assert "Content-Encoding; send it plain" in error["message"]
+        assert response.headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", "", "utf-8", "UTF8"])
+def test_a_plain_body_may_say_so(service: Service, encoding: str) -> None:
+    body = b'{"model": "light", "messages": [{"role": "user", "content": "x"}]}'
+    headers = JSON | {"Content-Encoding": encoding}
+    assert service.http.post(CHAT, content=body, headers=headers).status_code == 200
+
+
+def test_what_has_no_body_may_say_how_its_bodies_are_encoded(service: Service) -> None:
+    assert service.http.get("/health", headers={"Content-Encoding": "gzip"}).status_code == 200
 
 
 def test_a_body_that_is_too_large_is_a_413_whether_it_says_so_or_not(service: Service) -> None:
