@@ -183,6 +183,7 @@ else:
                 head, self._again = self._again, b""
                 super().data_received(head)
                 super().data_received(cast(bytes, self._unread))
+            del self._unread  # nobody needs the packet any more
 
         def _should_upgrade(self) -> bool:
             return True  # so uvicorn makes nothing of such a head, and calls the next
