@@ -162,7 +162,7 @@ async def _http_exception(request: Request, error: Exception) -> Response:
 def _hint(request: Request) -> str:
     """What to ask instead of a path that is not there, if that is plain; and the sentence's end."""
     path = re.sub("/+", "/", request.url.path).rstrip("/")
-    for meant in (path, f"/v1{path}"):
+    for meant in (path, f"/v1{path}", path.removeprefix("/v1")):
         if request.method in _methods(request, meant):
             return f"; did you mean {meant}?"
     return "."

@@ -55,6 +55,7 @@ def test_an_unknown_route_is_a_404(service: Service) -> None:
         ("GET", "/v1/models//", "/v1/models"),
         ("GET", "/models/light", "/v1/models/light"),
         ("GET", "/health/", "/health"),
+        ("POST", "/v1/v1/messages", "/v1/messages"),  # of Anthropic's SDK, with /v1 in its base_url
     ],
 )
 def test_a_404_names_the_path_that_was_meant(
