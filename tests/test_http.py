@@ -69,7 +69,7 @@ def test_a_404_names_the_path_that_was_meant(
 @pytest.mark.parametrize(
     ("method", "asked"),
     [
-        ("GET", "/"), ("GET", "//"), ("GET", "/v1"), ("GET", "/chat/completions"),
+        ("PUT", "/v1/"), ("GET", "//"), ("GET", "/v1"), ("GET", "/chat/completions"),
         ("POST", "/chat"), ("POST", "/v1/v3/rerank"), ("DELETE", "/v2/cache/"),
     ],
 )  # fmt: skip
