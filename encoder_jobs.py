@@ -20,7 +20,7 @@ from engine.types import Method, Output, Truncate
 from errors import BadRequest, ContextLengthExceeded, InternalError, ServiceError
 from lengths import check_colbert
 from rerankers import EQUAL_WEIGHTS, BGEReranker, EmbeddingReranker, Reranker
-from worker_requests import failure
+from worker_requests import failure, naming
 
 logger = logging.getLogger("worker.encoder_jobs")
 
@@ -105,7 +105,8 @@ class EmbedJob(Job):
     def tokenize(self, index: int) -> Text:
         given = self._request.inputs[index]
         _check_input(given, self._embedder.encoder.tokenizer, "input", index)
-        framed = self._embedder.frame(given, self._request.role)
+        with naming("input", index=index):
+            framed = self._embedder.frame(given, self._request.role)
         n_ctx = self._embedder.encoder.n_ctx
         text = self._fit(framed, n_ctx, self._request.truncate, "input", index)
         if "colbert" in self.outputs:
@@ -180,12 +181,13 @@ class PairJob(ScoreJob):
     def tokenize(self, index: int) -> Text:
         request = self._request
         query, document = request.pairs[index]
-        framed, n_cut, n_cut_query = self._cross_encoder.frame(
-            request.queries[query],
-            request.documents[document],
-            max_tokens=request.max_tokens,
-            may_cut=request.truncate != "none",
-        )
+        with naming("documents", index=document):
+            framed, n_cut, n_cut_query = self._cross_encoder.frame(
+                request.queries[query],
+                request.documents[document],
+                max_tokens=request.max_tokens,
+                may_cut=request.truncate != "none",
+            )
         n_ctx = self._cross_encoder.encoder.n_ctx
         what, at = "documents", document
         if len(framed) - len(framed.body) > n_ctx:  # without any of it
@@ -226,10 +228,12 @@ class SimilarityJob(ScoreJob):
         n_ctx = embedder.encoder.n_ctx
         if index < len(self._query_at):
             at = self._query_at[index]
-            framed = embedder.frame(request.queries[at], "query")
+            with naming("query", index=at):
+                framed = embedder.frame(request.queries[at], "query")
             return self._fit(framed, n_ctx, request.truncate, "query", at)
         at = self._document_at[index - len(self._query_at)]
-        framed = embedder.frame(request.documents[at], "passage")
+        with naming("documents", index=at):
+            framed = embedder.frame(request.documents[at], "passage")
         if not len(framed):  # an empty one, of a model that puts no tokens around texts
             framed = embedder.frame(" ", "passage")
         n_cut = 0

@@ -12,7 +12,6 @@ import queue
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -23,6 +22,7 @@ from encoder_jobs import EncoderJobs, Model
 from engine import wire
 from engine.apart import Apart
 from engine.backends.base import Engine, Tokenizer, load_encoder, load_engine
+from engine.deep import DeepThread
 from engine.grammar import Compiler
 from errors import BadRequest, ModelLoadFailed
 from generation_jobs import Job, Jobs, prepare
@@ -40,13 +40,10 @@ EXIT_OK, EXIT_ENGINE_FAILED = 0, 70  # 70: EX_SOFTWARE of sysexits.h
 
 Answered = wire.Failed | wire.Tokens | wire.Text
 Incoming = Job | Answered | wire.Embed | wire.Score | wire.Cancel | wire.Ping | wire.Shutdown
-# of the thread that compiles grammars: llguidance follows references by recursion, and a chain of
-# thousands ended the process. What of it is not used takes no memory.
-STACK_BYTES = 512 << 20
 WorkOn = Callable[[wire.Request], Incoming]
 
 
-class Receiver(threading.Thread):
+class Receiver(DeepThread):
     """Reads the socket. Messages wait in `inbox`; requests are worked on before, beside the step
     loop: tokenised and checked, their grammars compiled, texts converted. `on_disconnect` is called
     as soon as the server has gone."""
@@ -57,16 +54,6 @@ class Receiver(threading.Thread):
         self._work_on: WorkOn | None = None
         self._sock = sock
         self._on_disconnect = on_disconnect
-
-    def start(self) -> None:
-        before = threading.stack_size(STACK_BYTES)
-        try:
-            super().start()
-        except RuntimeError:  # where what is not used is counted too (ulimit -v, no overcommit)
-            threading.stack_size(before)
-            super().start()
-        finally:
-            threading.stack_size(before)
 
     def run(self) -> None:
         try:

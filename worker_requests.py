@@ -1,7 +1,8 @@
 """What every worker does with requests: texts to tokens and back, and what is said of a failure."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from engine import wire
 from engine.backends.base import Tokenizer
@@ -30,14 +31,26 @@ def tokenize(
         if isinstance(piece, int):
             ids.append(piece)
         else:
-            ids += tokenizer.tokenize(
-                piece.text, parse_special=piece.parse_special, continues=n > 0
-            )
+            with naming("prompt"):
+                ids += tokenizer.tokenize(
+                    piece.text, parse_special=piece.parse_special, continues=n > 0
+                )
     is_text = any(isinstance(piece, wire.Segment) for piece in prompt[:1])
     bos = tokenizer.bos
     if add_bos and is_text and bos is not None and ids[:1] != [bos]:
         ids.insert(0, bos)
     return ids
+
+
+@contextmanager
+def naming(param: str, **numbers: int) -> Iterator[None]:
+    """What is refused within is refused because of this field of the request."""
+    try:
+        yield
+    except BadRequest as error:
+        error.param = param
+        error.numbers |= numbers
+        raise
 
 
 def check_ids(ids: Iterable[int], tokenizer: Tokenizer, param: str) -> None:

@@ -5,7 +5,6 @@ import contextlib
 import json
 import random
 import re
-import threading
 import time
 from typing import Any
 
@@ -16,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.backends.fake import FakeTokenizer
+from engine.deep import in_depth
 from engine.grammar import MOST_PATTERNS, Compiler, GrammarState
 from engine.wire import MAX_GRAMMAR_BYTES, Grammar, GrammarPart
 from errors import BadRequest
 from tests.chat_formats import TOOLS, prompt, user
-from worker import STACK_BYTES
 
 TOKENIZER = FakeTokenizer()
 COMPILER = Compiler(TOKENIZER)
@@ -308,14 +307,8 @@ CHAINS = {
 @pytest.mark.parametrize("kind", CHAINS)
 def test_a_long_chain_of_rules_ends_no_process(kind: str) -> None:
     """In a thread with the stack that a worker gives it."""
-    found = []
     part = GrammarPart("grammar", CHAINS[kind](12_000), "grammar")
-    before = threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=lambda: found.append(COMPILER.compile(Grammar((part,)))))
-    thread.start()
-    threading.stack_size(before)
-    thread.join()
-    (state,) = found
+    state = in_depth(lambda _: COMPILER.compile(Grammar((part,))))
     logits = np.zeros(TOKENIZER.n_vocab, np.float32)
     state.apply(logits)
     assert logits[ord("x")] == 0

@@ -1,6 +1,9 @@
 """Encoders on llama.cpp, on tiny models: what they compute, and what must not end them."""
 
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +21,11 @@ from engine import wire
 from engine.backends import llama_encoder
 from engine.backends.base import Interrupted
 from engine.backends.llama_encoder import LlamaEncoder
-from errors import InsufficientMemory, ModelLoadFailed
+from engine.deep import LEAST_BYTES, DeepThread
+from errors import BadRequest, InsufficientMemory, ModelLoadFailed
 from model_manager import ModelManager
 from rerankers import PROOF, BGEReranker, EmbeddingReranker, max_sim
-from settings import TierSettings
+from settings import ROOT, TierSettings
 from tests import encoder_fixtures as tiny
 from tests import gguf_fixtures
 from tests.encoder_fixtures import PAIRS, TEXTS, FileType
@@ -327,6 +331,67 @@ def test_runs_of_spaces_count_as_one_whatever_the_converter_wrote(
 
 
 # what must not end the process
+
+
+def write_split(path: Path, split_by: str) -> Path:
+    return tiny.write_embedder(
+        path,
+        tokenizer__ggml__model="gpt2",
+        tokenizer__ggml__pre=split_by,
+        tokenizer__ggml__merges=["h e"],
+    )
+
+
+TOKENIZES = """
+import sys, threading
+from pathlib import Path
+from tests.own_encoder import loading
+with loading() as load:
+    tokenizer = load(Path(sys.argv[1])).tokenizer
+    tokenizer.tokenize(eval(sys.argv[2]), parse_special=False, continues=False)
+    print(threading.active_count())
+"""
+
+
+@pytest.mark.parametrize("text", ["'h' * 500_000", "' ' * 500_000", "'!' * 5000 + '\\n' * 500_000"])
+def test_a_text_without_spaces_ends_no_process(text: str, tmp_path: Path) -> None:
+    """Tokenised on the main thread, whose stack is none of ours."""
+    path = write_split(tmp_path / "gpt-4o.gguf", "gpt-4o")
+    said = subprocess.run(
+        [sys.executable, "-c", TOKENIZES, str(path), text],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr[-500:]
+    assert said.stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("split_by", "text"),
+    [
+        ("gpt-4o", "h" * 600_000), ("gpt-4o", "\u3000 " * 300_000), ("gpt-4o", "\x1c!" * 300_000),
+        ("exaone-moe", "h " * 300_000),
+    ],
+)  # fmt: skip
+def test_what_takes_too_much_of_a_stack_is_refused(
+    split_by: str, text: str, tmp_path: Path, load: Load
+) -> None:
+    encoder = load(write_split(tmp_path / "model.gguf", split_by))
+    jobs = EncoderJobs(embedder_of(encoder), tier="embedding", batch_tokens=512)
+    jobs.admit(wire.Embed(["hello", f"hello\n{text}\nhello"], ["dense"], truncate="end", job=1))
+    (failed,) = jobs.tokenize()
+    assert isinstance(failed, wire.Failed)
+    assert (failed.code, failed.param, failed.numbers) == (None, "input", {"index": 1})
+    assert re.search(r"600,00. characters without a .* takes 524,288 such", failed.message)
+
+
+def test_where_no_stack_is_deep_less_is_taken(
+    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DeepThread, "stack_bytes", LEAST_BYTES)
+    tokenize = load(write_split(tmp_path / "model.gguf", "gpt-4o")).tokenizer.tokenize
+    assert tokenize("hell " * 10_000 + "h" * 8000, parse_special=False, continues=False)
+    with pytest.raises(BadRequest, match=r"9,000 characters .* takes 8,192"):
+        tokenize("hell " * 10_000 + "h" * 9000, parse_special=False, continues=False)
 
 
 def ids_of(*lengths: int) -> list[NDArray[np.int32]]:

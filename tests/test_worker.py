@@ -420,6 +420,7 @@ def test_ping_is_answered_by_pong(serve: Serve) -> None:
 
 WITHOUT_ROOM = """
 import resource, socket
+import threading
 import psutil, worker
 most = psutil.Process().memory_info().vms + (300 << 20)  # also what is not used
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -427,7 +428,7 @@ ours, theirs = socket.socketpair()
 receiver = worker.Receiver(theirs, ours.close)
 receiver.start()
 ours.shutdown(socket.SHUT_WR)
-print(type(receiver.inbox.get(timeout=20)).__name__, worker.threading.stack_size())
+print(type(receiver.inbox.get(timeout=20)).__name__, threading.stack_size())
 """
 
 

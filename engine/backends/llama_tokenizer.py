@@ -1,16 +1,27 @@
 """The tokenizer of a GGUF."""
 
 import ctypes
+import re
 from functools import cached_property
 from typing import Any
 
 import llama_cpp as lib
 
 from engine.backends.llama_model import Error
+from engine.deep import in_depth
+from errors import BadRequest
 
 # control tokens by the files of gpt-oss and Solar Open, which llama.cpp makes user-defined at load
 # (llama-vocab.cpp), and so finds in any text
 HARMONY = (b"<|start|>", b"<|message|>", b"<|channel|>", b"<|constrain|>", b"<|end|>")
+# llama.cpp splits texts for a BPE by expressions, some through std::regex, which takes 330 bytes of
+# stack for each character of a match (x86-64): of a run, and of one of line breaks behind it
+RUN_BYTES = 1024
+SHORT = 4096  # bytes of a text for which any stack is deep enough
+_SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # to llama.cpp
+_RUNS = re.compile(f"[{_SPACES}]+|[^{_SPACES}]+")
+_LINES = re.compile(r"\n+|[^\n]+")
+_WITH_SPACES = ("exaone-moe",)  # in whose matches there may be single ones
 
 
 class LlamaTokenizer:
@@ -18,6 +29,8 @@ class LlamaTokenizer:
 
     def __init__(self, model: Any) -> None:
         self._vocab = lib.llama_model_get_vocab(model)
+        self._is_split = lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_BPE
+        self._runs = _LINES if _split_by(model) in _WITH_SPACES else _RUNS
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
         wants_bos = lib.llama_vocab_get_add_bos(self._vocab)
         self.bos: int | None = lib.llama_vocab_bos(self._vocab) if wants_bos else None
@@ -35,6 +48,28 @@ class LlamaTokenizer:
 
     def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
         data = text.encode()
+        if not self._is_split or len(data) <= SHORT:
+            return self._tokenize(data, parse_special, continues)
+
+        def tokenize(stack_bytes: int) -> list[int]:
+            self._check_runs(text, stack_bytes // RUN_BYTES)
+            return self._tokenize(data, parse_special, continues)
+
+        return in_depth(tokenize)
+
+    def _check_runs(self, text: str, most: int) -> None:
+        """Raises BadRequest for what would end the process."""
+        if len(text) <= most:
+            return
+        longest = max(run.end() - run.start() for run in self._runs.finditer(text))
+        if longest > most:
+            between = "line break" if self._runs is _LINES else "space or line break"
+            raise BadRequest(
+                f"The text has {longest:,} characters without a {between} between them, or of "
+                f"nothing else; the model's tokenizer takes {most:,} such. Break them up."
+            )
+
+    def _tokenize(self, data: bytes, parse_special: bool, continues: bool) -> list[int]:
         ids = self._call(data, parse_special)
         if not parse_special and any(map(self._is_control, ids)):
             return self._spell(data)  # merges have put one together, or llama.cpp looks for it
@@ -105,3 +140,10 @@ class LlamaTokenizer:
             if n >= 0:
                 return buffer.raw[:n]
             n_room = -n
+
+
+def _split_by(model: Any) -> str:
+    """The name of the expressions by which llama.cpp splits texts."""
+    buffer = ctypes.create_string_buffer(64)
+    lib.llama_model_meta_val_str(model, b"tokenizer.ggml.pre", buffer, len(buffer))
+    return buffer.value.decode(errors="replace")
