@@ -485,8 +485,16 @@ def write_heads(folder: Path, model: Bert | None = None) -> None:
         write_pt(folder / f"{name}.pt", head.tensors())
 
 
-def write_bert(path: Path, file_type: FileType = "F32") -> Path:
-    return _write_wordpiece(path, tiny_bert(), file_type, gguf.PoolingType.MEAN)
+def write_bert(
+    path: Path,
+    file_type: FileType = "F32",
+    *,
+    pieces: Mapping[str, str] = {},
+    lowercase: bool | None = None,
+) -> Path:
+    """`pieces` are in the place of others."""
+    model, pooling = tiny_bert(), gguf.PoolingType.MEAN
+    return _write_wordpiece(path, model, file_type, pooling, pieces, lowercase)
 
 
 def write_bert_reranker(path: Path, file_type: FileType = "F32") -> Path:
@@ -494,13 +502,20 @@ def write_bert_reranker(path: Path, file_type: FileType = "F32") -> Path:
 
 
 def _write_wordpiece(
-    path: Path, model: Bert, file_type: FileType, pooling: gguf.PoolingType
+    path: Path,
+    model: Bert,
+    file_type: FileType,
+    pooling: gguf.PoolingType,
+    pieces: Mapping[str, str] = {},
+    lowercase: bool | None = None,
 ) -> Path:
-    tokens = wordpieces()
+    tokens = [pieces.get(token, token) for token in wordpieces()]
     writer = _bert_writer(path, model, file_type, pooling)
     if pooling == gguf.PoolingType.RANK:
         writer.add_classifier_output_labels(["LABEL_0"])
     writer.add_tokenizer_model("bert")
+    if lowercase is not None:
+        writer.add_bool("tokenizer.ggml.normalizer.lowercase", lowercase)
     # llama.cpp marks beginnings of words, where WordPiece marks what is none.
     writer.add_token_list(
         [t[2:] if t.startswith("##") else t if t.startswith("[") else f"▁{t}" for t in tokens]

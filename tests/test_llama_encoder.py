@@ -330,6 +330,28 @@ def test_runs_of_spaces_count_as_one_whatever_the_converter_wrote(
     assert found.tolist() == wanted.tolist()
 
 
+CAPITALS = {f"##{letter}": f"##{letter.upper()}" for letter in "abcdefghijklm"}
+CASED = CAPITALS | {"paris": "Paris", "berlin": "Été"}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "lowercase", "keeps"),
+    [
+        (CASED, None, True),
+        ({"paris": "Paris", "berlin": "Été", "##a": "##A"}, None, False),  # by chance
+        (CASED, True, False),
+        (CASED, False, True),
+    ],
+)
+def test_a_wordpiece_with_capitals_keeps_them(
+    pieces: Any, lowercase: bool | None, keeps: bool, tmp_path: Path, load: Load
+) -> None:
+    path = tiny.write_bert(tmp_path / "bert.gguf", pieces=pieces, lowercase=lowercase)
+    ids = load(path).tokenizer.tokenize("Paris Été", parse_special=False, continues=False)
+    words = [tiny.wordpieces().index(word) for word in ("paris", "berlin")]
+    assert (ids == words) == keeps
+
+
 # what must not end the process
 
 

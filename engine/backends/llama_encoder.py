@@ -38,7 +38,7 @@ from engine.backends.llama_threads import ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.heads import Heads, missing_heads, read_heads
 from engine.machine import available_bytes
-from engine.model_file import ENCODERS, open_header
+from engine.model_file import ENCODERS, Header, open_header
 from engine.types import Pooling, Scale
 from engine.wire import DECODER_STEP, EncoderSpec, WorkerSpec
 from errors import InsufficientMemory, ModelLoadFailed
@@ -57,6 +57,8 @@ _POOLINGS: dict[int, Pooling] = {
 }
 ENCODER_TOKENIZERS = ("bert", "t5")
 _KEEPS_SPACES = "tokenizer.ggml.remove_extra_whitespaces"
+_LOWERS = "tokenizer.ggml.normalizer.lowercase"  # accents are stripped or kept as it says
+N_CAPITALS = 10  # letters that are pieces: WordPiece has all that were in its texts
 _SEES_ALL = ("llama-embed",)  # attends without a cache (llama_model_llama::graph), and says nothing
 _PROBABILITIES = ("qwen3", "qwen3vl")  # llama.cpp makes a softmax of their yes and no
 
@@ -429,11 +431,30 @@ class _Facts:
             )
             self.unknown = header.metadata.get("tokenizer.ggml.unknown_token_id")
             keeps_spaces = not header.value(_KEEPS_SPACES, False)
+            is_cased = (
+                self.tokenizer_model == "bert"
+                and _LOWERS not in header.metadata
+                and _n_capitals(header) >= N_CAPITALS
+            )
         # transformers 5 makes converters write that XLM-R keeps runs of spaces, which it does not
         self.overrides: dict[str, bool] = {}
         if self.is_encoder and self.tokenizer_model == "t5" and keeps_spaces:
             self.overrides[_KEEPS_SPACES] = True
             logger.info("%s: runs of spaces count as one, as in XLM-R", path.name)
+        # llama.cpp takes the older conversions, which say nothing, for models without capitals
+        if is_cased:
+            self.overrides[_LOWERS] = False
+            logger.info("%s: capitals and accents are kept, as its vocabulary has them", path.name)
+
+
+def _n_capitals(header: Header) -> int:
+    """Capital letters that are pieces by themselves, at the beginning of a word or in it."""
+    tokens = header.array("tokenizer.ggml.tokens")
+    if tokens is None:
+        return 0
+    short = np.flatnonzero(np.diff(tokens.texts) <= 8 + len("▁Ж".encode()))  # 8: their length
+    letters = {text.removeprefix("▁") for text in header.texts(tokens, short)}
+    return sum(len(letter) == 1 and letter != letter.lower() for letter in letters)
 
 
 def _heads(path: Path, n_embd: int, encoder: EncoderSpec) -> tuple[Heads | None, tuple[str, ...]]:
