@@ -42,6 +42,7 @@ class Text:
     ids: Ids
     n_cut: int
     n_cut_query: int = 0  # of a pair
+    n_beside: int = 0  # further tokens that were found on the way to it
 
 
 class Job(ABC):
@@ -177,14 +178,22 @@ class PairJob(ScoreJob):
         queries, documents = request.queries, request.documents
         self.n_chars = sum(len(queries[q]) + len(documents[d]) for q, d in request.pairs)
         self._cross_encoder = reranker
+        self._query: int | None = None  # whose ids these are
+        self._query_ids: list[int] = []
 
     def tokenize(self, index: int) -> Text:
         request = self._request
         query, document = request.pairs[index]
+        is_new = query != self._query
+        if is_new:
+            with naming("query", index=query):
+                self._query_ids = self._cross_encoder.tokenize(request.queries[query])
+            self._query = query
         with naming("documents", index=document):
             framed, n_cut, n_cut_query = self._cross_encoder.frame(
                 request.queries[query],
                 request.documents[document],
+                query_ids=self._query_ids,
                 max_tokens=request.max_tokens,
                 may_cut=request.truncate != "none",
             )
@@ -195,6 +204,7 @@ class PairJob(ScoreJob):
         text = self._fit(framed, n_ctx, request.truncate, what, at)
         text.n_cut += n_cut
         text.n_cut_query = n_cut_query
+        text.n_beside = n_cut_query if is_new else 0
         return text
 
     def take(self, index: int, result: Result | ServiceError) -> list[Item]:
@@ -353,7 +363,7 @@ class EncoderJobs:
                     if len(job.texts) < job.n_texts:
                         text = job.tokenize(len(job.texts))
                         job.texts.append(text)
-                        n_tokens += len(text.ids) + text.n_cut
+                        n_tokens += len(text.ids) + text.n_cut + text.n_beside
                 except Exception as error:
                     self.cancel(job.id)
                     messages.append(failure(job.id, error))

@@ -63,14 +63,22 @@ class BGEReranker(Reranker):
         return self.encoder.tokenizer.tokenize(text, parse_special=False, continues=False)
 
     def frame(
-        self, query: str, document: str, *, max_tokens: int | None = None, may_cut: bool = True
+        self,
+        query: str,
+        document: str,
+        *,
+        query_ids: Sequence[int] | None = None,
+        max_tokens: int | None = None,
+        may_cut: bool = True,
     ) -> tuple[Framed, int, int]:
         """A pair as its model was trained on it, and how many tokens of it are already cut: of the
-        document those beyond `max_tokens`, of the query those beyond its share."""
+        document those beyond `max_tokens`, of the query those beyond its share. A query that comes
+        with many documents may be tokenised before."""
         if self.encoder.template is not None:
             return self._prompt(self.encoder.template, query, document, max_tokens)
         specials, n_ctx = self.encoder.specials, self.encoder.n_ctx
-        query_ids, ids = self.tokenize(query), self.tokenize(document)
+        query_ids = self.tokenize(query) if query_ids is None else query_ids
+        ids = self.tokenize(document)
         n_query = n_ctx * QUERY_SHARE[0] // QUERY_SHARE[1] if may_cut else len(query_ids)
         n_document = len(ids) if max_tokens is None else max_tokens
         begin = [] if specials.begin is None else [specials.begin]

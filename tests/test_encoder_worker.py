@@ -248,6 +248,28 @@ def test_a_ranking_counts_as_long_as_its_texts_which_are_read_once(tmp_path: Pat
     assert computed(jobs) == [1]
 
 
+def test_a_query_is_tokenised_once_and_all_of_it_counts(tmp_path: Path) -> None:
+    path = tmp_path / "script.json"
+    path.write_text("{}")
+    of = wire.EncoderSpec(kind="reranker")
+    model = worker.load_model(spec(str(path), encoder=of), lambda _: None)
+    jobs = EncoderJobs(model, tier="reranker", batch_tokens=512)
+    tokenizer = model.encoder.tokenizer
+    tokenize, seen = tokenizer.tokenize, list[str]()
+
+    def watched(text: str, *, parse_special: bool, continues: bool) -> list[int]:
+        seen.append(text)
+        return tokenize(text, parse_special=parse_special, continues=continues)
+
+    tokenizer.tokenize = watched  # type: ignore[method-assign]
+    query = "what " * TOKENS_AT_ONCE
+    jobs.admit(score(query, *"abc", truncate="end"))
+    assert jobs.tokenize() == []
+    assert seen == [query, "a"], "others may come between"
+    assert jobs.tokenize() == []
+    assert seen == [query, "a", "b", "c"]
+
+
 def test_who_has_left_meanwhile_is_not_computed_again(tmp_path: Path) -> None:
     jobs = encoder_jobs(tmp_path)
     jobs.admit(embed(LONG, job=1))
