@@ -8,11 +8,13 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from embedders import Embedded, Embedder, Framed
+from embedders import Embedded, Embedder, Framed, GoOn
 from engine import wire
 from engine.backends.base import Ids, Interrupted, Tokenizer
 from engine.batcher import Batcher
@@ -28,6 +30,7 @@ TOKENS_AT_ONCE = 8192  # tokenised between two batches: some 25 ms
 WORTH_GIVING_UP = 128  # tokens of a batch
 REPEATED = 0.25  # of the time of batches may go into those that were given up
 MAX_REPEATED_S = 2.0  # saved up
+MAX_QUERY_NUMBERS = 1 << 27  # of ColBERT vectors of queries, kept until all is compared: 512 MB
 MAX_FAILURES = 8  # batches in a row; then the encoder is taken to be broken
 
 Model = Embedder | BGEReranker
@@ -65,8 +68,9 @@ class Job(ABC):
         """Raises a ServiceError that is the answer to the whole request."""
 
     @abstractmethod
-    def take(self, index: int, result: Result | ServiceError) -> list[Item]:
-        """What can be said now that a text is computed."""
+    def take(self, index: int, result: Result | ServiceError, go_on: GoOn) -> list[Item]:
+        """What can be said now that a text is computed. Raises Interrupted where it is not to go
+        on, which is asked where that takes long."""
 
     @abstractmethod
     def message(self, items: list[Any]) -> wire.Message: ...
@@ -115,7 +119,7 @@ class EmbedJob(Job):
         check_colbert(self._n_numbers, self._request.max_colbert)
         return text
 
-    def take(self, index: int, result: Result | ServiceError) -> list[Item]:
+    def take(self, index: int, result: Result | ServiceError, go_on: GoOn) -> list[Item]:
         text = self.texts[index]
         n_tokens = len(text.ids)
         if isinstance(result, ServiceError):
@@ -207,7 +211,7 @@ class PairJob(ScoreJob):
         text.n_beside = n_cut_query if is_new else 0
         return text
 
-    def take(self, index: int, result: Result | ServiceError) -> list[Item]:
+    def take(self, index: int, result: Result | ServiceError, go_on: GoOn) -> list[Item]:
         text = self.texts[index]
         score, fault = (0.0, _fault(result)) if isinstance(result, ServiceError) else (result, None)
         assert isinstance(score, float)
@@ -228,6 +232,8 @@ class SimilarityJob(ScoreJob):
         self.outputs = reranker.outputs(self._method)
         self._embedder = reranker.embedder
         self._queries: dict[int, tuple[Text, Embedded | ServiceError]] = {}
+        self._n_numbers = 0  # of ColBERT vectors of queries
+        self._n_open = Counter(query for query, _ in request.pairs)  # pairs, by query
         self._counted: set[int] = set()  # queries whose tokens were told
         self._pairs: dict[int, list[tuple[int, int]]] = {}  # by document: query, index
         for index, (query, document) in enumerate(request.pairs):
@@ -240,7 +246,16 @@ class SimilarityJob(ScoreJob):
             at = self._query_at[index]
             with naming("query", index=at):
                 framed = embedder.frame(request.queries[at], "query")
-            return self._fit(framed, n_ctx, request.truncate, "query", at)
+            text = self._fit(framed, n_ctx, request.truncate, "query", at)
+            if "colbert" in self.outputs:
+                self._n_numbers += len(text.ids) * embedder.n_colbert
+            if self._n_numbers > MAX_QUERY_NUMBERS:
+                raise BadRequest(
+                    f"The ColBERT vectors of these queries have more than {MAX_QUERY_NUMBERS:,} "
+                    "numbers, the most that are compared at once. Send fewer or shorter ones, or "
+                    "the method 'dense'.", param="query", index=at,
+                )  # fmt: skip
+            return text
         at = self._document_at[index - len(self._query_at)]
         with naming("documents", index=at):
             framed = embedder.frame(request.documents[at], "passage")
@@ -254,7 +269,7 @@ class SimilarityJob(ScoreJob):
         text.n_cut += n_cut
         return text
 
-    def take(self, index: int, result: Result | ServiceError) -> list[Item]:
+    def take(self, index: int, result: Result | ServiceError, go_on: GoOn) -> list[Item]:
         assert not isinstance(result, float)
         text = self.texts[index]
         if index < len(self._query_at):
@@ -271,7 +286,10 @@ class SimilarityJob(ScoreJob):
             fault = next((r for r in (ours, result) if isinstance(r, ServiceError)), None)
             score = 0.0
             if isinstance(ours, Embedded) and isinstance(result, Embedded):
-                score = EmbeddingReranker.score(ours, result, self._method, self._weights)
+                score = EmbeddingReranker.score(ours, result, self._method, self._weights, go_on)
+            self._n_open[query] -= 1
+            if not self._n_open[query]:
+                del self._queries[query]
             told = _fault(fault) if fault else None
             numbers = of_query.n_cut, len(of_query.ids), len(text.ids)
             items.append(wire.Scored(pair, n_tokens, text.n_cut, score, told, *numbers))
@@ -410,19 +428,29 @@ class EncoderJobs:
             job.n_left -= len(alike)
             try:
                 for at in alike:
-                    items.setdefault(job_id, []).extend(job.take(at, result))
+                    wanted = partial(self._is_wanted_by, job_id, go_on)
+                    items.setdefault(job_id, []).extend(job.take(at, result, wanted))
+            except Interrupted:  # everybody has left meanwhile
+                continue
             except Exception as error:
                 self.cancel(job_id)
                 del items[job_id]
                 messages.append(failure(job_id, error))
         self._computing = []
         for job_id, found in items.items():
-            job = self._jobs[job_id]
+            job = self._jobs.get(job_id)
+            if job is None:
+                continue
             if found:
                 messages.append(job.message(found))
             if not job.n_left:
                 del self._jobs[job_id]
         return messages
+
+    def _is_wanted_by(self, job_id: int, go_on: Callable[[], bool]) -> bool:
+        """Of what is made of a batch. Whoever comes meanwhile is heard, and is not given way to."""
+        go_on()
+        return job_id in self._jobs
 
     def _results(
         self, batch: list[tuple[int, int]], go_on: Callable[[], bool], *, is_again: bool = False

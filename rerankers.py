@@ -13,12 +13,13 @@ from itertools import chain
 import numpy as np
 
 from embedders import Embedded, Embedder, Framed, GoOn
-from engine.backends.base import Encoder, Floats, Ids
+from engine.backends.base import Encoder, Floats, Ids, Interrupted
 from engine.types import Method, Output, Scale
 from errors import ModelLoadFailed
 
 QUERY_SHARE = 3, 4  # of all tokens, which a query does not pass: FlagEmbedding's
 EQUAL_WEIGHTS = 1.0, 1.0, 1.0  # of dense, sparse and ColBERT
+PRODUCTS_AT_ONCE = 1 << 24  # of ColBERT rows: some 0.3 s, and 64 MB
 # Of each language queries with their answers, which are no answers to the others. A trained head
 # tells them apart in some language; one that got lost on the way in none, or only by chance.
 PROOF = (
@@ -174,17 +175,19 @@ class EmbeddingReranker(Reranker):
         document: Embedded,
         method: Method,
         weights: tuple[float, float, float] = EQUAL_WEIGHTS,
+        go_on: GoOn = lambda: True,
     ) -> float:
+        """Raises Interrupted where it is not to go on."""
         if method == "dense":
             return _dot(query.dense, document.dense)
         if method == "sparse":
             return sparse_score(query.sparse, document.sparse)
         if method == "colbert":
-            return max_sim(query.colbert, document.colbert)
+            return max_sim(query.colbert, document.colbert, go_on)
         scores = (
             _dot(query.dense, document.dense),
             sparse_score(query.sparse, document.sparse),
-            max_sim(query.colbert, document.colbert),
+            max_sim(query.colbert, document.colbert, go_on),
         )
         return math.fsum(map(operator.mul, weights, scores)) / math.fsum(weights)
 
@@ -208,10 +211,18 @@ def sparse_score(query: tuple[Ids, Floats] | None, document: tuple[Ids, Floats] 
     return float(query[1][ours] @ document[1][theirs])
 
 
-def max_sim(query: Floats | None, document: Floats | None) -> float:
-    """For each row of the query the most similar one of the document; the mean of that."""
+def max_sim(query: Floats | None, document: Floats | None, go_on: GoOn = lambda: True) -> float:
+    """For each row of the query the most similar one of the document; the mean of that. Raises
+    Interrupted where it is not to go on, which is asked before each slice of the query."""
     assert query is not None
     assert document is not None
     if not len(query) or not len(document):
         return 0.0
-    return _similarity(float((query @ document.T).max(axis=1).mean()))
+    highest = np.empty(len(query), query.dtype)
+    n_rows = max(PRODUCTS_AT_ONCE // len(document), 1)
+    for start in range(0, len(query), n_rows):
+        if not go_on():
+            raise Interrupted
+        rows = slice(start, start + n_rows)
+        highest[rows] = (query[rows] @ document.T).max(axis=1)
+    return _similarity(float(highest.mean()))

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 import worker
-from encoder_jobs import MAX_FAILURES, TOKENS_AT_ONCE, WORTH_GIVING_UP, EncoderJobs
+from embedders import Embedded
+from encoder_jobs import (
+    MAX_FAILURES,
+    TOKENS_AT_ONCE,
+    WORTH_GIVING_UP,
+    EncoderJobs,
+    SimilarityJob,
+)
 from engine import wire
 from engine.backends.fake_encoder import BEGIN, END, N_EMBD, N_VOCAB
 from engine.types import SamplingParams
@@ -268,6 +275,77 @@ def test_a_query_is_tokenised_once_and_all_of_it_counts(tmp_path: Path) -> None:
     assert seen == [query, "a"], "others may come between"
     assert jobs.tokenize() == []
     assert seen == [query, "a", "b", "c"]
+
+
+LATE = dict[str, Any](method="colbert")
+
+
+def test_who_comes_or_leaves_while_vectors_are_compared_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rerankers.PRODUCTS_AT_ONCE", 5)
+    jobs = encoder_jobs(tmp_path)
+    embed_, n_asked = jobs._model.embed, -(10**6)  # type: ignore[union-attr]
+
+    def then_compared(*args: Any) -> Any:
+        nonlocal n_asked
+        found = embed_(*args)
+        n_asked = 0
+        return found
+
+    def go_on() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked == 4:
+            jobs.admit(embed("small", job=2))
+            jobs.cancel(1)
+        return n_asked < 0  # then as for one to whom it would give way
+
+    monkeypatch.setattr(jobs._model, "embed", then_compared)
+    jobs.admit(score("one two three four", "five six", "seven", **LATE, job=1))
+    jobs.tokenize()
+    assert jobs.compute(go_on) == []
+    assert n_asked == 4, "no more slices for whom has left"
+    assert computed(jobs) == [2]
+    assert jobs.idle
+
+
+def test_the_queries_that_are_compared_at_once_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_two = 2 * N_EMBD * len("<s> a b </s>".split())
+    monkeypatch.setattr("encoder_jobs.MAX_QUERY_NUMBERS", of_two)
+    jobs = encoder_jobs(tmp_path)
+
+    def refused(*queries: str, method: Any) -> list[wire.Message]:
+        pairs = [(query, 0) for query in range(len(queries))]
+        jobs.admit(wire.Score([*queries], ["c"], pairs, method=method, job=1))
+        messages = jobs.tokenize()
+        jobs.cancel(1)
+        return messages
+
+    for method in ("colbert", "hybrid"):
+        assert refused("a b", "b a", method=method) == []
+        (failed,) = refused("a b", "b a", "a", method=method)
+        assert isinstance(failed, wire.Failed)
+        assert (failed.param, failed.numbers) == ("query", {"index": 2})
+        assert "Send fewer or shorter ones" in failed.message
+    assert refused("a b", "b a", "a", method="dense") == []
+
+
+def test_the_vectors_of_a_query_go_with_its_last_pair(tmp_path: Path) -> None:
+    jobs = encoder_jobs(tmp_path)
+    pairs = [(0, 0), (1, 0), (0, 1)]
+    jobs.admit(wire.Score(["a", "b"], ["c", "d"], pairs, **LATE, job=1))
+    (job,) = jobs._jobs.values()
+    assert isinstance(job, SimilarityJob)
+    jobs.tokenize()
+    result = Embedded(colbert=np.ones((1, N_EMBD), np.float32))
+    kept = []
+    for index in range(4):
+        job.take(index, result, lambda: True)
+        kept.append([*job._queries])
+    assert kept == [[0], [0, 1], [0], []]
 
 
 def test_who_has_left_meanwhile_is_not_computed_again(tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from engine.backends.base import Ids
+from engine.backends.base import Ids, Interrupted
 from engine.backends.fake import Script
 from engine.backends.fake_encoder import FakeEncoder
 from errors import ModelLoadFailed
-from rerankers import PROOF, PROOF_MARGIN, BGEReranker
+from rerankers import PROOF, PROOF_MARGIN, BGEReranker, max_sim
 
 Head = Callable[[str, str], float]
 
@@ -69,3 +69,24 @@ def test_a_head_whose_scores_hardly_differ_is_not_taken() -> None:
     answers = {**ANSWERS[0], **ANSWERS[1]}
     near = PROOF_MARGIN / 2
     assert not is_taken(lambda query, text: near if answers[query] == text else 0)
+
+
+def test_vectors_are_compared_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    query, document = (random.normal(size=(n, 4)).astype("f4") / 4 for n in (10, 7))
+    whole, n_asked = max_sim(query, document), 0
+
+    def go_on() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        return n_asked < 6
+
+    for products, n_slices in ((70, 1), (21, 4), (1, 10)):
+        monkeypatch.setattr("rerankers.PRODUCTS_AT_ONCE", products)
+        n_asked = -10
+        assert max_sim(query, document, go_on) == pytest.approx(whole, abs=1e-6)
+        assert n_asked + 10 == n_slices
+    n_asked = 0
+    with pytest.raises(Interrupted):
+        max_sim(query, document, go_on)
+    assert n_asked == 6
