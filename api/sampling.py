@@ -71,7 +71,7 @@ def _fits_breaker(text: str) -> str:
 
 WholeText = Annotated[str, AfterValidator(_whole)]
 Breaker = Annotated[WholeText, Field(min_length=1), AfterValidator(_fits_breaker)]
-Token = Annotated[int, Field(ge=0, lt=2**31)]
+Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]  # `true` is none
 StopList = Annotated[
     list[Annotated[str, StringConstraints(min_length=1)]],
     Field(max_length=MAX_STOPS, fail_fast=True),

@@ -172,6 +172,13 @@ def test_around_a_middle_no_control_token_is_obeyed(service: Service) -> None:
     assert usage["prompt_tokens"] == len(prompt + suffix) + 3
 
 
+@pytest.mark.parametrize("prompt", [[True], [97, True], [[97, True]]], ids=str)
+def test_a_truth_is_no_token(service: Service, prompt: Any) -> None:
+    response = service.complete(prompt)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("prompt[")
+
+
 @pytest.mark.parametrize("suffix", [None, ""])
 def test_no_suffix_is_a_prompt_as_ever(service: Service, suffix: Any) -> None:
     body = service.complete("<|user|>once<|end|>", suffix=suffix).json()

@@ -95,6 +95,7 @@ def test_a_template_is_applied_without_loading_the_model() -> None:
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": "a"}, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [1, True]}, "tokens[1]"),
         ("/detokenize", {"tokens": [1, -1]}, "tokens[1]"),
         ("/detokenize", {"tokens": [1, 100_000]}, "tokens"),
         ("/detokenize", {"tokens": [2**40]}, "tokens[0]"),
