@@ -50,8 +50,8 @@ class Chunks:
 
 class LateStream(Response):
     """The reply to a stream that takes long to start: comments that say what it waits for, then its
-    events. Its status and `headers` are sent already, so what goes wrong now is an event, or what
-    `failed` makes of it, and `last`."""
+    events. Its status and `headers` are sent already: what goes wrong now is an event, or what
+    `failed` makes of it, and `last`; and headers that are known only now are comments."""
 
     media_type = "text/event-stream"
 
@@ -66,6 +66,7 @@ class LateStream(Response):
     ) -> None:
         super().__init__(headers=HEADERS | dict(headers))
         del self.headers["content-length"]
+        self._said = dict(headers)
         self._starting = starting
         self._waits_for = waits_for
         self._interval_s = interval_s
@@ -80,7 +81,10 @@ class LateStream(Response):
                 body = f": {self._waits_for()}\n\n".encode()
                 await send({"type": "http.response.body", "body": body, "more_body": True})
                 await asyncio.wait({self._starting}, timeout=self._interval_s)
-            await self._starting.result().send_events(scope, receive, send)
+            stream = self._starting.result()
+            if body := self._late(stream.said):
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await stream.send_events(scope, receive, send)
         except ClientLeft:
             scope["client_left"] = True
         except Exception as exception:
@@ -90,6 +94,12 @@ class LateStream(Response):
             await send({"type": "http.response.body", "body": body, "more_body": False})
         finally:
             self._starting.cancel()
+
+    def _late(self, headers: Mapping[str, str]) -> bytes:
+        """What of these came too late to be a header, in comments, a line each."""
+        lines = [f": {name}: {value}\n" for name, value in headers.items()
+                 if self._said.get(name) != value]  # fmt: skip
+        return "".join([*lines, "\n"]).encode("latin-1") if lines else b""
 
 
 async def begun(
@@ -104,7 +114,7 @@ async def begun(
 ) -> Response:
     """The stream, once it has started. What goes wrong until `patience_s` are over is an HTTP
     status; from then on the client hears what its request waits for, and has the `headers` that
-    are known by then."""
+    are known by then, the others as comments."""
     task = asyncio.ensure_future(starting)
     try:
         done, _ = await asyncio.wait({task}, timeout=patience_s)
@@ -139,6 +149,7 @@ class EventStream(Response):
         `beat`: proxies and clients take a stream that says nothing for a dead one."""
         super().__init__(headers=HEADERS | dict(headers))
         del self.headers["content-length"]
+        self.said = headers  # beside those of all streams
         self._events = events
         self._silence_s = silence_s
         self._beat = beat

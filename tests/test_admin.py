@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -39,6 +40,8 @@ WAYS = {
     "/v1/responses": {"input": "Hi"},
     "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50},
 }
+
+CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture
@@ -465,6 +468,67 @@ def test_a_stream_that_waits_says_for_what(path: str) -> None:
         again = service.http.post(path, json=body).text
         assert n_events(text) == n_events(again) > 3, "all came"
         assert ": loading" not in again, "it did not wait"
+
+
+LATE = ("X-Truncated-Messages", "X-Seed", "X-Cache", "X-Queue-Position", "X-Queue-Time-Ms")
+
+
+@pytest.mark.parametrize("path", WAYS)
+def test_headers_that_come_too_late_are_comments_before_the_first_event(path: str) -> None:
+    body = {"model": "light", "stream": True, "frob": 1, **WAYS[path]}
+    launcher = Held()
+    with serving(settings({"comment_after_s": 0.05}), launch=launcher) as service:
+        with service.http.stream("POST", path, json=body) as reply:
+            pieces = reply.iter_text()
+            text = next(pieces)
+            launcher.go_on()
+            text += "".join(pieces)
+        assert not {name.lower() for name in LATE} & reply.headers.keys()
+        comments = text.partition("data:")[0].splitlines()
+        for name in LATE[1:]:
+            assert sum(line.startswith(f": {name}: ") for line in comments) == 1
+        assert not any("Truncated" in line or "Ignored" in line for line in comments)
+        assert ": X-" not in service.http.post(path, json=body).text, "they are headers in time"
+
+
+TURNS: list[Any] = [
+    {"role": role, "content": "What was that?" * 2} for role in ("user", "assistant") * 20
+] + [{"role": "user", "content": "Hi"}]
+
+
+def test_a_late_stream_says_that_turns_were_left_out() -> None:
+    body = {"model": "light", "stream": True, "messages": TURNS, "truncate": "middle"}
+    with serving(settings(light=fake(n_ctx=512))) as service:
+        n_left_out = service.http.post(CHAT, json=body).headers["x-truncated-messages"]
+    launcher, server = Held(), settings({"comment_after_s": 0.05}, light=fake(n_ctx=512))
+    with (
+        serving(server, launch=launcher) as service,
+        service.http.stream("POST", CHAT, json=body) as reply,
+    ):
+        assert "x-truncated-messages" not in reply.headers
+        launcher.go_on()
+        assert f": X-Truncated-Messages: {n_left_out}" in reply.read().decode().splitlines()
+
+
+def test_sdks_read_over_the_comments_of_a_late_stream() -> None:
+    launcher = Held()
+    with (
+        serving(settings({"comment_after_s": 0.05}), launch=launcher) as service,
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="none") as client,
+        anthropic.Anthropic(base_url=service.url, api_key="none") as other,
+        client.chat.completions.create(
+            model="light", messages=[{"role": "user", "content": "Hi"}], stream=True
+        ) as stream,
+        other.messages.create(
+            model="light", messages=[{"role": "user", "content": "Hi"}], stream=True, max_tokens=50
+        ) as messages,
+    ):
+        assert "x-seed" not in {*stream.response.headers, *messages.response.headers}
+        launcher.go_on()
+        chunks = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(chunks) == "You said: Hi"
+        types = [message.type for message in messages]
+        assert (types[0], types[-1]) == ("message_start", "message_stop")
 
 
 def test_openais_sdk_raises_a_fault_after_a_comment(tmp_path: Path) -> None:
