@@ -6,7 +6,8 @@ failed from starting; before it has a file it may be downloading. One task makes
 so none of them can race (`worker_life.py` has what a transition does):
 
 1. A waiting job starts the worker. A load that fails fails the jobs that wait for it; a worker
-   that could not load is tried again after a back-off, when the next job comes.
+   that could not load is tried again after a back-off, when the next job comes. With PRELOAD it
+   needs no job until it has been loaded once.
 2. There is memory for it, or it waits until others have made way (`room.py`). When the tier is
    to make way itself it hands out nothing more, and stops once what is in the worker has ended.
 3. While the worker has free sequences it gets the next waiting job, by priority and age; also one
@@ -39,6 +40,7 @@ from engine.client import EndReason, Launcher, Worker
 from engine.model_file import ModelFile
 from errors import (
     BadRequest,
+    InsufficientMemory,
     InternalError,
     QueueFull,
     QueueTimeout,
@@ -54,7 +56,7 @@ from progress import ProgressLog
 from room import Occupant, Room
 from settings import ENCODER_TIERS, ServerSettings, TierName, TierSettings
 from waiting import WaitingLine
-from worker_life import State, WorkerLife
+from worker_life import State, WorkerLife, back_off_s
 from worker_spec import effective_n_ctx
 
 logger = logging.getLogger(__name__)
@@ -105,6 +107,8 @@ class Tier:
         self._text_s = 0.01  # what a text takes an encoder, averaged
         self._counted_at = 0.0
         self._is_to_load = settings.preload
+        self._loads_at: float | None = None  # once that has failed: when it is tried again
+        self._n_preloads_failed = 0
         self._is_closing = False
         self._is_refusing = False  # new requests
         self._n_making_way = 0  # for how many others
@@ -200,6 +204,12 @@ class Tier:
         if self._is_closing:
             return False
         return bool(self._n_leases or self._is_to_load or self._suspects or self._waiting)
+
+    @property
+    def has_failed_to_preload(self) -> bool:
+        """It was to be loaded at start, could not be, and has not been loaded since."""
+        is_owed = self._is_to_load or self._loads_at is not None
+        return is_owed and self.life.reason is not None
 
     @property
     def wanted_until(self) -> float:
@@ -475,21 +485,35 @@ class Tier:
             try:
                 await self._hand_out()
             except ServiceError as error:
-                self._is_to_load = False
+                self._put_preload_off(error)
                 self._fail_waiting(error)
-            except Exception:
-                self._is_to_load = False
+            except Exception as error:
+                self._put_preload_off(error)
                 logger.exception("Tier %s: its requests fail by a fault of ours", self.name)
                 self._fail_waiting(InternalError("The tier failed. The log has the reason."))
             if self._n_making_way and not self._is_busy:
                 await self._stop_worker()
                 self.life.has_stopped.set()
             try:
-                await asyncio.wait_for(self._wakeup.wait(), self._idle_timeout_s())
+                await asyncio.wait_for(self._wakeup.wait(), self._timeout_s())
             except asyncio.TimeoutError:
-                if self._idle_timeout_s() is not None:  # nobody took a lease meanwhile
+                if self._loads_at is not None:
+                    self._is_to_load, self._loads_at = True, None
+                elif self._idle_timeout_s() is not None:  # nobody took a lease meanwhile
                     logger.info("Tier %s has been idle and is unloaded", self.name)
                     await self._stop_worker()
+
+    def _put_preload_off(self, error: Exception) -> None:
+        """What was to be loaded at start is tried until it has been, unless there is no room."""
+        if self._is_to_load and not isinstance(error, InsufficientMemory):
+            self._n_preloads_failed += 1
+            self._loads_at = time.monotonic() + back_off_s(self._n_preloads_failed)
+        self._is_to_load = False
+
+    def _timeout_s(self) -> float | None:
+        if self._loads_at is not None:
+            return max(self._loads_at - time.monotonic(), 0)
+        return self._idle_timeout_s()
 
     def _idle_timeout_s(self) -> float | None:
         if self.life.worker is None or self._n_leases or self.settings.pin:
@@ -510,7 +534,7 @@ class Tier:
             worker = await self.life.ready()
             if worker is None:
                 return
-            self._is_to_load = False
+            self._is_to_load, self._loads_at = False, None
             for conversion in self._unsent:
                 conversion.send(worker)
             generation = self._next(worker.ready.n_parallel)

@@ -31,6 +31,11 @@ MAX_BACK_OFF_S = 60.0
 MAX_DEATHS = 5  # of workers in a row without an answer; two are one poisonous request
 
 
+def back_off_s(n_failures: int) -> float:
+    """For so long nothing is tried after so many loads in a row that failed."""
+    return min(2.0 ** min(n_failures, 10), MAX_BACK_OFF_S)
+
+
 class WorkerLife:
     """How the worker is, and what makes it so. Only the tier's task calls `ready` and `stop`."""
 
@@ -51,6 +56,7 @@ class WorkerLife:
         self.state: State = "stopped"
         self.progress = 0.0  # of a load, 0…1
         self.reason: str | None = None  # of the last failure, until a load succeeds
+        self._logged = ""  # the one of the last load that the log has
         self.worker: Worker | None = None
         self.encoder: wire.EncoderInfo | None = None  # what the model can do, once it was loaded
         self.source = ModelSource(name, settings, server.hub)
@@ -173,7 +179,8 @@ class WorkerLife:
         loop = asyncio.get_running_loop()
         before, self.state = self.state, "downloading"
         started_at = time.monotonic()
-        logger.info("Tier %s: downloading %s", self.name, self._settings.model_path)
+        if not self._logged:  # else it is tried again
+            logger.info("Tier %s: downloading %s", self.name, self._settings.model_path)
 
         def on_progress(fraction: float) -> None:
             loop.call_soon_threadsafe(self._on_progress, fraction)
@@ -197,8 +204,7 @@ class WorkerLife:
             seconds = time.monotonic() - started_at
             logger.info("Tier %s: downloaded after %.1f s", self.name, seconds)
         except ModelLoadFailed as error:
-            self.reason = error.message
-            logger.error("Tier %s: %s", self.name, error.message)
+            self._failed(error.message)
             raise
         finally:
             self.state = before
@@ -235,9 +241,7 @@ class WorkerLife:
             self.worker = worker
         except InsufficientMemory as error:
             self.state = "stopped"
-            if error.message != self.reason:
-                self.reason = error.message
-                logger.error("Tier %s cannot be loaded: %s", self.name, self.reason)
+            self._failed(error.message)
             raise
         except Exception as error:
             self._free()
@@ -250,7 +254,7 @@ class WorkerLife:
             raise
         self.source.was_loaded()
         self._metrics.loads.inc()
-        self.state, self.reason = "ready", None
+        self.state, self.reason, self._logged = "ready", None, ""
         self._n_load_failures *= bool(self._n_deaths)
         self.encoder = self.worker.ready.encoder
         self.used_at = time.monotonic()
@@ -281,7 +285,8 @@ class WorkerLife:
             self._free()  # it waited for another file's memory
         self.state, self.progress = "starting", 0.0
         self._load_began_at = time.monotonic()
-        logger.info("Tier %s: loading %s", self.name, model.name)
+        if not self._logged:
+            logger.info("Tier %s: loading %s", self.name, model.name)
         try:
             return await Worker.start(
                 spec,
@@ -325,9 +330,16 @@ class WorkerLife:
         self._room.changed()
 
     def _fail_for_a_while(self, reason: str) -> None:
-        self.state, self.reason = "failed", reason
-        logger.error("Tier %s cannot be loaded: %s", self.name, self.reason)
+        self.state = "failed"
+        self._failed(reason)
         self._failed_signature = self.source.signature()
         if self.source.is_known:  # the header was fine, so trying again costs a process
             self._n_load_failures += 1
-            self._retry_at = time.monotonic() + min(2.0**self._n_load_failures, MAX_BACK_OFF_S)
+            self._retry_at = time.monotonic() + back_off_s(self._n_load_failures)
+
+    def _failed(self, reason: str) -> None:
+        """The log has each reason once until a load succeeds, however often it is tried."""
+        self.reason = reason
+        if reason != self._logged:
+            self._logged = reason
+            logger.error("Tier %s cannot be loaded: %s", self.name, reason)

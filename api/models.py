@@ -49,7 +49,10 @@ def health(services: ServicesDep) -> Response:
     """503 while a tier that was to be loaded at start cannot be; else 200."""
     tiers = services.manager.tiers.values()
     states = {tier.name: state_of(tier) for tier in tiers}
-    failed = any(t.settings.preload and states[t.name]["state"] == "failed" for t in tiers)
+    failed = any(
+        t.settings.preload and (states[t.name]["state"] == "failed" or t.has_failed_to_preload)
+        for t in tiers
+    )
     body = {"status": "failed" if failed else "ok", "tiers": states}
     return JSONResponse(body, status_code=503 if failed else 200)
 

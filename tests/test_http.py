@@ -397,6 +397,43 @@ def test_health_is_503_when_a_preloaded_tier_failed(tmp_path: Any) -> None:
         assert service.chat().status_code == 200
 
 
+def test_a_preloaded_tier_is_tried_until_it_can_be_loaded_and_health_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("worker_life.MAX_BACK_OFF_S", 0.02)
+    path = tmp_path / "late.json"
+    with serving(settings(heavy=fake(str(path), preload=True))) as service:
+        tier = service.manager.tiers["heavy"]
+        wait_until(lambda: tier._n_preloads_failed > 2)
+        for _ in range(20):
+            assert service.http.get("/health").status_code == 503, "in the midst of a try too"
+        path.write_text('{"fault": "load"}')
+        wait_until(lambda: "told to fail" in str(tier.life.reason))
+        n_failed = tier._n_preloads_failed
+        wait_until(lambda: tier._n_preloads_failed > n_failed + 2)
+        for _ in range(20):
+            assert service.http.get("/health").status_code == 503
+        (tmp_path / "new.json").write_text("{}")
+        (tmp_path / "new.json").replace(path)
+        wait_until(lambda: tier.state == "ready")
+        assert service.http.get("/health").status_code == 200
+    assert sum("cannot be loaded" in line for line in caplog.messages) == 2, "each reason once"
+
+
+def test_a_preloaded_tier_that_is_loaded_by_a_request_meanwhile_is_not_loaded_again(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "late.json"
+    with serving(settings(light=fake(str(path), preload=True, idle_ttl_s=0))) as service:
+        tier = service.manager.tiers["light"]
+        wait_until(lambda: tier._loads_at is not None)
+        path.write_text("{}")
+        assert service.chat().status_code == 200
+        wait_until(lambda: tier.state == "stopped")
+        assert tier._loads_at is None
+        assert service.http.get("/health").status_code == 200
+
+
 def test_every_error_class_has_its_own_code() -> None:
     classes = [ServiceError]
     for error_class in classes:
