@@ -47,6 +47,8 @@ GENERATING = {
     "speculation", "flash_attention",
 }  # fmt: skip
 SECRETS = {"api_keys", "api_keys_file", "admin_api_keys"}  # faults in them quote nothing
+LEAST_LIKENESS = 0.9  # of a variable of the environment to a key, to be taken for it misspelt
+FOREIGN = {"CCACHE_DIR"}  # variables of other programs that are as like
 # one pattern for localhost on any port, as browsers write origins
 LOCAL_ORIGINS = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
@@ -359,16 +361,22 @@ def known_keys() -> list[str]:
 
 
 def unknown_keys(env_file: Path | None) -> list[tuple[str, str | None]]:
-    """Keys of the file, and of the environment where a tier's prefix claims them, that do nothing;
-    each with the nearest key that does something."""
+    """Keys of the file that do nothing, and of the environment where a tier's prefix claims them or
+    one of the server's is nearly the same; each with the nearest key that does something."""
     known = known_keys()
-    prefixes = tuple(f"{tier.upper()}_" for tier in TIERS)
-    keys = [key for key in os.environ if key.upper().startswith(prefixes)]
+    keys = [key for key in os.environ if _is_meant_for_us(key.upper())]
     keys += [key for key, value in _in_file(env_file).items() if value is not None]
     unknown = dict.fromkeys(key for key in keys if key.upper() not in known)
     return [
         (key, next(iter(difflib.get_close_matches(key.upper(), known, 1)), None)) for key in unknown
     ]
+
+
+def _is_meant_for_us(key: str) -> bool:
+    if key.startswith(tuple(f"{tier.upper()}_" for tier in TIERS)):
+        return True
+    servers = [name.upper() for name in ServerSettings.model_fields]
+    return key not in FOREIGN and bool(difflib.get_close_matches(key, servers, 1, LEAST_LIKENESS))
 
 
 def _in_file(env_file: Path | None) -> Mapping[str, str | None]:

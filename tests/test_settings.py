@@ -426,7 +426,46 @@ def test_an_unknown_key_is_warned_of_with_the_nearest_one(
     assert tuple(settings.tiers) == (*CHAT_TIERS, "embedding")
 
 
-def test_of_the_environment_only_a_tiers_prefix_is_ours(
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("API_KEY", "API_KEYS"),
+        ("ADMIN_API_KEY", "ADMIN_API_KEYS"),
+        ("api_key_file", "API_KEYS_FILE"),
+        ("MAX_CONNECTION", "MAX_CONNECTIONS"),
+        ("ALLOWED_HOST", "ALLOWED_HOSTS"),
+        ("REQUEST_TIMEOUT", "REQUEST_TIMEOUT_S"),
+    ],
+)
+def test_of_the_environment_what_is_nearly_a_key_is_warned_of(
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    key: str,
+    nearest: str,
+) -> None:
+    monkeypatch.setenv(key, SECRET)
+    load("")
+    (warning,) = caplog.messages
+    assert warning == f"The setting {key} is not known and does nothing; did you mean {nearest}?"
+
+
+ORDINARY = """
+PATH HOME HOSTNAME PORT_RANGE HTTP_PORT DB_HOST GHOST SERVER_PORT LANG LC_ALL SHELL TERM USER
+LOGNAME MAIL PWD SHLVL OPENAI_API_KEY ANTHROPIC_API_KEY GEMINI_API_KEY VLLM_API_KEY HF_XET_CACHE
+HF_DATASETS_CACHE HF_ASSETS_CACHE HF_TOKEN_PATH HUGGINGFACE_HUB_CACHE HF_HUB_DISABLE_TELEMETRY
+HF_HUB_ETAG_TIMEOUT TRANSFORMERS_OFFLINE XDG_CACHE_HOME PIP_CACHE_DIR UV_CACHE_DIR CCACHE_DIR
+WATCHDOG_USEC WATCHDOG_PID DOCKER_HOST SSH_AUTH_SOCK NOTIFY_SOCKET VIRTUAL_ENV CUDA_VISIBLE_DEVICES
+"""
+
+
+def test_ordinary_variables_of_a_shell_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ORDINARY.split():
+        monkeypatch.setenv(key, "1")
+    assert unknown_keys(None) == []
+
+
+def test_of_the_environment_a_tiers_prefix_is_ours(
     monkeypatch: pytest.MonkeyPatch, env_file: EnvFile
 ) -> None:
     monkeypatch.setenv("HEAVY_N_CTXX", "1")
