@@ -73,6 +73,15 @@ class Hub:
             return None
         return here.place if is_whole else None
 
+    def refuses(self, model: HubModel) -> str | None:
+        """Why the model does not come here if it is not in the cache; None: it may."""
+        if not self.is_offline:
+            return None
+        return (
+            f"{model.repo} is not in the hub's cache, or not all of it, and HF_HUB_OFFLINE is "
+            "set; download it, or unset that."
+        )
+
     def fetch(
         self,
         model: HubModel,
@@ -89,11 +98,8 @@ class Hub:
         """
         if found := self.cached(model, backend):
             return found
-        if self.is_offline:
-            raise ModelLoadFailed(
-                f"{model.repo} is not in the hub's cache, or not all of it, and HF_HUB_OFFLINE is "
-                "set; download it, or unset that."
-            )
+        if reason := self.refuses(model):
+            raise ModelLoadFailed(reason)
         here = self._here(model, backend)
         model = here.model if here else model  # the rest is to be of the same commit
         try:

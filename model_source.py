@@ -68,6 +68,12 @@ class ModelSource:
             self._found(self._hub.cached(model, self._settings.backend))
         return self._is_here
 
+    @property
+    def fault(self) -> str | None:
+        """Why the model is not here and is not fetched either."""
+        model = self._settings.hub_model
+        return None if model is None or self.is_here() else self._hub.refuses(model)
+
     def fetch(self, on_progress: Callable[[float], None], is_wanted: Callable[[], bool]) -> None:
         """Download the model, if it is not here. Blocks; both functions are called in the thread
         that calls this. Raises ModelLoadFailed."""

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from typing import Any
 
 import uvicorn
@@ -50,6 +51,11 @@ from tier import Tier
 logger = logging.getLogger("quintet")
 
 EXIT_FAULTY, EXIT_USAGE = 1, 2
+PACKAGES = {  # of the backends that are extras
+    "mlx": ["mlx", "mlx_lm", "tokenizers"],
+    "onnx": ["onnxruntime", "onnx", "tokenizers"],
+    "flag": ["torch", "FlagEmbedding"],
+}
 EXPOSED_HEADERS = [
     "X-Request-Id",
     "Request-Id",
@@ -220,6 +226,8 @@ def banner(services: Services, host: str, port: int) -> str:
 
 
 def _tier_line(tier: Tier) -> str:
+    if fault := tier.life.source.fault:
+        return f"  {tier.name:10} {tier.settings.backend:9} {fault}"
     if not tier.is_downloaded:
         state = "is downloaded now" if tier.settings.preload else "downloaded at its first request"
         return f"  {tier.name:10} {tier.settings.backend:9} {tier.settings.model_path} · {state}"
@@ -237,6 +245,10 @@ def check_config(manager: ModelManager) -> tuple[str, bool]:
     limit = manager.room.limit_bytes
     lines, is_well, costs, unknown = [], True, [], []
     for tier in manager.tiers.values():
+        if fault := _not_installed(tier.settings.backend) or tier.life.source.fault:
+            lines.append(f"  {tier.name:10} {fault}")
+            is_well = False
+            continue
         if tier.is_downloaded:
             try:
                 footprint = tier.life.footprint()
@@ -274,6 +286,17 @@ def check_config(manager: ModelManager) -> tuple[str, bool]:
     return "\n".join(lines), is_well
 
 
+def _not_installed(backend: str) -> str | None:
+    """What a backend needs and is not there, and what to run for it. Nothing is imported."""
+    missing = [name for name in PACKAGES.get(backend, ()) if find_spec(name) is None]
+    if not missing:
+        return None
+    return (
+        f"The backend {backend} needs {' and '.join(missing)}: run `./setup.sh --{backend}`, "
+        f"or `pip install -r requirements-{backend}.txt`."
+    )
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     if arguments not in ([], ["--check-config"]):
@@ -286,11 +309,6 @@ def main() -> None:
         print(f"The settings cannot be used:\n{error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     server = settings.server
-    if arguments:
-        report, is_well = check_config(ModelManager(settings))
-        print(report)
-        sys.exit(0 if is_well else EXIT_FAULTY)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the banner says it better
     if not (server.keys or server.allow_insecure or is_loopback(server.host)):
         print(
             f"HOST={server.host} serves other machines too: set API_KEYS, "
@@ -298,6 +316,11 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(EXIT_USAGE)
+    if arguments:
+        report, is_well = check_config(ModelManager(settings))
+        print(report)
+        sys.exit(0 if is_well else EXIT_FAULTY)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the banner says it better
     app = create_app(settings)
     config = uvicorn.Config(
         app,

@@ -98,7 +98,7 @@ class WorkerLife:
     def _fault(self) -> str | None:
         """Why it cannot be loaded, by what is known of its file and of the memory now."""
         if not self.source.is_here():
-            return None
+            return self.source.fault
         try:
             self._room.check(self._tenant, self.footprint().most)
         except (ModelLoadFailed, InsufficientMemory) as error:
@@ -115,7 +115,7 @@ class WorkerLife:
     @property
     def can_be_tried(self) -> bool:
         """The next request would not be refused for what is known of the model."""
-        if self.worker is not None or not self.source.is_here():
+        if self.worker is not None:
             return True
         return self._fault() is None and self._back_off_s() <= 0
 

@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from api.middleware import Gate
 from model_manager import ModelManager
-from server import check_config
+from server import banner, check_config
 from settings import ServerSettings, TierSettings
 from tests import encoder_fixtures, gguf_fixtures
 from tests.hub_imitation import Repo, hub_imitation
@@ -330,6 +330,43 @@ def test_the_configuration_is_checked_without_loading_anything(tmp_path: Path) -
     assert is_well
     assert "all fit together, without heavy, of which nothing is known before" in report
     assert launches.handles == []
+
+
+def test_a_backend_that_is_not_installed_is_a_fault_with_what_to_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiers = {
+        "light": TierSettings(model_path="hf:owner/one", backend="mlx"),
+        "embedding": TierSettings(model_path="hf:owner/two", backend="flag"),
+        "reranker": TierSettings(model_path="hf:owner/three", backend="onnx"),
+    }
+    monkeypatch.setattr("server.find_spec", lambda name: None if name != "torch" else "there")
+    report, is_well = check_config(ModelManager(settings(**tiers)))
+    assert not is_well
+    for tier, said in (
+        ("light", "needs mlx and mlx_lm and tokenizers: run `./setup.sh --mlx`, or"),
+        ("embedding", "needs FlagEmbedding: run `./setup.sh --flag`, or"),
+        ("reranker", "needs onnxruntime and onnx and tokenizers: run `./setup.sh --onnx`, or"),
+    ):
+        assert re.search(rf"{tier} +The backend \w+ {re.escape(said)} `pip install -r ", report)
+    monkeypatch.setattr("server.find_spec", lambda _: "there")
+    assert check_config(ModelManager(settings(**tiers)))[1]
+
+
+def test_a_model_that_is_not_in_the_cache_of_a_hub_that_is_not_asked_is_a_fault(
+    tmp_path: Path,
+) -> None:
+    server = {"hf_hub_cache": str(tmp_path), "hf_hub_offline": True}
+    light = TierSettings(model_path="hf:owner/nowhere", preload=True)
+    report, is_well = check_config(ModelManager(settings(server, light=light)))
+    assert not is_well
+    assert "owner/nowhere is not in the hub's cache, or not all of it, and HF_HUB_O" in report
+    with serving(settings(server, light=light)) as service:
+        assert service.http.get("/ready").status_code == 503
+        about = service.http.get("/health")
+        assert about.status_code == 503
+        assert "HF_HUB_OFFLINE" in about.json()["tiers"]["light"]["reason"]
+        assert "HF_HUB_OFFLINE" in banner(service.app.state.services, "localhost", 8000)
 
 
 @pytest.mark.parametrize(

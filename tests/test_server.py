@@ -93,8 +93,9 @@ def test_uvicorn_serves_the_same_application(more: list[str]) -> None:
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "light"
 
 
-def test_it_does_not_serve_other_machines_without_keys() -> None:
-    with command("server.py", HOST="0.0.0.0") as process:
+@pytest.mark.parametrize("arguments", [[], ["--check-config"]])
+def test_it_does_not_serve_other_machines_without_keys(arguments: list[str]) -> None:
+    with command("server.py", *arguments, HOST="0.0.0.0") as process:
         output, _ = process.communicate(timeout=20)
     assert process.returncode == 2
     assert "API_KEYS" in output
