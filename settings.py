@@ -44,8 +44,15 @@ TIERS: tuple[TierName, ...] = (*CHAT_TIERS, *ENCODER_TIERS)
 # of a tier that generates text
 GENERATING = {
     "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "max_tokens", "tool_format",
-    "speculation", "flash_attention",
+    "speculation", "flash_attention", "n_parallel", "n_batch", "max_stall_ms", "prefix_cache_mb",
 }  # fmt: skip
+# of the one that embeds
+EMBEDDING = {
+    "pooling", "query_prefix", "passage_prefix", "input_type", "token_ids", "matryoshka",
+    "embedding_mode", "embedding_dimension",
+}  # fmt: skip
+# of encoders
+ENCODING = {"queue_texts", "batch_tokens", "sparse_head_path", "colbert_head_path"}
 SECRETS = {"api_keys", "api_keys_file", "admin_api_keys"}  # faults in them quote nothing
 LEAST_LIKENESS = 0.9  # of a variable of the environment to a key, to be taken for it misspelt
 FOREIGN = {"CCACHE_DIR"}  # variables of other programs that are as like
@@ -343,12 +350,10 @@ class Settings:
         for key, nearest in unknown_keys(env_file):
             hint = f"; did you mean {nearest}?" if nearest else ""
             logger.warning("The setting %s is not known and does nothing%s", key, hint)
-        for name in ENCODER_TIERS:
-            for field in sorted(GENERATING & tiers[name].model_fields_set):
-                key = f"{name}_{field}".upper()
-                logger.warning("The setting %s does nothing: no text is generated there", key)
         configured = _configured(tiers)
         aliases = () if "reranker" in configured else tiers["reranker"].aliases
+        for name, tier in tiers.items():
+            _warn_of_idle_keys(name, tier, is_configured=name in configured)
         return cls(server, configured, aliases)
 
 
@@ -377,6 +382,28 @@ def _is_meant_for_us(key: str) -> bool:
         return True
     servers = [name.upper() for name in ServerSettings.model_fields]
     return key not in FOREIGN and bool(difflib.get_close_matches(key, servers, 1, LEAST_LIKENESS))
+
+
+def _warn_of_idle_keys(name: TierName, tier: TierSettings, *, is_configured: bool) -> None:
+    """Of the keys of a tier that are set those that do nothing."""
+    if not is_configured:
+        used = {"aliases"} if name == "reranker" else set()  # of the tier that stands in
+        if keys := _keys(name, tier.model_fields_set - used):
+            logger.warning("%s: without %s_MODEL_PATH there is no such tier, so that does nothing",
+                           ", ".join(keys), name.upper())  # fmt: skip
+        return
+    idle = {"no text is generated there": GENERATING if name in ENCODER_TIERS else set()}
+    if name in CHAT_TIERS:
+        idle["nothing is embedded or scored there"] = EMBEDDING | ENCODING
+    elif name == "reranker":
+        idle["nothing is embedded there"] = EMBEDDING
+    for reason, fields in idle.items():
+        for key in _keys(name, tier.model_fields_set & fields):
+            logger.warning("The setting %s does nothing: %s", key, reason)
+
+
+def _keys(name: TierName, fields: set[str]) -> list[str]:
+    return [f"{name}_{field}".upper() for field in sorted(fields)]
 
 
 def _in_file(env_file: Path | None) -> Mapping[str, str | None]:

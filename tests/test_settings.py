@@ -465,6 +465,57 @@ def test_ordinary_variables_of_a_shell_are_not_ours(monkeypatch: pytest.MonkeyPa
     assert unknown_keys(None) == []
 
 
+@pytest.mark.parametrize(
+    ("tier", "idle", "used", "reason"),
+    [
+        (
+            "EMBEDDING",
+            "N_PARALLEL=2 N_BATCH=64 MAX_STALL_MS=50 PREFIX_CACHE_MB=1 TOP_K=3",
+            "POOLING=cls BATCH_TOKENS=64 KV_TOKENS=64 N_THREADS=1 QUEUE_SIZE=3",
+            "no text is generated there",
+        ),
+        (
+            "HEAVY",
+            "POOLING=cls QUERY_PREFIX=a PASSAGE_PREFIX=b QUEUE_TEXTS=9 BATCH_TOKENS=9 "
+            "INPUT_TYPE=query SPARSE_HEAD_PATH=a COLBERT_HEAD_PATH=a TOKEN_IDS=own MATRYOSHKA=true "
+            "EMBEDDING_MODE=true EMBEDDING_DIMENSION=9",
+            "N_PARALLEL=2 N_BATCH=64 MAX_STALL_MS=50 PREFIX_CACHE_MB=1 TOP_K=3",
+            "nothing is embedded or scored there",
+        ),
+        (
+            "RERANKER",
+            "POOLING=cls INPUT_TYPE=query EMBEDDING_DIMENSION=9",
+            "BATCH_TOKENS=9 QUEUE_TEXTS=9",
+            "nothing is embedded there",
+        ),
+    ],
+)
+def test_what_does_nothing_in_a_tier_is_warned_of(
+    load: Load, caplog: pytest.LogCaptureFixture, tier: str, idle: str, used: str, reason: str
+) -> None:
+    given = ["BACKEND=fake", *idle.split(), *used.split()]
+    load("\n".join(f"{tier}_{line}" for line in given))
+    keys = sorted(line.partition("=")[0] for line in idle.split())
+    assert caplog.messages == [f"The setting {tier}_{key} does nothing: {reason}" for key in keys]
+
+
+def test_settings_of_a_tier_that_there_is_not_are_warned_of(
+    load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    load("LIGHT_BACKEND=fake\nHEAVY_N_CTX=64\nHEAVY_PRELOAD=true\nEMBEDDING_N_CTX=64")
+    assert caplog.messages == [
+        "HEAVY_N_CTX, HEAVY_PRELOAD: without HEAVY_MODEL_PATH there is no such tier, so that does "
+        "nothing",
+        "EMBEDDING_N_CTX: without EMBEDDING_MODEL_PATH there is no such tier, so that does nothing",
+    ]
+    caplog.clear()
+    load("HEAVY_N_CTX=64\nEMBEDDING_N_CTX=64\nRERANKER_ALIASES=judge")
+    assert caplog.messages == [], "of the default models"
+    load("EMBEDDING_BACKEND=fake\nRERANKER_ALIASES=judge\nRERANKER_N_CTX=64")
+    (warning,) = caplog.messages
+    assert warning.startswith("RERANKER_N_CTX: without RERANKER_MODEL_PATH")
+
+
 def test_of_the_environment_a_tiers_prefix_is_ours(
     monkeypatch: pytest.MonkeyPatch, env_file: EnvFile
 ) -> None:
