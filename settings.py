@@ -94,6 +94,41 @@ def _fit_for_headers(keys: list[SecretStr]) -> list[SecretStr]:
     return keys
 
 
+def _as_browsers_write(origins: list[str]) -> list[str]:
+    """Origins are compared letter by letter: another form would never fit."""
+    for origin in origins:
+        if origin in ("*", "null"):
+            continue
+        if "*" in origin:
+            raise ValueError(f"{origin}: there are no patterns; name each origin, or * for all")
+        if not re.fullmatch(r"[!-~]+", origin):
+            raise ValueError(f"{origin}: write it in ASCII, as browsers do (xn--…)")
+        scheme, _, rest = origin.rpartition("://")
+        scheme = scheme.lower() or "https"
+        host = re.split("[/?#]", rest)[0].lower()
+        usual_port = {"http": ":80", "https": ":443"}.get(scheme, "/")  # browsers leave it out
+        fit = f"{scheme}://{host.removesuffix(usual_port)}"
+        if origin != fit:
+            raise ValueError(f"{origin}: browsers write an origin otherwise; write {fit}")
+    return origins
+
+
+def _as_in_a_head(hosts: list[str]) -> list[str]:
+    """Names are compared with a Host header without its port. Addresses are served anyway."""
+    for host in hosts:
+        if host == "*" or host.count(":") > 1:
+            continue
+        found = _HOST.fullmatch(host)
+        if not found:
+            raise ValueError(f"{host}: that is no name, and there are no patterns; name each host, "
+                             "such as box.lan, or * for all")  # fmt: skip
+        if host != found["name"]:
+            raise ValueError(f"{host}: give the name alone; write {found['name']}")
+    return hosts
+
+
+_HOST = re.compile(r"(?:\w+://)?(?P<name>\w[\w.-]*)(?::\d*)?(?:/.*)?", re.ASCII)
+
 CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 Keys = Annotated[
     list[SecretStr], NoDecode, BeforeValidator(_split), AfterValidator(_fit_for_headers)
@@ -265,8 +300,12 @@ class ServerSettings(BaseSettings):
     api_keys_file: KeysInFile = []  # what is in it, added to the others
     admin_api_keys: Keys = []  # empty: whoever may ask may also change the service
     allow_insecure: bool = False  # serve other machines without keys
-    allowed_hosts: CommaSeparated = []  # beside localhost, HOST and addresses
-    cors_origins: CommaSeparated = []  # empty: localhost on any port; *: all
+    allowed_hosts: Annotated[
+        CommaSeparated, AfterValidator(_as_in_a_head)
+    ] = []  # beside localhost, HOST and addresses
+    cors_origins: Annotated[
+        CommaSeparated, AfterValidator(_as_browsers_write)
+    ] = []  # empty: localhost on any port; *: all
     reasoning_field: ReasoningField = "reasoning_content"  # none: it stays in the text
     strict_params: bool = False  # unknown fields are errors
     max_body_bytes: int = Field(32 << 20, ge=1024)

@@ -227,14 +227,10 @@ def test_keys_may_be_written_small(load: Load) -> None:
 )
 def test_lists_are_comma_separated(load: Load, value: str, items: list[str]) -> None:
     settings = load(
-        "".join(
-            f"{key}={value}\n"
-            for key in ("API_KEYS", "ALLOWED_HOSTS", "CORS_ORIGINS", "LIGHT_ALIASES")
-        )
+        "".join(f"{key}={value}\n" for key in ("API_KEYS", "ALLOWED_HOSTS", "LIGHT_ALIASES"))
     )
     assert [key.get_secret_value() for key in settings.server.api_keys] == items
     assert settings.server.allowed_hosts == items
-    assert settings.server.cors_origins == items
     assert settings.tiers["light"].aliases == items
 
 
@@ -305,6 +301,47 @@ def test_fewer_cells_than_one_request_may_use_are_refused(load: Load) -> None:
     (fault,) = faults(load, "HEAVY_KV_TOKENS=1000\nHEAVY_N_CTX=2000")
     assert fault == "HEAVY: KV_TOKENS (1000) must not be less than N_CTX (2000)"
     assert load("HEAVY_KV_TOKENS=2000\nHEAVY_N_CTX=2000").tiers["heavy"].kv_tokens == 2000
+
+
+@pytest.mark.parametrize(
+    ("origin", "hint"),
+    [
+        ("https://app.example/", "write https://app.example ("),
+        ("https://App.example/a?b", "write https://app.example ("),
+        ("https://app.example:443", "write https://app.example ("),
+        ("http://app.example:80", "write http://app.example ("),
+        ("app.example/", "write https://app.example ("),
+        ("*.app.example", "there are no patterns"),
+        ("https://*.app.example", "there are no patterns"),
+        ("https://ü.example", "write it in ASCII"),
+    ],
+)
+def test_an_origin_that_no_browser_has_is_refused(load: Load, origin: str, hint: str) -> None:
+    (fault,) = faults(load, f"CORS_ORIGINS=https://good.example,{origin}")
+    assert fault.startswith(f"CORS_ORIGINS: {origin}: ")
+    assert hint in fault
+
+
+@pytest.mark.parametrize(
+    ("host", "hint"),
+    [
+        ("box.lan:8000", "write box.lan ("),
+        ("http://box.lan/", "write box.lan ("),
+        ("*.box.lan", "there are no patterns"),
+        (".box.lan", "there are no patterns"),
+    ],
+)
+def test_a_host_that_no_header_has_is_refused(load: Load, host: str, hint: str) -> None:
+    (fault,) = faults(load, f"ALLOWED_HOSTS=good.lan,{host}")
+    assert fault.startswith(f"ALLOWED_HOSTS: {host}: ")
+    assert hint in fault
+
+
+def test_origins_and_hosts_that_there_are_are_taken(load: Load) -> None:
+    origins = "https://app.example,http://10.0.0.1:3000,http://[::1]:3000,tauri://localhost,null,*"
+    hosts = "Box.lan,host.docker.internal,box_1,10.0.0.1,::1,[::1],*"
+    server = load(f"CORS_ORIGINS={origins}\nALLOWED_HOSTS={hosts}").server
+    assert (server.cors_origins, server.allowed_hosts) == (origins.split(","), hosts.split(","))
 
 
 # keys
