@@ -382,15 +382,15 @@ class Settings:
         faults: list[str] = []
         server = _read(ServerSettings, "", env_file, faults)
         tiers = {name: _read(TierSettings, f"{name.upper()}_", env_file, faults) for name in TIERS}
-        if faults:
+        configured = _configured(tiers)
+        aliases = () if "reranker" in configured else tiers["reranker"].aliases
+        if faults or (faults := _clashes_of_aliases(configured, aliases)):
             raise SettingsError("\n".join(faults))
         if None in in_file.values():  # it may be a key that slipped to the next line
             logger.warning("A line of %s without `=` does nothing", env_file)
         for key, nearest in unknown_keys(env_file):
             hint = f"; did you mean {nearest}?" if nearest else ""
             logger.warning("The setting %s is not known and does nothing%s", key, hint)
-        configured = _configured(tiers)
-        aliases = () if "reranker" in configured else tiers["reranker"].aliases
         for name, tier in tiers.items():
             _warn_of_idle_keys(name, tier, is_configured=name in configured)
         return cls(server, configured, aliases)
@@ -421,6 +421,25 @@ def _is_meant_for_us(key: str) -> bool:
         return True
     servers = [name.upper() for name in ServerSettings.model_fields]
     return key not in FOREIGN and bool(difflib.get_close_matches(key, servers, 1, LEAST_LIKENESS))
+
+
+def _clashes_of_aliases(
+    tiers: Mapping[TierName, TierSettings], reranker_aliases: Sequence[str]
+) -> list[str]:
+    """Names that would mean two tiers."""
+    given = {name: tier.aliases for name, tier in tiers.items()}
+    if "embedding" in tiers:  # which stands in, where there is no reranker
+        given.setdefault("reranker", [*reranker_aliases])
+    faults = []
+    owners: dict[str, TierName] = {}
+    for name, aliases in given.items():
+        for alias in aliases:
+            owner = owners.setdefault(alias, name)
+            if alias in given and alias != name:
+                faults.append(f"{name.upper()}_ALIASES: {alias} is the name of another tier")
+            elif owner != name:
+                faults.append(f"{name.upper()}_ALIASES: {alias} is in {owner.upper()}_ALIASES too")
+    return faults
 
 
 def _warn_of_idle_keys(name: TierName, tier: TierSettings, *, is_configured: bool) -> None:

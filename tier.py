@@ -137,6 +137,8 @@ class Tier:
         if (model := self.settings.hub_model) is not None:
             names = [self.settings.model_path.removeprefix("hf:")]
             names.append(re.sub("-GGUF$", "", model.repo.rpartition("/")[2], flags=re.IGNORECASE))
+            if self.settings.backend not in FOLDER_BACKENDS and self.is_downloaded:
+                names.append(self.life.source.settings.path.stem)
             return [*self.settings.aliases, *names]
         path = Path(self.settings.model_path)
         is_folder = self.settings.backend in FOLDER_BACKENDS  # whose dots are no suffix

@@ -406,7 +406,9 @@ def test_a_model_comes_from_the_hub_at_its_first_request(tmp_path: Path) -> None
                 ]
                 assert [reply.result().status_code for reply in replies] == [200] * 3
             assert len([r for r in hub.contents() if r.method == "GET"]) == 1
-            assert service.http.get("/v1/models/light").json()["context_length"]
+            about = service.http.get("/v1/models/tiny-Q8_0").json()
+            assert about["context_length"], "once the file is here it is a name too"
+            assert about["aliases"] == ["me/Tiny-GGUF:Q8_0", "Tiny", "tiny-Q8_0"]
         hub.requests.clear()
         with serving(settings(server | {"hf_hub_offline": True}, light=light)) as service:
             assert service.chat(max_tokens=3).status_code == 200

@@ -303,6 +303,19 @@ def test_fewer_cells_than_one_request_may_use_are_refused(load: Load) -> None:
     assert load("HEAVY_KV_TOKENS=2000\nHEAVY_N_CTX=2000").tiers["heavy"].kv_tokens == 2000
 
 
+def test_a_name_that_means_two_tiers_is_refused(load: Load) -> None:
+    of = "LIGHT_BACKEND=fake\nHEAVY_BACKEND=fake\nEMBEDDING_BACKEND=fake\n"
+    aliases = "LIGHT_ALIASES=gpt,heavy,light\nHEAVY_ALIASES=big,gpt\n"
+    assert faults(load, f"{of}{aliases}EMBEDDING_ALIASES=reranker\nRERANKER_ALIASES=big") == [
+        "LIGHT_ALIASES: heavy is the name of another tier",
+        "HEAVY_ALIASES: gpt is in LIGHT_ALIASES too",
+        "EMBEDDING_ALIASES: reranker is the name of another tier",
+        "RERANKER_ALIASES: big is in HEAVY_ALIASES too",
+    ]
+    one = load("LIGHT_BACKEND=fake\nLIGHT_ALIASES=medium,heavy\nHEAVY_ALIASES=medium")
+    assert one.tiers["light"].aliases == ["medium", "heavy"], "there are no such tiers"
+
+
 @pytest.mark.parametrize(
     ("origin", "hint"),
     [
