@@ -320,17 +320,17 @@ class Tier:
         if job.request.job in self._running:
             return
         self.drop(job)
+        job.fail(self._waited_too_long())
+
+    def _waited_too_long(self) -> ServiceError:
         wait_s = self._wait_s(len(self._waiting) + 1)
         if self.state == "waiting":
             needed, free = self.life.needed_bytes, self._room.free_bytes
-            job.fail(self._room.insufficient(needed, free, retry_after_s=wait_s))
-            return
-        job.fail(
-            QueueTimeout(
-                f"The request has waited for tier '{self.name}' for "
-                f"{self._server.queue_timeout_s:g} s (QUEUE_TIMEOUT_S).",
-                retry_after_s=wait_s,
-            )
+            return self._room.insufficient(needed, free, retry_after_s=wait_s)
+        return QueueTimeout(
+            f"The request has waited for tier '{self.name}' for "
+            f"{self._server.queue_timeout_s:g} s (QUEUE_TIMEOUT_S).",
+            retry_after_s=wait_s,
         )
 
     def embed(self, request: wire.Embed, *, priority: int = 0) -> Encoding[wire.Vector]:
@@ -400,17 +400,25 @@ class Tier:
         return answer.text
 
     async def _convert(self, request: wire.Tokenize | wire.Detokenize) -> wire.OfJob:
+        await self.fetched()  # a download is no queue
         self._check_open()
         if len(self._unsent) >= self.settings.queue_size:
             raise self._queue_full(len(self._unsent))
         job = next(self._job_ids)
         conversion = Conversion(msgspec.structs.replace(request, job=job))
         self._conversions[job] = conversion
+
+        def expire() -> None:
+            if conversion.worker is None:
+                conversion.fail(self._waited_too_long())
+
+        timer = asyncio.get_running_loop().call_later(self._server.queue_timeout_s, expire)
         with self.lease():
             self._wakeup.set()
             try:
                 return await conversion.answer
             finally:
+                timer.cancel()
                 del self._conversions[job]
                 if conversion.worker is not None:
                     conversion.worker.cancel(job)

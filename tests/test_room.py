@@ -15,7 +15,7 @@ from engine.client import launch_process
 from errors import InsufficientMemory, QueueFull, QueueTimeout
 from model_manager import ModelManager
 from room import Go, Never, Occupant, Room, Stop, Wait, decide
-from tests.serving import fake, script, serving, settings, wait_until
+from tests.serving import Held, fake, script, serving, settings, wait_until
 from tests.test_model_manager import Launches, ask, outcome, request, run, until
 from tier import Tier
 
@@ -454,6 +454,41 @@ def test_waiting_in_line_has_an_end(tmp_path: Any) -> None:
             assert light.n_waiting == 0
 
     run(test, server={"queue_timeout_s": 0.5}, light=fake(path, n_parallel=1))
+
+
+def test_waiting_for_a_conversion_has_an_end() -> None:
+    server = {"queue_timeout_s": 0.2}
+    launcher = Held()
+    chat = {"model": "light", "messages": [{"role": "user", "content": "Hi"}]}
+    with serving(settings(server), launch=launcher) as service:
+        for path, body in (
+            ("/tokenize", {"content": "a"}),
+            ("/detokenize", {"tokens": [97]}),
+            ("/v1/messages/count_tokens", chat),
+            ("/v1/models/light/load", None),
+        ):
+            reply = service.http.post(path, json=body, timeout=10)
+            assert reply.status_code == 503, reply.text
+            assert "QUEUE_TIMEOUT_S" in reply.text
+            assert reply.headers["retry-after"]
+        launcher.go_on()
+        assert service.http.post("/tokenize", json={"content": "a"}).json() == {"tokens": [97]}
+
+
+def test_waiting_for_memory_has_an_end_for_a_conversion_too(tmp_path: Any) -> None:
+    path = script(tmp_path, {"match": "long", "answer": "x" * 3000}, step_ms=1)
+
+    async def test(manager: ModelManager) -> None:
+        light, heavy = manager.tiers["light"], manager.tiers["heavy"]
+        await light.load()
+        with light.submit(request("long")) as generation:
+            await generation.started()
+            with pytest.raises(InsufficientMemory):
+                await heavy.detokenize([97])
+            assert not heavy.is_wanted
+
+    server = {"memory_limit": "50M", "queue_timeout_s": 0.5}
+    run(test, server=server, light=fake(path), heavy=fake(path))
 
 
 def test_four_tiers_in_random_order_never_have_more_than_the_limit() -> None:
