@@ -68,11 +68,20 @@ def _split(value: Any) -> Any:
     return [item for part in value.split(",") if (item := part.strip())]
 
 
+def _has_a_home(path: str) -> str:
+    """A path that begins with a `~` is somebody's."""
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError("the ~ is of no user that this machine knows") from None
+    return path
+
+
 def _read_keys(value: Any) -> Any:
     """The keys in a file, a line each; lines that begin with # are comments."""
     if not isinstance(value, str):
         return value
-    path = ROOT / Path(value).expanduser()
+    path = ROOT / Path(_has_a_home(value)).expanduser()
     try:
         lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
         if os.name == "posix" and path.stat().st_mode & 0o077:
@@ -129,6 +138,7 @@ def _as_in_a_head(hosts: list[str]) -> list[str]:
 
 _HOST = re.compile(r"(?:\w+://)?(?P<name>\w[\w.-]*)(?::\d*)?(?:/.*)?", re.ASCII)
 
+PathText = Annotated[str, AfterValidator(_has_a_home)]
 CommaSeparated = Annotated[list[str], NoDecode, BeforeValidator(_split)]
 Keys = Annotated[
     list[SecretStr], NoDecode, BeforeValidator(_split), AfterValidator(_fit_for_headers)
@@ -163,7 +173,7 @@ def _is_folder(model_path: object) -> bool:
     """There is a directory with a model as Hugging Face has it."""
     if not isinstance(model_path, str) or not model_path or "\0" in model_path:
         return False
-    folder = ROOT / Path(model_path).expanduser()
+    folder = ROOT / os.path.expanduser(model_path)
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
@@ -178,7 +188,7 @@ class TierSettings(BaseSettings):
         extra="ignore", env_ignore_empty=True, protected_namespaces=(), frozen=True
     )
 
-    model_path: str = ""
+    model_path: PathText = ""
     backend: Literal["llamacpp", "mlx", "onnx", "flag", "fake"] = "llamacpp"
     aliases: CommaSeparated = []
 
@@ -226,8 +236,8 @@ class TierSettings(BaseSettings):
     passage_prefix: str = ""
     input_type: InputType | None = None  # of texts whose request does not say; None: none
     truncate: Literal["none", "end", "start"] = "none"  # the same texts, where they are too long
-    sparse_head_path: str = ""  # empty: beside the model
-    colbert_head_path: str = ""
+    sparse_head_path: PathText = ""  # empty: beside the model
+    colbert_head_path: PathText = ""
     token_ids: Literal["refuse", "own", "cl100k"] = "refuse"  # as input: whose they are
     matryoshka: bool | None = None  # trained for shorter vectors; None: where that is known
     embedding_mode: bool | None = None
@@ -323,7 +333,7 @@ class ServerSettings(BaseSettings):
     request_timeout_s: float = Field(3600, gt=0)  # that it may take in all
     cache_max_mb: int = Field(256, ge=0)  # of memory, for results; 0: nothing is remembered
     cache_ttl_s: float = Field(86400, ge=0)  # that a result lives; 0: for ever
-    cache_dir: str = ""  # empty: none are on disk
+    cache_dir: PathText = ""  # empty: none are on disk
     cache_disk_max_mb: int = Field(1024, ge=16)
     cache_policy: Literal["off", "repeatable", "all"] = "repeatable"  # which are remembered
     cache_shared: bool = False  # between the clients of all keys

@@ -291,6 +291,14 @@ def test_a_value_out_of_range_is_refused_by_its_key(load: Load, line: str) -> No
     assert f"(it is '{value}')" in fault
 
 
+@pytest.mark.parametrize(
+    "key", ["LIGHT_MODEL_PATH", "EMBEDDING_SPARSE_HEAD_PATH", "CACHE_DIR", "API_KEYS_FILE"]
+)
+def test_a_home_of_nobody_is_refused(load: Load, key: str) -> None:
+    (fault,) = faults(load, f"{key}=~nosuch/x")
+    assert fault.startswith(f"{key}: the ~ is of no user that this machine knows")
+
+
 def test_a_batch_that_cannot_hold_a_token_of_each_sequence_is_refused(load: Load) -> None:
     (fault,) = faults(load, "LIGHT_N_BATCH=4\nLIGHT_N_PARALLEL=8")
     assert fault == "LIGHT: N_BATCH (4) must not be less than N_PARALLEL (8)"
