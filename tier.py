@@ -508,7 +508,7 @@ class Tier:
                 await asyncio.wait_for(self._wakeup.wait(), self._timeout_s())
             except asyncio.TimeoutError:
                 if self._loads_at is not None:
-                    self._is_to_load, self._loads_at = True, None
+                    self._try_preload_again()
                 elif self._idle_timeout_s() is not None:  # nobody took a lease meanwhile
                     logger.info("Tier %s has been idle and is unloaded", self.name)
                     await self._stop_worker()
@@ -519,6 +519,13 @@ class Tier:
             self._n_preloads_failed += 1
             self._loads_at = time.monotonic() + back_off_s(self._n_preloads_failed)
         self._is_to_load = False
+
+    def _try_preload_again(self) -> None:
+        """If there is room: for a load that failed once no model goes from the memory again."""
+        if self.life.needed_bytes <= self._room.free_bytes:
+            self._is_to_load, self._loads_at = True, None
+        else:
+            self._loads_at = time.monotonic() + back_off_s(self._n_preloads_failed)
 
     def _timeout_s(self) -> float | None:
         if self._loads_at is not None:

@@ -456,6 +456,25 @@ def test_waiting_in_line_has_an_end(tmp_path: Any) -> None:
     run(test, server={"queue_timeout_s": 0.5}, light=fake(path, n_parallel=1))
 
 
+def test_a_load_at_start_that_failed_is_tried_again_where_nobody_must_go_for_it(
+    tmp_path: Any,
+) -> None:
+    async def test(manager: ModelManager) -> None:
+        light, heavy = manager.tiers["light"], manager.tiers["heavy"]
+        await until(lambda: heavy._loads_at is not None)
+        await light.load()
+        for n_failed in (1, 2):
+            heavy._loads_at = 0.0  # now
+            heavy._wakeup.set()
+            await until(lambda: heavy._loads_at)
+            assert heavy._n_preloads_failed == n_failed
+            assert (light.state == "ready") == (n_failed == 1)
+            await light.unload()
+
+    heavy = fake(script(tmp_path, fault="load"), preload=True)
+    run(test, server={"memory_limit": "50M"}, light=fake(), heavy=heavy)
+
+
 def test_waiting_for_a_conversion_has_an_end() -> None:
     server = {"queue_timeout_s": 0.2}
     launcher = Held()
