@@ -48,8 +48,8 @@ GENERATING = {
 }  # fmt: skip
 # of the one that embeds
 EMBEDDING = {
-    "pooling", "query_prefix", "passage_prefix", "input_type", "token_ids", "matryoshka",
-    "embedding_mode", "embedding_dimension",
+    "pooling", "query_prefix", "passage_prefix", "input_type", "truncate", "token_ids",
+    "matryoshka", "embedding_mode", "embedding_dimension",
 }  # fmt: skip
 # of encoders
 ENCODING = {"queue_texts", "batch_tokens", "sparse_head_path", "colbert_head_path"}
