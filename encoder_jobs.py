@@ -371,6 +371,11 @@ class EncoderJobs:
         self._new.pop(job_id, None)
         self._batcher.cancel(job_id)
 
+    def clear(self) -> None:
+        """Forget all: nobody will hear of them."""
+        for job_id in [*self._jobs]:
+            self.cancel(job_id)
+
     def tokenize(self) -> list[wire.Message]:
         """A few texts of those that have come; faults of requests."""
         messages: list[wire.Message] = []

@@ -228,6 +228,7 @@ def _encoder_loop(
         nonlocal is_over
         if isinstance(message, wire.Shutdown):
             is_over = True
+            jobs.clear()
         elif isinstance(message, wire.Embed | wire.Score):
             send(*jobs.admit(message))
         elif isinstance(message, wire.Cancel):

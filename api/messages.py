@@ -98,7 +98,8 @@ async def count_tokens(body: PromptRequest, request: Request, services: Services
     if sum(len(segment.text) for segment in prompt.segments) > MAX_LENGTH:
         raise BadRequest(f"There may be {MAX_LENGTH:,} characters in all.", param="messages")
     work = tier.tokenize(prompt.segments, add_bos=True)
-    tokens = await while_connected(request.receive, work)
+    with client_names({"^prompt$": "messages"}):
+        tokens = await while_connected(request.receive, work)
     return JSONResponse({"input_tokens": len(tokens.ids)}, headers=headers)
 
 

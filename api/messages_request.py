@@ -215,7 +215,8 @@ class PromptRequest(Extensible):
 
     def _fields(self) -> dict[str, Any]:
         messages = self._messages()
-        if not messages:
+        blocks = [block for m in self.messages for block in m.content or ()]
+        if all(isinstance(block, RedactedBlock) for block in blocks) or not messages:
             raise BadRequest("There is nothing in it that can be read.", param="messages")
         choice = self.tool_choice
         wanted = self.output_config and self.output_config.format

@@ -112,7 +112,9 @@ class ChosenFunction(FunctionName):
 class AllowedFunctions(BaseModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[ChosenFunction], Field(min_length=1, fail_fast=True)]
+    tools: Annotated[
+        list[ChosenFunction], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
+    ]
 
 
 def _tag(value: Any, kinds: Container[str]) -> str:
@@ -310,6 +312,19 @@ class ResponsesRequest(Extensible):
         }
 
     @cached_property
+    def _by_inner_name(self) -> dict[str, list[str]]:
+        """What the model calls the functions that have a name in their namespaces."""
+        found: dict[str, list[str]] = {}
+        for name, (_, inner) in self.namespaces.items():
+            found.setdefault(inner, []).append(name)
+        return found
+
+    @cached_property
+    def _functions(self) -> set[str]:
+        """What the model calls them."""
+        return {tool.name for _, tool in self._placed if isinstance(tool, FunctionTool)}
+
+    @cached_property
     def _placed(self) -> list[tuple[str, BaseModel]]:
         """Each tool behind its place, as the model is told of it."""
         tools: list[tuple[str, BaseModel]] = []
@@ -420,9 +435,8 @@ class ResponsesRequest(Extensible):
         """A choice by what the model calls it. The namespace may be left out where the function's
         name is that of no other. Raises BadRequest."""
         name = one_name(choice.namespace, choice.name)
-        known = {tool.name for _, tool in self._placed if isinstance(tool, FunctionTool)}
-        if name not in known and not choice.namespace:
-            same = [one for one, (_, inner) in self.namespaces.items() if inner == name]
+        if not choice.namespace and name not in self._functions:
+            same = self._by_inner_name.get(name, [])
             if len(same) > 1:
                 raise BadRequest(
                     f"Several functions are called '{name}': name its `namespace` too.",

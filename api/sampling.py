@@ -69,9 +69,16 @@ def _fits_breaker(text: str) -> str:
     return text
 
 
+def _no_truth(value: object) -> object:
+    """To pydantic `true` is a number too."""
+    if isinstance(value, bool):
+        raise ValueError("a token id is a number")
+    return value
+
+
 WholeText = Annotated[str, AfterValidator(_whole)]
 Breaker = Annotated[WholeText, Field(min_length=1), AfterValidator(_fits_breaker)]
-Token = Annotated[int, Field(strict=True, ge=0, lt=2**31)]  # `true` is none
+Token = Annotated[int, BeforeValidator(_no_truth), Field(ge=0, lt=2**31)]
 StopList = Annotated[
     list[Annotated[str, StringConstraints(min_length=1)]],
     Field(max_length=MAX_STOPS, fail_fast=True),

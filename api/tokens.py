@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from api.chat_request import Conversation
 from api.deps import ServicesDep, fetched, while_connected
+from api.errors import client_names
 from api.prompt import prompt_of
 from api.sampling import Switch, Token, WholeText, ignored_params
 from engine import wire
@@ -46,7 +47,8 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesDe
     headers = ignored_params(body, strict=services.settings.server.strict_params)
     segment = wire.Segment(body.content, parse_special=body.parse_special is not False)
     work = tier.tokenize([segment], add_bos=body.add_special)
-    tokens = await while_connected(request.receive, work)
+    with client_names({"^prompt$": "content"}):
+        tokens = await while_connected(request.receive, work)
     if not body.with_pieces:
         return _reply({"tokens": tokens.ids}, headers)
     pieces = await asyncio.to_thread(_with_pieces, tokens)

@@ -67,7 +67,8 @@ async def start(
     n_left_out = 0
     if body.truncate:
         counting = n_too_many(services, tier, body, services.caching(request))
-        n_left_out = await while_connected(request.receive, counting)
+        with client_names({"^prompt$": "messages"}):
+            n_left_out = await while_connected(request.receive, counting)
         body = without_middle(body, n_left_out)
     prompt = await asyncio.to_thread(prompt_of, services, tier, body, answer_must)
     asked = generate_request(

@@ -30,11 +30,12 @@ class DeepThread(threading.Thread):
                 threading.stack_size(before)
 
 
-def in_depth(function: Callable[[int], T]) -> T:
+def in_depth(function: Callable[[int], T], *, alone: bool = False) -> T:
     """What `function` returns in a deep thread, which may be the caller's; it is told how many
-    bytes of stack it has."""
+    bytes of stack it has. `alone` in one of its own: what was used of a stack goes with its
+    thread."""
     thread = threading.current_thread()
-    if isinstance(thread, DeepThread):
+    if isinstance(thread, DeepThread) and not alone:
         return function(thread.stack_bytes)
     result: Future[T] = Future()
 

@@ -1,6 +1,7 @@
 """A worker that embeds or scores, over its socket, on the fake encoder."""
 
 import json
+import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from encoder_jobs import (
     SimilarityJob,
 )
 from engine import wire
+from engine.apart import Apart
 from engine.backends.fake_encoder import BEGIN, END, N_EMBD, N_VOCAB
 from engine.types import SamplingParams
 from tests.test_worker import Served, spec
@@ -307,6 +309,27 @@ def test_who_comes_or_leaves_while_vectors_are_compared_is_heard(
     assert jobs.compute(go_on) == []
     assert n_asked == 4, "no more slices for whom has left"
     assert computed(jobs) == [2]
+    assert jobs.idle
+
+
+def test_who_hears_shutdown_in_a_batch_forgets_its_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = encoder_jobs(tmp_path)
+    jobs.admit(score("one two three four", "five six", "seven", **LATE, job=1))
+    jobs.admit(embed("small", job=2))
+    jobs.tokenize()
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    sent: list[wire.Message] = []
+    compute = jobs.compute
+
+    def computing(go_on: Callable[[], bool]) -> list[wire.Message]:
+        inbox.put(wire.Shutdown())
+        return compute(go_on)
+
+    monkeypatch.setattr(jobs, "compute", computing)
+    assert worker._encoder_loop(jobs, Apart(), inbox, lambda *m: sent.extend(m)) == worker.EXIT_OK
+    assert sent == []
     assert jobs.idle
 
 

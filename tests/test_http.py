@@ -402,19 +402,23 @@ def test_a_preloaded_tier_is_tried_until_it_can_be_loaded_and_health_follows(
 ) -> None:
     monkeypatch.setattr("worker_life.MAX_BACK_OFF_S", 0.02)
     path = tmp_path / "late.json"
+
+    def put(script: str) -> None:  # whole, as it may be read at any moment
+        (tmp_path / "new.json").write_text(script)
+        (tmp_path / "new.json").replace(path)
+
     with serving(settings(heavy=fake(str(path), preload=True))) as service:
         tier = service.manager.tiers["heavy"]
         wait_until(lambda: tier._n_preloads_failed > 2)
         for _ in range(20):
             assert service.http.get("/health").status_code == 503, "in the midst of a try too"
-        path.write_text('{"fault": "load"}')
+        put('{"fault": "load"}')
         wait_until(lambda: "told to fail" in str(tier.life.reason))
         n_failed = tier._n_preloads_failed
         wait_until(lambda: tier._n_preloads_failed > n_failed + 2)
         for _ in range(20):
             assert service.http.get("/health").status_code == 503
-        (tmp_path / "new.json").write_text("{}")
-        (tmp_path / "new.json").replace(path)
+        put("{}")
         wait_until(lambda: tier.state == "ready")
         assert service.http.get("/health").status_code == 200
     assert sum("cannot be loaded" in line for line in caplog.messages) == 2, "each reason once"

@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from embedders import BGEM3Embedder, Embedded
 from encoder_jobs import EncoderJobs
 from engine import wire
-from engine.backends import llama_encoder
+from engine.backends import llama_encoder, llama_tokenizer
 from engine.backends.base import Interrupted
 from engine.backends.llama_encoder import LlamaEncoder
 from engine.deep import LEAST_BYTES, DeepThread
@@ -404,6 +405,39 @@ def test_what_takes_too_much_of_a_stack_is_refused(
     assert isinstance(failed, wire.Failed)
     assert (failed.code, failed.param, failed.numbers) == (None, "input", {"index": 1})
     assert re.search(r"600,00. characters without a .* takes 524,288 such", failed.message)
+
+
+@pytest.mark.parametrize("split_by", ["gpt-2", "llama-bpe", "qwen2", "qwen35", "smollm"])
+def test_what_no_expression_splits_takes_no_stack(
+    split_by: str, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DeepThread, "stack_bytes", LEAST_BYTES)
+    tokenize = load(write_split(tmp_path / "model.gguf", split_by)).tokenizer.tokenize
+    assert tokenize("h" * 600_000, parse_special=False, continues=False)
+    for text in (" " * 600_000, "!" * 600_000):  # which this vocabulary has no tokens for
+        tokenize(text, parse_special=False, continues=False)
+
+
+def test_a_long_text_leaves_no_thread_with_a_stack_that_it_used(tmp_path: Path, load: Load) -> None:
+    tokenize = load(write_split(tmp_path / "model.gguf", "gpt-4o")).tokenizer.tokenize
+    begun: list[threading.Thread] = []
+
+    class Noted(DeepThread):
+        def run(self) -> None:
+            begun.append(self)
+            super().run()
+
+    def tokenize_all() -> None:
+        for n in (llama_tokenizer.SHORT, llama_tokenizer.LONG, llama_tokenizer.LONG + 1):
+            tokenize("h" * n, parse_special=False, continues=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.deep.DeepThread", Noted)
+        caller = Noted(target=tokenize_all)
+        caller.start()
+        caller.join()
+    assert len(begun) == 2  # the caller, and one for the last
+    assert not any(thread.is_alive() for thread in begun)
 
 
 def test_where_no_stack_is_deep_less_is_taken(

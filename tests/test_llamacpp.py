@@ -265,15 +265,17 @@ def test_a_core_that_was_taken_for_a_moment_only_is_used_from_the_next_step_on(
     tiny: Path, load: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a client that has just asked, or by threads of a server that still look for work."""
-    n_idle = iter([*[1] * N_LOOKS, 1, 2])
+    # a core is free, then two beside the two that the step itself has, then all
+    n_idle = iter([*[1] * N_LOOKS, 1, 2, 4])
     numbers: list[int] = []
-    monkeypatch.setattr("engine.machine.cores", lambda: [Cores(2, 0.0)])
+    monkeypatch.setattr("engine.machine.cores", lambda: [Cores(4, 0.0)])
     monkeypatch.setattr("engine.machine.n_idle_cores", lambda: next(n_idle))
     monkeypatch.setattr("engine.threads.WINDOW_S", 1e6)
-    engine = load(tiny, n_threads=2)
+    monkeypatch.setattr("engine.backends.llama_threads.PAUSE_S", 5.0)
+    engine = load(tiny, n_threads=4)
     monkeypatch.setattr(lib, "llama_set_n_threads", lambda _, n, __: numbers.append(n))
     engine.admit(1, [1000, 1001, 1002], SamplingParams(temperature=0))
-    for expected in ([1], [1], [1, 2], [1, 2]):
+    for expected in ([2], [2], [2, 3], [2, 3, 4], [2, 3, 4]):
         engine.step()
         assert numbers == expected
 

@@ -506,8 +506,10 @@ def test_thoughts_that_nobody_can_read_are_left_out_and_named(service: Service) 
     assert service.message(
         "Really?", {"role": "assistant", "content": [redacted]}, "think"
     ).is_success
-    error = error_of(service.message({"role": "assistant", "content": [redacted]}))
-    assert error["message"].startswith("messages: ")
+    for system in (None, "Be brief."):
+        unread = {"role": "assistant", "content": [redacted]}
+        error = error_of(service.message(unread, system=system))
+        assert error["message"].startswith("messages: ")
     error = error_of(service.message("Hi", past, "Hi", tools=[SEARCH]))
     assert error["message"].startswith("tools[0].type: ")
 

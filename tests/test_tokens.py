@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.backends.fake import FakeTokenizer
+from errors import BadRequest
 from tests.serving import Service, fake, script, serving, settings, wait_until
 
 
@@ -28,6 +30,38 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
     error: dict[str, Any] = response.json()["error"]
     return error
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/tokenize", {"content": "frob"}, "content"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "frob"}]}, "messages"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "frob"}] * 3, "truncate": "middle"},
+            "messages",
+        ),
+        (
+            "/v1/messages/count_tokens",
+            {"messages": [{"role": "user", "content": "frob"}]},
+            "messages",
+        ),
+    ],
+)
+def test_a_text_that_the_tokenizer_refuses_is_named_as_it_was_sent(
+    service: Service, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], field: str
+) -> None:
+    tokenize = FakeTokenizer.tokenize
+
+    def refuse(tokenizer: FakeTokenizer, text: str, **how: bool) -> list[int]:
+        if "frob" in text:
+            raise BadRequest("The text cannot be taken.")
+        return tokenize(tokenizer, text, **how)
+
+    monkeypatch.setattr(FakeTokenizer, "tokenize", refuse)
+    error = error_of(service.http.post(path, json={"model": "medium", **body}), 400)
+    assert field in (error.get("param"), error["message"].partition(":")[0])
 
 
 def test_a_text_becomes_tokens_and_the_same_text_again(service: Service) -> None:

@@ -75,9 +75,9 @@ class ContextThreads:
                 self._timer.begin(self._began_at + limit_s)
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # before the step's answers wake those who hand them on
+        # before the step's answers wake those who hand them on; its own threads still look for work
         if self._threads.may_be_more and (n_free := machine.n_idle_cores()) is not None:
-            self._threads.look_again(n_free)
+            self._threads.look_again(n_free + self._n_set - 1)
         self._ended_at, self._own_s = time.monotonic(), time.process_time()
         if self._timer:
             self._timer.end()

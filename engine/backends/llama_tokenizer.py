@@ -15,9 +15,29 @@ from errors import BadRequest
 # (llama-vocab.cpp), and so finds in any text
 HARMONY = (b"<|start|>", b"<|message|>", b"<|channel|>", b"<|constrain|>", b"<|end|>")
 # llama.cpp splits texts for a BPE by expressions, some through std::regex, which takes 330 bytes of
-# stack for each character of a match (x86-64): of a run, and of one of line breaks behind it
+# stack for each character of a match (x86-64): of a run, and of one of line breaks behind it. For
+# these (tokenizer.ggml.pre) it has code of its own, or expressions of a character.
 RUN_BYTES = 1024
-SHORT = 4096  # bytes of a text for which any stack is deep enough
+SHORT, LONG = 4096, 65536  # bytes of a text: any stack is deep enough; it may leave much of it used
+SPLIT_BY_CODE = frozenset(
+    (
+        # as GPT-2's
+        "gpt-2", "phi-2", "jina-es", "jina-de", "jina-v1-en", "jina-v2-es", "jina-v2-de",
+        "jina-v2-code", "roberta-bpe", "modern-bert", "mpt", "olmo", "jais", "trillion", "exaone4",
+        "granite-docling", "gigachat", "a.x-4.0", "mellum",
+        # and with digits apart
+        "smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b",
+        "mellum2",
+        # as Llama 3's
+        "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+        "jina-v5-nano", "dbrx", "smaug-bpe", "chatglm-bpe", "glm4", "glm5",
+        # as Qwen's
+        "qwen2", "qwen35", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan",
+        "solar-open", "grok-2",
+        # at line breaks
+        "gemma4", "granite-embed-multi-311m", "sarvam-moe",
+    )
+)  # fmt: skip
 _SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # to llama.cpp
 _RUNS = re.compile(f"[{_SPACES}]+|[^{_SPACES}]+")
 _LINES = re.compile(r"\n+|[^\n]+")
@@ -29,8 +49,10 @@ class LlamaTokenizer:
 
     def __init__(self, model: Any) -> None:
         self._vocab = lib.llama_model_get_vocab(model)
-        self._is_split = lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_BPE
-        self._runs = _LINES if _split_by(model) in _WITH_SPACES else _RUNS
+        split_by = _text(model, b"tokenizer.ggml.pre") or _text(model, b"tokenizer.ggml.model")
+        is_bpe = lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_BPE
+        self._recurses = is_bpe and split_by not in SPLIT_BY_CODE
+        self._runs = _LINES if split_by in _WITH_SPACES else _RUNS
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
         wants_bos = lib.llama_vocab_get_add_bos(self._vocab)
         self.bos: int | None = lib.llama_vocab_bos(self._vocab) if wants_bos else None
@@ -48,14 +70,14 @@ class LlamaTokenizer:
 
     def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
         data = text.encode()
-        if not self._is_split or len(data) <= SHORT:
+        if not self._recurses or len(data) <= SHORT:
             return self._tokenize(data, parse_special, continues)
 
         def tokenize(stack_bytes: int) -> list[int]:
             self._check_runs(text, stack_bytes // RUN_BYTES)
             return self._tokenize(data, parse_special, continues)
 
-        return in_depth(tokenize)
+        return in_depth(tokenize, alone=len(data) > LONG)
 
     def _check_runs(self, text: str, most: int) -> None:
         """Raises BadRequest for what would end the process."""
@@ -142,8 +164,8 @@ class LlamaTokenizer:
             n_room = -n
 
 
-def _split_by(model: Any) -> str:
-    """The name of the expressions by which llama.cpp splits texts."""
+def _text(model: Any, key: bytes) -> str:
+    """What the file says; nothing where it does not."""
     buffer = ctypes.create_string_buffer(64)
-    lib.llama_model_meta_val_str(model, b"tokenizer.ggml.pre", buffer, len(buffer))
+    lib.llama_model_meta_val_str(model, key, buffer, len(buffer))
     return buffer.value.decode(errors="replace")
