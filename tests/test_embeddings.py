@@ -396,10 +396,10 @@ def test_a_setting_says_what_texts_are_whose_request_does_not(tmp_path: Path) ->
     [("", "input"), ([], "input"), (None, "input"), ({}, "input"), (["a", ""], "input[1]"),
      (["a"] * 2049, "input"), (["a", "\ud800"], "input[1]"), (["a", 5], "input[1]"),
      ([5, "a"], "input[1]"), ([["a"]], "input[0][0]"), ([True, False], "input[0]"),
-     ([5, True], "input[1]"), ([[5, True]], "input[0][1]"), ([5, "5"], "input[1]")],
+     ([5, True], "input[1]"), ([[5, True]], "input[0][1]")],
     ids=["empty", "none", "null", "object", "empty text", "too many", "half a surrogate",
          "an id among texts", "a text among ids", "texts in a list", "truths", "a truth among ids",
-         "a truth in a list", "a text of digits"],
+         "a truth in a list"],
 )  # fmt: skip
 def test_input_that_is_none(service: Service, asked: object, param: str) -> None:
     content = json.dumps({"model": "embedding", "input": asked})
