@@ -21,7 +21,7 @@ from engine.batcher import Batcher
 from engine.types import Method, Output, Truncate
 from errors import BadRequest, ContextLengthExceeded, InternalError, ServiceError
 from lengths import check_colbert
-from rerankers import EQUAL_WEIGHTS, BGEReranker, EmbeddingReranker, Reranker
+from rerankers import EQUAL_WEIGHTS, BGEReranker, EmbeddingReranker, Reranker, is_blank
 from worker_requests import failure, naming
 
 logger = logging.getLogger("worker.encoder_jobs")
@@ -276,8 +276,9 @@ class SimilarityJob(ScoreJob):
             self._queries[self._query_at[index]] = text, result
             return []
         items: list[Item] = []
-        pairs = self._pairs[self._document_at[index - len(self._query_at)]]
-        for n, (query, pair) in enumerate(pairs):
+        document = self._document_at[index - len(self._query_at)]
+        says_nothing = is_blank(self._request.documents[document])
+        for n, (query, pair) in enumerate(self._pairs[document]):
             of_query, ours = self._queries[query]
             n_tokens = 0 if n else len(text.ids)  # each text counts once
             if query not in self._counted:
@@ -285,7 +286,7 @@ class SimilarityJob(ScoreJob):
                 n_tokens += len(of_query.ids)
             fault = next((r for r in (ours, result) if isinstance(r, ServiceError)), None)
             score = 0.0
-            if isinstance(ours, Embedded) and isinstance(result, Embedded):
+            if isinstance(ours, Embedded) and isinstance(result, Embedded) and not says_nothing:
                 score = EmbeddingReranker.score(ours, result, self._method, self._weights, go_on)
             self._n_open[query] -= 1
             if not self._n_open[query]:

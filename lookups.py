@@ -28,7 +28,7 @@ from engine.types import Method, Role, Scale, Truncate
 from errors import BadRequest
 from flights import Flights, told
 from lengths import check_colbert
-from rerankers import EQUAL_WEIGHTS, EmbeddingReranker
+from rerankers import EQUAL_WEIGHTS, EmbeddingReranker, is_blank
 from tier import Tier
 
 # the fields of a vector by the kind of what is remembered
@@ -337,7 +337,10 @@ class _Pairs(_Batch[Score]):
                     continue
                 for place, (vector, _) in ((("q", q), query), (("d", d), document)):
                     embedded.setdefault(place, _embedded(vector))
-                score = EmbeddingReranker.score(embedded["q", q], embedded["d", d], method, weights)
+                score = 0.0
+                if not is_blank(self.asked.documents[d]):
+                    both = embedded["q", q], embedded["d", d]
+                    score = EmbeddingReranker.score(*both, method, weights)
                 n_query, n_document = query[0].item.n_tokens, document[0].item.n_tokens
                 n_cut_query, n_cut = query[0].item.n_cut, document[0].item.n_cut
                 item = wire.Scored(0, 0, n_cut, score, None, n_cut_query, n_query, n_document)

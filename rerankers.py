@@ -192,6 +192,12 @@ class EmbeddingReranker(Reranker):
         return math.fsum(map(operator.mul, weights, scores)) / math.fsum(weights)
 
 
+def is_blank(document: str) -> bool:
+    """It says nothing. Its vectors are near many others' all the same, often nearer than what says
+    something else; so compared it scores 0."""
+    return not document.strip()
+
+
 def _dot(query: Floats | None, document: Floats | None) -> float:
     assert query is not None
     assert document is not None

@@ -406,6 +406,16 @@ def test_a_fault_names_the_place_that_the_client_knows(service: Service) -> None
     assert known.json()["error"]["index"] == 3
 
 
+def test_a_document_of_blanks_is_like_nothing_by_vectors_that_are_known(service: Service) -> None:
+    service.embed("fog", input_type="query")
+    service.embed([" \n", "fog"], input_type="document")
+    asked = {"model": "embedding", "text_1": "fog", "text_2": [" \n", "fog"], "method": "dense"}
+    reply = service.http.post("/v1/score", json=asked)
+    assert (outcome(reply), reply.headers["x-cached-inputs"]) == ("HIT", "2")
+    low, high = (item["score"] for item in reply.json()["data"])
+    assert low == 0.0 < high
+
+
 def test_each_pair_of_a_rerank_is_remembered(service: Service) -> None:
     first = service.rerank("a b", ["a", "b c", "a b"], top_n=1, return_documents=True)
     again = service.rerank("a b", ["new", "a b", "a"], raw_scores=True)
