@@ -84,6 +84,11 @@ class Message(Extensible):
         Discriminator(_content_tag),
     ]
 
+    @property
+    def is_unreadable(self) -> bool:
+        blocks = self.content
+        return isinstance(blocks, list) and all(isinstance(b, RedactedBlock) for b in blocks)
+
 
 class ClientTool(Extensible):
     type: Literal["custom"] | None = None
@@ -214,10 +219,9 @@ class PromptRequest(Extensible):
         return ChatRequest.model_validate(self._fields())
 
     def _fields(self) -> dict[str, Any]:
-        messages = self._messages()
-        blocks = [block for m in self.messages for block in m.content or ()]
-        if all(isinstance(block, RedactedBlock) for block in blocks) or not messages:
+        if all(message.is_unreadable for message in self.messages):
             raise BadRequest("There is nothing in it that can be read.", param="messages")
+        messages = self._messages()
         choice = self.tool_choice
         wanted = self.output_config and self.output_config.format
         schema = wanted and {"type": "json_schema", "json_schema": {"schema": wanted.schema_}}

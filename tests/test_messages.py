@@ -510,6 +510,7 @@ def test_thoughts_that_nobody_can_read_are_left_out_and_named(service: Service) 
         unread = {"role": "assistant", "content": [redacted]}
         error = error_of(service.message(unread, system=system))
         assert error["message"].startswith("messages: ")
+    assert service.message("").is_success, "nothing was said, and could be read"
     error = error_of(service.message("Hi", past, "Hi", tools=[SEARCH]))
     assert error["message"].startswith("tools[0].type: ")
 
