@@ -126,7 +126,8 @@ class SimpleEmbedder(Embedder):
 
     def _vectors(self, rows: "Rows", wanted: Sequence[Collection[Output]]) -> list[Embedded]:
         pooled = rows.pooled(self._pooling)
-        dense, norms = normalized(pooled), _norms(pooled)
+        norms = _norms(pooled)
+        dense = _scaled(pooled, norms)
         is_sound = rows.are_finite & (abs(np.linalg.norm(dense, axis=1) - 1) <= NORM_TOLERANCE)
         return [
             Embedded(bool(is_right), vector if "dense" in kinds else None, norm=float(norm))
@@ -212,7 +213,11 @@ def new_embedder(encoder: Encoder, spec: EncoderSpec) -> Embedder:
 
 def normalized(vectors: Floats) -> Floats:
     """Each of length 1; those of length 0 as they are."""
-    scaled: Floats = vectors / np.maximum(_norms(vectors), EPSILON)[:, None]
+    return _scaled(vectors, _norms(vectors))
+
+
+def _scaled(vectors: Floats, norms: NDArray[Any]) -> Floats:
+    scaled: Floats = vectors / np.maximum(norms, EPSILON)[:, None]
     return scaled
 
 
