@@ -274,6 +274,24 @@ def test_a_file_that_is_replaced_during_the_load_is_not_taken_for_what_answers(
     run(test, launcher, light=fake(str(path)))
 
 
+def test_what_changes_answers_changes_the_fingerprint_and_nothing_else(tmp_path: Path) -> None:
+    path = script(tmp_path)
+    found: list[str] = []
+
+    async def test(manager: ModelManager) -> None:
+        first, other = (manager.tiers[name].fingerprint for name in ("light", "medium"))
+        assert first == other
+        found.append(first)
+
+    decisive: list[dict[str, Any]] = [
+        {}, {"n_batch": 128}, {"n_gpu_layers": 1}, {"flash_attention": False}, {"n_ctx": 100}
+    ]  # fmt: skip
+    for values in decisive:
+        of_others = fake(path, n_parallel=1, max_stall_ms=100, **values)
+        run(test, light=fake(path, **values), medium=of_others)
+    assert len(set(found)) == len(found)
+
+
 def test_a_file_that_is_replaced_during_each_load_is_neither(tmp_path: Path) -> None:
     path = Path(script(tmp_path))
     n_launches = 0
