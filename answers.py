@@ -13,7 +13,7 @@ says all of it again for every form of reply, whole or streamed.
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -87,15 +87,13 @@ class Answers:
         `caching` what it had. Closing it ends what nobody else waits for. Raises ServiceError."""
         cache = self._cache
         if cache is None or not caching.writes or not self._may_keep(requests, is_seeded):
-            flight: AbstractAsyncContextManager[Reader[Item]] = self._flights.alone(
-                lambda tell: generate(requests, tier, priority, tell)
-            )
+            flight = self._flights.alone(lambda tell: generate(requests, tier, priority, tell))
         else:
             asked = _Asked(requests, tier, priority, tier.identity)
             name = await _key(asked, is_seeded, caching.owner)
             caching.outcome = "MISS"
             flight = self._flight(asked, cache, name, caching)
-        async with flight as reader:
+        with flight as reader:
             async for item in reader:
                 if isinstance(item, Begun):
                     if item.age_s is not None:
@@ -107,9 +105,7 @@ class Answers:
                     await asyncio.sleep(0)
                 yield item
 
-    def _flight(
-        self, asked: "_Asked", cache: Cache, name: bytes, caching: Caching
-    ) -> AbstractAsyncContextManager[Reader[Item]]:
+    def _flight(self, asked: "_Asked", cache: Cache, name: bytes, caching: Caching) -> Reader[Item]:
         if not caching.reads:
             return self._flights.alone(lambda tell: _keep(asked, cache, name, tell))
         # who is more urgent does not wait in the place of who is less, nor for what is too old
