@@ -609,7 +609,7 @@ class Tier:
             f"The process with the model of tier '{self.name}' died again with this request in it "
             f"({end})."
         )
-        guilty.is_fault_of_request = True
+        guilty.is_final = True  # it was in two workers that died, in the second one alone
         for generation in self._running.values():
             generation.n_crashes += 1
             if generation.has_answered or generation.n_crashes > 1:
