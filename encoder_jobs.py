@@ -170,7 +170,7 @@ class ScoreJob(Job):
         self._method: Method = method
 
     def message(self, items: list[Any]) -> wire.Message:
-        return wire.Scores(self.id, items, self._method, self._reranker.scale(self._method))
+        return wire.Scores(self.id, items, self._method, self._reranker.scale())
 
 
 class PairJob(ScoreJob):

@@ -40,7 +40,7 @@ PROOF_MARGIN = 0.05  # of logits or probabilities; trained ones lie further apar
 class Reranker(ABC):
     methods: tuple[Method, ...]  # the first is its own
 
-    def scale(self, method: Method) -> Scale:
+    def scale(self) -> Scale:
         return "similarity"
 
 
@@ -53,7 +53,7 @@ class BGEReranker(Reranker):
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
-    def scale(self, method: Method) -> Scale:
+    def scale(self) -> Scale:
         assert self.encoder.scale is not None
         return self.encoder.scale
 

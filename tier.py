@@ -332,16 +332,16 @@ class Tier:
             retry_after_s=wait_s,
         )
 
-    def embed(self, request: wire.Embed, *, priority: int = 0) -> Encoding[wire.Vector]:
+    def embed(self, request: wire.Embed) -> Encoding[wire.Vector]:
         """Queue texts to be embedded; raises as `submit` does."""
         encoding = Encoding[wire.Vector](self, self._with_job(request))
-        self._queue_texts(encoding, priority)
+        self._queue_texts(encoding)
         return encoding
 
-    def score(self, request: wire.Score, *, priority: int = 0) -> Encoding[wire.Scored]:
+    def score(self, request: wire.Score) -> Encoding[wire.Scored]:
         """Queue pairs to be scored; raises as `submit` does."""
         encoding = Encoding[wire.Scored](self, self._with_job(request))
-        self._queue_texts(encoding, priority)
+        self._queue_texts(encoding)
         return encoding
 
     def _with_job(self, request: wire.Embed | wire.Score) -> wire.Embed | wire.Score:
@@ -356,12 +356,10 @@ class Tier:
         self._lengths().check_texts(request)
         return msgspec.structs.replace(request, job=next(self._job_ids))
 
-    def _queue_texts(
-        self, encoding: Encoding[wire.Vector] | Encoding[wire.Scored], priority: int
-    ) -> None:
+    def _queue_texts(self, encoding: Encoding[wire.Vector] | Encoding[wire.Scored]) -> None:
         self._check_room_for_texts()
         self._encodings.add(encoding)
-        encoding.n_before = self._waiting.join(encoding, priority, time.monotonic())
+        encoding.n_before = self._waiting.join(encoding, 0, time.monotonic())
         self._expire(encoding)
         self._wakeup.set()
 

@@ -34,9 +34,7 @@ class Answer:
     """The choices that come of requests, one for each prompt: those of the first prompt, then those
     of the second. Close `outs` to cancel them."""
 
-    def __init__(
-        self, n_choices: int, items: Items, caching: Caching, watch: Watch | None = None
-    ) -> None:
+    def __init__(self, n_choices: int, items: Items, caching: Caching, watch: Watch) -> None:
         self._watch = watch
         self._caching = caching
         self.n_choices = n_choices
@@ -60,8 +58,7 @@ class Answer:
                     yield -1, wire.TokenOut(0, "")  # the handshake that `start` waits for
                     self.first_at = 0.0
                 elif isinstance(item, Generation):
-                    if self._watch is not None:
-                        self._watch.generation = item
+                    self._watch.generation = item
                 else:
                     self.last_at = time.monotonic()
                     self.first_at = self.first_at or self.last_at
@@ -148,7 +145,7 @@ async def start(
     *,
     is_seeded: bool,
     priority: int,
-    watch: Watch | None = None,
+    watch: Watch,
 ) -> Answer:
     """Ask for answers and wait until all have begun: from here on nothing that is wrong with the
     request can come up. Raises ClientLeft or ServiceError."""

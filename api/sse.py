@@ -16,6 +16,7 @@ from errors import ServiceError
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": still computing\n\n"
 LEAST_SILENCE_S = 0.01
+WAIT_SAID_S = 2.0  # until it is said again what a request waits for
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 Failed = Callable[[ServiceError], bytes]  # the events of a stream that breaks off
@@ -59,7 +60,6 @@ class LateStream(Response):
         self,
         starting: "asyncio.Future[EventStream]",
         waits_for: Callable[[], str],
-        interval_s: float,
         headers: Mapping[str, str],
         failed: Failed | None,
         last: bytes,
@@ -69,7 +69,6 @@ class LateStream(Response):
         self._said = dict(headers)
         self._starting = starting
         self._waits_for = waits_for
-        self._interval_s = interval_s
         self._failed = failed
         self._last = last
 
@@ -80,7 +79,7 @@ class LateStream(Response):
             while not self._starting.done():
                 body = f": {self._waits_for()}\n\n".encode()
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-                await asyncio.wait({self._starting}, timeout=self._interval_s)
+                await asyncio.wait({self._starting}, timeout=WAIT_SAID_S)
             stream = self._starting.result()
             if body := self._late(stream.said):
                 await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -108,7 +107,6 @@ async def begun(
     waits_for: Callable[[], str],
     patience_s: float,
     headers: Mapping[str, str],
-    interval_s: float = 2.0,
     failed: Failed | None = None,
     last: bytes = DONE,
 ) -> Response:
@@ -123,7 +121,7 @@ async def begun(
         raise
     if done:
         return task.result()
-    return LateStream(task, waits_for, interval_s, headers, failed, last)
+    return LateStream(task, waits_for, headers, failed, last)
 
 
 class EventStream(Response):

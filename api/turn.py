@@ -58,7 +58,7 @@ async def start(
     services: Services,
     tier: Tier,
     body: ChatRequest,
-    watch: generation.Watch | None = None,
+    watch: generation.Watch,
 ) -> "Turn":
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
     body.check_stream_options()

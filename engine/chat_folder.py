@@ -100,7 +100,6 @@ def read_chat_folder(path: Path) -> ModelFile:
         n_vocab=_number(path, text, "vocab_size", default=len(pieces)),
         max_token_bytes=max(len(piece.encode("utf-8", "replace")) for piece in pieces),
         kv_bytes_per_token=2 * n_layer * n_head_kv * head_size * FLOAT_BYTES,
-        tokenizer_model="gpt2" if is_byte_level(tokenizer) else "llama",
         chat_template=_template(path, settings),
         bos_token=bos,
         eos_token=eos,

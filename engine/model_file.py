@@ -39,7 +39,6 @@ class ModelFile:
     n_vocab: int
     max_token_bytes: int  # no token stands for more of a prompt
     kv_bytes_per_token: int  # f16 keys and values of all layers; 0 for encoders
-    tokenizer_model: str  # gpt2 | llama | t5 | bert …
     chat_template: str | None
     bos_token: str  # "" where the model has none, also eos_token
     eos_token: str
@@ -386,7 +385,6 @@ def _describe(path: Path, header: Header) -> ModelFile:
         n_vocab=tokens.count if tokens else header.number(f"{architecture}.vocab_size", 0),
         max_token_bytes=int(np.diff(tokens.texts).max(initial=9)) - 8 if tokens else 1,
         kv_bytes_per_token=_kv_bytes_per_token(header, architecture, n_layer),
-        tokenizer_model=tokenizer_model,
         chat_template=header.text("tokenizer.chat_template") or None,
         bos_token=bos_token,
         eos_token=_special(header, tokens, "eos", _DEFAULT_EOS.get(tokenizer_model)),

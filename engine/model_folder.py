@@ -11,15 +11,14 @@ from errors import ModelLoadFailed
 
 
 class _Family(NamedTuple):
-    tokenizer_model: str  # what llama.cpp calls it
     n_unused: int  # rows of the table of positions: they begin after the padding's id
     max_token_bytes: int  # at least; reading all pieces would take long
 
 
 _FAMILIES = {
-    "xlm-roberta": _Family("t5", 2, 64),
-    "roberta": _Family("gpt2", 2, 128),
-    "bert": _Family("bert", 0, 64),
+    "xlm-roberta": _Family(2, 64),
+    "roberta": _Family(2, 128),
+    "bert": _Family(0, 64),
 }
 _HALVES = ("float16", "bfloat16")  # weights that are twice as large once they are computed with
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that are there count
@@ -75,7 +74,7 @@ def read_model_folder(path: Path) -> ModelFile:
     kind = _kind(config, fail)
     if kind == "embedding" and (modules := _modules_in(path) - _MODULES):
         fail(f"has layers that are not computed here ({', '.join(sorted(modules))})")
-    tokenizer_model, n_unused, max_token_bytes = _FAMILIES[family]
+    n_unused, max_token_bytes = _FAMILIES[family]
     is_half = (config.get("dtype") or config.get("torch_dtype")) in _HALVES
 
     def size_of(key: str) -> int:
@@ -95,7 +94,6 @@ def read_model_folder(path: Path) -> ModelFile:
         n_vocab=size_of("vocab_size"),
         max_token_bytes=max_token_bytes,
         kv_bytes_per_token=0,
-        tokenizer_model=tokenizer_model,
         chat_template=None,
         bos_token="",
         eos_token="",

@@ -223,7 +223,6 @@ class EncoderInfo(msgspec.Struct, frozen=True, array_like=True):
 class Ready(Message, frozen=True):
     n_ctx: int
     n_parallel: int  # jobs that it takes at once
-    n_vocab: int
     encoder: EncoderInfo | None = None
 
 

@@ -72,7 +72,6 @@ def chat_format(template: str, tool_format: str = "auto") -> ChatFormat:
         n_vocab=3,
         max_token_bytes=16,
         kv_bytes_per_token=1,
-        tokenizer_model="gpt2",
         chat_template=source,
         bos_token="<s>",
         eos_token="</s>",

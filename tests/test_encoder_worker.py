@@ -102,7 +102,6 @@ def test_it_says_what_the_model_can(serve: Serve) -> None:
     assert serve().ready() == wire.Ready(
         100,
         worker.ENCODER_SEATS,
-        N_VOCAB,
         wire.EncoderInfo(
             ["colbert", "dense", "sparse"],
             ["hybrid", "dense", "sparse", "colbert"],
@@ -402,8 +401,8 @@ def test_batches_do_not_give_way_for_ever(tmp_path: Path, monkeypatch: pytest.Mo
         now += for_s
 
     monkeypatch.setattr("encoder_jobs.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("engine.backends.fake_encoder.time", SimpleNamespace(sleep=compute))
     jobs = encoder_jobs(tmp_path, token_us=50)
-    jobs._model.encoder._sleep = compute  # type: ignore[attr-defined]
     jobs._may_repeat_s = 0.0
     jobs.admit(embed(*[f"{LONG}{n}" for n in range(40)], job=1))
     answered = []

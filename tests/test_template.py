@@ -545,7 +545,6 @@ def test_a_model_file_has_all_that_a_template_needs() -> None:
         n_vocab=3,
         max_token_bytes=4,
         kv_bytes_per_token=1,
-        tokenizer_model="llama",
         chat_template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
         bos_token="<s>",
         eos_token="</s>",

@@ -99,7 +99,6 @@ def model_file(script: Path | Literal[""], kind: Kind = "chat") -> ModelFile:
         n_vocab=FakeTokenizer.n_vocab,
         max_token_bytes=max(map(len, CONTROL_TOKENS)),
         kv_bytes_per_token=0,
-        tokenizer_model="bytes",
         chat_template=CHAT_TEMPLATE if template is None else template,
         bos_token="",
         eos_token=CONTROL_TOKENS[0],
