@@ -95,10 +95,9 @@ class DiskStore:
         found |= waiting
         return {key: s for key, s in found.items() if s is not None and s.kind == kind}
 
-    def put_many(self, entries: Mapping[bytes, Stored]) -> None:
-        """Have them written. What finds no room in the queue is dropped."""
-        for key, stored in entries.items():
-            self._queue.put(key, stored)
+    def put(self, key: bytes, stored: Stored) -> None:
+        """Have it written. What finds no room in the queue is dropped."""
+        self._queue.put(key, stored)
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """They were used, here or in memory."""

@@ -68,9 +68,9 @@ class Disk:
             known = {key: s._replace(value=s.value[:-1]) for key, s in known.items()}
         return {key: stored for key, stored in known.items() if stored.kind == kind}
 
-    def put_many(self, entries: dict[bytes, Stored]) -> None:
+    def put(self, key: bytes, stored: Stored) -> None:
         if not self.is_lost:
-            self.entries |= entries
+            self.entries[key] = stored
 
     def touch(self, keys: Any) -> None: ...
 
