@@ -12,7 +12,7 @@ from footprint import estimate
 from model_manager import ModelManager
 from settings import Settings, TierSettings
 from tests.engines import needs_mlx, spec
-from tests.test_model_manager import ask, run
+from tests.test_model_manager import ask, items_of, run
 
 pytestmark = pytest.mark.real
 
@@ -75,7 +75,7 @@ def test_an_embedding_model_takes_what_was_estimated(e5: Path) -> None:
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["embedding"]
         with tier.embed(wire.Embed(["word " * 600] * 3, ["dense"], "end")) as encoding:
-            await encoding.all()
+            await items_of(encoding)
         measured = tier.life.memory_bytes
         assert measured is not None
         assert tier.life.footprint().loaded == pytest.approx(measured, rel=0.15)
@@ -89,7 +89,7 @@ def test_a_decoder_that_embeds_takes_what_was_estimated_for_cells_and_logits(
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["embedding"]
         with tier.embed(wire.Embed(["word " * 600], ["dense"], "end")) as encoding:
-            await encoding.all()
+            await items_of(encoding)
         measured = tier.life.memory_bytes
         assert measured is not None
         footprint = tier.life.footprint()

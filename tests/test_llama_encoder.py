@@ -41,7 +41,7 @@ from tests.own_encoder import (
     sequences,
     spec,
 )
-from tests.test_model_manager import run
+from tests.test_model_manager import items_of, run
 from worker import load_model
 
 pytestmark = pytest.mark.real
@@ -866,8 +866,8 @@ def test_one_worker_embeds_and_scores(models: Path) -> None:
             tier.embed(wire.Embed([query, *documents], [*ALL])) as embedding,
             tier.score(wire.Score([query], documents, pairs, "hybrid", (1, 0.5, 2))) as scoring,
         ):
-            first, *others = await embedding.all()
-            scored = await scoring.all()
+            first, *others = await items_of(embedding)
+            scored = await items_of(scoring)
 
         def read(item: wire.Vector) -> Embedded:
             return Embedded(
@@ -899,7 +899,7 @@ def test_an_empty_document_does_not_cost_the_others_their_scores(
         tier = manager.tiers["embedding"]
         asked = wire.Score(["what?"], ["", "a text", " "], [(0, i) for i in range(3)], "dense")
         with tier.score(asked) as scoring:
-            scored = await scoring.all()
+            scored = await items_of(scoring)
         assert all(-1 <= item.score <= 1 for item in scored)
         if not adds_eos:  # without a token around it nothing is left but a space
             assert scored[0].score == scored[2].score
@@ -924,7 +924,7 @@ def test_equal_documents_have_the_very_same_score_in_whatever_company(models: Pa
         tier = manager.tiers["embedding"]
         pairs = [(0, i) for i in range(len(documents))]
         with tier.score(wire.Score(["what?"], documents, pairs, "dense")) as scoring:
-            scored = await scoring.all()
+            scored = await items_of(scoring)
         for n in range(40):
             alike = {scored[m].score for m in range(40) if documents[m] == documents[n]}
             assert len(alike) == 1

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+from encoding import Encoding, Item, error_of
 from engine import wire
 from engine.backends.fake import model_file
 from engine.client import Handle, Launcher, launch_process
@@ -47,6 +48,16 @@ async def ask(tier: Tier, text: str = "Hi", max_tokens: int | None = None) -> st
         said: list[str] = []
         await generation.tell(lambda out: said.append(out.text))
         return "".join(said)
+
+
+async def items_of(encoding: Encoding[Item]) -> list[Item]:
+    """Every item, in the order in which they were asked for. Raises the fault of the first that has
+    one."""
+    items = sorted([item async for item in encoding], key=lambda item: item.index)
+    for item in items:
+        if item.fault is not None:
+            raise error_of(item)
+    return items
 
 
 async def until(holds: Callable[[], object]) -> None:
