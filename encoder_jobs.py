@@ -18,10 +18,10 @@ from embedders import Embedded, Embedder, Framed, GoOn
 from engine import wire
 from engine.backends.base import Ids, Interrupted, Tokenizer
 from engine.batcher import Batcher
-from engine.types import Method, Output, Truncate
+from engine.types import EQUAL_WEIGHTS, Method, Output, Truncate
 from errors import BadRequest, ContextLengthExceeded, InternalError, ServiceError
 from lengths import check_colbert
-from rerankers import EQUAL_WEIGHTS, BGEReranker, EmbeddingReranker, Reranker, is_blank
+from rerankers import BGEReranker, EmbeddingReranker, Reranker, is_blank
 from worker_requests import failure, naming
 
 logger = logging.getLogger("worker.encoder_jobs")

@@ -23,11 +23,11 @@ from caching import Caching
 from embedders import Embedded
 from encoding import Encoding, error_of
 from engine import wire
-from engine.types import Method, Role, Scale, Truncate
+from engine.types import EQUAL_WEIGHTS, Method, Role, Scale, Truncate
 from errors import BadRequest
 from flights import Flights, Tell
 from lengths import check_colbert
-from rerankers import EQUAL_WEIGHTS, EmbeddingReranker, is_blank
+from rerankers import EmbeddingReranker, is_blank
 from tier import Tier
 
 # the fields of a vector by the kind of what is remembered

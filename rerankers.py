@@ -14,11 +14,10 @@ import numpy as np
 
 from embedders import Embedded, Embedder, Framed, GoOn
 from engine.backends.base import Encoder, Floats, Ids, Interrupted
-from engine.types import Method, Output, Scale
+from engine.types import EQUAL_WEIGHTS, Method, Output, Scale
 from errors import ModelLoadFailed
 
 QUERY_SHARE = 3, 4  # of all tokens, which a query does not pass: FlagEmbedding's
-EQUAL_WEIGHTS = 1.0, 1.0, 1.0  # of dense, sparse and ColBERT
 PRODUCTS_AT_ONCE = 1 << 24  # of ColBERT rows: some 0.3 s, and 64 MB
 # Of each language queries with their answers, which are no answers to the others. A trained head
 # tells them apart in some language; one that got lost on the way in none, or only by chance.

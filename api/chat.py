@@ -10,8 +10,9 @@ from starlette.responses import JSONResponse, Response
 from api import generation, turn
 from api.chat_request import ChatRequest
 from api.deps import ServicesDep, while_connected
+from api.fields import ignored_params, refuse
 from api.keep_alive import not_kept
-from api.sampling import ignored_params, refuse, validity
+from api.sampling import validity
 from api.sse import Chunks, EventStream, begun
 from chat.events import CallBegin, Event, Reasoning, Text
 from engine import wire

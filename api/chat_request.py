@@ -15,10 +15,10 @@ from pydantic import (
     model_validator,
 )
 
+from api.fields import Switch, kind_of_content
 from api.sampling import (
     GenerationFields,
     OneChoice,
-    Switch,
     TokenLimit,
     TopLogprobs,
     schema_part,
@@ -90,14 +90,10 @@ def tool_names(tools: Iterable[tuple[str, BaseModel]], kind: type[BaseModel]) ->
     return {rf"^tools\[{i}\]\.function": place for i, place in enumerate(places)}
 
 
-def _content_kind(value: Any) -> str:
-    return "<parts>" if isinstance(value, list) else "<text>"
-
-
 Content = Annotated[
     Annotated[str | None, Tag("<text>")]
-    | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_kind),
+    | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(kind_of_content),
 ]
 
 

@@ -13,20 +13,15 @@ from starlette.responses import JSONResponse, Response
 
 from api import generation
 from api.deps import ServicesDep, fetched, while_connected
+from api.fields import Switch, Tokens, WholeText, each_text, ignored_params, kind_of_texts
 from api.keep_alive import not_kept
 from api.sampling import (
     MAX_TOP_LOGPROBS,
     ChoiceCount,
     GenerationFields,
     OneChoice,
-    Switch,
-    Token,
-    WholeText,
     answer_part,
-    each_text,
     generate_request,
-    ignored_params,
-    kind_of_texts,
     validity,
 )
 from api.sse import Chunks, EventStream, begun
@@ -38,8 +33,6 @@ from tier import Tier
 router = APIRouter()
 
 MAX_PROMPTS = 2048
-
-Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 Prompt = Annotated[
     Annotated[WholeText, Tag("<text>")]

@@ -14,10 +14,11 @@ from api.blocks import BlockReply, Data
 from api.chat_request import ChatRequest
 from api.deps import Services, ServicesDep, fetched, while_connected
 from api.errors import client_names
+from api.fields import ignored_params, refuse
 from api.keep_alive import not_kept
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
-from api.sampling import ignored_params, refuse, validity
+from api.sampling import validity
 from api.sse import EventStream, begun, event
 from api.tokens import MAX_LENGTH
 from chat.events import CallBegin, Event, Reasoning

@@ -13,9 +13,10 @@ from api import generation, turn
 from api.blocks import BlockReply, Data
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
+from api.fields import ignored_params, refuse
 from api.keep_alive import not_kept
 from api.responses_request import ResponsesRequest
-from api.sampling import ignored_params, refuse, validity
+from api.sampling import validity
 from api.sse import EventStream, begun, event
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire

@@ -10,6 +10,7 @@ import msgspec
 Finish = Literal["stop", "length"]
 Output = Literal["dense", "sparse", "colbert"]  # kinds of vectors of a text
 Method = Literal["cross-encoder", "dense", "sparse", "colbert", "hybrid"]  # of scoring a pair
+EQUAL_WEIGHTS = 1.0, 1.0, 1.0  # of dense, sparse and ColBERT in a hybrid score
 Scale = Literal["logit", "probability", "similarity"]  # of scores
 Pooling = Literal["cls", "mean", "last"]  # which rows of its tokens make the vector of a text
 Truncate = Literal["none", "start", "end"]  # where a text that is too long is cut
