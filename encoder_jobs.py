@@ -158,8 +158,6 @@ class ScoreJob(Job):
                 f"{method}.", param="method",
             )  # fmt: skip
         weights = request.weights
-        if weights is not None and (sum(weights) <= 0 or min(weights) < 0):
-            raise BadRequest("Weights are not negative, and not all zero.", param="weights")
         if weights is not None and method != "hybrid":
             raise BadRequest(
                 f"Weights are for the method 'hybrid', and this one is '{method}'.", param="weights"
@@ -350,8 +348,6 @@ class EncoderJobs:
         """Take a request; what there is to say about it at once."""
         try:
             job = self._new_job(request)
-            if not job.n_texts:
-                raise BadRequest("There is nothing to compute.", param="input")
         except Exception as error:
             return [failure(request.job, error)]
         self._jobs[job.id] = self._new[job.id] = job

@@ -361,8 +361,6 @@ class _Pairs(_Batch[Score]):
             method = encoder.methods[0]
         if method == "cross-encoder" or (weights is not None and method != "hybrid"):
             method = None
-        if weights is not None and (sum(weights) <= 0 or min(weights) < 0):
-            method = None
         return method, weights or EQUAL_WEIGHTS
 
     def _is_cut(self, document: wire.Vector) -> bool:

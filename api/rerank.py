@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from api.deps import Services, ServicesDep, while_connected
@@ -34,6 +34,12 @@ def _text_of(value: Any) -> Any:
     return value["text"] if isinstance(value, dict) and "text" in value else value
 
 
+def _that_weigh(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if not any(weights):
+        raise ValueError("One of them must be more than 0.")
+    return weights
+
+
 Document = Annotated[WholeText, BeforeValidator(_text_of)]  # chunks of files may be empty
 Many = Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)
 Documents = Annotated[list[Document], Many]
@@ -42,6 +48,7 @@ OneOrMoreQueries = Annotated[
     list[Annotated[SomeText, BeforeValidator(_text_of)]], Many, BeforeValidator(as_list)
 ]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
+Weights = Annotated[tuple[Weight, Weight, Weight], AfterValidator(_that_weigh)]
 
 
 class ScoringFields(BaseModel):
@@ -51,7 +58,7 @@ class ScoringFields(BaseModel):
     raw_scores: Switch = False
     keep_alive: KeepAlive | None = None
     method: Method | None = None
-    weights: tuple[Weight, Weight, Weight] | None = None
+    weights: Weights | None = None
     max_tokens_per_doc: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     truncate: Literal[Truncate, True, False] | None = None  # TEI says yes or no
     truncation_direction: Literal["Left", "Right", "left", "right"] | None = None  # TEI's

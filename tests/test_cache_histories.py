@@ -428,7 +428,7 @@ SCORES = st.builds(
     st.lists(TEXTS, min_size=1, max_size=3).map(tuple),
     st.sampled_from(["embedding", "embedding", "reranker"]),
     st.sampled_from([None, "dense", "hybrid", "colbert", "cross-encoder"]),
-    st.sampled_from([None, None, (1.0, 2.0, 3.0), (0.0, 0.0, 0.0)]),
+    st.sampled_from([None, None, (1.0, 2.0, 3.0), (0.0, 0.0, 1.0)]),
     st.sampled_from([None, None, 1, 3]),
 )
 QUERIES = st.builds(
