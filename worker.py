@@ -18,7 +18,8 @@ from typing import TypeVar
 
 import logs
 from embedders import Embedder, new_embedder
-from encoder_jobs import EncoderJobs, Model
+from encoder_jobs import EncoderJobs
+from encoder_requests import Model
 from engine import wire
 from engine.apart import Apart
 from engine.backends.base import Engine, Tokenizer, load_encoder, load_engine

@@ -12,13 +12,8 @@ import pytest
 
 import worker
 from embedders import Embedded
-from encoder_jobs import (
-    MAX_FAILURES,
-    TOKENS_AT_ONCE,
-    WORTH_GIVING_UP,
-    EncoderJobs,
-    SimilarityJob,
-)
+from encoder_jobs import MAX_FAILURES, TOKENS_AT_ONCE, WORTH_GIVING_UP, EncoderJobs
+from encoder_requests import SimilarityJob
 from engine import wire
 from engine.apart import Apart
 from engine.backends.fake_encoder import BEGIN, END, N_EMBD, N_VOCAB
@@ -336,7 +331,7 @@ def test_the_queries_that_are_compared_at_once_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_two = 2 * N_EMBD * len("<s> a b </s>".split())
-    monkeypatch.setattr("encoder_jobs.MAX_QUERY_NUMBERS", of_two)
+    monkeypatch.setattr("encoder_requests.MAX_QUERY_NUMBERS", of_two)
     jobs = encoder_jobs(tmp_path)
 
     def refused(*queries: str, method: Any) -> list[wire.Message]:
