@@ -1,5 +1,6 @@
-"""The part of the cache that outlives the process: a file, one thread that reads it, and one that
-writes what waits in a queue. Nothing waits for a write, and no client sees a fault."""
+"""The part of the cache that outlives the process: a file, and a thread each that reads it, counts
+what is in it, and writes what waits in a queue. Nothing waits for a write, and no client sees a
+fault."""
 
 import asyncio
 import logging
