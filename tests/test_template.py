@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat.template import CHATML, ChatTemplate
+from chat.template import CHATML, ChatTemplate, normalised
 from engine.model_file import ModelFile
 from engine.wire import Segment
 from errors import BadRequest, ModelLoadFailed
@@ -104,7 +104,7 @@ def user(content: Any) -> dict[str, Any]:
 
 
 def segments(source: str | None, messages: Messages, **extra: Any) -> list[Segment]:
-    return template(source).render(messages, now=NOW, **extra)
+    return template(source).render([normalised(m) for m in messages], now=NOW, **extra)
 
 
 def prompt(source: str | None, messages: Messages, **extra: Any) -> str:
