@@ -1,12 +1,13 @@
 """How the families chat: templates of their shapes, the tokens they have for it, conversations."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from chat.events import Event, Message
 from chat.format import ChatFormat, Prompt, ToolChoice
 from chat.tools.base import Tool
 from engine.model_file import ModelFile
@@ -164,3 +165,10 @@ def prompt(
 
 def text(of: Prompt) -> str:
     return "".join(segment.text for segment in of.segments)
+
+
+def message_of(events: Iterable[Event]) -> Message:
+    message = Message()
+    for event in events:
+        message.add(event)
+    return message

@@ -17,6 +17,7 @@ from chat.tools.calls import CallReader
 from chat.tools.gemma import Channels
 from chat.tools.parameters import Parameters
 from engine.wire import GrammarPart
+from tests.chat_formats import message_of
 
 Make = Callable[[], Splitter]
 THINK = ReasoningTags("<think>", "</think>")
@@ -63,7 +64,7 @@ def fed(make: Make, pieces: Iterable[str]) -> tuple[Message, bool]:
     splitter = make()
     events = [event for piece in pieces for event in splitter.feed(piece)]
     is_calling = splitter.is_calling
-    return Message.of([*events, *splitter.finish()]), is_calling
+    return message_of([*events, *splitter.finish()]), is_calling
 
 
 def read(make: Make, raw: str) -> tuple[Message, bool]:
@@ -544,7 +545,7 @@ def test_a_call_as_long_as_a_book_is_read_the_same_however_it_is_cut() -> None:
 def test_text_comes_at_once_but_for_what_may_begin_a_mark() -> None:
     splitter = HERMES()
     outs = [
-        Message.of(splitter.feed(piece)).text for piece in ["Let me ", "look <", "b> ", "x <tool"]
+        message_of(splitter.feed(piece)).text for piece in ["Let me ", "look <", "b> ", "x <tool"]
     ]
     assert outs == ["Let me", " look", " <b>", " x"]
 
@@ -552,9 +553,9 @@ def test_text_comes_at_once_but_for_what_may_begin_a_mark() -> None:
 def test_arguments_come_piece_by_piece_behind_the_name() -> None:
     splitter = HERMES()
     assert splitter.feed('<tool_call>\n{"name": "f", "argum') == []
-    begun = Message.of(splitter.feed('ents": {"a": "x'))
+    begun = message_of(splitter.feed('ents": {"a": "x'))
     assert begun == said("", ("f", '{"a": "x'))
-    assert Message.of([*splitter.feed('y"'), *splitter.feed("}}\n</tool_call>")][:0]) == said()
+    assert message_of([*splitter.feed('y"'), *splitter.feed("}}\n</tool_call>")][:0]) == said()
 
 
 def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
@@ -564,7 +565,7 @@ def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
     ):  # fmt: skip
         splitter = make()
         text = f"The tag {opener} is a word,"
-        assert Message.of(splitter.feed(text)).text == text
+        assert message_of(splitter.feed(text)).text == text
 
 
 def test_thoughts_are_told_as_such_while_they_come() -> None:
@@ -635,7 +636,7 @@ def test_what_follows_the_arguments_of_a_whole_call_does_not_begin_it_again() ->
         (HERMES, hermes_call("f", "{}")),
     ):
         splitter = make()
-        Message.of(splitter.feed(raw))
+        message_of(splitter.feed(raw))
         for piece in ("\n", "\n"):
             splitter.feed(piece)
             assert not splitter.is_calling
@@ -651,8 +652,8 @@ def objects(raw: str) -> tuple[Message, str | None]:
         more, rest = reader.feed(char)
         events += more
         if rest is not None:
-            return Message.of(events), rest + raw[n + 1 :]
-    return Message.of(events), None
+            return message_of(events), rest + raw[n + 1 :]
+    return message_of(events), None
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
@@ -667,7 +668,7 @@ def test_a_call_gives_back_what_comes_after_it(form: str, arguments: str) -> Non
     assert objects(raw + " after") == (said("", ("f", arguments)), " after")
     reader = CallReader()
     events, rest = reader.feed(raw + " after")
-    assert (Message.of(events), rest) == (said("", ("f", arguments)), " after")
+    assert (message_of(events), rest) == (said("", ("f", arguments)), " after")
     assert reader.is_call
 
 

@@ -21,6 +21,7 @@ from tests.chat_formats import (
     assistant,
     chat_format,
     choose,
+    message_of,
     prompt,
     result,
     system,
@@ -90,7 +91,7 @@ def test_a_family_may_be_chosen_by_name() -> None:
                        "<|tool_call_end|>"}  # fmt: skip
         hermes = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
         splitter = prompt(chat_format("smollm2", name), ONE_CALL, TOOLS).splitter()
-        message = Message.of([*splitter.feed(raw.get(name, hermes)), *splitter.finish()])
+        message = message_of([*splitter.feed(raw.get(name, hermes)), *splitter.finish()])
         assert message.calls == [Call("get_time", "{}")]
 
 
@@ -650,7 +651,7 @@ def test_without_tools_to_call_only_the_thoughts_are_looked_for() -> None:
         made = prompt(name, ONE_CALL, TOOLS, choice=NO_TOOLS)
         assert made.grammar is None
         splitter = made.splitter()
-        assert Message.of([*splitter.feed(raw), *splitter.finish()]) == Message(raw)
+        assert message_of([*splitter.feed(raw), *splitter.finish()]) == Message(raw)
     assert prompt("qwen2_5", ONE_CALL).visible == []
 
 
@@ -658,7 +659,7 @@ def test_a_call_that_nobody_asked_for_is_none() -> None:
     """gpt-oss may write one where there is no grammar."""
     splitter = prompt("gpt_oss", ONE_CALL, TOOLS, choice=NO_TOOLS).splitter()
     raw = "<|channel|>commentary to=functions.get_time json<|message|>{}"
-    assert Message.of([*splitter.feed(raw), *splitter.finish()]) == Message("", "{}")
+    assert message_of([*splitter.feed(raw), *splitter.finish()]) == Message("", "{}")
 
 
 def test_parts_of_the_grammar_are_the_answer_and_then_the_tools() -> None:
@@ -729,7 +730,7 @@ def test_a_model_that_can_be_told_not_to_think_does_not(fields: dict[str, Any]) 
     assert made.thinking is None
     assert made.visible == []
     splitter = made.splitter()
-    assert Message.of(splitter.feed("<think>Hi")) == Message("<think>Hi")
+    assert message_of(splitter.feed("<think>Hi")) == Message("<think>Hi")
 
 
 def test_what_a_client_says_to_the_template_comes_before_the_effort() -> None:
@@ -792,7 +793,7 @@ def test_an_answer_goes_on_where_it_ends(template: str) -> None:
     assert made.thinking is None
     splitter = made.splitter()
     said = [*splitter.feed("<think> and <|x|> ok"), *splitter.finish()]
-    assert Message.of(said) == Message("<think> and <|x|> ok")
+    assert message_of(said) == Message("<think> and <|x|> ok")
 
 
 def test_an_answer_may_go_on_in_its_thoughts() -> None:
@@ -801,7 +802,7 @@ def test_an_answer_may_go_on_in_its_thoughts() -> None:
         assert made.thinking
         assert made.thinking.is_open
         splitter = made.splitter()
-        said = Message.of([*splitter.feed("oh.</think>Hi"), *splitter.finish()])
+        said = message_of([*splitter.feed("oh.</think>Hi"), *splitter.finish()])
         assert said == Message("Hi", "oh.")
         assert go_on(template, "<think>Hm.</think>It is").thinking is None
 
@@ -811,7 +812,7 @@ def test_gemmas_thoughts_go_on_too() -> None:
     assert made.thinking
     assert made.thinking.is_open
     splitter = made.splitter()
-    said = Message.of([*splitter.feed("oh.<channel|>Hi"), *splitter.finish()])
+    said = message_of([*splitter.feed("oh.<channel|>Hi"), *splitter.finish()])
     assert said == Message("Hi", "oh.")
 
 

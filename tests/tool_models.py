@@ -13,7 +13,7 @@ from chat.tools.base import Tool
 from engine.grammar import Compiler, GrammarState
 from engine.wire import GrammarPart
 from tests.byte_tokenizer import END, ByteTokenizer
-from tests.chat_formats import CONTROL_TOKENS, NAMES, TOOLS, choose, prompt, user
+from tests.chat_formats import CONTROL_TOKENS, NAMES, TOOLS, choose, message_of, prompt, user
 
 CITY = '{"city": "Oslo"}'
 CALL = ("get_time", CITY)
@@ -137,7 +137,7 @@ class Turn:
 
     def split(self, raw: str) -> Message:
         splitter = self.made.splitter()
-        return Message.of([*splitter.feed(raw), *splitter.finish()])
+        return message_of([*splitter.feed(raw), *splitter.finish()])
 
     def says(self, said: str, thoughts: str | None = None) -> Message:
         """How it is read that the model says this, which it may."""
