@@ -119,14 +119,13 @@ def _rates(kind: str, n: int, seconds: float) -> dict[str, float]:
 
 
 def head(prefix: str, kind: str, tier: Tier, service_tier: str | None) -> dict[str, Any]:
-    """What the reply and each of its chunks begin with."""
+    """What the reply and each of its chunks begin with, and what is known before it begins."""
     more = {"service_tier": served_as(service_tier)} if service_tier else {}
     return {
         "id": new_id(f"{prefix}-"),
         "object": kind,
         "created": int(time.time()),
         "model": tier.name,
-        "system_fingerprint": tier.fingerprint,
     } | more
 
 

@@ -707,8 +707,9 @@ def test_a_step_that_fails_is_a_500_and_the_next_request_succeeds(service: Servi
     assert text_of(service.chat()) == "You said: Hi"
 
 
-def test_a_stream_that_breaks_ends_with_an_error_event_and_done(service: Service) -> None:
-    *chunks, last = events(service.chat("break", stream=True))
+def test_a_stream_that_breaks_is_cut_off_behind_the_error(service: Service) -> None:
+    said = [{"role": "user", "content": "break"}]
+    *chunks, last = service.breaking("/v1/chat/completions", messages=said)
     assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == "half"
     assert last["error"]["code"] == "internal_error"
     assert all(c["choices"][0]["finish_reason"] is None for c in chunks)
