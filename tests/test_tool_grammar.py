@@ -40,7 +40,10 @@ from tests.tool_models import (
      "[TOOL_", "a <b> | </c> ", "世界 🎉"],
 )  # fmt: skip
 def test_text(model: Model, text: str) -> None:
-    assert model.asked().says(model.answer(text)) == Message(text)
+    if model.template == "command":  # where spaces before the mark behind it are nobody's
+        assert model.asked().says(model.answer(text)) == Message(text.rstrip())
+    else:
+        assert model.asked().says(model.answer(text)) == Message(text)
 
 
 @every()
@@ -197,7 +200,7 @@ def test_no_answer_without_the_call_that_is_required(model: Model) -> None:
 @every(is_parallel=True)
 def test_a_line_break_behind_the_last_call_leads_to_no_other(model: Model) -> None:
     """Templates of Nemotron and others end each call with one."""
-    if model.template in (*HERMES, *TAGGED):
+    if model.template in (*HERMES, *TAGGED, "nemotron2", "apriel"):
         said = model.asked().says(f"{model.calls(CALL)}\n")
         assert said == Message(calls=[Call(*CALL)])
 
@@ -237,7 +240,8 @@ def test_no_json_before_the_thoughts_have_ended(model: Model) -> None:
     turn = model.asked(tools=[], answer=ANSWER)
     said = turn.says(model.answer('{"n": 5}'), thoughts='I say {"n": 4}.')
     assert said == Message('{"n": 5}', 'I say {"n": 4}.')
-    unended = model.thoughts('{"n": 5}').partition("\n</think>")[0].partition("<|end|>")[0]
+    assert turn.made.thinking
+    unended = model.thoughts('{"n": 5}').partition(turn.made.thinking.close)[0]
     assert turn.stop(model.ids(unended)) is None
     assert turn.stop([*model.ids(unended), END]) == END
 
@@ -287,6 +291,8 @@ def test_what_follows_thoughts_that_are_cut_short(
     if wants_json:
         turn = model.asked(tools=[], answer=ANSWER, budget=budget)
         said, message = '{"n": 5}', Message('{"n": 5}')
+        if model.template != "gpt_oss":  # whose thoughts end with the head of the answer
+            said = model.answer(said)
     else:
         turn = model.asked(budget=budget)
         said, message = model.calls(CALL), Message(calls=[Call(*CALL)])
