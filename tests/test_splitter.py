@@ -388,6 +388,12 @@ GRANITE_ROWS = [
     ('<|tool_call|>[{"name": "f", "arguments": {}}]\n', said("", ("f", "{}"))),
     ('<|tool_call|> [{"arguments": 1, "name": "f"}] So.', said("So.", ("f", "1"))),
     (f'So. <|tool_call|>[{{"name": "f", "arguments": {NESTED}}}]', said("So.", ("f", NESTED))),
+    (f'So. <tool_call>[{{"name": "f", "arguments": {NESTED}}}]', said("So.", ("f", NESTED))),
+    (
+        '<tool_call>[{"name": "f"}]<|tool_call|>[{"name": "g"}]',
+        said("", ("f", "{}"), ("g", "{}")),
+    ),
+    ("a <tool_call> and <|tool_call|> b", said("a <tool_call> and <|tool_call|> b")),
 ]
 
 APRIEL_ROWS = [
@@ -812,7 +818,7 @@ PIECES = {
                 '{"name": "f", "arguments": {}}'],
     "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>", "<|tool_", "[", "]", "{", "}", "f", ", ",
              '"', '{"name": "f", "arguments": {}}'],
-    "granite3": ["<|tool_call|>", "<|tool_", "[", "]", "{", "}", "f", ", ", '"',
+    "granite3": ["<|tool_call|>", "<tool_call>", "<|tool_", "[", "]", "{", "}", "f", ", ", '"',
                  '{"name": "f", "arguments": {}}'],
     "nemotron2": ["<TOOLCALL>", "</TOOLCALL>", "<TOOL", "[", "]", "{", "}", "f", ", ", '"',
                   '{"name": "f", "arguments": {}}'],
@@ -861,7 +867,7 @@ WHOLES = {
                 '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'],
     "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>", "<|tool_", '[{"x": 1}]',
              '<|tool_call_start|>[{"name": "f", "arguments": {}}]<|tool_call_end|>'],
-    "granite3": ["<|tool_call|>", "<|tool_", '[{"x": 1}]',
+    "granite3": ["<|tool_call|>", "<tool_call>", "<|tool_", '[{"x": 1}]',
                  '<|tool_call|>[{"name": "f", "arguments": {}}]'],
     "nemotron2": ["<TOOLCALL>", "</TOOLCALL>", "<TOOL", '[{"x": 1}]', nemotron_call("f", "{}")],
     "apriel": ["<tool_calls>", "</tool_calls>", "[END FINAL RESPONSE]", "[END ", '[{"x": 1}]',

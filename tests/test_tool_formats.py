@@ -133,7 +133,10 @@ def test_a_family_may_be_chosen_by_name() -> None:
             "{# <tool_calls>[ </thinking> [BEGIN FINAL RESPONSE] #}",
             ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
         ),
-        ("{# <tool_calls>[ </thinking> #}", None),
+        (
+            "{# Here is my response: #}",
+            ("Here is my thought process:", "Here is my response:"),
+        ),
         ("{# <|channel|> <|message|> #}", ("<|channel|>analysis<|message|>", "<|end|>")),
     ],
 )

@@ -136,6 +136,18 @@ def test_gpt_oss_has_many_heads_of_calls(head: str, thoughts: str | None) -> Non
 
 
 @pytest.mark.parametrize("has_tokens", [True, False])
+def test_granite_may_spell_its_opener(has_tokens: bool) -> None:
+    turn = MODELS["granite3", has_tokens].asked()
+    raw = f'<tool_call>[{{"name": "get_time", "arguments": {CITY}}}]'
+    assert turn.says(raw) == Message(calls=[Call(*CALL)])
+    assert turn.says(f"So.\n{raw}") == Message("So.", calls=[Call(*CALL)])
+    assert turn.says(raw, thoughts="Hm.") == Message("", "Hm.", [Call(*CALL)])
+    for wrong in (raw.replace("city", "town"), raw.replace("get_time", "f"), f"{raw} So"):
+        assert not turn.may_begin(wrong)
+        assert not turn.may_begin(f"So. {wrong}")
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
 def test_mistral_may_give_its_calls_ids(has_tokens: bool) -> None:
     turn = MODELS["mistral_v11", has_tokens].asked()
     raw = f"[TOOL_CALLS]get_time[CALL_ID]9kTq2Zx0B[ARGS]{CITY}"

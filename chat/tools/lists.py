@@ -7,6 +7,7 @@ LFM2 and LFM2.5. They write as Python does, unless the system text asks for JSON
 Granite 3, Phi-4-mini, Nemotron Nano v2, Apriel:
 
     <|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}]
+    <tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}]
     <|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}]<|/tool_call|>
     <TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Paris"}}]</TOOLCALL>
     <tool_calls>[{"name": "get_weather", "arguments": {"city": "Paris"}}]</tool_calls>
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from chat.events import Event, Splitter
-from chat.splitter import ReasoningTags, Unwrapped
+from chat.splitter import ReasoningTags, Unwrapped, n_held
 from chat.tools.base import Function, Messages, ToolFormat, literal, named
 from chat.tools.calls import CallReader, OpenedCalls, after_close
 from engine.wire import Segment
@@ -28,6 +29,7 @@ WITH_TOOLS = "You are a helpful assistant with some tools."  # and in those of P
 
 class Listed(ToolFormat):
     closer: ClassVar[str] = ""
+    other_opener: ClassVar[str] = ""  # of some of its models
     wraps: ClassVar[tuple[str, str]] = ("", "")  # what an answer's text stands between
     layout: ClassVar[tuple[str, str, str]] = ("[", ", ", "]")
     head: ClassVar[str] = literal('{"name": ')  # Lark of a call, up to the name
@@ -47,13 +49,18 @@ class Listed(ToolFormat):
         if begin and answer:
             answer = f"{begin} {answer} {end}"
         body = super().body(functions, answer=answer, is_required=is_required, unlike=unlike)
-        if is_required or answer or not end:
+        if is_required or answer:
             return body
         unlike = unlike and f"unlike {unlike} "
-        return f"{begin and f'{begin}?'} ({body} | «{unlike}until {self.wraps[1]}»)"
+        if functions and self.other_opener:
+            body += f" | «{unlike}until {self.other_opener}» calls"
+        if end:
+            body += f" | «{unlike}until {self.wraps[1]}»"
+        return f"{begin}? ({body})" if begin else body
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
-        return ListSplitter(self.opener, self.closer, only_first=only_first)
+        openers = [self.opener, self.other_opener] if self.other_opener else [self.opener]
+        return ListSplitter(*openers, closer=self.closer, only_first=only_first)
 
     def splitter(
         self,
@@ -115,6 +122,7 @@ class Lfm2(InText):
 class Granite3(InText):
     name = "granite3"
     opener = "<|tool_call|>"
+    other_opener = "<tool_call>"  # 3.1, which is told of the token all the same
     visible = (opener,)
     result_role = "tool_response"
 
@@ -161,17 +169,21 @@ class Apriel(InText):
     def fits(self, template: str) -> bool:
         return f"{self.opener}[" in template
 
-    def reasoning(self, template: str) -> ReasoningTags | None:
-        tags = ReasoningTags("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]")
-        return tags if tags.close in template else None
-
 
 class ListSplitter(OpenedCalls):
     """Reads one call after the other. Of a list that is not closed, what came."""
 
-    def __init__(self, opener: str, closer: str = "", *, only_first: bool) -> None:
-        super().__init__(opener, only_first=only_first)
+    def __init__(self, *openers: str, closer: str = "", only_first: bool) -> None:
+        super().__init__(openers[0], only_first=only_first)
+        self._openers = openers
         self._closer = closer
+
+    def _opening(self, text: str) -> tuple[str, str, str]:
+        found = [text.partition(opener) for opener in self._openers]
+        return min(found, key=lambda parts: len(parts[0]))
+
+    def _n_held(self, text: str) -> int:
+        return max(n_held(text, opener) for opener in self._openers)
 
     def _begin(self) -> None:
         self._raw = ""  # behind the opener, while it is no call yet
