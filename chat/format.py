@@ -3,7 +3,7 @@ worker is asked for, and to a splitter of what comes back."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +11,7 @@ from chat.events import Splitter
 from chat.splitter import ReasoningTags
 from chat.template import ChatTemplate, normalised, with_names
 from chat.tools import BY_NAME, FAMILIES
-from chat.tools.base import Function, Parts, Tool
+from chat.tools.base import Function, Parts, Tool, ToolFormat
 from engine.model_file import ModelFile
 from engine.wire import Grammar, GrammarPart, Segment, Thinking
 from errors import BadRequest, ModelLoadFailed, UnsupportedParameter
@@ -52,10 +52,15 @@ class ChatFormat:
     def __init__(self, model: ModelFile, tool_format: str = "auto") -> None:
         """`tool_format` is the name of a family, or `auto`: by the template. Raises
         ModelLoadFailed."""
+        self._with_tools: ChatFormat | None = None
+        if model.tool_template and tool_format != "generic":
+            only = replace(model, chat_template=model.tool_template, tool_template=None)
+            with_tools = ChatFormat(only, tool_format)
+            self._with_tools = with_tools if with_tools._family.shows_tools else None
         self._template = _template_of(model)
         source = self._template.source
         fitting = next(family for family in FAMILIES if family.fits(source))
-        self._family = BY_NAME.get(tool_format, fitting)
+        self._family: ToolFormat = BY_NAME.get(tool_format, fitting)
         self._tags = self._family.reasoning(source)
         # some write it only before the last user turn
         self._takes_system = all(
@@ -88,6 +93,18 @@ class ChatFormat:
         """Render a conversation. `answer` says what the text must look like, `effort` and `budget`
         how long the model may think, `extra` goes to the template. With `continues` the answer
         goes on with the last message. Raises BadRequest."""
+        if tools and self._with_tools:
+            return self._with_tools.prompt(
+                messages,
+                now=now,
+                tools=tools,
+                choice=choice,
+                answer=answer,
+                effort=effort,
+                budget=budget,
+                continues=continues,
+                extra=extra,
+            )
         callable_ = [tool for tool in tools if tool.name in choice.names]
         self._check(callable_, choice, answer, continues)
         switches, budget = self._effort(effort, budget)

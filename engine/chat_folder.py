@@ -107,6 +107,7 @@ def read_chat_folder(path: Path) -> ModelFile:
         add_bos=bool(bos) and adds_bos(tokenizer, settings, bos),
         control_tokens=tuple(sorted(special - {""}, key=lambda text: (-len(text), text))),
         kind="chat",
+        tool_template=_tool_template(path, settings),
     )
 
 
@@ -170,12 +171,23 @@ def _template(path: Path, settings: TokenizerConfig) -> str | None:
         return beside.read_text(encoding="utf-8", errors="replace")
     named = settings.chat_template
     if isinstance(named, list):
-        by_name = {one.get("name"): one.get("template") for one in named}
-        return by_name.get("default")  # others want tools or documents
+        return _by_name(named).get("default")
     older = path / "chat_template.json"
     if named is None and older.is_file():
         named = _decoded(older, TokenizerConfig).chat_template
     return named if isinstance(named, str) else None
+
+
+def _tool_template(path: Path, settings: TokenizerConfig) -> str | None:
+    beside = path / "additional_chat_templates" / "tool_use.jinja"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8", errors="replace")
+    named = settings.chat_template
+    return _by_name(named).get("tool_use") if isinstance(named, list) else None
+
+
+def _by_name(templates: list[dict[str, str]]) -> dict[str | None, str | None]:
+    return {one.get("name"): one.get("template") for one in templates}
 
 
 def _weight_bytes(path: Path) -> int:

@@ -52,6 +52,7 @@ class ModelFile:
     # a context of more cells is computed with other factors of RoPE (Phi-3 and later); 0: there is
     # but one set
     n_ctx_short: int = 0
+    tool_template: str | None = None  # in the place of the other where there are tools
 
 
 def name_of(path: Path) -> str:
@@ -396,6 +397,7 @@ def _describe(path: Path, header: Header) -> ModelFile:
         n_head=max(_n_head(header, architecture, n_layer), default=0),
         has_plain_cells=not any(_OTHER_CELLS.search(name) for name in names),
         n_ctx_short=header.number(original, n_ctx_train) if has_factors else 0,
+        tool_template=header.text("tokenizer.chat_template.tool_use") or None,
     )
 
 

@@ -78,7 +78,9 @@ NAMES = tuple(CONTROL_TOKENS)
 
 
 @cache
-def chat_format(template: str, tool_format: str = "auto") -> ChatFormat:
+def chat_format(
+    template: str, tool_format: str = "auto", *, tool_template: str | None = None
+) -> ChatFormat:
     """By the name of a template, or by its text."""
     source, tokens = template, ("<s>", "</s>")
     if template in CONTROL_TOKENS:
@@ -102,6 +104,7 @@ def chat_format(template: str, tool_format: str = "auto") -> ChatFormat:
         add_bos=False,
         control_tokens=tokens,
         kind="chat",
+        tool_template=tool_template,
     )
     return ChatFormat(model, tool_format)
 

@@ -132,12 +132,17 @@ def test_a_template_may_be_elsewhere(folder: Path) -> None:
     change(config, chat_template=[{"name": "tool_use", "template": "T"},
                                   {"name": "default", "template": "D"}])  # fmt: skip
     assert read_chat_folder(folder).chat_template == "D"
+    assert read_chat_folder(folder).tool_template == "T"
     change(config, chat_template=None)
     assert read_chat_folder(folder).chat_template is None
+    assert read_chat_folder(folder).tool_template is None
     (folder / "chat_template.json").write_text('{"chat_template": "J"}')
     assert read_chat_folder(folder).chat_template == "J"
     (folder / "chat_template.jinja").write_text("{{ F }}")
     assert read_chat_folder(folder).chat_template == "{{ F }}"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ T }}")
+    assert read_chat_folder(folder).tool_template == "{{ T }}"
 
 
 def test_models_that_also_see_say_it_of_their_text_part(folder: Path) -> None:

@@ -95,6 +95,22 @@ def test_the_marks_around_answers_tell_one_family_of_cohere_from_the_other() -> 
     assert Message.of(said) == Message("Rain.")
 
 
+def test_a_template_for_tools_is_taken_where_there_are_tools() -> None:
+    default = "{{ messages[0].content }} alone"
+    with_tools = "{% for tool in tools %}<tool_call>{{ tool.function.name }}{% endfor %}"
+    with_tools += "{{ messages[0].content }}"
+    format = chat_format(default, tool_template=with_tools)
+    assert text(prompt(format, user("Hi"))) == "Hi alone"
+    made = prompt(format, user("Hi"), TOOLS)
+    assert text(made) == "<tool_call>get_weather<tool_call>get_timeHi"
+    assert made.visible == ["<tool_call>", "</tool_call>"]
+    for other in (
+        chat_format(default, "generic", tool_template=with_tools),
+        chat_format(default, tool_template="{{ messages[0].content }}, in a form of its own"),
+    ):
+        assert text(prompt(other, user("Hi"), TOOLS)) == f"{INSTRUCTIONS}\n\nHi alone"
+
+
 def test_a_family_may_be_chosen_by_name() -> None:
     for name in BY_NAME:
         raw = {"llama3": '{"name": "get_time", "parameters": {}}',
