@@ -136,6 +136,27 @@ def test_gpt_oss_has_many_heads_of_calls(head: str, thoughts: str | None) -> Non
 
 
 @pytest.mark.parametrize("has_tokens", [True, False])
+@pytest.mark.parametrize(
+    ("template", "begin", "end"),
+    [
+        ("apriel", "", "\n[END FINAL RESPONSE]\n"),
+        ("command", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ],
+)
+def test_marks_around_an_answer_are_no_text_and_a_call_may_follow(
+    template: str, begin: str, end: str, has_tokens: bool
+) -> None:
+    model = MODELS[template, has_tokens]
+    turn = model.asked()
+    assert turn.says(f"{begin}So.{end}", thoughts="Hm.") == Message("So.", "Hm.")
+    called = f"{begin}So.{end}{model.calls(CALL)}"
+    assert turn.says(called, thoughts="Hm.") == Message("So.", "Hm.", [Call(*CALL)])
+    wrong = f"{begin}So.{end}{model.calls(('f', '{}'))}"
+    assert not turn.may_begin(wrong, thoughts="Hm.")
+    assert not turn.may_begin(f"{begin}So.{end}So.", thoughts="Hm.")
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
 def test_granite_may_spell_its_opener(has_tokens: bool) -> None:
     turn = MODELS["granite3", has_tokens].asked()
     raw = f'<tool_call>[{{"name": "get_time", "arguments": {CITY}}}]'

@@ -52,10 +52,10 @@ class Listed(ToolFormat):
         if is_required or answer:
             return body
         unlike = unlike and f"unlike {unlike} "
-        if functions and self.other_opener:
+        if self.other_opener:
             body += f" | «{unlike}until {self.other_opener}» calls"
         if end:
-            body += f" | «{unlike}until {self.wraps[1]}»"
+            body += f" | «{unlike}until {self.wraps[1]}» SPACE? («{self.opener}» calls)?"
         return f"{begin}? ({body})" if begin else body
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
