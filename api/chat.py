@@ -60,7 +60,7 @@ async def create_chat_completion(
             chunks.add(system_fingerprint=tier.fingerprint)
             events = _events(started, chunks, body, server.reasoning_field)
             silence_s = server.comment_after_s
-            return EventStream(events, form, headers | started.headers(), silence_s=silence_s)
+            return EventStream(events, form, started.headers(headers), silence_s=silence_s)
 
         return await begun(
             stream(), form, waits_for=watch, patience_s=server.comment_after_s, headers=headers
@@ -82,7 +82,7 @@ async def create_chat_completion(
     reply = head | {"choices": replies, "usage": usage}
     if body.timings:
         reply["timings"] = started.answer.timings(usage["completion_tokens"])
-    return JSONResponse(reply, headers=headers | started.whole_headers())
+    return JSONResponse(reply, headers=started.whole_headers(headers))
 
 
 def _message(choice: turn.Choice, field: ReasoningField) -> dict[str, Any]:

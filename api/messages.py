@@ -17,7 +17,7 @@ from api.errors import client_names
 from api.keep_alive import not_kept
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
-from api.sampling import ignored_params, refuse, validity
+from api.sampling import ignored_params, refuse, validity, with_ignored
 from api.sse import EventStream, Form, begun, event
 from api.tokens import MAX_LENGTH
 from chat.events import CallBegin, Event, Reasoning
@@ -58,9 +58,10 @@ async def create_message(
         also=not_kept(body, request),
     )
     watch = generation.Watch(tier)
+    names = body.names
 
     async def start() -> turn.Turn:
-        with client_names(body.names):
+        with client_names(names):
             chat = await _chat(body, request, services, tier, headers)
             return await turn.start(request, services, tier, chat, watch)
 
@@ -69,7 +70,7 @@ async def create_message(
 
         async def stream() -> EventStream:
             started = await start()
-            all_headers = headers | started.headers()
+            all_headers = started.headers(headers, names)
             return EventStream(reply.stream(started), form, all_headers, silence_s=patience_s)
 
         form = Form(_ping)
@@ -78,7 +79,7 @@ async def create_message(
     started = await start()
     await while_connected(request.receive, reply.finish(started))
     content = msgspec.json.encode(reply.message)
-    headers |= started.whole_headers()
+    headers = started.whole_headers(headers, names)
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -112,8 +113,7 @@ async def _chat(
     if body.hints and not (is_strict and body.asks_for_thoughts):
         form = await asyncio.to_thread(services.chat_format, tier)
         if not form.thinks:
-            named = headers.get("X-Ignored-Params")
-            headers["X-Ignored-Params"] = ",".join([*([named] if named else []), *body.hints])
+            headers |= with_ignored(headers, body.hints)
             chat.reasoning_effort = chat.thinking_budget_tokens = None
     return chat
 

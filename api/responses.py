@@ -53,9 +53,10 @@ async def create_response(
         also=[*body.ignored, *not_kept(body, request)],
     )
     watch = generation.Watch(tier)
+    names = body.names
 
     async def start() -> turn.Turn:
-        with client_names(body.names):
+        with client_names(names):
             return await turn.start(request, services, tier, body.chat(), watch)
 
     reply = _Reply(_head(body, tier), body.namespaces)
@@ -63,7 +64,7 @@ async def create_response(
 
         async def stream() -> EventStream:
             started = await start()
-            all_headers = headers | started.headers()
+            all_headers = started.headers(headers, names)
             return EventStream(reply.stream(started), form, all_headers, silence_s=patience_s)
 
         form = Form(reply.pause, reply.failed)
@@ -71,7 +72,7 @@ async def create_response(
         return await begun(stream(), form, waits_for=watch, patience_s=patience_s, headers=headers)
     started = await start()
     await while_connected(request.receive, reply.finish(started))
-    headers |= started.whole_headers()
+    headers = started.whole_headers(headers, names)
     return JSONResponse(reply.response, headers=headers)
 
 

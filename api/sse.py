@@ -107,7 +107,8 @@ class LateStream(Response):
                 await pause(waiting=self._waits_for())
                 await asyncio.wait({self._starting}, timeout=self._interval_s)
             stream = self._starting.result()
-            late = {name: value for name, value in stream.said.items() if name not in self._said}
+            said = self._said.items()
+            late = {name: value for name, value in stream.said.items() if (name, value) not in said}
             if late:
                 await pause(headers=late)
             await stream.send_events(scope, receive, send)

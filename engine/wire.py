@@ -237,6 +237,7 @@ class Started(Message, frozen=True):
     job: int
     prompt_tokens: int
     cached_tokens: int
+    unenforced: tuple[str, ...] = ()  # params of schemas of which no more than a type can be used
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):

@@ -622,6 +622,20 @@ def test_tools_that_are_not_there_are_left_out_beside_functions_and_named(
     assert error["param"] == "tools[3].name"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_means_nothing_is_named_as_here(service: Service, stream: bool) -> None:
+    odd, other = (
+        {"type": "function", "name": "odd", "parameters": {"properties": {"a": {"type": type}}}}
+        for type in ("float", "int")
+    )
+    space = {"type": "namespace", "name": "x", "tools": [other]}
+    tools = [{"type": "web_search"}, WEATHER, odd, space]
+    response = service.respond("Hi", tools=tools, stream=stream)
+    assert response.headers["x-ignored-params"] == (
+        "tools[0],tools[2].parameters,tools[3].tools[0].parameters"
+    )
+
+
 @pytest.mark.parametrize("what", get_args(types.ResponseIncludable))
 def test_what_openai_includes_is_there_or_named(service: Service, what: str) -> None:
     response = service.respond("Hi", include=[what], tools=[{"type": "web_search"}, WEATHER])
