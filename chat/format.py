@@ -70,6 +70,7 @@ class ChatFormat:
         self._takes_later_system = self._shows(
             "system", "user", "assistant", "system", "user", in_order=True
         ) or not self._shows("system", "user", "assistant", "user")
+        self._takes_neighbours = self._shows("user", "user") or not self._shows("user")
         self._efforts = self._known_efforts()
 
     @property
@@ -111,6 +112,8 @@ class ChatFormat:
         messages = with_names([normalised(message) for message in messages])
         if not (self._takes_system and self._takes_later_system):
             messages = _without_system(messages, but_first=True)
+        if not self._takes_neighbours:
+            messages = _alternating(messages)
         turns = self._family.history(messages, [tool.definition for tool in tools])
         segments = self._template.render(
             turns if self._takes_system else _without_system(turns, but_first=False),
@@ -289,3 +292,18 @@ def _without_system(
             told.append(turn)
         was_system = is_system
     return told
+
+
+def _alternating(turns: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """For templates that refuse two turns of one role: those of users are one, and those of the
+    assistant too, but where thoughts, text and calls would not keep this order."""
+    joined: list[Mapping[str, Any]] = []
+    for turn in turns:
+        last = joined[-1] if joined else {"role": ""}
+        is_same = turn["role"] == last["role"] in ("user", "assistant")
+        if is_same and "tool_calls" not in last and "reasoning_content" not in turn:
+            text = "\n\n".join(filter(None, (last["content"], turn["content"])))
+            joined[-1] = {**turn, **last, "content": text}
+        else:
+            joined.append(turn)
+    return joined

@@ -531,7 +531,7 @@ def test_texts_of_a_result_are_not_glued(template: str) -> None:
 
 def test_what_a_template_refuses_is_the_clients_fault() -> None:
     with pytest.raises(BadRequest, match="alternate"):
-        prompt("mistral_v3", [*user("One"), *user("Two")])
+        prompt("mistral_v3", [*assistant("Hello."), *user("Hi")])
 
 
 NO_SYSTEM = """\
@@ -700,6 +700,29 @@ ALTERNATING = """\
     {%- endif %}
     {{- message.role + ': ' + message.content + '\n' }}
 {%- endfor %}"""
+
+
+@pytest.mark.parametrize("template", ["mistral_v3", ALTERNATING])
+def test_neighbours_of_one_role_are_one_turn_where_turns_must_alternate(template: str) -> None:
+    def shown(*messages: Any, **fields: Any) -> str:
+        return text(prompt(template, [*messages], TOOLS, **fields))
+
+    twice = (*user("Hi"), *user(""), *user("Weather?"))
+    once = user("Hi\n\nWeather?")
+    assert shown(*system("Talk."), *twice) == shown(*system("Talk."), *once)
+    call = ("call_1", "get_weather", '{"city": "Paris"}')
+    said = (*assistant("Let me"), *assistant("look."), *assistant(None, call))
+    rest = (*result("call_1", "rain"), *twice)
+    before = assistant("Let me\n\nlook.", call)
+    assert shown(*once, *said, *rest) == shown(*once, *before, *result("call_1", "rain"), *once)
+    continued = shown(*once, *assistant("Let"), *assistant("me"), continues=True)
+    assert continued.endswith("Let\n\nme")
+
+
+def test_neighbours_of_one_role_are_turns_of_their_own_where_they_may_be() -> None:
+    twice = [*user("Hi"), *user("Well?"), *assistant("Let me"), *assistant("look.")]
+    lines = "user: Hi\nuser: Well?\nassistant: Let me\nassistant: look.\n"
+    assert text(prompt(SYSTEM_FIRST, twice)) == lines
 
 
 def test_what_a_user_says_after_a_result_is_in_its_turn() -> None:
