@@ -32,6 +32,7 @@ from settings import (
     known_keys,
     unknown_keys,
 )
+from tests.serving import serving, settings
 
 CHAT_PARAMS = (
     chat_params.CompletionCreateParamsNonStreaming,
@@ -220,6 +221,18 @@ def test_the_settings_in_the_readmes_examples_load(tmp_path: Path) -> None:
         path.write_text(block)
         assert not {key for key, _ in unknown_keys(path)} - {key for key, _ in unknown_keys(None)}
         assert list(Settings.load(path).tiers) == tiers
+
+
+def test_the_origins_of_applications_in_the_readme_are_served_where_they_are_named() -> None:
+    (line,) = re.findall(r".*browsers inside.*", read("README.md"))
+    origins = re.findall(r"`(\S+://[^`]+)`", line.replace("…", "an-id"))
+    assert "app://obsidian.md" in origins
+    for named, status in ([], 400), (origins, 200):
+        with serving(settings({"cors_origins": named, "api_keys": ["k"]})) as service:
+            for origin in origins:
+                asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+                reply = service.http.options("/v1/chat/completions", headers=asks)
+                assert reply.status_code == status
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
