@@ -10,7 +10,7 @@ import pytest
 from api.chat_request import ChatRequest
 from chat.events import CallArguments, CallBegin, Message
 from errors import BadRequest
-from tests.serving import Service, events, fake, script, serving, settings
+from tests.serving import Held, Service, events, fake, script, serving, settings
 
 PARIS = '{"city": "Paris"}'
 CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
@@ -289,6 +289,22 @@ def test_a_schema_that_means_nothing_costs_no_other_tool_and_is_named(
     strict = tool("odd", parameters=schema, strict=True)
     error = error_of(service.chat("weather", tools=[tool(), strict]))
     assert error["param"] == "tools[1].function.parameters"
+
+
+def test_a_schema_that_means_nothing_is_named_also_where_headers_are_sent_already() -> None:
+    body = {"model": "light", "messages": [{"role": "user", "content": "Hi"}], "stream": True,
+            "tools": [tool(parameters=NONSENSE[0])], "frob": 1}  # fmt: skip
+    launcher = Held()
+    with (
+        serving(settings({"comment_after_s": 0.05}), launch=launcher) as service,
+        service.http.stream("POST", "/v1/chat/completions", json=body) as reply,
+    ):
+        assert reply.headers["x-ignored-params"] == "frob"
+        pieces = reply.iter_text()
+        text = next(pieces)
+        launcher.go_on()
+        text += "".join(pieces)
+    assert "frob,tools[0].function.parameters" in text
 
 
 NULLS: list[tuple[Any, Any]] = [
