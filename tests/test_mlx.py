@@ -434,6 +434,29 @@ def test_one_row_gives_memory_back_as_it_grows(
     engine.cancel(1)
 
 
+@pytest.mark.parametrize("family", ["lfm2", "smollm3", "falcon_h1"])
+def test_what_layers_count_is_computed_in_each_step(
+    family: str, tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    """Of a sum that nothing asks for every term would wait, with a buffer."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    engine = load(write_random(tmp_path / family, family, tokenizer_of=tiny_mlx))
+    sizes = []
+    engine.admit(1, [5, 6, 7], GREEDY)
+    for _ in range(8):
+        engine.step()
+        cache = engine._rows._generator._generation_batch.prompt_cache
+        parts = [part for _, part in tree_flatten([layer.state for layer in cache])]
+        mx.export_to_dot(
+            str(tmp_path / "graph"), *(part for part in parts if isinstance(part, mx.array))
+        )
+        sizes.append((tmp_path / "graph").stat().st_size)
+    engine.cancel(1)
+    assert sizes[-1] == sizes[-4]
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {
         "intermediate_size": 256, "state_size": 64, "num_hidden_layers": 2, "conv_kernel": 4,
@@ -451,6 +474,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "sliding_window": 16, "query_pre_attn_scalar": 16,
         "max_position_embeddings": 1024,
     },  # cells behind a window are written again
+    "lfm2": {
+        "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 32,
+        "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False,
+        "block_ff_dim": 64, "full_attn_idxs": [1], "max_position_embeddings": 1024,
+    },  # convolutions beside attention
+    "smollm3": {
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "no_rope_layers": [0, 1], "max_position_embeddings": 1024,
+    },  # attention that does not count
+    "falcon_h1": {
+        "head_dim": 16, "intermediate_size": 64, "mamba_d_head": 16, "mamba_d_ssm": 64,
+        "mamba_d_state": 16, "mamba_n_heads": 4, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_hidden_layers": 2, "max_position_embeddings": 1024,
+    },  # a state and attention in each layer
     "llama4": {
         "text_config": {
             "model_type": "llama4_text", "vocab_size": 49152, "hidden_size": 32,
