@@ -269,3 +269,14 @@ def test_a_vocabulary_of_sentencepiece_spells_texts_exactly(folder: Path) -> Non
     assert tokenizer.ends == [2, 264]
     assert tokenizer.piece(3 + 0xC3) == b"\xc3"
     assert tokenizer.piece(9999) == b""
+
+
+def test_runs_of_spaces_may_be_added_tokens(folder: Path) -> None:
+    """As Gemma's are."""
+    from engine.backends.mlx_tokenizer import MlxTokenizer
+
+    library = sentencepiece()
+    library.add_tokens([tokenizers.AddedToken("▁▁", special=False, normalized=False)])
+    library.save(str(folder / "tokenizer.json"))
+    tokenizer = MlxTokenizer(read_chat_folder(folder))
+    assert (tokenizer.piece(265), tokenizer.literal(265)) == (b"  ", b"  ")

@@ -77,9 +77,9 @@ class MlxTokenizer:
     def _read_piece(self, token: int) -> bytes:
         if token in self._control:
             return b""
-        if token in self._added:
-            return self._added[token].encode()
-        text = self._texts.get(token, "")
+        text = self._added.get(token, self._texts.get(token, ""))
+        if self._is_byte_level and token in self._added:
+            return text.encode()
         if self._is_byte_level:
             return bytes(BYTES[letter] for letter in text if letter in BYTES)
         if byte := _BYTE.fullmatch(text):
