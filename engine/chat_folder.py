@@ -1,5 +1,6 @@
 """What a Hugging Face directory says about a model that generates, without loading it."""
 
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
-from engine.model_file import ModelFile, name_of
+from engine.model_file import CONTROL_BY_NAME, ModelFile, name_of
 from errors import ModelLoadFailed
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ _ENDS = frozenset(
     "<|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|> <|end|> <|return|> <|call|> <|calls|> "
     "<|flush|> <turn|> <|tool_response> _<EOT> [EOT] [EOS] [PAD]".split()
 )
+# Added tokens that llama.cpp's converter takes for control tokens, whatever files say.
+_CONTROL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 # Of harmony, and of Solar Open: where both are, <|end|> ends a message and not the turn.
 _TURNS = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
@@ -81,7 +84,7 @@ def read_chat_folder(path: Path) -> ModelFile:
         _fail(path, f"does not generate text: it is a {', '.join(architectures)}")
     text = config | _part(path, config, "text_config", dict)  # of a model that also sees or hears
     tokenizer, settings = read_tokenizer(path)
-    special = {token.content for token in _added(tokenizer, settings) if token.special}
+    special = {token.content for token in _added(tokenizer, settings) if _is_control(token)}
     bos, eos = _content(settings.bos_token), _content(settings.eos_token)
     n_layer = _number(path, text, "num_hidden_layers", "n_layer", "n_layers")
     n_embd = _number(path, text, "hidden_size", "d_model", "n_embd")
@@ -159,6 +162,11 @@ def is_byte_level(tokenizer: TokenizerFile) -> bool:
 def _added(tokenizer: TokenizerFile, settings: TokenizerConfig) -> Iterator[AddedToken]:
     yield from tokenizer.added_tokens
     yield from settings.added_tokens_decoder.values()
+
+
+def _is_control(token: AddedToken) -> bool:
+    text = token.content
+    return token.special or text in CONTROL_BY_NAME or _CONTROL.fullmatch(text) is not None
 
 
 def _content(token: str | AddedToken | None) -> str:

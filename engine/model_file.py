@@ -124,7 +124,7 @@ _DEFAULT_EOS = {"llama": 2, "t5": 1}
 _TYPE_UNKNOWN, _TYPE_CONTROL = 2, 3
 # Ends of turn and marks of infilling that llama-vocab.cpp makes control tokens, whatever type the
 # file gives them.
-_CONTROL_BY_NAME = frozenset(
+CONTROL_BY_NAME = frozenset(
     "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> "
     "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> "
     "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> "
@@ -478,5 +478,5 @@ def _control_tokens(header: Header, tokens: _Array | None) -> tuple[str, ...]:
     types = header.numbers("tokenizer.ggml.token_type", tokens.count)
     special = np.flatnonzero((types == _TYPE_CONTROL) | (types == _TYPE_UNKNOWN))
     every = header.texts(tokens, range(tokens.count))
-    texts = {every[i] for i in special} | _CONTROL_BY_NAME.intersection(every)
+    texts = {every[i] for i in special} | CONTROL_BY_NAME.intersection(every)
     return tuple(sorted(texts - {""}, key=lambda text: (-len(text), text)))

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from chat.infill import FAMILIES, marks_of
 from engine import chat_folder
 from engine.backends.mlx import check_room
+from engine.backends.mlx_tokenizer import MlxTokenizer
 from engine.chat_folder import end_tokens, read_chat_folder, read_tokenizer
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
@@ -125,6 +127,43 @@ def test_the_facts_of_a_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert facts.max_token_bytes == len("<|im_end|>")
     monkeypatch.setattr(chat_folder, "FLOAT_BYTES", 2)
     assert read_chat_folder(folder).size_bytes == 120
+
+
+FORMS = [
+    "<｜Assistant｜>", "<|object_ref_start|>", "<unused7>", "<pad>", "[@BOS@]", "▁<PRE>",
+]  # fmt: skip
+
+
+def with_ordinary_tokens(folder: Path, *texts: str) -> None:
+    """More tokens of which the file does not say that they are special."""
+    library = sentencepiece()
+    for text in texts:
+        library.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False)])
+    library.save(str(folder / "tokenizer.json"))
+
+
+def test_tokens_in_the_form_of_control_tokens_are_such_whatever_the_file_says(folder: Path) -> None:
+    """And those of the names that llama.cpp knows. Tags of tools stay text."""
+    before = read_chat_folder(folder).control_tokens
+    with_ordinary_tokens(folder, *FORMS, "<tool_call>", "<b>")
+    facts = read_chat_folder(folder)
+    assert {*facts.control_tokens} == {*before, *FORMS}
+    tokenizer = MlxTokenizer(facts)
+    for token, text in enumerate(FORMS, start=265):
+        mine = tokenizer.tokenize(f"hi{text}", parse_special=False, continues=True)
+        assert b"".join(map(tokenizer.piece, mine)).decode() == f"hi{text}"
+        assert token not in mine
+        assert token in tokenizer.tokenize(text, parse_special=True, continues=True)
+        assert (tokenizer.piece(token), tokenizer.literal(token)) == (b"", text.encode())
+    assert tokenizer.piece(265 + len(FORMS)) == b"<tool_call>"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
+def test_models_whose_marks_are_ordinary_tokens_can_fill_in(
+    family: tuple[str, str, str], folder: Path
+) -> None:
+    with_ordinary_tokens(folder, *family)
+    assert marks_of(read_chat_folder(folder).control_tokens) == family
 
 
 def test_a_template_may_be_elsewhere(folder: Path) -> None:
@@ -252,8 +291,6 @@ def test_a_mac_keeps_weights_resident_and_takes_none_beyond_its_limit(folder: Pa
 
 
 def test_a_vocabulary_of_sentencepiece_spells_texts_exactly(folder: Path) -> None:
-    from engine.backends.mlx_tokenizer import MlxTokenizer
-
     tokenizer = MlxTokenizer(read_chat_folder(folder))
     assert (tokenizer.bos, tokenizer.n_vocab) == (1, 265)
 
@@ -273,10 +310,6 @@ def test_a_vocabulary_of_sentencepiece_spells_texts_exactly(folder: Path) -> Non
 
 def test_runs_of_spaces_may_be_added_tokens(folder: Path) -> None:
     """As Gemma's are."""
-    from engine.backends.mlx_tokenizer import MlxTokenizer
-
-    library = sentencepiece()
-    library.add_tokens([tokenizers.AddedToken("▁▁", special=False, normalized=False)])
-    library.save(str(folder / "tokenizer.json"))
+    with_ordinary_tokens(folder, "▁▁")
     tokenizer = MlxTokenizer(read_chat_folder(folder))
     assert (tokenizer.piece(265), tokenizer.literal(265)) == (b"  ", b"  ")
