@@ -1,9 +1,10 @@
 """What a Hugging Face directory says about a model that generates, without loading it."""
 
+import json
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -78,7 +79,7 @@ def read_chat_folder(path: Path) -> ModelFile:
     """
     if not path.is_dir():
         _fail(path, "is no directory; the backend mlx takes one with config.json and safetensors")
-    config = _decoded(path / "config.json", dict[str, Any])
+    config = _config(path / "config.json")
     architectures = [str(one) for one in _part(path, config, "architectures", list)]
     if architectures and not any(one.endswith(_GENERATING) for one in architectures):
         _fail(path, f"does not generate text: it is a {', '.join(architectures)}")
@@ -86,7 +87,8 @@ def read_chat_folder(path: Path) -> ModelFile:
     tokenizer, settings = read_tokenizer(path)
     special = {token.content for token in _added(tokenizer, settings) if _is_control(token)}
     bos, eos = _content(settings.bos_token), _content(settings.eos_token)
-    n_layer = _number(path, text, "num_hidden_layers", "n_layer", "n_layers")
+    n_listed = len(_layers(text))
+    n_layer = _number(path, text, "num_hidden_layers", "n_layer", "n_layers", default=n_listed)
     n_embd = _number(path, text, "hidden_size", "d_model", "n_embd")
     n_head = _number(path, text, "num_attention_heads", "n_head", default=1)
     n_head_kv = _number(path, text, "num_key_value_heads", default=n_head)
@@ -128,7 +130,7 @@ def end_tokens(path: Path, tokenizer: TokenizerFile, settings: TokenizerConfig) 
     ends: set[int | None] = set()
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
-            config = _decoded(path / name, dict[str, Any])
+            config = _config(path / name)
             text = _part(path, config, "text_config", dict)
             found = config.get("eos_token_id", text.get("eos_token_id"))
             ends.update(found if isinstance(found, list) else [found])
@@ -142,7 +144,7 @@ def end_tokens(path: Path, tokenizer: TokenizerFile, settings: TokenizerConfig) 
 def suppressed_tokens(path: Path) -> list[int]:
     """Ids of tokens that the model never says. Raises ModelLoadFailed."""
     file = path / "generation_config.json"
-    found = _decoded(file, dict[str, Any]).get("suppress_tokens") if file.is_file() else None
+    found = _config(file).get("suppress_tokens") if file.is_file() else None
     return [token for token in found or () if isinstance(token, int) and token >= 0]
 
 
@@ -244,6 +246,12 @@ def _part(path: Path, config: dict[str, Any], key: str, kind: type[T]) -> T:
     return found
 
 
+def _layers(text: dict[str, Any]) -> str | list[Any]:
+    """What each layer is, where the file says it."""
+    named = map(text.get, ("hybrid_override_pattern", "layers_block_type", "layer_types"))
+    return next((layers for layers in named if isinstance(layers, str | list)), [])
+
+
 def _number(path: Path, config: dict[str, Any], *keys: str, default: int | None = None) -> int:
     """The first of these that is there."""
     found = next((config[key] for key in keys if config.get(key) is not None), default)
@@ -252,12 +260,21 @@ def _number(path: Path, config: dict[str, Any], *keys: str, default: int | None 
     return found
 
 
+def _config(file: Path) -> dict[str, Any]:
+    """Written by Python, whose JSON has Infinity in it."""
+    return _read(file, lambda data: msgspec.convert(json.loads(data), dict[str, Any]))
+
+
 def _decoded(file: Path, kind: Any) -> Any:
+    return _read(file, lambda data: msgspec.json.decode(data, type=kind))
+
+
+def _read(file: Path, decode: Callable[[bytes], T]) -> T:
     try:
         if file.stat().st_size > _MAX_BYTES:
             _fail(file.parent, f"has a {file.name} that is too big")
-        return msgspec.json.decode(file.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError):
+        return decode(file.read_bytes())
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
         _fail(file.parent, f"has no {file.name} that can be read; download it again")
 
 

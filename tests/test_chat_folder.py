@@ -14,7 +14,7 @@ from chat.infill import FAMILIES, marks_of
 from engine import chat_folder
 from engine.backends.mlx import check_room
 from engine.backends.mlx_tokenizer import MlxTokenizer
-from engine.chat_folder import end_tokens, read_chat_folder, read_tokenizer
+from engine.chat_folder import end_tokens, read_chat_folder, read_tokenizer, suppressed_tokens
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from model_source import ModelSource
@@ -190,6 +190,29 @@ def test_models_that_also_see_say_it_of_their_text_part(folder: Path) -> None:
     assert read_chat_folder(folder).n_layer == 2
 
 
+def test_infinity_in_a_config_is_a_number(folder: Path) -> None:
+    """Python's writer of JSON makes such, as in Nemotron's."""
+    for file in ("config.json", "generation_config.json"):
+        content = {**CONFIG, "time_step_limit": [0.0, float("inf")], "suppress_tokens": [5]}
+        (folder / file).write_text(json.dumps(content))
+    assert read_chat_folder(folder).n_layer == 2
+    assert suppressed_tokens(folder) == [5]
+    assert end_tokens(folder, *read_tokenizer(folder)) == {2, 264}
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"layers_block_type": ["mamba", "moe", "attention"]},
+        {"layer_types": ["linear_attention", "mlp", "full_attention"]},
+        {"hybrid_override_pattern": "M-*"},
+    ],
+)
+def test_layers_may_be_listed_instead_of_counted(layers: dict[str, Any], folder: Path) -> None:
+    change(folder / "config.json", num_hidden_layers=None, **layers)
+    assert read_chat_folder(folder).n_layer == 3
+
+
 def test_an_answer_ends_with_any_of_the_tokens_that_the_files_name(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert end_tokens(folder, *read_tokenizer(folder)) == {2, 7, 9, 264}  # 264 is <|im_end|>
@@ -203,7 +226,11 @@ Breaks = Callable[[Path], object]
     [
         (lambda p: (p / "config.json").unlink(), "has no config.json that can be read"),
         (lambda p: (p / "config.json").write_text("[]"), "has no config.json that can be read"),
+        (lambda p: (p / "config.json").write_text("[" * 10**5), "has no config.json that can be"),
+        (lambda p: (p / "config.json").write_bytes(b"{\xff}"), "has no config.json that can be"),
         (lambda p: change(p / "config.json", hidden_size="64"), "has no hidden_size"),
+        (lambda p: change(p / "config.json", num_hidden_layers=None, layer_types=7),
+         "has no num_hidden_layers"),
         (lambda p: change(p / "config.json", architectures=["BertModel"]), "does not generate"),
         (lambda p: (p / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}'),
          "only BPE is read"),
