@@ -327,6 +327,32 @@ def test_who_fails_when_put_off_is_told_even_if_the_step_fails_too(
     assert engine.idle
 
 
+def test_a_row_that_cannot_be_copied_costs_what_is_remembered_and_no_answer(
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_mlx)
+    prompts = {n: [1000 + i for i in range(40)] + [n] for n in range(4)}
+    expected = {n: generate(engine, {n: prompts[n]}, 4, reuses=False)[n] for n in prompts}
+
+    def fails(_: int) -> Any:
+        raise RuntimeError("no buffer is left")
+
+    monkeypatch.setattr(engine._rows, "cache_of", fails)
+    engine.admit(0, prompts[0], GREEDY)
+    engine.admit(1, prompts[1], GREEDY)
+    said: dict[int, list[int]] = {n: [] for n in prompts}
+    while not engine.idle:
+        for number, (token, *_) in engine.step().tokens:
+            said[number].append(token)
+            if len(said[number]) == 4:
+                engine.cancel(number)  # which would be remembered
+            if number == 1 and len(said[1]) == 1:  # two that would go on from it
+                engine.admit(2, prompts[2], GREEDY)
+                engine.admit(3, prompts[3], GREEDY)
+    assert said == expected
+    assert len(engine._prompts) == 0
+
+
 # what is remembered
 
 

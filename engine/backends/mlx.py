@@ -293,6 +293,14 @@ class MlxEngine:
         return first is live or (first in self._running and first.is_decoding)
 
     def _beginning(self, wanted: Tokens, first: Live | None) -> tuple[int, Cache | None]:
+        """None, where it cannot be had."""
+        try:
+            return self._longest_beginning(wanted, first)
+        except Exception as error:
+            self._forget_all(error)
+            return 0, None
+
+    def _longest_beginning(self, wanted: Tokens, first: Live | None) -> tuple[int, Cache | None]:
         """The longest beginning of a prompt that is computed, of one that runs or that ended, or
         only of the first of its job. Never all of the prompt: the last token is computed for what
         follows it."""
@@ -353,11 +361,20 @@ class MlxEngine:
     def _leave(self, live: Live) -> None:
         """What is computed of it is remembered."""
         if not self._prompts.is_off:
-            self._prompts.remember(*self._rows.cache_of(live.id))
+            try:
+                self._prompts.remember(*self._rows.cache_of(live.id))
+            except Exception as error:
+                self._forget_all(error)
         self._rows.remove(live.id)
         self._running.remove(live)
         if not self._running:
             self._mx.clear_cache()
+
+    def _forget_all(self, error: Exception) -> None:
+        """Copying a row failed, mostly for want of memory. It would only have saved time."""
+        logger.error("A row cannot be copied; all prompts are forgotten", exc_info=error)
+        self._prompts.clear()
+        self._mx.clear_cache()
 
     def _new_rows(self) -> Rows:
         return new_rows(self._model, self._spec.n_parallel, self._spec.n_batch)
