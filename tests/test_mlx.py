@@ -15,7 +15,14 @@ import pytest
 import generation_jobs
 from engine import wire
 from engine.backends.base import Engine
-from engine.chat_folder import AddedToken, TokenizerConfig, TokenizerFile, Vocabulary, end_tokens
+from engine.chat_folder import (
+    AddedToken,
+    TokenizerConfig,
+    TokenizerFile,
+    Vocabulary,
+    end_tokens,
+    read_chat_folder,
+)
 from engine.grammar import Compiler
 from engine.types import SamplingParams
 from errors import ModelLoadFailed
@@ -375,6 +382,25 @@ def test_a_cancelled_answer_and_one_that_ended_are_remembered_and_never_hit_whol
     engine.admit(3, prompt, GREEDY, reuses=False)
     _, cached = run(engine, {3: 3})
     assert cached == {3: 0}
+
+
+def test_cells_that_no_row_takes_remember_prompts_too(tiny_mlx: Path, load: Load) -> None:
+    """One conversation may be more than all of the prompt cache."""
+    engine = load(tiny_mlx, prefix_cache_bytes=40_000, kv_tokens=400)
+    n_each = read_chat_folder(tiny_mlx).kv_bytes_per_token
+    prompt = [1000 + i for i in range(300)]
+    assert 300 * n_each > 40_000
+    cached = {}
+    for number, tokens in enumerate([prompt, [*prompt, 5, 6], [7] * 350, prompt]):
+        engine.admit(number, tokens, GREEDY)
+        while not engine.idle:
+            result = engine.step()
+            cached |= dict(result.started)
+            n_free = 400 - sum(len(live.tokens) for live in engine._running)
+            assert engine._prompts.n_bytes <= 40_000 + n_free * n_each
+            if result.tokens:
+                engine.cancel(number)
+    assert cached == {0: 0, 1: 300, 2: 0, 3: 0}, "the third one needed the cells"
 
 
 def test_a_prompt_that_is_cancelled_in_the_middle_is_remembered_so_far(

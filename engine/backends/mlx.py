@@ -151,6 +151,7 @@ class MlxEngine:
         self._rows = self._new_rows()
         self.n_parallel = spec.n_parallel
         self._prompts = Prompts(spec.prefix_cache_bytes)
+        self._cell_bytes = facts.kv_bytes_per_token
         self._pace = Pace(spec.max_stall_s, has_tiles=False)
         # a prompt has a pass of its own in every step, which has a price
         self._n_least = MIN_TOKENS if spec.max_stall_s is None else MIN_BESIDE
@@ -195,6 +196,7 @@ class MlxEngine:
         self._join(result)
         if not self._running:
             return result
+        self._share_cells()
         n_decodes = sum(live.is_decoding for live in self._running)
         n_prefill = self._n_alone
         # one job that does not reuse has the same chunks every time
@@ -339,6 +341,14 @@ class MlxEngine:
                 break
             self._put_off_last(result)
 
+    def _share_cells(self) -> None:
+        """Those that no row takes are for prompts too: memory is set aside for them, and a long
+        conversation may be more than all of the prompt cache."""
+        if not self._prompts.is_off:
+            longest = max((len(live.tokens) for live in self._running), default=0)
+            n_free = max(self._spec.kv_tokens - len(self._running) * (longest + 1), 0)
+            self._prompts.resize(self._spec.prefix_cache_bytes + n_free * self._cell_bytes)
+
     def _outranks(self, live: Live) -> bool:
         """Somebody who runs comes after it, and can be put off without loss."""
         return bool(self._running) and live.rank < self._running[-1].rank and self._can_cut
@@ -360,13 +370,14 @@ class MlxEngine:
 
     def _leave(self, live: Live) -> None:
         """What is computed of it is remembered."""
+        self._running.remove(live)
+        self._share_cells()
         if not self._prompts.is_off:
             try:
                 self._prompts.remember(*self._rows.cache_of(live.id))
             except Exception as error:
                 self._forget_all(error)
         self._rows.remove(live.id)
-        self._running.remove(live)
         if not self._running:
             self._mx.clear_cache()
 
