@@ -5,6 +5,7 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -30,6 +31,18 @@ _ENDS = frozenset(
 _CONTROL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 # Of harmony, and of Solar Open: where both are, <|end|> ends a message and not the turn.
 _TURNS = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
+# Kinds of layers that keep a state and no cells, and of those that keep nothing.
+_RECURRENT, _KEEPING_NOTHING = ("M", "mamba", "conv", "linear_attention"), ("-", "E", "mlp", "moe")
+# The numbers whose product is the size of a state. Convolutions beside one are small.
+_STATES = (
+    ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),  # Qwen 3.5
+    ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),  # Nemotron H
+    ("mamba_n_heads", "mamba_d_head", "mamba_d_state"),  # Granite 4, Falcon H1
+    ("conv_L_cache", "hidden_size"),  # LFM2
+)
+_STATE_FLOAT_BYTES = 4  # whatever the activations are
+# Of the families with latent attention those for which mlx-lm keeps keys and values of each head.
+_UNCOMPRESSED = ("deepseek_v2", "minicpm3", "youtu_llm")
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -90,9 +103,7 @@ def read_chat_folder(path: Path) -> ModelFile:
     n_listed = len(_layers(text))
     n_layer = _number(path, text, "num_hidden_layers", "n_layer", "n_layers", default=n_listed)
     n_embd = _number(path, text, "hidden_size", "d_model", "n_embd")
-    n_head = _number(path, text, "num_attention_heads", "n_head", default=1)
-    n_head_kv = _number(path, text, "num_key_value_heads", default=n_head)
-    head_size = _number(path, text, "head_dim", default=n_embd // n_head)
+    kv_bytes_per_token, state_bytes = _kept(path, text, n_layer, n_embd)
     pieces = [*tokenizer.model.vocab, *(token.content for token in tokenizer.added_tokens)]
     return ModelFile(
         path=path,
@@ -104,7 +115,7 @@ def read_chat_folder(path: Path) -> ModelFile:
         n_embd=n_embd,
         n_vocab=_number(path, text, "vocab_size", default=len(pieces)),
         max_token_bytes=max(len(piece.encode("utf-8", "replace")) for piece in pieces),
-        kv_bytes_per_token=2 * n_layer * n_head_kv * head_size * FLOAT_BYTES,
+        kv_bytes_per_token=kv_bytes_per_token,
         tokenizer_model="gpt2" if is_byte_level(tokenizer) else "llama",
         chat_template=_template(path, settings),
         bos_token=bos,
@@ -113,6 +124,7 @@ def read_chat_folder(path: Path) -> ModelFile:
         control_tokens=tuple(sorted(special - {""}, key=lambda text: (-len(text), text))),
         kind="chat",
         tool_template=_tool_template(path, settings),
+        state_bytes=state_bytes,
     )
 
 
@@ -244,6 +256,45 @@ def _part(path: Path, config: dict[str, Any], key: str, kind: type[T]) -> T:
     if type(found) is not kind:
         _fail(path, f"has no {key} in its config.json that makes sense; download it again")
     return found
+
+
+def _kept(path: Path, text: dict[str, Any], n_layer: int, n_embd: int) -> tuple[int, int]:
+    """How many bytes a sequence keeps for each token, and how many in its states.
+
+    An upper bound: behind sliding windows, and in families that say it in other words, it is less.
+    """
+    n_head = _number(path, text, "num_attention_heads", "n_head", default=1)
+    head_size = _number(path, text, "head_dim", default=n_embd // n_head)
+    n_kept = 2 * _number(path, text, "num_key_value_heads", default=n_head) * head_size
+    if text.get("kv_lora_rank"):
+        n_rope = _number(path, text, "qk_rope_head_dim", default=head_size)
+        n_kept = _number(path, text, "kv_lora_rank") + n_rope
+        if text.get("index_head_dim"):
+            n_kept += 2 * _number(path, text, "index_head_dim")
+        if text.get("model_type") in _UNCOMPRESSED:
+            n_key = _number(path, text, "qk_nope_head_dim", default=head_size) + n_rope
+            n_kept = n_head * (n_key + _number(path, text, "v_head_dim", default=head_size))
+    n_attention, n_recurrent = _n_keeping(text, n_layer)
+    named = (keys for keys in _STATES if all(isinstance(text.get(key), int) for key in keys))
+    if (keys := next(named, None)) is None:  # not known, and taken for attention
+        return min(n_attention + n_recurrent, n_layer) * n_kept * FLOAT_BYTES, 0
+    n_state = prod(_number(path, text, key) for key in keys)
+    return n_attention * n_kept * FLOAT_BYTES, n_recurrent * n_state * _STATE_FLOAT_BYTES
+
+
+def _n_keeping(text: dict[str, Any], n_layer: int) -> tuple[int, int]:
+    """How many layers keep cells, and how many a state; all may do both, as Falcon H1's do."""
+    layers = _layers(text)
+    if len(layers) == n_layer:
+        n_recurrent = sum(layer in _RECURRENT for layer in layers)
+        return n_layer - n_recurrent - sum(map(_KEEPING_NOTHING.count, layers)), n_recurrent
+    indices, interval = text.get("full_attn_idxs"), text.get("full_attention_interval")
+    n_attention = n_layer
+    if isinstance(indices, list):
+        n_attention = min(len(indices), n_layer)
+    elif isinstance(interval, int) and interval > 0:
+        n_attention = n_layer // interval
+    return n_attention, n_layer if n_attention == n_layer else n_layer - n_attention
 
 
 def _layers(text: dict[str, Any]) -> str | list[Any]:

@@ -53,6 +53,7 @@ class ModelFile:
     # but one set
     n_ctx_short: int = 0
     tool_template: str | None = None  # in the place of the other where there are tools
+    state_bytes: int = 0  # of recurrent layers, for each sequence; 0: counted among the cells
 
 
 def name_of(path: Path) -> str:

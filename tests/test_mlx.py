@@ -509,6 +509,26 @@ def test_what_layers_count_is_computed_in_each_step(
     assert sizes[-1] == sizes[-4]
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3_text", "glm4_moe_lite", "deepseek_v2", "minicpm3", "qwen3_5", "nemotron_h",
+     "granitemoehybrid", "lfm2", "falcon_h1"],
+)  # fmt: skip
+def test_what_a_row_keeps_is_known_from_its_config(
+    family: str, tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.chat_folder.FLOAT_BYTES", 4)  # the weights are such
+    folder = write_random(tmp_path / family, family, tokenizer_of=tiny_mlx)
+    engine, facts = load(folder), read_chat_folder(folder)
+    generate(engine, {1: [5] * 7}, 1)
+    generate(engine, {2: [6] * 15}, 1)
+    short, long = engine._prompts._entries
+    n_more = len(long.tokens) - len(short.tokens)
+    assert long.n_bytes - short.n_bytes == n_more * facts.kv_bytes_per_token
+    n_states = short.n_bytes - len(short.tokens) * facts.kv_bytes_per_token
+    assert 0.5 * facts.state_bytes <= n_states <= 1.3 * facts.state_bytes
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {
         "intermediate_size": 256, "state_size": 64, "num_hidden_layers": 2, "conv_kernel": 4,
@@ -539,9 +559,55 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },  # attention that does not count
     "falcon_h1": {
         "head_dim": 16, "intermediate_size": 64, "mamba_d_head": 16, "mamba_d_ssm": 64,
-        "mamba_d_state": 16, "mamba_n_heads": 4, "num_attention_heads": 2,
+        "mamba_d_state": 64, "mamba_n_heads": 4, "num_attention_heads": 2,
         "num_key_value_heads": 1, "num_hidden_layers": 2, "max_position_embeddings": 1024,
     },  # a state and attention in each layer
+    "glm4_moe_lite": {
+        "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+        "v_head_dim": 24, "qk_nope_head_dim": 16, "first_k_dense_replace": 5,
+        "max_position_embeddings": 1024,
+    },  # latent attention
+    "deepseek_v2": {
+        "num_hidden_layers": 2, "intermediate_size": 64, "moe_intermediate_size": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": None,
+        "qk_rope_head_dim": 8, "v_head_dim": 24, "qk_nope_head_dim": 16, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4, "rope_scaling": {"factor": 1, "mscale_all_dim": 0},
+        "first_k_dense_replace": 5, "max_position_embeddings": 1024,
+    },  # the same, with the keys and values of each head
+    "minicpm3": {
+        "num_hidden_layers": 2, "dim_model_base": 32, "intermediate_size": 64, "scale_depth": 1.0,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "rms_norm_eps": 1e-5, "scale_emb": 1.0,
+        "max_position_embeddings": 1024, "rope_scaling": {},
+    },
+    "qwen3_5": {
+        "text_config": {
+            "model_type": "qwen3_5_text", "vocab_size": 49152, "hidden_size": 32,
+            "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 16, "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "tie_word_embeddings": True, "full_attention_interval": 4,
+            "max_position_embeddings": 1024,
+        },
+    },  # three of four layers with a state
+    "nemotron_h": {
+        "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "attention_bias": False, "mamba_num_heads": 4, "mamba_head_dim": 16,
+        "mamba_proj_bias": False, "ssm_state_size": 128, "conv_kernel": 4, "n_groups": 1,
+        "mlp_bias": False, "layer_norm_epsilon": 1e-5, "use_bias": False, "use_conv_bias": True,
+        "hybrid_override_pattern": ["M", "*", "-", "M"], "num_hidden_layers": 4, "head_dim": 16,
+        "max_position_embeddings": 1024,
+    },  # and layers that keep nothing
+    "granitemoehybrid": {
+        "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "attention_bias": False, "embedding_multiplier": 1.0,
+        "attention_multiplier": 0.25, "logits_scaling": 1.0, "residual_multiplier": 1.0,
+        "layer_types": ["mamba", "attention", "mamba"], "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_proj_bias": False, "mamba_d_state": 128,
+        "mamba_d_conv": 4, "mamba_n_groups": 1, "mamba_conv_bias": True,
+        "shared_intermediate_size": 64, "max_position_embeddings": 1024,
+    },
     "llama4": {
         "text_config": {
             "model_type": "llama4_text", "vocab_size": 49152, "hidden_size": 32,
