@@ -73,7 +73,7 @@ def pick(model: HubModel, backend: str, names: Collection[str]) -> list[str]:
 
     Raises ModelLoadFailed that lists what there is.
     """
-    return _folder(model, names) if backend in FOLDER_BACKENDS else _gguf(model, names)
+    return _folder(model, backend, names) if backend in FOLDER_BACKENDS else _gguf(model, names)
 
 
 def _gguf(model: HubModel, names: Collection[str]) -> list[str]:
@@ -131,7 +131,7 @@ def _has_word(name: str, word: str) -> bool:
     return re.search(pattern, name[: -len(".gguf")], re.IGNORECASE) is not None
 
 
-def _folder(model: HubModel, names: Collection[str]) -> list[str]:
+def _folder(model: HubModel, backend: str, names: Collection[str]) -> list[str]:
     if model.what is not None:
         raise ModelLoadFailed(
             f"This backend takes a whole repo: write hf:{model.repo}, without ':{model.what}'."
@@ -141,12 +141,14 @@ def _folder(model: HubModel, names: Collection[str]) -> list[str]:
         (found for pattern in _WEIGHTS if (found := [n for n in root if _fits(n, [pattern])])), []
     )
     rest = [name for name in root if _fits(name, _IN_FOLDER)]
-    has_tokenizer = any(_fits(name, _TOKENIZERS) for name in rest)
+    # only transformers, which comes with flag, reads the others
+    tokenizers = _TOKENIZERS if backend == "flag" else _TOKENIZERS[:1]
+    has_tokenizer = any(_fits(name, tokenizers) for name in rest)
     if "config.json" not in rest or not weights or not has_tokenizer:
         raise ModelLoadFailed(
-            f"{model.repo} is no model directory of Hugging Face's: it wants config.json, a "
-            f"tokenizer and model.safetensors, and has {_listed(names)}. Give another repo, or for "
-            "a GGUF set BACKEND=llamacpp."
+            f"{model.repo} is no model directory for the backend {backend}: it wants config.json, "
+            f"{' or '.join(tokenizers)} and model.safetensors, and has {_listed(names)}. Give "
+            "another repo, or for a GGUF set BACKEND=llamacpp."
         )
     rest.remove("config.json")
     pooling = [_POOLING] if _POOLING in names else []

@@ -130,7 +130,10 @@ def read_chat_folder(path: Path) -> ModelFile:
 
 def read_tokenizer(path: Path) -> tuple[TokenizerFile, TokenizerConfig]:
     """What the two files say. Raises ModelLoadFailed."""
-    tokenizer = _decoded(path / "tokenizer.json", TokenizerFile)
+    file = path / "tokenizer.json"
+    if not file.exists():
+        _fail(path, "has no tokenizer.json; take a conversion that has one")
+    tokenizer = _decoded(file, TokenizerFile)
     if tokenizer.model.type != "BPE" or not isinstance(tokenizer.model.vocab, dict):
         _fail(path, f"has a tokenizer of the type {tokenizer.model.type}, and only BPE is read")
     config = path / "tokenizer_config.json"
