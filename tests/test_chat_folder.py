@@ -288,7 +288,7 @@ def test_a_file_is_no_directory(folder: Path) -> None:
 
 def test_without_mlx_it_says_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlx.core", None)
-    with pytest.raises(ModelLoadFailed, match=r"is not installed .*: \./setup\.sh --mlx, or pip"):
+    with pytest.raises(ModelLoadFailed, match=r"is not installed .*: run `\./setup\.sh --mlx`, or"):
         engine_of(folder)
 
 

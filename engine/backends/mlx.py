@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engine.backends.base import Constraint, Engine, ReportProgress, Tokenizer
+from engine.backends.base import Constraint, Engine, ReportProgress, Tokenizer, install
 from engine.backends.mlx_prompts import Cache, Prompts, beginning, can_cut, n_usable
 from engine.backends.mlx_rows import Rows, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
@@ -32,7 +32,6 @@ from errors import ModelLoadFailed
 
 logger = logging.getLogger("worker.mlx")
 
-INSTALL = "./setup.sh --mlx, or pip install -r requirements-mlx.txt"
 MAX_FAILED_STEPS = 3  # in a row; then the model is taken to be broken
 WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
 CPU_PREFILL = 64  # prompt tokens of a step whose pace is not measured, or it may take minutes
@@ -63,7 +62,9 @@ def import_mlx(spec: WorkerSpec) -> Any:
             mx.set_default_device(mx.cpu)  # before mlx-lm makes its stream
         import_module("mlx_lm.generate")
     except ImportError as error:
-        raise ModelLoadFailed(f"The backend mlx is not installed ({error}): {INSTALL}.") from None
+        raise ModelLoadFailed(
+            f"The backend mlx is not installed ({error}): {install('mlx')}."
+        ) from None
     if is_on_cpu(mx):
         mx.disable_compile()  # it would compile C++ at the first use, if there is a compiler
     return mx
