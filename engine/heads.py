@@ -12,6 +12,7 @@ import numpy as np
 from engine.model_file import open_header
 from engine.tensors import read_tensors
 from engine.torch_file import Floats
+from engine.wire import EncoderSpec
 from errors import ModelLoadFailed
 
 SPARSE, COLBERT = "sparse_linear", "colbert_linear"  # as FlagEmbedding calls them
@@ -31,6 +32,18 @@ class Heads:
     sparse_bias: float
     colbert_weight: Floats  # [n_colbert, n_embd]
     colbert_bias: Floats  # [n_colbert]
+
+
+def heads_of(
+    model_path: Path, n_embd: int, encoder: EncoderSpec
+) -> tuple[Heads | None, tuple[str, ...]]:
+    """The heads that a tier's model has, and where it has none what is missing."""
+    if encoder.kind != "embedding":
+        return None, ()
+    sparse = Path(encoder.sparse_head_path) if encoder.sparse_head_path else None
+    colbert = Path(encoder.colbert_head_path) if encoder.colbert_head_path else None
+    heads = read_heads(model_path, n_embd, sparse, colbert)
+    return heads, missing_heads(model_path, sparse, colbert) if heads is None else ()
 
 
 def read_heads(

@@ -436,7 +436,13 @@ MAY_IMPORT = {
     "engine.prefix": set(),
     "engine.pace": set(),
     "engine.speculation": {"engine.prefix"},
-    "engine.heads": {"engine.model_file", "engine.tensors", "engine.torch_file", "errors"},
+    "engine.heads": {
+        "engine.model_file",
+        "engine.tensors",
+        "engine.torch_file",
+        "engine.wire",
+        "errors",
+    },
     "engine.tensors": {"engine.torch_file", "errors"},
     "engine.torch_file": set(),
     "models": {
