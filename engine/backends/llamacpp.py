@@ -23,10 +23,11 @@ from engine.backends.llama_model import (
     pointer,
     reason_of,
 )
-from engine.backends.llama_sampling import LlamaSampler, NumpySampler, Samplers
+from engine.backends.llama_sampling import LlamaSampler, Samplers
 from engine.backends.llama_threads import ABORTED, ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.batch_engine import BatchEngine
+from engine.drawing import RowSampler
 from engine.prefix import Saved
 from engine.speculation import MOST
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
@@ -189,12 +190,15 @@ class LlamaDecoder:
         first = lib.llama_get_logits(context)
         return _rows_at(ctypes.addressof(first.contents), n_rows, self.tokenizer.n_vocab)
 
-    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> LlamaSampler | NumpySampler:
+    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> LlamaSampler | RowSampler:
         return self._samplers.new(sampling, prompt)
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
-        sampler: LlamaSampler | NumpySampler = sequence.sampler
-        return sampler.sample(*self._rows[row], sequence.constraint)
+        context, index, logits = self._rows[row]
+        sampler: LlamaSampler | RowSampler = sequence.sampler
+        if isinstance(sampler, RowSampler):
+            return sampler.choose(logits, sequence.constraint)
+        return sampler.sample(context, index, logits, sequence.constraint)
 
 
 class _BatchArrays:
