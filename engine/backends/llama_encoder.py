@@ -82,7 +82,7 @@ class EncoderTokenizer(LlamaTokenizer):
         """For texts with control tokens in them, though these were not to be recognised: they are
         left out where they cannot be spelled."""
         if not self._facts.is_encoder:
-            with suppress(Error):
+            with suppress(ValueError):
                 return super()._spell(data)
         return [
             token
