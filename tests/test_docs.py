@@ -460,6 +460,7 @@ MAY_IMPORT = {
         "bench.own_service",
         "bench.plain_client",
         "engine",
+        "models.convert.hf_folder",
         "settings",
         "worker_spec",
     },
