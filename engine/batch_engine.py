@@ -14,7 +14,7 @@ from engine.wire import WorkerSpec
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILED_STEPS = 3  # in a row; then the decoder is taken to be broken
+MAX_FAILED_STEPS = 3  # in a row; then the model is taken to be broken
 
 
 class BatchEngine:

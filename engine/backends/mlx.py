@@ -21,19 +21,19 @@ from engine.backends.mlx_prompts import Cache, Prompts, beginning, can_cut, n_us
 from engine.backends.mlx_rows import Rows, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
 from engine.backends.mlx_tokenizer import MlxTokenizer
+from engine.batch_engine import MAX_FAILED_STEPS
 from engine.cells import view
 from engine.chat_folder import read_chat_folder, suppressed_tokens
 from engine.model_file import ModelFile
 from engine.pace import MIN_BESIDE, MIN_TOKENS, Pace
 from engine.prefix import Tokens, n_common
-from engine.types import SamplingParams, StepResult
+from engine.scheduler import WORTH_WAITING_FOR
+from engine.types import Admitted, SamplingParams, StepResult, is_one_steady_job, order
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
 logger = logging.getLogger("worker.mlx")
 
-MAX_FAILED_STEPS = 3  # in a row; then the model is taken to be broken
-WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
 CPU_PREFILL = 64  # prompt tokens of a step whose pace is not measured, or it may take minutes
 N_LOADS = 16  # parts in which weights are read, to tell how far it is
 _QUIET = {
@@ -111,27 +111,14 @@ def _loaded(mx: Any, facts: ModelFile, progress: ReportProgress) -> Any:
 
 
 @dataclass(slots=True, eq=False)
-class Live:
-    """A sequence that was admitted: its prompt and what was sampled."""
-
-    id: int
-    tokens: "array[int]"
+class Live(Admitted):
     chooser: Chooser  # survives being put off
-    reuses: bool
-    goes_on_from: int | None  # does not reuse, but goes on from this one, the first of its job
-    rank: float
     n_joined: int = 0  # tokens with which it joined the rows
-    has_started: bool = False
 
     @property
     def is_decoding(self) -> bool:
         """Its prompt is computed: a token came after it."""
         return len(self.tokens) > self.n_joined
-
-    @property
-    def first(self) -> int:
-        """The first of its job, by which such are known that do not reuse."""
-        return self.id if self.goes_on_from is None else self.goes_on_from
 
 
 class MlxEngine:
@@ -178,8 +165,10 @@ class MlxEngine:
         chooser = new_chooser(
             sampling, prompt, constraint, self._ends, self._suppressed, self.tokenizer.piece
         )
-        live = Live(id, array("i", prompt), chooser, reuses, goes_on_from, rank)
-        insort(self._waiting, live, key=_order)
+        live = Live(
+            id, array("i", prompt), chooser, reuses=reuses, goes_on_from=goes_on_from, rank=rank
+        )
+        insort(self._waiting, live, key=order)
 
     def cancel(self, id: int) -> None:
         for live in self._waiting:
@@ -200,8 +189,7 @@ class MlxEngine:
         self._share_cells()
         n_decodes = sum(live.is_decoding for live in self._running)
         n_prefill = self._n_alone
-        # one job that does not reuse has the same chunks every time
-        if self._running[0].reuses or len({live.first for live in self._running}) > 1:
+        if not is_one_steady_job(self._running):  # which has the same chunks every time
             n_allowed = self._pace.n_prefill(n_decodes, self._spec.n_batch)
             n_prefill = min(max(self._n_least, n_allowed), self._spec.n_batch)
         started_at = time.perf_counter()
@@ -280,7 +268,7 @@ class MlxEngine:
         n_cached, cached = self._beginning(wanted, first)
         self._rows.add(live.id, live.tokens.tolist(), cached, n_cached, live.chooser)
         live.n_joined = len(live.tokens)
-        insort(self._running, live, key=_order)
+        insort(self._running, live, key=order)
         if not live.has_started:
             live.has_started = True
             result.started.append((live.id, n_cached))
@@ -289,7 +277,7 @@ class MlxEngine:
         """The first answer of its job that is still there, perhaps itself: the others go on from
         that."""
         job = [other for other in (*self._running, *self._waiting) if other.first == live.first]
-        return min(job, key=_order)
+        return min(job, key=order)
 
     def _is_through(self, first: Live, live: Live) -> bool:
         """The prompt is there for who goes on from it."""
@@ -367,7 +355,7 @@ class MlxEngine:
         if sampled is not None:
             last.tokens.append(sampled.token)
             result.tokens.append((last.id, sampled))
-        insort(self._waiting, last, key=_order)
+        insort(self._waiting, last, key=order)
 
     def _leave(self, live: Live) -> None:
         """What is computed of it is remembered."""
@@ -390,7 +378,3 @@ class MlxEngine:
 
     def _new_rows(self) -> Rows:
         return new_rows(self._model, self._spec.n_parallel, self._spec.n_batch)
-
-
-def _order(live: Live) -> tuple[float, int]:
-    return live.rank, live.id
