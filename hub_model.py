@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from engine.file_names import HEAD_FILES, HEADS, WEIGHTS
 from errors import ModelLoadFailed
 
 FOLDER_BACKENDS = frozenset({"mlx", "onnx", "flag"})  # whose models are directories
@@ -22,15 +23,9 @@ _MODEL = re.compile(
     re.ASCII,
 )
 _PART = re.compile(r"(?P<stem>.+)-(?P<n>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-_HEADS = (
-    "sparse_linear.pt", "sparse_linear.safetensors", "colbert_linear.pt",
-    "colbert_linear.safetensors",
-)  # fmt: skip
-_BESIDE_GGUF = (*_HEADS, "*.heads.safetensors")
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.txt")
-_IN_FOLDER = ("*.json", "*.jinja", "merges.txt", *_TOKENIZERS, *_HEADS)
+_IN_FOLDER = ("*.json", "*.jinja", "merges.txt", *_TOKENIZERS, *HEADS)
 _POOLING = "1_Pooling/config.json"
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that are there count
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +90,7 @@ def _gguf(model: HubModel, names: Collection[str]) -> list[str]:
     folder = name.rpartition("/")[0]
     beside = [
         other for other in sorted(names)
-        if other.rpartition("/")[0] == folder and _fits(_base(other), _BESIDE_GGUF)
+        if other.rpartition("/")[0] == folder and HEAD_FILES.fullmatch(_base(other))
     ]  # fmt: skip
     return [*_whole(model, [name], names), *beside]
 
@@ -138,7 +133,7 @@ def _folder(model: HubModel, backend: str, names: Collection[str]) -> list[str]:
         )
     root = sorted(name for name in names if "/" not in name)
     weights = next(
-        (found for pattern in _WEIGHTS if (found := [n for n in root if _fits(n, [pattern])])), []
+        (found for pattern in WEIGHTS if (found := [n for n in root if _fits(n, [pattern])])), []
     )
     rest = [name for name in root if _fits(name, _IN_FOLDER)]
     # only transformers, which comes with flag, reads the others

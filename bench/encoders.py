@@ -43,7 +43,7 @@ from bench.plain_client import REST_S, post
 from engine.backends.base import Encoder, load_encoder
 from engine.batcher import Batcher
 from engine.client import SPIN_COUNT
-from engine.heads import COLBERT, SPARSE
+from engine.file_names import COLBERT, SPARSE
 from engine.model_file import read_model_file
 from engine.wire import EncoderSpec, WorkerSpec
 from models.convert.hf_folder import write_safetensors

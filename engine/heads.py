@@ -9,17 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.file_names import COLBERT, HEAD_SUFFIXES, PACKED_HEADS, SPARSE
 from engine.model_file import open_header
 from engine.tensors import read_tensors
 from engine.torch_file import Floats
 from engine.wire import EncoderSpec
 from errors import ModelLoadFailed
 
-SPARSE, COLBERT = "sparse_linear", "colbert_linear"  # as FlagEmbedding calls them
 METADATA_PREFIX = "bge_m3."  # in a GGUF: bge_m3.sparse_linear.weight and so on, as flat arrays
 
 _POOLING_NONE, _POOLING_CLS = 0, 2
-_SUFFIXES = (".pt", ".safetensors")
 # What converters append to a name: model-Q4_K_M, model.f16, model-fp16.
 _QUANTIZATION = re.compile(r"[-._](?:bf16|fp?16|fp?32|i?q\d\w*|tq\d\w*|mxfp4)$", re.IGNORECASE)
 
@@ -167,14 +166,14 @@ def _in_metadata(name: str, model_path: Path) -> bool:
 def _packed(model_path: Path) -> Path | None:
     """The file beside a GGUF that by its name has the heads of this one."""
     stem = _QUANTIZATION.sub("", model_path.stem)
-    path = model_path.with_name(f"{stem}.heads.safetensors")
+    path = model_path.with_name(f"{stem}{PACKED_HEADS}")
     return path if path.is_file() and not model_path.is_dir() else None
 
 
 def _loose(name: str, model_path: Path) -> Path | None:
     """A file by the name that FlagEmbedding gives it, in a directory or beside a GGUF."""
     folder = model_path if model_path.is_dir() else model_path.parent
-    paths = (folder / (name + suffix) for suffix in _SUFFIXES)
+    paths = (folder / (name + suffix) for suffix in HEAD_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)
 
 

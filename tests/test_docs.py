@@ -358,6 +358,7 @@ MAY_IMPORT = {
     },
     "model_source": {
         "engine.chat_folder",
+        "engine.file_names",
         "engine.model_file",
         "engine.model_folder",
         "engine.backends.fake",
@@ -393,7 +394,7 @@ MAY_IMPORT = {
     "settings": {"hub", "hub_model"},
     "hub": {"errors", "hub_download", "hub_model"},
     "hub_download": {"errors"},
-    "hub_model": {"errors"},
+    "hub_model": {"engine.file_names", "errors"},
     "errors": set(),
     "logs": set(),
     "progress": {"logs"},
@@ -436,7 +437,9 @@ MAY_IMPORT = {
     "engine.prefix": set(),
     "engine.pace": set(),
     "engine.speculation": {"engine.prefix"},
+    "engine.file_names": set(),
     "engine.heads": {
+        "engine.file_names",
         "engine.model_file",
         "engine.tensors",
         "engine.torch_file",
@@ -447,6 +450,7 @@ MAY_IMPORT = {
     "engine.torch_file": set(),
     "models": {
         "models",
+        "engine.file_names",
         "engine.heads",
         "engine.model_folder",
         "engine.tensors",
