@@ -7,6 +7,7 @@ from typing import Any
 
 import llama_cpp as lib
 
+from engine.backends.llama_model import meta_text
 from engine.deep import in_depth
 from engine.spelling import Spelling
 from errors import BadRequest
@@ -49,7 +50,8 @@ class LlamaTokenizer:
 
     def __init__(self, model: Any) -> None:
         self._vocab = lib.llama_model_get_vocab(model)
-        split_by = _text(model, b"tokenizer.ggml.pre") or _text(model, b"tokenizer.ggml.model")
+        named = meta_text(model, "tokenizer.ggml.pre")
+        split_by = named or meta_text(model, "tokenizer.ggml.model")
         is_bpe = lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_BPE
         self._recurses = is_bpe and split_by not in SPLIT_BY_CODE
         self._runs = _LINES if split_by in _WITH_SPACES else _RUNS
@@ -151,10 +153,3 @@ class LlamaTokenizer:
             if n >= 0:
                 return buffer.raw[:n]
             n_room = -n
-
-
-def _text(model: Any, key: bytes) -> str:
-    """What the file says; nothing where it does not."""
-    buffer = ctypes.create_string_buffer(64)
-    lib.llama_model_meta_val_str(model, key, buffer, len(buffer))
-    return buffer.value.decode(errors="replace")

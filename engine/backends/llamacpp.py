@@ -19,6 +19,7 @@ from engine.backends.llama_model import (
     LlamaLog,
     has_gpu,
     load_model,
+    meta_text,
     name_of,
     pointer,
     reason_of,
@@ -106,7 +107,8 @@ class LlamaDecoder:
         self.n_cells: int = lib.llama_n_ctx(self._context)
         self.n_batch: int = lib.llama_n_batch(self._context)
         # slots of DeepSeek V4 can only be copied whole, and in a step of their own
-        self.can_mark = not is_cells and _architecture(self._model) != b"deepseek4"
+        architecture = meta_text(self._model, "general.architecture")
+        self.can_mark = not is_cells and architecture != "deepseek4"
         n_windows = n_swa * (spec.n_parallel + 1) + self.n_batch
         self.shares_cells = n_swa == 0 or n_windows <= self.n_cells
         tokenizer = LlamaTokenizer(self._model)
@@ -243,12 +245,6 @@ def _rows_at(address: int, n_rows: int, n_vocab: int) -> Sequence_[Logits]:
     """Rows of numbers in llama.cpp's memory."""
     numbers: Any = (ctypes.c_float * (n_rows * n_vocab)).from_address(address)
     return tuple(np.frombuffer(numbers, np.float32).reshape(n_rows, n_vocab))
-
-
-def _architecture(model: Any) -> bytes:
-    text = ctypes.create_string_buffer(64)
-    lib.llama_model_meta_val_str(model, b"general.architecture", text, len(text))
-    return text.value
 
 
 def _plain_block(model: Any) -> int:
