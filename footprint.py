@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from engine.llama_limits import CELLS, DECODER_STEP, PLAIN_TOKENS
 from engine.model_file import ModelFile
-from engine.wire import CELLS, DECODER_STEP, PLAIN_TOKENS, WorkerSpec
+from engine.wire import WorkerSpec
 
 MB = 1 << 20
 # Measured on x86-64 Linux: an idle worker of each backend, with the libraries that it loads.

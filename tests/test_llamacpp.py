@@ -32,6 +32,7 @@ from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
 from engine.client import launch_process
 from engine.grammar import Compiler
+from engine.llama_limits import PLAIN_TOKENS
 from engine.machine import Cores
 from engine.model_file import read_model_file
 from engine.speculation import MOST
@@ -300,7 +301,7 @@ def test_without_flash_attention_128_tokens_are_computed_at_once_with_the_same_n
     prompt = [1000 + i for i in range(300)]
     engine = engine_of(smollm2, flash_attention=False)
     decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
-    assert lib.llama_n_ubatch(decoder._context) == wire.PLAIN_TOKENS
+    assert lib.llama_n_ubatch(decoder._context) == PLAIN_TOKENS
     assert decoder.block == 69  # one of 256 takes 0.1 s to save where streams ran together
     engine.close()
     (flash,) = next_logits(smollm2, [prompt])
@@ -319,7 +320,7 @@ def test_with_a_gpu_flash_attention_stays_on_and_there_are_no_lanes(
         engine = engine_of(tiny, flash_attention=False, n_gpu_layers=n_gpu_layers, lane_tokens=256)
         decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
         assert (decoder._lanes is not None) == is_plain
-        assert (lib.llama_n_ubatch(decoder._context) == wire.PLAIN_TOKENS) == is_plain
+        assert (lib.llama_n_ubatch(decoder._context) == PLAIN_TOKENS) == is_plain
         assert ("does nothing with a GPU" in caplog.text) != is_plain
         assert (f"{tiny.name} is computed on the CPU" in caplog.text) == is_plain
         assert (f"{tiny.name} is computed with a GPU" in caplog.text) != is_plain

@@ -37,10 +37,11 @@ from engine.backends.llama_model import (
 from engine.backends.llama_threads import ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.heads import heads_of
+from engine.llama_limits import DECODER_STEP
 from engine.machine import available_bytes
 from engine.model_file import ENCODERS, Header, open_header
 from engine.types import Pooling, Scale
-from engine.wire import DECODER_STEP, EncoderSpec, WorkerSpec
+from engine.wire import EncoderSpec, WorkerSpec
 from errors import InsufficientMemory, ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")

@@ -29,10 +29,11 @@ from engine.backends.llama_threads import ABORTED, ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.batch_engine import BatchEngine
 from engine.drawing import RowSampler
+from engine.llama_limits import LEAST_IN_LANES, LEAST_IN_PLAIN_LANES, PLAIN_TOKENS
 from engine.prefix import Saved
 from engine.speculation import MOST
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
-from engine.wire import LEAST_IN_LANES, LEAST_IN_PLAIN_LANES, PLAIN_TOKENS, WorkerSpec
+from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
