@@ -28,7 +28,7 @@ class BatchEngine:
         self.n_parallel = spec.n_parallel
         self._decoder = decoder
         self._scheduler = Scheduler(
-            decoder,
+            decoder.memory,
             n_slots=spec.n_parallel,
             n_ctx=n_ctx,
             n_cells=n_cells,

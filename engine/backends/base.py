@@ -132,10 +132,11 @@ class Memory(Protocol):
     def clear(self, slot: int) -> None: ...
 
 
-class Decoder(Memory, Protocol):
+class Decoder(Protocol):
     """What the batch engine needs of a library that computes logits."""
 
     tokenizer: Tokenizer
+    memory: Memory
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> Any:
         """A new sampler for one sequence. It is dropped with the sequence."""
