@@ -45,6 +45,7 @@ class Begun:
     n_before: int = 0  # requests that were to be served before the last one when it came
     handed_at: float = 0.0  # to the worker, by the monotonic clock
     age_s: float | None = None  # of what is remembered
+    unenforced: tuple[str, ...] = ()  # params of schemas of which no more than a type can be used
 
 
 # A generation, so that one sees what it waits for; then once that all have begun; then what each
@@ -60,6 +61,7 @@ class _Kept(msgspec.Struct, array_like=True, frozen=True):
     n_cached: int
     seed: int
     outs: list[tuple[int, wire.TokenOut]]
+    unenforced: tuple[str, ...] = ()
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -209,7 +211,8 @@ async def _find_or_keep(
     if entry is None or kept is None:
         await _keep(asked, cache, name, tell)
         return
-    tell(Begun(kept.n_prompt, kept.n_cached, kept.seed, age_s=entry.age_s))
+    begun = Begun(kept.n_prompt, kept.n_cached, kept.seed, unenforced=kept.unenforced)
+    tell(replace(begun, age_s=entry.age_s))
     for out in kept.outs:
         tell(out)
 
@@ -245,7 +248,7 @@ async def _keep(asked: _Asked, cache: Cache, name: bytes, tell: Tell[Item]) -> N
 
     await generate(asked.requests, asked.tier, asked.priority, keep)
     if is_good and asked.tier.is_still(asked.identity):
-        kept = _Kept(begun.n_prompt, begun.n_cached, begun.seed, outs)
+        kept = _Kept(begun.n_prompt, begun.n_cached, begun.seed, outs, begun.unenforced)
         cache.put(KIND, name, _encode(kept))
 
 
@@ -267,6 +270,7 @@ async def generate(
                 n_prompt=begun.n_prompt + started.prompt_tokens,
                 n_cached=begun.n_cached + started.cached_tokens,
                 handed_at=max(begun.handed_at, generation.handed_at),
+                unenforced=begun.unenforced + started.unenforced,
             )
         tell(begun)
         firsts = itertools.accumulate((request.n for request in requests), initial=0)

@@ -216,7 +216,6 @@ class SimilarityJob(ScoreJob):
         self._queries: dict[int, tuple[Text, Embedded | ServiceError]] = {}
         self._n_numbers = 0  # of ColBERT vectors of queries
         self._n_open = Counter(query for query, _ in request.pairs)  # pairs, by query
-        self._counted: set[int] = set()  # queries whose tokens were told
         self._pairs: dict[int, list[tuple[int, int]]] = {}  # by document: query, index
         for index, (query, document) in enumerate(request.pairs):
             self._pairs.setdefault(document, []).append((query, index))
@@ -260,12 +259,8 @@ class SimilarityJob(ScoreJob):
         items: list[Item] = []
         document = self._document_at[index - len(self._query_at)]
         says_nothing = is_blank(self._request.documents[document])
-        for n, (query, pair) in enumerate(self._pairs[document]):
+        for query, pair in self._pairs[document]:
             of_query, ours = self._queries[query]
-            n_tokens = 0 if n else len(text.ids)  # each text counts once
-            if query not in self._counted:
-                self._counted.add(query)
-                n_tokens += len(of_query.ids)
             fault = next((r for r in (ours, result) if isinstance(r, ServiceError)), None)
             score = 0.0
             if isinstance(ours, Embedded) and isinstance(result, Embedded) and not says_nothing:
@@ -274,8 +269,9 @@ class SimilarityJob(ScoreJob):
             if not self._n_open[query]:
                 del self._queries[query]
             told = _fault(fault) if fault else None
-            numbers = of_query.n_cut, len(of_query.ids), len(text.ids)
-            items.append(wire.Scored(pair, n_tokens, text.n_cut, score, told, *numbers))
+            n_query, n_document = len(of_query.ids), len(text.ids)
+            numbers = of_query.n_cut, n_query, n_document
+            items.append(wire.Scored(pair, n_query + n_document, text.n_cut, score, told, *numbers))
         return items
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from engine.chat_folder import read_chat_folder
+from engine.file_names import HEAD_FILES
 from engine.model_file import Kind, ModelFile, name_of, read_model_file
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
@@ -28,8 +28,7 @@ LIBRARIES = {  # that compute
     "onnx": ["onnxruntime", "onnx"],
     "flag": ["torch", "transformers", "FlagEmbedding"],
 }
-HEAD_FILES = re.compile(r"(?:sparse|colbert)_linear\..*|.*\.heads\.safetensors", re.DOTALL)
-RESULTS = 4  # of our own code: another number where it makes others of the same model and request
+RESULTS = 5  # of our own code: another number where it makes others of the same model and request
 HEADER_BYTES = 1 << 20  # of a model's file, that are compared byte for byte
 # Of what a worker is told: how fast and for how many it answers, not what.
 NOT_DECISIVE = {

@@ -107,6 +107,13 @@ def ignored_params(
     ignored = [*also, *(name for name in IGNORED if extra.get(name) not in (None, False))]
     if getattr(fields, "mirostat", None):
         ignored += [name for name in REPLACED_BY_MIROSTAT if getattr(fields, name) is not None]
-    names = [name.encode("ascii", "backslashreplace").decode() for name in unknown + ignored]
-    printable = "".join(c if c.isprintable() else "?" for c in ",".join(names))
-    return {"X-Ignored-Params": printable[:1000]} if names else {}
+    return with_ignored({}, unknown + ignored)
+
+
+def with_ignored(headers: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The headers, in which these are named beside what has no effect."""
+    said = headers.get("X-Ignored-Params")
+    text = ",".join([*([said] if said else []), *names])
+    named = text.encode("ascii", "backslashreplace").decode()
+    printable = "".join(c if c.isprintable() else "?" for c in named)
+    return {**headers, "X-Ignored-Params": printable[:1000]} if text else {**headers}

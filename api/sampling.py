@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -50,6 +51,16 @@ def _fits_breaker(text: str) -> str:
     if len(text.encode()) > MAX_BREAKER_BYTES or "\0" in text:
         raise ValueError(f"A sequence breaker has at most {MAX_BREAKER_BYTES} bytes, and no NUL.")
     return text
+
+
+def _read_breakers(value: Any) -> Any:
+    """SillyTavern sends the list as a text of JSON."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+        if not isinstance(value, list):
+            raise ValueError("It is a list of texts.")
+    return value
 
 
 Breaker = Annotated[SomeText, AfterValidator(_fits_breaker)]
@@ -127,9 +138,10 @@ class GenerationFields(BaseModel):
     dry_base: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] | None = None
     dry_allowed_length: Annotated[int, Field(ge=0, le=2**20)] | None = None
     dry_penalty_last_n: Annotated[int, Field(ge=-1, le=2**20)] | None = None
-    dry_sequence_breakers: (
-        Annotated[tuple[Breaker, ...], Field(max_length=MAX_BREAKERS, fail_fast=True)] | None
-    ) = None
+    dry_sequence_breakers: Annotated[
+        Annotated[tuple[Breaker, ...], Field(max_length=MAX_BREAKERS, fail_fast=True)] | None,
+        BeforeValidator(_read_breakers),
+    ] = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: Switch = False
     frequency_penalty: Penalty | None = None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from engine.file_names import WEIGHTS
 from engine.model_file import Kind, ModelFile, name_of
 from engine.types import Pooling
 from errors import ModelLoadFailed
@@ -21,7 +22,6 @@ _FAMILIES = {
     "bert": _Family(0, 64),
 }
 _HALVES = ("float16", "bfloat16")  # weights that are twice as large once they are computed with
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that are there count
 _TOKENIZERS = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt")
 _POOLINGS: dict[str, Pooling] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _POOLING_FLAGS = {  # which said the same before sentence-transformers 5.4; several may be set
@@ -123,7 +123,7 @@ def pooling_in(path: Path) -> Pooling | None:
 
 def weights_in(path: Path) -> list[Path]:
     """The files with the weights, which are one where the model is not split."""
-    found = (sorted(path.glob(pattern)) for pattern in _WEIGHTS)
+    found = (sorted(path.glob(pattern)) for pattern in WEIGHTS)
     return next(filter(None, found), [])
 
 

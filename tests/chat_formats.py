@@ -49,6 +49,29 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
         *CHATML_TOKENS, "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_call_start|>",
         "<|tool_call_end|>", "<|tool_response_start|>", "<|tool_response_end|>",
     ),
+    "granite3": (
+        "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|tool_call|>",
+    ),
+    "phi4_mini": (
+        "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|tool|>", "<|/tool|>",
+        "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>",
+    ),
+    "nemotron2": (
+        "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<think>", "</think>", "<TOOLCALL>",
+        "</TOOLCALL>", "<AVAILABLE_TOOLS>", "</AVAILABLE_TOOLS>", "<TOOL_RESPONSE>",
+        "</TOOL_RESPONSE>",
+    ),
+    "apriel": (
+        "<s>", "</s>", "<|begin_system|>", "<|begin_user|>", "<|begin_assistant|>",
+        "<|begin_tool_result|>", "<|end|>", "<tool_calls>", "</tool_calls>",
+        "[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]",
+    ),
+    "command": (
+        "<s>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>",
+        "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_THINKING|>", "<|END_THINKING|>",
+        "<|START_ACTION|>", "<|END_ACTION|>", "<|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|>",
+        "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+    ),
     "smollm2": CHATML_TOKENS,
     "deepseek_r1": ("<s>", "</s>", "<|User|>", "<|Assistant|>", "<think>", "</think>"),
 }  # fmt: skip
@@ -56,7 +79,9 @@ NAMES = tuple(CONTROL_TOKENS)
 
 
 @cache
-def chat_format(template: str, tool_format: str = "auto") -> ChatFormat:
+def chat_format(
+    template: str, tool_format: str = "auto", *, tool_template: str | None = None
+) -> ChatFormat:
     """By the name of a template, or by its text."""
     source, tokens = template, ("<s>", "</s>")
     if template in CONTROL_TOKENS:
@@ -79,6 +104,7 @@ def chat_format(template: str, tool_format: str = "auto") -> ChatFormat:
         add_bos=False,
         control_tokens=tokens,
         kind="chat",
+        tool_template=tool_template,
     )
     return ChatFormat(model, tool_format)
 

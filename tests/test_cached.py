@@ -126,6 +126,15 @@ def test_a_hit_says_the_same_as_the_first_reply(service: Service, form: str) -> 
     assert n_jobs(service) == n
 
 
+def test_a_hit_names_the_schemas_that_were_not_enforced(service: Service) -> None:
+    schema = {"properties": {"city": {"type": "any"}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    for found in ("MISS", "HIT"):
+        reply = service.chat("Hi", tools=tools, temperature=0)
+        assert outcome(reply) == found
+        assert reply.headers["x-ignored-params"] == "tools[0].function.parameters"
+
+
 @pytest.mark.parametrize("form", ASKS)
 @pytest.mark.parametrize("is_stored_by_stream", [True, False])
 def test_a_streamed_hit_has_all_events_of_a_stream(

@@ -1,6 +1,7 @@
 """What a worker will take of the memory, beside what it takes."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,12 @@ def test_a_decoder_that_embeds_takes_what_was_estimated_for_cells_and_logits(
 
     embedding = of(smollm2, embedding_mode=True, pooling="last", n_ctx=2000)
     run(test, launch_process, embedding=embedding)
+
+
+def test_each_sequence_has_states_beside_the_cells(smollm2: Path) -> None:
+    model, worker = read_model_file(smollm2), spec(smollm2, n_parallel=3)
+    plain, hybrid = (estimate(worker, replace(model, state_bytes=size)).kv for size in (0, 1000))
+    assert hybrid - plain == 3 * 1000
 
 
 def test_without_flash_attention_scores_lie_in_memory(smollm2: Path) -> None:

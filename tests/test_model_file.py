@@ -94,6 +94,13 @@ def test_what_a_file_need_not_say(tmp_path: Path) -> None:
     assert model.kv_bytes_per_token == 2 * 2 * (4 + 4) * 2  # as many KV heads as heads
 
 
+def test_a_file_may_have_another_template_for_tools(tmp_path: Path) -> None:
+    assert read_model_file(write_minimal(tmp_path / "m.gguf")).tool_template is None
+    templates = {"tokenizer.chat_template": "D", "tokenizer.chat_template.tool_use": "T"}
+    model = read_model_file(write_minimal(tmp_path / "m.gguf", **templates))
+    assert (model.chat_template, model.tool_template) == ("D", "T")
+
+
 def test_a_file_without_a_vocabulary_gives_its_size_alone(tmp_path: Path) -> None:
     path = write_minimal(
         tmp_path / "m.gguf",

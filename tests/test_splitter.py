@@ -49,6 +49,15 @@ def inline(make: Make) -> Make:
 
 HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
 CODER, GLM, LFM2 = map(of_family, ["qwen3-coder", "glm", "lfm2"])
+GRANITE, NEMOTRON = map(of_family, ["granite3", "nemotron2"])
+
+
+def whole(name: str) -> Make:
+    """Of whole answers, without thoughts."""
+    return lambda: BY_NAME[name].splitter(FUNCTIONS, only_first=False, tags=None, is_open=False)
+
+
+APRIEL, COMMAND = map(whole, ["apriel", "command"])
 
 
 def GEMMA() -> Splitter:
@@ -340,6 +349,103 @@ MISTRAL_V11_ROWS = [
     ),
 ]  # fmt: skip
 
+
+def nemotron_call(name: str, arguments: str) -> str:
+    return f'<TOOLCALL>[{{"name": "{name}", "arguments": {arguments}}}]</TOOLCALL>'
+
+
+NEMOTRON_ROWS = [
+    ("Hello [1] ", said("Hello [1] ")),
+    *((nemotron_call("f", arguments), said("", ("f", arguments))) for arguments in ARGUMENTS),
+    (f"Look.\n{nemotron_call('f', NESTED)}\n", said("Look.", ("f", NESTED))),
+    (nemotron_call("f", "{}") + nemotron_call("g", "1"), said("", ("f", "{}"), ("g", "1"))),
+    (f"{nemotron_call('f', '{}')} So.", said("So.", ("f", "{}"))),
+    (
+        '<TOOLCALL>[{"name": "f", "arguments": 1}, {"name": "g", "arguments": [2]}]</TOOLCALL>',
+        said("", ("f", "1"), ("g", "[2]")),
+    ),
+    ('<TOOLCALL> [ {"name":"f","arguments":{}} ] </TOOLCALL>', said("", ("f", "{}"))),
+    ('<TOOLCALL>[{"name": "f", "arguments": {}, "id": "7"}]</TOOLCALL>', said("", ("f", "{}"))),
+    ('<TOOLCALL>[{"arguments": {"a": 1}, "name": "f"}]</TOOLCALL>', said("", ("f", '{"a": 1}'))),
+    # lists that are not closed
+    ('<TOOLCALL>[{"name": "f", "arguments": {}}]', said("", ("f", "{}"))),
+    ('<TOOLCALL>[{"name": "f", "arguments": {}}] So.', said("So.", ("f", "{}"))),
+    ('<TOOLCALL>[{"name": "f", "arguments": {}}', said("", ("f", "{}"))),
+    *(
+        (text, said(text))
+        for text in [
+            "a <TOOLCALL>",
+            "a <TOOLCALL> is a tag",
+            "a <TOOLCALL>[",
+            "a <TOOLCALL>[1]</TOOLCALL>",
+            'a <TOOLCALL>[{"x": 1}]</TOOLCALL>',
+            'a <TOOLCALL>{"name": "f", "arguments": {}}</TOOLCALL>',
+            "a </TOOLCALL> b",
+        ]
+    ),
+]  # fmt: skip
+
+GRANITE_ROWS = [
+    ('<|tool_call|>[{"name": "f", "arguments": {}}]\n', said("", ("f", "{}"))),
+    ('<|tool_call|> [{"arguments": 1, "name": "f"}] So.', said("So.", ("f", "1"))),
+    (f'So. <|tool_call|>[{{"name": "f", "arguments": {NESTED}}}]', said("So.", ("f", NESTED))),
+    (f'So. <tool_call>[{{"name": "f", "arguments": {NESTED}}}]', said("So.", ("f", NESTED))),
+    (
+        '<tool_call>[{"name": "f"}]<|tool_call|>[{"name": "g"}]',
+        said("", ("f", "{}"), ("g", "{}")),
+    ),
+    ("a <tool_call> and <|tool_call|> b", said("a <tool_call> and <|tool_call|> b")),
+]
+
+APRIEL_ROWS = [
+    ("Hello \n", said("Hello \n")),
+    ("Hello\n[END FINAL RESPONSE]\n", said("Hello")),
+    ("Hello[END FINAL RESPONSE]", said("Hello")),
+    ("a [END FINAL RESPONSE] b", said("ab")),
+    ("Hello [END FINAL RES", said("Hello [END FINAL RES")),
+    (
+        'Look.\n<tool_calls>[{"name": "f", "arguments": {}}]</tool_calls>',
+        said("Look.", ("f", "{}")),
+    ),
+    (
+        '<tool_calls>[{"name": "f", "arguments": "[END FINAL RESPONSE]"}]</tool_calls>\n'
+        "[END FINAL RESPONSE]",
+        said("", ("f", '"[END FINAL RESPONSE]"')),
+    ),
+]
+
+
+def command_call(name: str, arguments: str, number: int = 0) -> str:
+    call = f'{{"tool_call_id": "{number}", "tool_name": "{name}", "parameters": {arguments}}}'
+    return f"<|START_ACTION|>[\n    {call}\n]<|END_ACTION|>"
+
+
+COMMAND_ROWS = [
+    ("<|START_RESPONSE|>Hello <b> | <|END_RESPONSE|>", said("Hello <b> |")),
+    ("<|START_RESPONSE|>Hello", said("Hello")),
+    ("Hello<|END_RESPONSE|>", said("Hello")),
+    (" \n<|START_RESPONSE|> Hello <|END_RESPONSE|> \n", said("Hello")),
+    ("Hello ", said("Hello ")),
+    ("a <|START_RES", said("a <|START_RES")),
+    ("<|START_<|START_RESPONSE|>RESPONSE|>", said("<|START_RESPONSE|>")),
+    *((command_call("f", arguments, 12), said("", ("f", arguments))) for arguments in ARGUMENTS),
+    (
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "f", "parameters": {}},\n'
+        '    {"tool_call_id": "1", "tool_name": "g", "parameters": [2]}\n]<|END_ACTION|>',
+        said("", ("f", "{}"), ("g", "[2]")),
+    ),
+    ('<|START_ACTION|>[{"tool_name": "f", "parameters": 1}]', said("", ("f", "1"))),
+    ('<|START_ACTION|>[{"parameters": 1, "tool_name": "f"}]', said("", ("f", "1"))),
+    (
+        f"<|START_RESPONSE|>So.<|END_RESPONSE|>{command_call('f', NESTED)}",
+        said("So.", ("f", NESTED)),
+    ),
+    (
+        command_call("f", '{"a": "<|END_RESPONSE|>"}'),
+        said("", ("f", '{"a": "<|END_RESPONSE|>"}')),
+    ),
+]  # fmt: skip
+
 LLAMA3_ROWS = [
     ("Hello", said("Hello")),
     (" \nHello ", said(" \nHello ")),
@@ -508,6 +614,10 @@ ONLY_FIRST_ROWS = [
         *rows(HERMES, *HERMES_ROWS),
         *rows(of_family("hermes", only_first=True), *ONLY_FIRST_ROWS),
         *rows(MISTRAL, *MISTRAL_ROWS, *MISTRAL_V11_ROWS),  # one splitter takes both forms
+        *rows(NEMOTRON, *NEMOTRON_ROWS),
+        *rows(GRANITE, *GRANITE_ROWS),
+        *rows(APRIEL, *APRIEL_ROWS),
+        *rows(COMMAND, *COMMAND_ROWS),
         *rows(LLAMA3, *LLAMA3_ROWS),
         *rows(CODER, *CODER_ROWS),
         *rows(GLM, *GLM_ROWS),
@@ -561,7 +671,7 @@ def test_arguments_come_piece_by_piece_behind_the_name() -> None:
 def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
     for make, opener in (
         (HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]"), (CODER, "<tool_call>"),
-        (GLM, "<tool_call>"), (GEMMA, "<|tool_call>"),
+        (GLM, "<tool_call>"), (GEMMA, "<|tool_call>"), (NEMOTRON, "<TOOLCALL>"),
     ):  # fmt: skip
         splitter = make()
         text = f"The tag {opener} is a word,"
@@ -598,6 +708,8 @@ BEFORE_CALLS = {  # with the call that follows
         LFM2,
         f'Look. <|tool_call_start|>[{{"name": "f", "arguments": {NESTED}}}]<|tool_call_end|>',
     ),
+    "granite3": (GRANITE, f'Look. <|tool_call|>[{{"name": "f", "arguments": {NESTED}}}]'),
+    "nemotron2": (NEMOTRON, f"Look. {nemotron_call('f', NESTED)}"),
     "llama3": (LLAMA3, f'\n<|python_tag|>{{"name": "f", "parameters": {NESTED}}}'),
     "harmony": (
         HARMONY,
@@ -707,6 +819,15 @@ PIECES = {
                 '{"name": "f", "arguments": {}}'],
     "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>", "<|tool_", "[", "]", "{", "}", "f", ", ",
              '"', '{"name": "f", "arguments": {}}'],
+    "granite3": ["<|tool_call|>", "<tool_call>", "<|tool_", "[", "]", "{", "}", "f", ", ", '"',
+                 '{"name": "f", "arguments": {}}'],
+    "nemotron2": ["<TOOLCALL>", "</TOOLCALL>", "<TOOL", "[", "]", "{", "}", "f", ", ", '"',
+                  '{"name": "f", "arguments": {}}'],
+    "apriel": ["<tool_calls>", "</tool_calls>", "<tool_", "[END FINAL RESPONSE]", "[END ", "[",
+               "]", '"', '{"name": "f", "arguments": {}}'],
+    "command": ["<|START_ACTION|>", "<|END_ACTION|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+                "<|START_", "RESPONSE|>", "[", "]", '{"tool_call_id": "0", ', '"tool_name": "f", ',
+                '"parameters": {}}', "}"],
     "llama3": ["<|python_tag|>", '{"name": "f"', ', "parameters": ', "{", "}", '"', "<|", "; "],
     "harmony": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|constrain|>",
                 "assistant", "analysis", "final", "commentary", " to=functions.f", "{", "}", '"',
@@ -719,7 +840,9 @@ PIECES = {
                ",", "f", "5", '"', "<|", "<|channel>", "<channel|>", "thought\n"],
 }  # fmt: skip
 MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY,
-         "qwen3-coder": CODER, "glm": GLM, "gemma4": GEMMA, "lfm2": LFM2}  # fmt: skip
+         "qwen3-coder": CODER, "glm": GLM, "gemma4": GEMMA, "lfm2": LFM2,
+         "granite3": GRANITE, "nemotron2": NEMOTRON, "apriel": APRIEL,
+         "command": COMMAND}  # fmt: skip
 MAKES |= {f"{name} in thoughts": thinking(make, is_open=True) for name, make in MAKES.items()}
 MAKES |= {f"{name} inline": inline(thinking(make)) for name, make in MAKES.items()}
 
@@ -745,6 +868,13 @@ WHOLES = {
                 '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'],
     "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>", "<|tool_", '[{"x": 1}]',
              '<|tool_call_start|>[{"name": "f", "arguments": {}}]<|tool_call_end|>'],
+    "granite3": ["<|tool_call|>", "<tool_call>", "<|tool_", '[{"x": 1}]',
+                 '<|tool_call|>[{"name": "f", "arguments": {}}]'],
+    "nemotron2": ["<TOOLCALL>", "</TOOLCALL>", "<TOOL", '[{"x": 1}]', nemotron_call("f", "{}")],
+    "apriel": ["<tool_calls>", "</tool_calls>", "[END FINAL RESPONSE]", "[END ", '[{"x": 1}]',
+               '<tool_calls>[{"name": "f", "arguments": {}}]</tool_calls>'],
+    "command": ["<|START_ACTION|>", "<|END_ACTION|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+                "<|START_", '[{"x": 1}]', command_call("f", "{}")],
     "llama3": ["<|python_tag|>", "<|", '{"name": "f", "parameters": {}}', '{"name": "g"}'],
     "harmony": ["<|end|>", "<|message|>", ANALYSIS, FINAL, NEXT, "<|call|>",
                 f"{COMMENTARY} to=functions.f<|message|>{{}}"],

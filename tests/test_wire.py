@@ -124,9 +124,9 @@ def test_a_frame_that_comes_in_pieces_is_put_together(
 
 
 def test_a_frame_is_a_length_and_a_message_with_its_name() -> None:
-    data = wire.frame(wire.Started(7, 100, 99))
+    data = wire.frame(wire.Started(7, 100, 99, ("tools",)))
     assert struct.unpack("<I", data[:4]) == (len(data) - 4,)
-    assert msgspec.msgpack.decode(data[4:]) == ["Started", 7, 100, 99]
+    assert msgspec.msgpack.decode(data[4:]) == ["Started", 7, 100, 99, ["tools"]]
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 3, 4, 5, -1])

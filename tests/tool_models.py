@@ -25,7 +25,15 @@ TAGGED = {
     "qwen3_coder": "<tool_call>\n<function=NAME>\nARGUMENTS</function>\n</tool_call>",
     "glm": "<tool_call>NAME\nARGUMENTS</tool_call>",
 }
-OPEN_THOUGHTS = ("deepseek_r1", *TAGGED)
+LISTS = {
+    "mistral_v3": "[TOOL_CALLS] [LIST]",
+    "lfm2": "<|tool_call_start|>[LIST]<|tool_call_end|>",
+    "granite3": "<|tool_call|>[LIST]",
+    "phi4_mini": "<|tool_call|>[LIST]<|/tool_call|>",
+    "nemotron2": "<TOOLCALL>[LIST]</TOOLCALL>",
+    "apriel": "<tool_calls>[LIST]</tool_calls>",
+}
+OPEN_THOUGHTS = ("deepseek_r1", "nemotron2", "apriel", *TAGGED)
 HERMES = ("qwen2_5", "qwen3", "smollm2", "deepseek_r1")
 
 
@@ -38,7 +46,8 @@ class Model:
         self.has_tokens = has_tokens
         self.tokenizer = ByteTokenizer(*(CONTROL_TOKENS[template] if has_tokens else ()))
         self.compiler = Compiler(self.tokenizer)
-        self.thinks = template in (*OPEN_THOUGHTS, "qwen3", "gpt_oss", "gemma4")
+        others = ("qwen3", "gpt_oss", "gemma4", "granite3", "command")
+        self.thinks = template in (*OPEN_THOUGHTS, *others)
         self.is_parallel = template not in ("llama3_1", "gpt_oss")  # several calls in a turn
 
     def __repr__(self) -> str:
@@ -65,12 +74,15 @@ class Model:
                 f"<|tool_call>call:{name}{noted(json.loads(arguments))}<tool_call|>"
                 for name, arguments in calls
             )
-        if self.template in ("mistral_v3", "lfm2"):
+        if self.template in LISTS:
             each = (f'{{"name": "{call[0]}", "arguments": {call[1]}}}' for call in calls)
-            listed = f"[{', '.join(each)}]"
-            if self.template == "mistral_v3":
-                return f"[TOOL_CALLS] {listed}"
-            return f"<|tool_call_start|>{listed}<|tool_call_end|>"
+            return LISTS[self.template].replace("LIST", ", ".join(each))
+        if self.template == "command":
+            each = (
+                f'\n    {{"tool_call_id": "{n}", "tool_name": "{name}", "parameters": {arguments}}}'
+                for n, (name, arguments) in enumerate(calls)
+            )
+            return f"<|START_ACTION|>[{','.join(each)}\n]<|END_ACTION|>"
         if self.template == "mistral_v11":
             return "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in calls)
         ((name, arguments),) = calls
@@ -90,6 +102,8 @@ class Model:
         return "".join(form.format(name, text) for name, text in texts.items())
 
     def answer(self, text: str) -> str:
+        if self.template == "command":
+            return f"<|START_RESPONSE|>{text}<|END_RESPONSE|>"
         return f"<|channel|>final<|message|>{text}" if self.template == "gpt_oss" else text
 
     def before_a_call(self, text: str) -> str:
@@ -103,6 +117,10 @@ class Model:
             return f"<|channel|>analysis<|message|>{text}<|end|><|start|>assistant"
         if self.template == "gemma4":
             return f"<|channel>thought\n{text}<channel|>"
+        if self.template == "command":
+            return f"<|START_THINKING|>{text}<|END_THINKING|>"
+        if self.template == "apriel":
+            return f"{text}\n[BEGIN FINAL RESPONSE]\n"
         opening = "" if self.template in OPEN_THOUGHTS else "<think>\n"
         return f"{opening}{text}\n</think>\n\n"
 
@@ -154,8 +172,8 @@ class Turn:
     def raw(self, said: str, thoughts: str | None = None) -> str:
         if thoughts is not None:
             return self.model.thoughts(thoughts) + said
-        is_open = self.made.thinking and self.made.thinking.is_open
-        return f"</think>{said}" if is_open else said
+        thinking = self.made.thinking
+        return f"{thinking.close}{said}" if thinking and thinking.is_open else said
 
     def stop(self, tokens: Iterable[int]) -> int | None:
         """The first token that is not allowed."""
