@@ -93,6 +93,9 @@ def test_the_length_of_a_text_is_a_range() -> None:
     for (least, most), length in lengths.items():
         said = {key: n for key, n in (("minLength", least), ("maxLength", most)) if n is not None}
         assert of({"type": "string"} | said).length == length
+    for no_number in ("1", [1], True):
+        assert of({"type": "string", "maxLength": no_number}).length == ""
+        assert of({"type": "string", "maxLength": no_number}, strict=True).form == "json"
     assert of({"$ref": "#/$defs/short"}, strict=True).length == "0,3"
     assert of({"anyOf": [{"$ref": "#/$defs/short"}, {"type": "null"}]}).length == ""
     assert of({"anyOf": [{"$ref": "#/$defs/short"}, {"type": "null"}]}, strict=True).form == "json"

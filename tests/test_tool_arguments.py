@@ -184,6 +184,15 @@ def test_a_text_of_a_certain_length_ends(model: Model, limits: dict[str, int]) -
 
 
 @NOT_JSON
+def test_a_limit_that_is_no_number_limits_nothing(model: Model) -> None:
+    schema = {"type": "object", "properties": {
+        "a": {"type": "string", "maxLength": "1"}, "b": {"type": "array", "maxItems": "1"},
+    }}  # fmt: skip
+    raw, calls = call_of(model, "f", '{"a": "Oslo", "b": [1, 2]}')
+    assert model.asked([tool("f", schema=schema)]).says(raw).calls == calls
+
+
+@NOT_JSON
 def test_arguments_that_are_named_have_their_types_where_others_may_come_too(model: Model) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}, "u": {"enum": ["a"]}},
               "additionalProperties": True}  # fmt: skip

@@ -251,9 +251,11 @@ def limits(schema: Schema, least: str, most: str) -> tuple[str, bool]:
     for key in (least, most):
         limit = schema.get(key)
         found.append(None)
-        if isinstance(limit, int | float) and 0 <= limit <= MAX_LIMIT:
+        if isinstance(limit, bool) or not isinstance(limit, int | float):
+            is_exact = is_exact and limit is None
+        elif 0 <= limit <= MAX_LIMIT:
             found[-1] = int(limit)
-        elif limit is not None and not (key == most and limit > NEVER):
+        elif not (key == most and limit > NEVER):
             is_exact = False
     low, high = found
     is_range = bool(low) or high is not None
