@@ -65,9 +65,9 @@ class Job(ABC):
         if fitting is None:
             always = f" ({self._tier.upper()}_TRUNCATE: always)" if what == "input" else ""
             raise ContextLengthExceeded(
-                f"{_named(what, at)} has {len(framed):,} tokens; tier '{self._tier}' takes "
-                f"{n_ctx:,} ({self._tier.upper()}_N_CTX). Shorten it, or send `truncate` to have "
-                f"it cut{always}.",
+                f"{_named(what, at)} is too long: this model's maximum context length is {n_ctx} "
+                f"tokens, it has {len(framed)} ({self._tier.upper()}_N_CTX). Shorten it, or send "
+                f"`truncate` to have it cut{always}.",
                 param=what,
                 n_prompt_tokens=len(framed),
                 n_ctx=n_ctx,

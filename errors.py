@@ -72,6 +72,9 @@ class UnsupportedParameter(BadRequest):
 
 
 class ContextLengthExceeded(BadRequest):
+    """Says "this model's maximum context length is N tokens", as clients know it by: LiteLLM, for
+    one, asks another model then. `numbers` has `n_prompt_tokens` and `n_ctx`."""
+
     code = "context_length_exceeded"
 
 

@@ -265,8 +265,8 @@ def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
     n_left = engine.n_ctx - len(prompt)
     if n_left < 1:
         raise ContextLengthExceeded(
-            f"The prompt has {len(prompt):,} tokens; the tier takes {engine.n_ctx:,} with the "
-            "answer (its N_CTX).",
+            f"This model's maximum context length is {engine.n_ctx} tokens with the answer (its "
+            f"tier's N_CTX); the prompt has {len(prompt)}.",
             param="prompt",
             n_prompt_tokens=len(prompt),
             n_ctx=engine.n_ctx,

@@ -42,8 +42,8 @@ class Lengths:
         n_tokens = self.least_tokens(prompt)
         if n_tokens > self.n_ctx:
             raise ContextLengthExceeded(
-                f"The prompt has more than {n_tokens:,} tokens; tier '{self.tier}' takes "
-                f"{self.n_ctx:,} with the answer ({self.tier.upper()}_N_CTX).",
+                f"This model's maximum context length is {self.n_ctx} tokens with the answer "
+                f"({self.tier.upper()}_N_CTX); the prompt has more than {n_tokens}.",
                 param="prompt",
                 n_prompt_tokens=n_tokens,
                 n_ctx=self.n_ctx,
@@ -69,8 +69,8 @@ class Lengths:
                 least = len(_COUNTS_FOR_NOTHING.sub("", text)) // (4 * self.max_token_bytes)
         if least > self.n_ctx and not may_cut:
             raise ContextLengthExceeded(
-                f"{what}[{index}] has more than {least:,} tokens; tier '{self.tier}' "
-                f"takes {self.n_ctx:,} ({self.tier.upper()}_N_CTX).",
+                f"{what}[{index}] is too long: this model's maximum context length is {self.n_ctx} "
+                f"tokens, it has more than {least} ({self.tier.upper()}_N_CTX).",
                 param=what,
                 n_prompt_tokens=least,
                 n_ctx=self.n_ctx,

@@ -19,6 +19,7 @@ from errors import (
     BadRequest,
     BodyTooLarge,
     BodyTooSlow,
+    ContextLengthExceeded,
     InternalError,
     MethodNotAllowed,
     RequestTimeout,
@@ -65,7 +66,10 @@ def envelope(error: ServiceError, scope: Scope) -> dict[str, Any]:
     if not ANTHROPIC_PATHS.match(scope["path"]):
         return body
     message, place = fault["message"], fault["param"]
-    if place and place not in message:  # for it there is no field
+    if isinstance(error, ContextLengthExceeded):  # agents then summarise, by these words alone
+        n_tokens, n_ctx = error.numbers["n_prompt_tokens"], error.numbers["n_ctx"]
+        message = f"prompt is too long: {n_tokens} tokens > {n_ctx} maximum. {message}"
+    elif place and place not in message:  # for it there is no field
         message = f"{place}: {message}"
     kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
     return {

@@ -612,7 +612,8 @@ def test_a_prompt_that_is_far_too_long_is_refused_without_tokenising_it(service:
     error = error_of(service.chat("x" * 8_000_000), 400)
     assert error["code"] == "context_length_exceeded"
     assert error["param"] == "messages"
-    assert "light" in error["message"]
+    assert error["message"].startswith("This model's maximum context length is 512 tokens")
+    assert "LIGHT_N_CTX" in error["message"]
     assert error_of(service.complete([1] * 100_000), 400)["code"] == "context_length_exceeded"
     assert time.process_time() - started_at < 2.0
 
@@ -709,6 +710,8 @@ def test_a_prompt_that_is_too_long_is_a_400_with_the_numbers(
     error = error_of(service.chat("x" * 600, stream=stream), 400)
     assert error["code"] == "context_length_exceeded"
     assert (error["n_prompt_tokens"], error["n_ctx"]) == (603, 512)
+    # by which clients know it, such as LiteLLM
+    assert error["message"].startswith("This model's maximum context length is 512 tokens")
 
 
 def test_an_answer_ends_at_the_end_of_the_context(service: Service) -> None:

@@ -25,7 +25,7 @@ def test_what_may_fit_is_left_to_the_tokenizer(text: str) -> None:
 
 
 def test_letters_that_cannot_fit_are_refused_with_how_many_tokens_they_are_at_least() -> None:
-    with pytest.raises(ContextLengthExceeded, match="more than 17 tokens") as caught:
+    with pytest.raises(ContextLengthExceeded, match="than 17 ") as caught:
         check("a" * 272)
     assert caught.value.numbers == {"n_prompt_tokens": 17, "n_ctx": 16, "index": 0}
     check("a" * 272, may_cut=True)

@@ -577,7 +577,9 @@ def test_every_error_is_in_anthropics_envelope(
 def test_errors_of_the_model_are_too(service: Service) -> None:
     assert error_of(service.message("Hi", model="gpt-9"), 404)["type"] == "not_found_error"
     assert error_of(service.http.get("/v1/messages"), 405)["type"] == "invalid_request_error"
-    assert "512" in error_of(service.message("x" * 600, model="heavy"))["message"]
+    too_long = error_of(service.message("x" * 600, model="heavy"))["message"]
+    assert too_long.startswith("prompt is too long: 603 tokens > 512 maximum.")  # as agents know it
+    assert "N_CTX" in too_long
 
 
 @pytest.mark.parametrize(
