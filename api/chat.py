@@ -13,7 +13,7 @@ from api.chat_request import ChatRequest
 from api.deps import ServicesDep, while_connected
 from api.fields import ignored_params, refuse
 from api.keep_alive import not_kept
-from api.sampling import validity
+from api.sampling import CONSTRAINTS, INSTEAD, validity
 from api.sse import DONE, Chunks, EventStream, Form, begun
 from chat.events import CallBegin, Event, Reasoning, Text
 from engine import wire
@@ -21,7 +21,7 @@ from settings import ReasoningField
 
 router = APIRouter()
 
-# OpenAI's fields that this version does not have, with the values that ask for nothing
+# fields that this version does not have, with the values that ask for nothing
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),
@@ -31,6 +31,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "verbosity": ("medium",),
     "web_search_options": (),
+    **CONSTRAINTS,
 }
 
 
@@ -39,7 +40,7 @@ async def create_chat_completion(
     body: ChatRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    refuse(body, UNSUPPORTED)
+    refuse(body, UNSUPPORTED, INSTEAD)
     server = services.settings.server
     headers = ignored_params(
         body,

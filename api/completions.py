@@ -14,9 +14,11 @@ from starlette.responses import JSONResponse, Response
 
 from api import generation
 from api.deps import ServicesDep, fetched, while_connected
-from api.fields import Switch, Tokens, WholeText, each_text, ignored_params, kind_of_texts
+from api.fields import Switch, Tokens, WholeText, each_text, ignored_params, kind_of_texts, refuse
 from api.keep_alive import not_kept
 from api.sampling import (
+    CONSTRAINTS,
+    INSTEAD,
     MAX_TOP_LOGPROBS,
     ChoiceCount,
     GenerationFields,
@@ -63,7 +65,8 @@ async def create_completion(
 ) -> Response:
     tier = services.chat_tier(body.model)
     strict = services.settings.server.strict_params
-    headers = ignored_params(body, strict=strict, also=not_kept(body, request))
+    refuse(body, CONSTRAINTS, INSTEAD)
+    headers = ignored_params(body, CONSTRAINTS, strict=strict, also=not_kept(body, request))
     body.check_stream_options()
     if body.echo and body.logprobs is not None:
         raise UnsupportedParameter(

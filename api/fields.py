@@ -65,16 +65,22 @@ def each_text(value: Any) -> list[str | list[int]]:
     return [value] if is_one else value
 
 
-def refuse(fields: BaseModel, unsupported: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise UnsupportedParameter for a field of OpenAI's API that asks for what is not there.
+def refuse(
+    fields: BaseModel,
+    unsupported: Mapping[str, tuple[Any, ...]],
+    instead: Mapping[str, str] | None = None,
+) -> None:
+    """Raise UnsupportedParameter for a field that asks for what is not there.
 
-    `unsupported` has the values of each field that ask for nothing.
+    `unsupported` has the values of each field that ask for nothing, and `instead` what to do about
+    some of them, in place of leaving them out.
     """
     for name, neutral in unsupported.items():
         value = (fields.model_extra or {}).get(name)
         if value is not None and not any(_is_same(value, n) for n in neutral):
+            advice = (instead or {}).get(name, "leave it out")
             raise UnsupportedParameter(
-                f"'{name}' is not supported by this version; leave it out.", param=name
+                f"'{name}' is not supported by this version; {advice}.", param=name
             )
 
 

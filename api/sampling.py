@@ -39,6 +39,14 @@ MAX_BREAKER_BYTES = 40  # llama.cpp cuts longer ones
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128  # OpenAI's limit of n
 MAX_PRIORITY = 100
+# how other servers spell what an answer must look like, with the values that ask for nothing: who
+# sends them reads what comes as if it were so
+CONSTRAINTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+     "regex", "ebnf", "json_schema"),
+    ("", [], {}),
+)  # fmt: skip
+INSTEAD = dict.fromkeys(CONSTRAINTS, "send `response_format` or `grammar` (Lark or GBNF)")
 PRIORITY_OF_SERVICE_TIER = {"flex": 10, "priority": -10, "fast": -10}
 
 

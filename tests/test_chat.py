@@ -572,6 +572,33 @@ def test_what_is_not_there_is_refused_by_name(service: Service, field: dict[str,
     assert (error["code"], error["param"]) == ("unsupported_parameter", next(iter(field)))
 
 
+CONSTRAINTS: list[dict[str, Any]] = [  # as vLLM, SGLang and llama-server spell them
+    {"structured_outputs": {"choice": ["red", "blue"]}},
+    {"guided_json": {"type": "object"}},
+    {"guided_regex": "[0-9]+"},
+    {"guided_choice": ["red", "blue"]},
+    {"guided_grammar": "root ::= [a-z]"},
+    {"regex": "[0-9]+"},
+    {"ebnf": "root ::= [a-z]"},
+    {"json_schema": {"type": "object"}},
+]
+
+
+@pytest.mark.parametrize("field", CONSTRAINTS, ids=lambda field: next(iter(field)))
+def test_a_constraint_in_anothers_spelling_is_not_taken_for_kept(
+    service: Service, field: dict[str, Any]
+) -> None:
+    (name,) = field
+    for send in (service.chat, service.complete):
+        error = error_of(send(**field), 400)
+        assert (error["code"], error["param"]) == ("unsupported_parameter", name)
+        assert "`response_format` or `grammar`" in error["message"]
+        for nothing in (None, "", [], {}):
+            reply = send(**{name: nothing})
+            assert reply.status_code == 200
+            assert "x-ignored-params" not in reply.headers
+
+
 def test_an_image_is_refused_by_its_place(service: Service) -> None:
     parts = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:"}}]
     error = error_of(ask(service, USER, {"role": "user", "content": parts}), 400)

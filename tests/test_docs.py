@@ -23,6 +23,7 @@ from api.embeddings import EmbeddingRequest
 from api.messages_request import MessagesRequest, PromptRequest
 from api.rerank import RerankRequest
 from api.responses_request import ResponsesRequest
+from api.sampling import CONSTRAINTS
 from server import create_app
 from settings import (
     ROOT,
@@ -623,7 +624,7 @@ ROUTES = [
     ("/v1/embeddings", EmbeddingRequest, {}, (embedding_create_params.EmbeddingCreateParams,)),
     ("/v1/rerank", RerankRequest, {}, ()),
     ("/v1/chat/completions", ChatRequest, chat.UNSUPPORTED, CHAT_PARAMS),
-    ("/v1/completions", CompletionRequest, {}, COMPLETION_PARAMS),
+    ("/v1/completions", CompletionRequest, CONSTRAINTS, COMPLETION_PARAMS),
     ("/v1/responses", ResponsesRequest, responses.UNSUPPORTED, RESPONSE_PARAMS),
     ("/v1/messages", MessagesRequest, messages.UNSUPPORTED, MESSAGE_PARAMS),
     ("/v1/messages/count_tokens", PromptRequest, messages.UNSUPPORTED, [MessageCountTokensParams]),

@@ -25,7 +25,10 @@ SHARED: dict[str, Any] = {
     "dry_allowed_length": 3, "dry_penalty_last_n": 20, "dry_sequence_breakers": ["\n"],
     "min_tokens": 1, "ignore_eos": True, "grammar": "start: /a+/", "priority": 1,
     "keep_alive": "5m", "cache_prompt": False, "timings": True, "max_tokens": 2,
-    "response_format": {"type": "json_object"},
+    "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"},
+    "guided_json": {"type": "object"}, "guided_regex": "a", "guided_choice": ["a"],
+    "guided_grammar": "root ::= [a]", "regex": "a", "ebnf": "root ::= [a]",
+    "json_schema": {"type": "object"},
 }  # fmt: skip
 CHAT: dict[str, Any] = {
     "max_completion_tokens": 2, "parallel_tool_calls": False, "top_logprobs": 2, "logprobs": True,
