@@ -14,7 +14,7 @@ from api.deps import ServicesDep, while_connected
 from api.errors import client_names
 from api.fields import ignored_params, refuse
 from api.keep_alive import not_kept
-from api.responses_request import ResponsesRequest
+from api.responses_request import ResponsesRequest, packed_thoughts
 from api.sampling import validity
 from api.sse import EventStream, Form, begun, event
 from chat.events import CallBegin, Event, Reasoning
@@ -60,7 +60,7 @@ async def create_response(
         with client_names(names):
             return await turn.start(request, services, tier, body.chat(), watch)
 
-    reply = _Reply(_head(body, tier), body.namespaces)
+    reply = _Reply(_head(body, tier), body.namespaces, packs_thoughts=body.packs_thoughts)
     if body.stream:
 
         async def stream() -> EventStream:
@@ -122,9 +122,16 @@ def _or(value: float | None, default: float) -> float:
 class _Reply(BlockReply):
     """A Response; its output items are the blocks."""
 
-    def __init__(self, head: dict[str, Any], namespaces: Mapping[str, tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        head: dict[str, Any],
+        namespaces: Mapping[str, tuple[str, str]],
+        *,
+        packs_thoughts: bool,
+    ) -> None:
         super().__init__()
         self._namespaces = namespaces
+        self._packs_thoughts = packs_thoughts
         self.response = head
         self._output: list[dict[str, Any]] = head["output"]
         self._n_events = 0
@@ -182,6 +189,8 @@ class _Reply(BlockReply):
             told = {name: part[name] for name in ("text", "logprobs") if name in part}
             yield self._part_event(f"response.{part['type']}.done", **told)
             yield self._part_event("response.content_part.done", part=part)
+        if item["type"] == "reasoning" and self._packs_thoughts:
+            item["encrypted_content"] = packed_thoughts(item["content"][0]["text"])
         item["status"] = _status(is_whole)
         yield self._item_event("response.output_item.done")
 

@@ -1,5 +1,6 @@
 """What a client may ask of OpenAI's Responses, and the chat that it comes to."""
 
+from base64 import b64decode, b64encode
 from collections.abc import Container, Iterator
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -47,8 +48,8 @@ from api.transcript import Transcript
 from errors import BadRequest, UnsupportedParameter
 
 LOGPROBS = "message.output_text.logprobs"
-# Thoughts are not encrypted: they come as they are, and are read when they come back.
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
+THOUGHTS_MARK = b"quintet:"
 # of items that there are none of; clients ask for them where they bring such a tool
 ABOUT_OTHERS = (
     "code_interpreter_call.outputs", "computer_call_output.output.image_url",
@@ -72,6 +73,22 @@ NAMES = {
 Parts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
+def packed_thoughts(text: str) -> str:
+    """Thoughts as `encrypted_content`, which is what many clients send back of them, and all. It is
+    no secret: they come as they are beside it."""
+    return b64encode(THOUGHTS_MARK + text.encode()).decode()
+
+
+def thoughts_in(packed: str) -> str | None:
+    """None where it is another provider's, or broken."""
+    try:
+        content = b64decode(packed, validate=True)
+        is_ours = content.startswith(THOUGHTS_MARK)
+        return content.removeprefix(THOUGHTS_MARK).decode() if is_ours else None
+    except ValueError:
+        return None
+
+
 class MessageItem(Said):
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
@@ -80,6 +97,7 @@ class MessageItem(Said):
 class ReasoningItem(Extensible):
     summary: Parts | None = None
     content: Parts | None = None
+    encrypted_content: str | None = None
 
 
 class CallItem(Extensible):
@@ -285,7 +303,12 @@ class ResponsesRequest(Extensible):
     def ignored(self) -> list[str]:
         """What it asks for and does not get."""
         asked = enumerate(self.include or ())
-        return [f"include[{n}]" for n, what in asked if what != LOGPROBS]
+        there = (LOGPROBS, ENCRYPTED_REASONING)
+        return [f"include[{n}]" for n, what in asked if what not in there]
+
+    @property
+    def packs_thoughts(self) -> bool:
+        return ENCRYPTED_REASONING in (self.include or ())
 
     @property
     def names(self) -> dict[str, str]:
@@ -392,8 +415,9 @@ class ResponsesRequest(Extensible):
         elif isinstance(item, ResultItem):
             transcript.result(item.call_id, text(item.output, "output"))
         elif isinstance(item, ReasoningItem):
+            packed = None if item.content else thoughts_in(item.encrypted_content or "")
             name = "content" if item.content else "summary"
-            transcript.thoughts(text(getattr(item, name), name, REASONING_TEXT))
+            transcript.thoughts(packed or text(getattr(item, name), name, REASONING_TEXT))
         else:
             kind = item.type or "item_reference"
             message = f"Items of type '{kind}' are not supported."

@@ -250,7 +250,7 @@ def test_a_late_stream_that_no_other_try_would_mend_says_so(
     ],
 )
 def test_a_failure_has_openais_codes(error: ServiceError, code: str) -> None:
-    text = _Reply({"output": []}, {}).failed(error).decode()
+    text = _Reply({"output": []}, {}, packs_thoughts=False).failed(error).decode()
     (data,) = re.findall('^data: ({"type":"response.failed".*)', text, re.MULTILINE)
     failed = json.loads(data)["response"]["error"]
     assert failed == {"code": code, "message": error.message}
@@ -365,6 +365,44 @@ def test_what_the_assistant_said_to_refuse_is_its_text() -> None:
     with pytest.raises(UnsupportedParameter) as caught:
         messages({"role": "user", "content": [refusal]})
     assert caught.value.param == "input[0].content[0].type"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_thoughts_come_back_from_clients_that_send_only_their_encrypted_content(
+    service: Service, stream: bool
+) -> None:
+    """Such as LangChain, Codex and agent-framework: nothing else of the item."""
+    reply = service.respond("think", include=["reasoning.encrypted_content"], stream=stream)
+    if stream:
+        told = named_events(reply)
+        items = [e["item"] for e in told if e["type"] == "response.output_item.done"]
+        assert told[-1]["response"]["output"] == items
+    else:
+        items = body_of(reply)["output"]
+    thoughts = items[0]
+    assert types.ResponseReasoningItem.model_validate(thoughts).encrypted_content
+    sent_back = {"type": "reasoning", "summary": [],
+                 "encrypted_content": thoughts["encrypted_content"]}  # fmt: skip
+    for empty in ({}, {"content": None}, {"content": []}):
+        assert messages({"role": "user", "content": "a"}, sent_back | empty, items[1])[1] == {
+            "role": "assistant", "reasoning_content": "Well.", "content": "Done."
+        }  # fmt: skip
+    text = {"type": "reasoning_text", "text": "Hm."}
+    (said,) = messages(sent_back | {"content": [text]})
+    assert said["reasoning_content"] == "Hm."
+
+
+@pytest.mark.parametrize(
+    "foreign", ["gAAAAABo-_x=", "", "é", "cXVpbnRldDr/", "bm8gbWFyaw==", "cXVpbnRldDpX"[:-1]]
+)
+def test_encrypted_content_of_others_is_passed_over(foreign: str) -> None:
+    summary = [{"type": "summary_text", "text": "Well."}]
+    item = {"type": "reasoning", "summary": summary, "encrypted_content": foreign}
+    assert messages(item)[0]["reasoning_content"] == "Well."
+
+
+def test_thoughts_have_no_encrypted_content_unless_it_is_asked_for(service: Service) -> None:
+    assert "encrypted_content" not in body_of(service.respond("think"))["output"][0]
 
 
 def test_thoughts_after_an_answer_begin_another_one() -> None:
@@ -639,7 +677,7 @@ def test_a_schema_that_means_nothing_is_named_as_here(service: Service, stream: 
 @pytest.mark.parametrize("what", get_args(types.ResponseIncludable))
 def test_what_openai_includes_is_there_or_named(service: Service, what: str) -> None:
     response = service.respond("Hi", include=[what], tools=[{"type": "web_search"}, WEATHER])
-    is_there = what == "message.output_text.logprobs"
+    is_there = what in ("message.output_text.logprobs", "reasoning.encrypted_content")
     named = "tools[0]" if is_there else "tools[0],include[0]"
     assert (response.status_code, response.headers["x-ignored-params"]) == (200, named)
 
@@ -649,7 +687,7 @@ def test_what_is_ignored_is_named_in_a_header(service: Service, stream: bool) ->
     response = service.respond(
         store=True,
         prompt_cache_key="x",
-        include=["reasoning.encrypted_content"],
+        include=["file_search_call.results"],
         reasoning={"effort": "low", "summary": "auto"},
         tools=[WEATHER | {"defer_loading": False}],
         frob=1,
