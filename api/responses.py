@@ -37,6 +37,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "truncation": ("disabled",),
 }
+INSTEAD = dict.fromkeys(
+    ("conversation", "previous_response_id"),
+    "nothing is kept here: send the whole conversation (`store: false`)",
+)
 
 
 @router.post("/v1/responses")
@@ -44,7 +48,7 @@ async def create_response(
     body: ResponsesRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    refuse(body, UNSUPPORTED)
+    refuse(body, UNSUPPORTED, INSTEAD)
     headers = ignored_params(
         body,
         UNSUPPORTED,

@@ -674,6 +674,15 @@ def test_a_schema_that_means_nothing_is_named_as_here(service: Service, stream: 
     )
 
 
+@pytest.mark.parametrize("field", ["previous_response_id", "conversation"])
+def test_a_client_that_relies_on_a_memory_is_told_what_to_do(service: Service, field: str) -> None:
+    response = service.respond("And then?", **{field: "resp_1"})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, field)
+    assert error["message"].startswith(f"'{field}'")
+    assert "send the whole conversation (`store: false`)" in error["message"]
+
+
 @pytest.mark.parametrize("what", get_args(types.ResponseIncludable))
 def test_what_openai_includes_is_there_or_named(service: Service, what: str) -> None:
     response = service.respond("Hi", include=[what], tools=[{"type": "web_search"}, WEATHER])
