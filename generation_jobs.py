@@ -1,5 +1,6 @@
 """The requests in a worker that generates: checked and tokenised, in the engine, answered."""
 
+import codecs
 import itertools
 import re
 from collections import deque
@@ -90,6 +91,7 @@ class Answer:
         self.n_guessed = self.n_right = 0
         self._n_tokens = 0
         self._logprob = 0.0  # of all tokens, also of the end
+        self._spelling = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held: deque[tuple[int, wire.TokenLogprob]] = deque()  # with where their text begins
         self._n_out = 0  # characters
 
@@ -144,7 +146,8 @@ class Answer:
             return
         top = [(self._piece(token), logprob) for token, logprob in sampled.top]
         begin = self._text.n_decoded + len(self._late)
-        self._held.append((begin, wire.TokenLogprob(piece, sampled.logprob, top)))
+        spelt = self._spelling.decode(piece)
+        self._held.append((begin, wire.TokenLogprob(piece, spelt, sampled.logprob, top)))
 
     def _last(self, text: str, finish: Finish) -> wire.TokenOut:
         mean = None

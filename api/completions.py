@@ -177,10 +177,10 @@ def _choice(
 def _logprobs(
     tokens: Sequence[wire.TokenLogprob], offset: int, asked: int | None
 ) -> dict[str, Any] | None:
-    """OpenAI's legacy form: lists side by side; `offset` is of the text that these belong to."""
+    """OpenAI's legacy form: lists side by side; `offset` is where the text of these begins."""
     if asked is None:
         return None
-    texts = [token.token.decode(errors="replace") for token in tokens]
+    texts = [token.text for token in tokens]
     lengths = itertools.accumulate(map(len, texts), initial=offset)
     tops = [{t.decode(errors="replace"): logprob for t, logprob in token.top} for token in tokens]
     return {
@@ -206,7 +206,7 @@ async def _events(
                     more = {"timings": answer.timings(n_completion)}
             if out.text or out.done:
                 logprobs = _logprobs(out.logprobs, offsets[index], body.logprobs)
-                offsets[index] += len(out.text)
+                offsets[index] += sum(len(token.text) for token in out.logprobs)
                 choice = _choice(index, out.text, out.done, logprobs)
                 yield chunks.of(choice, **more)
     if body.include_usage:

@@ -196,13 +196,16 @@ def usage(answer: Answer, n_completion: int) -> dict[str, Any]:
 
 
 def logprobs(tokens: Sequence[wire.TokenLogprob]) -> list[dict[str, Any]]:
-    """Log probabilities in OpenAI's form."""
+    """Log probabilities in OpenAI's form. The tokens are those of the text: of a character that
+    took several the last is all of it, and those before are empty."""
 
-    def entry(token: bytes, logprob: float) -> dict[str, Any]:
-        text = token.decode(errors="replace")
+    def entry(token: bytes, text: str, logprob: float) -> dict[str, Any]:
         return {"token": text, "logprob": logprob, "bytes": list(token)}
 
+    def others(top: Sequence[tuple[bytes, float]]) -> list[dict[str, Any]]:
+        return [entry(token, token.decode(errors="replace"), logprob) for token, logprob in top]
+
     return [
-        entry(token.token, token.logprob) | {"top_logprobs": [entry(*top) for top in token.top]}
+        entry(token.token, token.text, token.logprob) | {"top_logprobs": others(token.top)}
         for token in tokens
     ]

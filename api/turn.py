@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from typing import Any, Literal
 
 from fastapi import Request
@@ -207,6 +208,9 @@ class _Reader:
         self.pending += out.logprobs
         if any(isinstance(event, Text) for event in events):
             logprobs, self.pending = self.pending, []
+            said = "".join(event.text for event in events if isinstance(event, Text))
+            if said and not said[0].isspace():  # those behind thoughts are cut
+                logprobs = [*dropwhile(lambda token: token.text.isspace(), logprobs)]
             return logprobs
         if not self._is_text():
             self.pending = []

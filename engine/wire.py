@@ -243,6 +243,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     token: bytes
+    text: str  # the characters that it ends, also if they began before it
     logprob: float
     top: list[tuple[bytes, float]]
 

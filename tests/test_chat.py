@@ -397,6 +397,8 @@ def test_log_probabilities_come_with_every_token(service: Service) -> None:
     content = logprobs_of(service.chat("umlaut", logprobs=True, top_logprobs=2))
     answer = "Grüße, 世界! 🎉".encode()
     assert [entry["bytes"] for entry in content] == [[byte] for byte in answer]
+    assert [entry["token"] for entry in content][:6] == ["G", "r", "", "ü", "", "ß"]
+    assert "".join(entry["token"] for entry in content) == answer.decode()
     assert content[0] == {
         "token": "G",
         "logprob": pytest.approx(-1 / len(answer)),
@@ -456,7 +458,7 @@ def test_half_a_character_is_no_text_and_has_log_probabilities(
 def test_which_tokens_are_of_a_character_that_is_not_whole(
     pieces: list[bytes], n_half: int
 ) -> None:
-    pending = [wire.TokenLogprob(piece, 0.0, []) for piece in pieces]
+    pending = [wire.TokenLogprob(piece, "", 0.0, []) for piece in pieces]
     assert turn._half_character(pending) == pending[len(pending) - n_half :]
 
 

@@ -15,6 +15,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         tmp_path_factory.mktemp("completions"),
         {"match": "once", "answer": " upon a time"},
         {"match": "choose", "answer": ["red", "vermilion", "ultramarine"]},
+        {"match": "umlaut", "answer": "Grüße, 世x! z"},
         {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
     )
     with serving(settings(light=fake(path, queue_size=4, n_ctx=256, n_parallel=2))) as service:
@@ -225,6 +226,29 @@ def test_log_probabilities_in_the_legacy_form(service: Service) -> None:
         "top_logprobs"
     ] is None  # fmt: skip
     assert service.complete("choose").json()["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize("stop", [None, "x! y"])
+def test_the_tokens_of_log_probabilities_add_up_to_the_text(
+    service: Service, stop: str | None
+) -> None:
+    """Also where a character has several; the last has all of it. An offset counts characters."""
+    asked = {"logprobs": 0, "stop": stop}
+    (choice,) = service.complete("umlaut", **asked).json()["choices"]
+    told = choice["logprobs"]
+    assert choice["text"] == "Grüße, 世x! z"
+    assert "".join(told["tokens"]) == choice["text"]
+    assert told["tokens"][:6] == ["G", "r", "", "ü", "", "ß"]
+    assert told["text_offset"] == [0, 1, 2, 2, 3, 3, 4, 5, 6, 7, 7, 7, 8, 9, 10, 11]
+    streamed: dict[str, list[Any]] = {"tokens": [], "text_offset": []}
+    text = ""
+    for chunk in events(service.complete("umlaut", stream=True, **asked)):
+        (piece,) = chunk["choices"]
+        text += piece["text"]
+        for name, so_far in streamed.items():
+            so_far += piece["logprobs"][name]
+        assert "".join(streamed["tokens"]) == text
+    assert streamed == {name: told[name] for name in streamed}
 
 
 def test_the_best_of_several_are_given_best_first(service: Service) -> None:

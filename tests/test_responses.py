@@ -47,6 +47,7 @@ RULES = (
     {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
     {"match": "fail", "fault": "step"},
     {"match": "slow", "answer": "abcdefgh" * 2000},
+    {"match": "umlaut", "answer": "über"},
     {"match": "as json", "answer": '{"city": "Paris"}'},
 )
 
@@ -286,6 +287,8 @@ def test_log_probabilities_come_where_they_are_asked_for(service: Service) -> No
     assert [data["logprobs"][0]["token"] for data in deltas] == list("You said: Hi")
     (done,) = [data for data in told if data["type"].endswith("text.done")]
     assert done["logprobs"] == part["logprobs"]
+    part = body_of(service.respond("umlaut", **asked))["output"][0]["content"][0]
+    assert [entry["token"] for entry in part["logprobs"]] == ["", "ü", "b", "e", "r"]
 
 
 CITY = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Paris"]}}, "required": ["city"]}

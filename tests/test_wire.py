@@ -49,7 +49,7 @@ TO_WORKER: list[wire.ToWorker] = [
     wire.Ping(),
     wire.Shutdown(),
 ]
-TOKEN = wire.TokenLogprob(b"\xe4", -0.5, [(b"a", -1.5)])
+TOKEN = wire.TokenLogprob(b"\xe4", "", -0.5, [(b"a", -1.5)])
 FROM_WORKER: list[wire.FromWorker] = [
     wire.Progress(0.25),
     wire.Ready(8192, 8),
