@@ -48,11 +48,11 @@ GENERATING = {
 }  # fmt: skip
 # of the one that embeds
 EMBEDDING = {
-    "pooling", "query_prefix", "passage_prefix", "input_type", "truncate", "token_ids",
+    "pooling", "query_prefix", "passage_prefix", "input_type", "token_ids",
     "matryoshka", "embedding_mode", "embedding_dimension",
 }  # fmt: skip
 # of encoders
-ENCODING = {"queue_texts", "batch_tokens", "sparse_head_path", "colbert_head_path"}
+ENCODING = {"queue_texts", "batch_tokens", "truncate", "sparse_head_path", "colbert_head_path"}
 SECRETS = {"api_keys", "api_keys_file", "admin_api_keys"}  # faults in them quote nothing
 LEAST_LIKENESS = 0.9  # of a variable of the environment to a key, to be taken for it misspelt
 FOREIGN = {"CCACHE_DIR"}  # variables of other programs that are as like

@@ -63,22 +63,22 @@ class ScoringFields(BaseModel):
     truncate: Literal[Truncate, True, False] | None = None  # TEI says yes or no
     truncation_direction: Literal["Left", "Right", "left", "right"] | None = None  # TEI's
 
-    def read_truncate(self) -> Truncate:
-        """Documents are cut unless that is not wanted. Raises BadRequest."""
-        side: Truncate | None = None
-        if self.truncation_direction is not None:
-            side = "start" if self.truncation_direction.lower() == "left" else "end"
-        if self.truncate is False or self.truncate == "none":
-            return "none"
-        if self.truncate is True or self.truncate is None:
-            return side or "end"
-        if side not in (None, self.truncate):
+    def read_truncate(self, unsaid: Truncate = "end") -> Truncate:
+        """Documents are cut unless that is not wanted; as `unsaid` where nothing is said of it.
+        Raises BadRequest."""
+        asked = unsaid if self.truncate is None else self.truncate
+        if isinstance(asked, bool):
+            asked = "end" if asked else "none"
+        if asked == "none" or self.truncation_direction is None:
+            return asked
+        side: Truncate = "start" if self.truncation_direction.lower() == "left" else "end"
+        if isinstance(self.truncate, str) and side != asked:
             raise BadRequest(
                 f"`truncate` is '{self.truncate}' and `truncation_direction` "
                 f"'{self.truncation_direction}': send one of them.",
                 param="truncation_direction",
             )
-        return self.truncate
+        return side
 
 
 class RerankRequest(ScoringFields):
@@ -88,12 +88,6 @@ class RerankRequest(ScoringFields):
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: Switch = False
     return_text: Switch = False  # TEI's
-
-    def read_truncate(self) -> Truncate:
-        """TEI cuts only where that is asked for."""
-        if self.texts is not None and self.truncate is None:
-            return "none"
-        return super().read_truncate()
 
     def read_documents(self) -> list[str]:
         """Raises BadRequest."""
@@ -116,11 +110,11 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
     pairs = [(0, n) for n in range(len(documents))]
     names = {} if body.texts is None else {r"^documents": "texts"}
     caching = services.caching(request)
+    # TEI cuts only where that is asked for
+    truncate = body.read_truncate("end" if body.texts is None else tier.settings.truncate)
     with client_names(names):
-        scores = await while_connected(
-            request.receive,
-            _score(services, caching, tier, body, [body.query], documents, pairs),
-        )
+        work = _score(services, caching, tier, body, [body.query], documents, pairs, truncate)
+        scores = await while_connected(request.receive, work)
     headers |= caching.headers() | queue_headers(caching)
     # by the score before it is rounded; the first come first where they are equal
     best = sorted(scores.items, key=lambda item: (-item.score, item.index))[: body.top_n]
@@ -208,7 +202,7 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
     if body.text_1 is not None:
         names = {r"^query$": "text_1", r"^documents": "text_2"}
     with client_names(names):
-        work = _score(services, caching, tier, body, left, right, pairs)
+        work = _score(services, caching, tier, body, left, right, pairs, body.read_truncate())
         scores = await while_connected(request.receive, work)
     headers |= caching.headers() | queue_headers(caching)
     data = [
@@ -274,6 +268,7 @@ async def _score(
     queries: list[str],
     documents: list[str],
     pairs: list[tuple[int, int]],
+    truncate: Truncate,
 ) -> Scores:
     asked = wire.Score(
         queries=queries,
@@ -282,7 +277,7 @@ async def _score(
         method=fields.method,
         weights=fields.weights,
         max_tokens=fields.max_tokens_per_doc,
-        truncate=fields.read_truncate(),
+        truncate=truncate,
     )
     await tier.fetched()
     scores = await services.lookups.scores(tier, asked, caching)

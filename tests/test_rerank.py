@@ -334,6 +334,25 @@ def test_tei_may_cut_at_the_start(service: Service) -> None:
     assert right["score"] > 0 > left["score"]
 
 
+def test_a_setting_cuts_the_texts_of_clients_that_cannot_ask_for_it() -> None:
+    long = " ".join(["rain", *(f"w{i}" for i in range(40))])
+    body = {"query": "rain", "texts": [long, "rain"], "raw_scores": True}
+    with serving(settings(reranker=fake(n_ctx=32, truncate="start"))) as service:
+
+        def cut(**fields: Any) -> Any:
+            reply = service.http.post("/rerank", json=body | fields)
+            assert reply.headers["x-truncated-inputs"].startswith("0=")
+            return answer(reply)
+
+        at_start = cut(truncate=True, truncation_direction="Left")
+        assert cut() == cut(truncate=None) == cut(truncation_direction="Left") == at_start
+        at_end = cut(truncation_direction="Right")
+        assert at_end == cut(truncate=True) != at_start
+        fault(service.http.post("/rerank", json=body | {"truncate": False}))
+        (score,) = (item["score"] for item in at_end if item["index"] == 0)
+        assert scored(service, "rain", [long], raw_scores=True) == {0: score}, "cut as ever"
+
+
 @pytest.mark.parametrize(
     ("truncate", "direction", "cut"),
     [("end", "Right", "end"), ("start", "left", "start"), (None, "Left", "start"),

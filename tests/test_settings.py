@@ -536,14 +536,14 @@ def test_ordinary_variables_of_a_shell_are_not_ours(monkeypatch: pytest.MonkeyPa
             "HEAVY",
             "POOLING=cls QUERY_PREFIX=a PASSAGE_PREFIX=b QUEUE_TEXTS=9 BATCH_TOKENS=9 "
             "INPUT_TYPE=query SPARSE_HEAD_PATH=a COLBERT_HEAD_PATH=a TOKEN_IDS=own MATRYOSHKA=true "
-            "EMBEDDING_MODE=true EMBEDDING_DIMENSION=9",
+            "EMBEDDING_MODE=true EMBEDDING_DIMENSION=9 TRUNCATE=end",
             "N_PARALLEL=2 N_BATCH=64 MAX_STALL_MS=50 PREFIX_CACHE_MB=1 TOP_K=3",
             "nothing is embedded or scored there",
         ),
         (
             "RERANKER",
             "POOLING=cls INPUT_TYPE=query EMBEDDING_DIMENSION=9",
-            "BATCH_TOKENS=9 QUEUE_TEXTS=9",
+            "BATCH_TOKENS=9 QUEUE_TEXTS=9 TRUNCATE=end",
             "nothing is embedded there",
         ),
     ],
