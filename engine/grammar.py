@@ -51,6 +51,13 @@ DRAFTS = (
     "https://json-schema.org/draft/2019-09/schema",
     "https://json-schema.org/draft/2020-12/schema",
 )
+# those that JSON Schema has; another is an annotation, as pydantic's `path` and `binary`
+FORMATS = frozenset({
+    "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname",
+    "ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template",
+    "json-pointer", "relative-json-pointer", "regex",
+})  # fmt: skip
+_UNKNOWN_FORMAT = "Unknown format: "  # llguidance, of those that it does not enforce
 MOST_PATTERNS = 200  # of a schema that are looked at one by one
 # what llguidance reads over although it limits what is valid
 UNENFORCED = ("minProperties", "maxProperties")
@@ -345,6 +352,8 @@ def _styled(part: GrammarPart) -> dict[str, Any]:
             if keyword in UNENFORCED:
                 raise BadRequest(f"{path}: '{keyword}' cannot be enforced.", param=part.param)
     for _, one in _schemas(schema):
+        if isinstance(one.get("format"), str) and one["format"] not in FORMATS:
+            del one["format"]
         if draft := _draft(one.pop("$schema", None)):
             one["$schema"] = draft
     if isinstance(schema, bool):
@@ -363,6 +372,11 @@ def _draft(address: Any) -> str | None:
 def _explain(error: str, part: GrammarPart) -> str:
     reason = _first_line(error)
     if part.kind == "json_schema":
+        if reason.startswith(_UNKNOWN_FORMAT):
+            name = reason.removeprefix(_UNKNOWN_FORMAT)
+            schemas = _schemas(json.loads(part.text))
+            path = next((path for path, one in schemas if one.get("format") == name), "$")
+            return f"{path}: the format '{name}' cannot be enforced."
         for keyword in re.findall(r'"([^"]+)"', reason):
             for path, found in _keywords(json.loads(part.text)):
                 if found == keyword:
