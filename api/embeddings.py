@@ -1,6 +1,8 @@
 """POST /v1/embeddings: dense, sparse and ColBERT vectors of texts, from one pass."""
 
 import asyncio
+import codecs
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -33,6 +35,7 @@ from tier import Tier
 router = APIRouter()
 
 MAX_INPUTS = 2048  # OpenAI's limit
+REST_OF_CHARACTER = re.compile(rb"\A[\x80-\xbf]{1,3}")  # in UTF-8
 OUTPUTS: tuple[Output, ...] = ("dense", "sparse", "colbert")
 # numbers of the ColBERT vectors in a reply: of BGE-M3's longest text, and of four of them
 MAX_COLBERT_NUMBERS = {"float": 8 << 20, "base64": 32 << 20}
@@ -212,8 +215,15 @@ def _texts_of(inputs: Sequence[Any]) -> list[str | list[int]]:
             param="input",
         ) from error
     try:
-        return [encoding.decode(ids, errors="strict") for ids in inputs]
+        return [_decoded(encoding.decode_bytes(ids)) for ids in inputs]
     except (KeyError, ValueError) as error:
         raise BadRequest(
             f"These are no token ids of cl100k_base: {error}.", param="input"
         ) from None
+
+
+def _decoded(data: bytes) -> str:
+    """Its text. Clients cut long ones between two ids, which may be within a character: what is
+    left of that at either end is dropped. Raises ValueError."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    return decoder.decode(REST_OF_CHARACTER.sub(b"", data))

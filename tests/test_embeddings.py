@@ -305,15 +305,40 @@ def test_token_ids_that_do_not_exist(small: Service, ids: object) -> None:
 
 def test_token_ids_of_another_tokenizer_become_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     class Encoding:
-        def decode(self, ids: list[int], errors: str) -> str:
+        def decode_bytes(self, ids: list[int]) -> bytes:
             if 9 in ids:
                 raise KeyError(9)
-            return " ".join(f"w{i}" for i in ids)
+            return b" ".join(b"w%d" % i for i in ids)
 
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: Encoding())
     with serving(settings(embedding=fake(token_ids="cl100k"))) as service:
         assert items(service.embed([[1, 2], [3]])) == items(service.embed(["w1 w2", "w3"]))
         assert "cl100k_base" in fault(service.embed([1, 9]))["message"]
+
+
+@pytest.mark.parametrize(
+    ("cut", "text"),
+    [("über".encode()[1:], "ber"), ("😀 b".encode()[1:], " b"), ("a 世".encode()[:-1], "a "),
+     ("世 a 😀".encode()[2:-3], " a "), (b"a\xff", None), (b"a\xbfb", None),
+     (b"\x80" * 4 + b"a", None), ("世".encode()[:2] + b"a", None), ("世".encode()[1:], None)],
+    ids=repr,
+)  # fmt: skip
+def test_a_cut_of_token_ids_within_a_character_loses_that_alone(
+    cut: bytes, text: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by LangChain, which cuts long texts into so many ids."""
+
+    class Encoding:
+        def decode_bytes(self, ids: list[int]) -> bytes:
+            return bytes(ids)
+
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: Encoding())
+    with serving(settings(embedding=fake(token_ids="cl100k"))) as service:
+        reply = service.embed([[*cut]])
+        if text is None:
+            assert fault(reply)["param"] == "input"
+        else:
+            assert items(reply) == items(service.embed([text]))
 
 
 # too long
