@@ -139,6 +139,7 @@ class _Reply(BlockReply):
         self.response = head
         self._output: list[dict[str, Any]] = head["output"]
         self._n_events = 0
+        self._key = generation.new_id("")  # of the items' ids, by which clients may sort them
 
     def begin(self) -> Iterable[Data]:
         if not self._n_events:  # no pause has told of it
@@ -160,7 +161,7 @@ class _Reply(BlockReply):
             yield self._open_part("output_text", annotations=[], logprobs=[])
 
     def _open(self, kind: str, prefix: str, **fields: Any) -> Data:
-        item_id = generation.new_id(prefix)
+        item_id = f"{prefix}{self._key}{len(self._output):04}"
         self._output.append({"id": item_id, "type": kind, "status": "in_progress", **fields})
         return self._item_event("response.output_item.added")
 

@@ -47,6 +47,7 @@ RULES = (
     {"match": "break", "answer": "half of it", "fault": "step", "after": 4},
     {"match": "fail", "fault": "step"},
     {"match": "slow", "answer": "abcdefgh" * 2000},
+    {"match": "twelve", "answer": "\n".join([CALL] * 12)},
     {"match": "umlaut", "answer": "über"},
     {"match": "as json", "answer": '{"city": "Paris"}'},
 )
@@ -402,6 +403,18 @@ def test_encrypted_content_of_others_is_passed_over(foreign: str) -> None:
     summary = [{"type": "summary_text", "text": "Well."}]
     item = {"type": "reasoning", "summary": summary, "encrypted_content": foreign}
     assert messages(item)[0]["reasoning_content"] == "Well."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_ids_of_calls_rise(service: Service, stream: bool) -> None:
+    """haystack puts the calls of a stream in order by them."""
+    ids = []
+    for _ in range(2):
+        reply = service.respond("twelve", tools=[WEATHER], stream=stream)
+        response = named_events(reply)[-1]["response"] if stream else body_of(reply)
+        ids += [item["id"] for item in response["output"] if item["type"] == "function_call"]
+    assert len(set(ids)) == 24
+    assert ids[:12] == sorted(ids[:12])
 
 
 def test_thoughts_have_no_encrypted_content_unless_it_is_asked_for(service: Service) -> None:
