@@ -25,6 +25,13 @@ def whole(text: str) -> str:
     return text
 
 
+def _not_empty(value: object) -> object:
+    """Pydantic says of a text that it has no items."""
+    if value == "":
+        raise ValueError("The text is empty.")
+    return value
+
+
 def _no_truth(value: object) -> object:
     """To pydantic `true` is a number too."""
     if isinstance(value, bool):
@@ -39,7 +46,7 @@ def as_list(value: Any) -> Any:
 
 Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
 WholeText = Annotated[str, AfterValidator(whole)]
-SomeText = Annotated[WholeText, Field(min_length=1)]
+SomeText = Annotated[WholeText, Field(min_length=1), BeforeValidator(_not_empty)]
 Token = Annotated[int, BeforeValidator(_no_truth), Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 

@@ -484,6 +484,18 @@ def test_the_field_at_fault_is_named(service: Service, fields: object, param: st
     assert fault(reply)["param"] == param
 
 
+def test_an_empty_text_is_called_empty(service: Service) -> None:
+    asked: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/rerank", {"query": "", "documents": ["a"]}, "query"),
+        ("/v1/score", {"queries": ["a", ""], "documents": ["a"]}, "queries[1]"),
+        ("/v1/embeddings", {"model": "embedding", "input": ["a", ""]}, "input[1]"),
+        ("/embed", {"inputs": ["a", ""]}, "inputs[1]"),
+    ]
+    for path, body, param in asked:
+        error = fault(service.http.post(path, json=body))
+        assert (error["param"], error["message"]) == (param, f"'{param}': The text is empty.")
+
+
 def test_a_query_that_does_not_fit(stand_in: Service) -> None:
     error = fault(stand_in.rerank("a " * 40, ["b"], truncate="none"))
     assert (error["param"], error["code"]) == ("query", "context_length_exceeded")
