@@ -214,6 +214,7 @@ class TierSettings(BaseSettings):
         "auto",
         "hermes",
         "qwen3-coder",
+        "seed-oss",
         "glm",
         "gemma4",
         "lfm2",

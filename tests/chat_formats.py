@@ -28,6 +28,10 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
         "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
         "<think>", "</think>",
     ),
+    "seed_oss": (
+        "<seed:bos>", "<seed:eos>", "<seed:think>", "</seed:think>", "<seed:tool_call>",
+        "</seed:tool_call>",
+    ),
     "llama3_1": (
         "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>",
     ),
@@ -93,7 +97,8 @@ def tool(
         "required": list(required),
         "additionalProperties": False,
     }
-    function = {"name": name, "description": f"What {name} does", "parameters": schema}
+    parameters = {"properties": {}, **schema}  # as over HTTP
+    function = {"name": name, "description": f"What {name} does", "parameters": parameters}
     part = GrammarPart("json_schema", json.dumps(schema), "tools", is_lenient=not is_strict)
     return Tool({"type": "function", "function": function}, part)
 

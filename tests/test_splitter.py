@@ -47,7 +47,7 @@ def inline(make: Make) -> Make:
 
 
 HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
-CODER, GLM, LFM2 = map(of_family, ["qwen3-coder", "glm", "lfm2"])
+CODER, SEED, GLM, LFM2 = map(of_family, ["qwen3-coder", "seed-oss", "glm", "lfm2"])
 
 
 def GEMMA() -> Splitter:
@@ -163,6 +163,11 @@ def coder_call(name: str, *arguments: tuple[str, str]) -> str:
     return f"<tool_call>\n<function={name}>\n{''.join(texts)}</function>\n</tool_call>"
 
 
+def seed_call(name: str, *arguments: tuple[str, str]) -> str:
+    texts = (f"<parameter={key}>{value}</parameter>\n" for key, value in arguments)
+    return f"<seed:tool_call>\n<function={name}>\n{''.join(texts)}</function>\n</seed:tool_call>"
+
+
 def glm_call(name: str, *arguments: tuple[str, str], space: str = "\n") -> str:
     texts = (
         f"<arg_key>{key}</arg_key>{space}<arg_value>{value}</arg_value>{space}"
@@ -200,7 +205,7 @@ WRITTEN = [
 TWO = '{"a": "x", "n": 5}'
 
 
-def tagged_rows(call: Callable[..., str]) -> list[tuple[str, Message]]:
+def tagged_rows(call: Callable[..., str], opener: str = "<tool_call>") -> list[tuple[str, Message]]:
     return [
         *(
             (call("f", (key, value)), said("", ("f", f'{{"{key}": {argument}}}')))
@@ -211,9 +216,9 @@ def tagged_rows(call: Callable[..., str]) -> list[tuple[str, Message]]:
         (f"Let me look.\n\n{call('f')}\n", said("Let me look.", ("f", "{}"))),
         (f"{call('f')}\n{call('g', ('a', '1'))}", said("", ("f", "{}"), ("g", '{"a": 1}'))),
         (f"{call('f')} Hello", said("Hello", ("f", "{}"))),
-        (f"A <tool_call> is {call('f')}", said("A <tool_call> is", ("f", "{}"))),
-        ("a <tool_call>", said("a <tool_call>")),
-        ('<tool_call>\n{"name": "f"}', said('<tool_call>\n{"name": "f"}')),
+        (f"A {opener} is {call('f')}", said(f"A {opener} is", ("f", "{}"))),
+        (f"a {opener}", said(f"a {opener}")),
+        (f'{opener}\n{{"name": "f"}}', said(f'{opener}\n{{"name": "f"}}')),
     ]
 
 
@@ -224,6 +229,12 @@ CODER_ROWS = [
     ("<tool_call>\n<function=f>\nHi", said("Hi", ("f", "{}"))),
     ("<tool_call>\n<funct", said("<tool_call>\n<funct")),
     ("<tool_call>\n<function=>", said("<tool_call>\n<function=>")),
+]
+SEED_ROWS = [
+    *tagged_rows(seed_call, "<seed:tool_call>"),
+    (seed_call("f", ("a", "\nx")), said("", ("f", r'{"a": "\nx"}'))),
+    ("<seed:tool_call>\n<function=f>\nHi", said("Hi", ("f", "{}"))),
+    ("<function=f>\n</function>", said("<function=f>\n</function>")),
 ]
 GLM_ROWS = [
     *tagged_rows(glm_call),
@@ -509,6 +520,7 @@ ONLY_FIRST_ROWS = [
         *rows(MISTRAL, *MISTRAL_ROWS, *MISTRAL_V11_ROWS),  # one splitter takes both forms
         *rows(LLAMA3, *LLAMA3_ROWS),
         *rows(CODER, *CODER_ROWS),
+        *rows(SEED, *SEED_ROWS),
         *rows(GLM, *GLM_ROWS),
         *rows(GEMMA, *GEMMA_ROWS),
         *rows(HARMONY, *HARMONY_ROWS),
@@ -560,7 +572,7 @@ def test_arguments_come_piece_by_piece_behind_the_name() -> None:
 def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
     for make, opener in (
         (HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]"), (CODER, "<tool_call>"),
-        (GLM, "<tool_call>"), (GEMMA, "<|tool_call>"),
+        (SEED, "<seed:tool_call>"), (GLM, "<tool_call>"), (GEMMA, "<|tool_call>"),
     ):  # fmt: skip
         splitter = make()
         text = f"The tag {opener} is a word,"
@@ -712,13 +724,16 @@ PIECES = {
                 "<|", " to"],
     "qwen3-coder": ["<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=a>\n",
                     "<parameter=n>\n", "\n</parameter>\n", "</", "<fun", "5", '"', "f", "[", "]"],
+    "seed-oss": ["<seed:tool_call>", "</seed:tool_call>", "<function=f>", "</function>",
+                 "<parameter=a>", "<parameter=n>", "</parameter>\n", "</", "<fun", "5", '"', "f"],
     "glm": ["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
             "a", "n", "f", "<", "5", '"', "[", "]"],
     "gemma4": ["<|tool_call>", "<tool_call|>", "call:f{", "call:", '<|"|>', "{", "}", "[", "]", ":",
                ",", "f", "5", '"', "<|", "<|channel>", "<channel|>", "thought\n"],
 }  # fmt: skip
 MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY,
-         "qwen3-coder": CODER, "glm": GLM, "gemma4": GEMMA, "lfm2": LFM2}  # fmt: skip
+         "qwen3-coder": CODER, "seed-oss": SEED, "glm": GLM, "gemma4": GEMMA,
+         "lfm2": LFM2}  # fmt: skip
 MAKES |= {f"{name} in thoughts": thinking(make, is_open=True) for name, make in MAKES.items()}
 MAKES |= {f"{name} inline": inline(thinking(make)) for name, make in MAKES.items()}
 
@@ -749,6 +764,8 @@ WHOLES = {
                 f"{COMMENTARY} to=functions.f<|message|>{{}}"],
     "qwen3-coder": ["<tool_call>", "</tool_call>", "<tool_", "<function=", coder_call("f"),
                     coder_call("f", ("a", "x"))],
+    "seed-oss": ["<seed:tool_call>", "</seed:tool_call>", "<seed:tool_", "<function=",
+                 seed_call("f"), seed_call("f", ("a", "x"))],
     "glm": ["<tool_call>", "</tool_call>", "<tool_", "<arg_value>", glm_call("f"),
             glm_call("f", ("a", "x"))],
     "gemma4": ["<|tool_call>", "<tool_call|>", "<|tool_", "call:", gemma_call("f", "{}"),

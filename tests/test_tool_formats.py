@@ -31,7 +31,8 @@ from tests.chat_formats import (
 
 ANSWER = GrammarPart("json_schema", '{"type": "object"}', "response_format")
 THINKING = ("qwen3", "gpt_oss", "deepseek_r1")
-ALSO_THINKING = ("qwen3_coder", "glm", "gemma4")
+NOT_JSON = ("qwen3_coder", "seed_oss", "glm", "gemma4")  # their arguments
+ALSO_THINKING = ("qwen3_coder", "seed_oss", "glm", "gemma4")
 
 
 # which family a template is of
@@ -47,6 +48,7 @@ def family_of(source: str) -> str:
         ("qwen2_5", "hermes"),
         ("qwen3", "hermes"),
         ("qwen3_coder", "qwen3-coder"),
+        ("seed_oss", "seed-oss"),
         ("glm", "glm"),
         ("gemma4", "gemma4"),
         ("lfm2", "lfm2"),
@@ -66,7 +68,6 @@ def test_a_family_is_known_by_its_template(template: str, family: str) -> None:
     "source",
     [
         "",
-        "{{ '<seed:tool_call>\n<function=' + name + '>\n<parameter=' }}",
         "{{ ns_token ~ '<tool_call>' }}{{ '<invoke name=\"' + name + '\">' }}",
         "{{ 'use <tool_call></tool_call>: <tool_calls>[{\"name\": ' }}",
         "{{ '<function=' + name + '>' }}{{ '<|python_tag|>' }}",
@@ -84,6 +85,7 @@ def test_a_family_may_be_chosen_by_name() -> None:
                "mistral": '[TOOL_CALLS] [{"name": "get_time", "arguments": {}}]',
                "mistral-v11": "[TOOL_CALLS]get_time[ARGS]{}",
                "qwen3-coder": "<tool_call>\n<function=get_time>\n</function>\n</tool_call>",
+               "seed-oss": "<seed:tool_call>\n<function=get_time>\n</function>\n</seed:tool_call>",
                "glm": "<tool_call>get_time</tool_call>",
                "gemma4": "<|tool_call>call:get_time{}<tool_call|>",
                "lfm2": '<|tool_call_start|>[{"name": "get_time", "arguments": {}}]'
@@ -224,6 +226,22 @@ Thanks<|eot_id|><|start_header_id|>assistant<|end_header_id|>
     "<arg_value>Rome</arg_value></tool_call><|observation|><tool_response>rain</tool_response>"
     "<tool_response>noon</tool_response><|assistant|></think>Rain at noon.<|user|>Thanks"
     "<|assistant|><think>",
+    "seed_oss": """<seed:eos><seed:bos>assistant
+<seed:tool_call>
+<function=get_weather>
+<parameter=city>Paris</parameter>
+</function>
+</seed:tool_call>
+<seed:tool_call>
+<function=get_time>
+<parameter=city>Rome</parameter>
+</function>
+</seed:tool_call><seed:eos><seed:bos>tool
+rain<seed:eos><seed:bos>tool
+noon<seed:eos><seed:bos>assistant
+Rain at noon.<seed:eos><seed:bos>user
+Thanks<seed:eos><seed:bos>assistant
+""",
     "gemma4": "<turn|>\n<|turn>model\n"
     '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
     '<|tool_call>call:get_time{city:<|"|>Rome<|"|>}<tool_call|>'
@@ -275,7 +293,7 @@ def test_whatever_a_conversation_holds_is_in_the_prompt(template: str) -> None:
                 for call in message.get("tool_calls", ()):
                     assert call["function"]["name"] in shown
                     arguments = call["function"]["arguments"]
-                    is_json = template not in ("qwen3_coder", "glm", "gemma4")
+                    is_json = template not in NOT_JSON
                     for said in [arguments] if is_json else json.loads(arguments).values():
                         assert said in shown
             assert ("What get_time does" in shown) == bool(tools)
@@ -289,6 +307,8 @@ def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
     assert "<think>\nHm.\n</think>\n\nI look.\n<tool_call>\n{" in shown["qwen3"]
     assert "<|im_start|>assistant\nI look.\n<tool_call>\n{" in shown["smollm2"]
     assert "<|im_start|>assistant\nI look.\n<tool_call>\n<function=" in shown["qwen3_coder"]
+    said = "<seed:think>Hm.</seed:think>\nI look.\n<seed:tool_call>\n<function=get_weather>"
+    assert said in shown["seed_oss"]
     assert "</think>I look.<tool_call>get_weather<arg_key>" in shown["glm"]
     # whose own templates put it behind the result, where the next answer is to begin
     model_turns = "<|turn>model\nI look.<turn|>\n<|turn>model\n<|tool_call>call:get_weather{"
@@ -324,6 +344,7 @@ def test_lfm2_is_asked_for_json_and_past_calls_are_in_its_own_tokens() -> None:
         ("qwen3_coder", '{"a": [1, {"b": "é"}]}', '<parameter=a>\n[1, {"b": "é"}]\n</parameter>'),
         ("qwen3_coder", '{"a": 1.5', '<parameter=arguments>\n{"a": 1.5\n</parameter>'),  # cut
         ("qwen3_coder", "", "<function=f>\n</function>"),
+        ("seed_oss", '{"a": [1, null]}', "<parameter=a>[1, null]</parameter>\n"),
         ("glm", '{"a": false}', "<arg_key>a</arg_key><arg_value>false</arg_value>"),
         ("gemma4", '{"a": [true, {"b": "x"}], "c": 5}', 'f{a:[true,{b:<|"|>x<|"|>}],c:5}<'),
     ],
@@ -639,7 +660,7 @@ def test_all_tools_are_shown_and_those_that_are_chosen_may_be_called() -> None:
         made = prompt(name, ONE_CALL, TOOLS, choice=choice)
         assert "What get_weather does" in text(made)
         assert made.grammar
-        is_json = name not in ("qwen3_coder", "glm", "gemma4")
+        is_json = name not in NOT_JSON
         assert made.grammar.parts == ((TIME.arguments,) if is_json else ())
         assert "get_weather" not in made.grammar.frame
 
@@ -704,6 +725,7 @@ def test_an_answer_in_json_may_be_mistaken_for_a_call_of_llama(template: str) ->
         ("deepseek_r1", {"effort": "low"}, "<think>\n", True, 1024),
         ("qwen3_coder", {}, "<think>\n", True, None),
         ("qwen3_coder", {"effort": "low"}, "<think>\n", True, 1024),
+        ("seed_oss", {"effort": "low"}, "assistant\n", False, 1024),
         ("glm", {}, "<think>", True, None),
         ("gemma4", {"effort": "low"}, "<|turn>model\n", False, 1024),
         ("gemma4", {"extra": {"enable_thinking": True}}, "<|turn>model\n", False, None),

@@ -294,6 +294,15 @@ def test_arguments_are_an_object_whatever_else_they_may_be(service: Service, str
     assert json.loads(arguments) == {"a": None}
 
 
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "object"}, {"$ref": "#/$defs/a"}])
+def test_templates_find_the_properties_of_every_function(parameters: dict[str, Any] | None) -> None:
+    """Those of Seed and others look for them."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "model": "light",
+            "tools": [tool(parameters=parameters)]}  # fmt: skip
+    (made,) = ChatRequest.model_validate(body).tool_list()
+    assert made.definition["function"]["parameters"]["properties"] == {}
+
+
 @pytest.mark.parametrize(
     "calls",
     [[{}], [{"function": {}}], [{"function": {"name": 5}}], "x",

@@ -21,11 +21,22 @@ ANSWER_SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "re
                  "additionalProperties": False}  # fmt: skip
 ANSWER = GrammarPart("json_schema", json.dumps(ANSWER_SCHEMA), "response_format")
 REQUIRED = choose(TOOLS, is_required=True)
-TAGGED = {
-    "qwen3_coder": "<tool_call>\n<function=NAME>\nARGUMENTS</function>\n</tool_call>",
-    "glm": "<tool_call>NAME\nARGUMENTS</tool_call>",
+TAGGED = {  # a call by its name and arguments, and one of these by its key and value
+    "qwen3_coder": (
+        "<tool_call>\n<function={}>\n{}</function>\n</tool_call>",
+        "<parameter={}>\n{}\n</parameter>\n",
+    ),
+    "seed_oss": (
+        "<seed:tool_call>\n<function={}>\n{}</function>\n</seed:tool_call>",
+        "<parameter={}>{}</parameter>\n",
+    ),
+    "glm": (
+        "<tool_call>{}\n{}</tool_call>",
+        "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n",
+    ),
 }
-OPEN_THOUGHTS = ("deepseek_r1", *TAGGED)
+OPEN_THOUGHTS = ("deepseek_r1", "qwen3_coder", "glm")
+THINKING = (*OPEN_THOUGHTS, "qwen3", "seed_oss", "gpt_oss", "gemma4")
 HERMES = ("qwen2_5", "qwen3", "smollm2", "deepseek_r1")
 
 
@@ -38,7 +49,7 @@ class Model:
         self.has_tokens = has_tokens
         self.tokenizer = ByteTokenizer(*(CONTROL_TOKENS[template] if has_tokens else ()))
         self.compiler = Compiler(self.tokenizer)
-        self.thinks = template in (*OPEN_THOUGHTS, "qwen3", "gpt_oss", "gemma4")
+        self.thinks = template in THINKING
         self.is_parallel = template not in ("llama3_1", "gpt_oss")  # several calls in a turn
 
     def __repr__(self) -> str:
@@ -54,11 +65,9 @@ class Model:
                 for name, arguments in calls
             )
         if self.template in TAGGED:
+            call, argument = TAGGED[self.template]
             return "\n".join(
-                TAGGED[self.template]
-                .replace("NAME", name)
-                .replace("ARGUMENTS", self._tagged(arguments))
-                for name, arguments in calls
+                call.format(name, tagged(argument, arguments)) for name, arguments in calls
             )
         if self.template == "gemma4":
             return "".join(
@@ -79,16 +88,6 @@ class Model:
         to = f"<|channel|>commentary to=functions.{name}"
         return f"{to} <|constrain|>json<|message|>{arguments}"
 
-    def _tagged(self, arguments: str) -> str:
-        """Arguments one by one; what is no object, as one of a name that no function knows."""
-        values = json.loads(arguments)
-        values = values if isinstance(values, dict) else {"?": values}
-        form = "<parameter={}>\n{}\n</parameter>\n"
-        if self.template == "glm":
-            form = "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n"
-        texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
-        return "".join(form.format(name, text) for name, text in texts.items())
-
     def answer(self, text: str) -> str:
         return f"<|channel|>final<|message|>{text}" if self.template == "gpt_oss" else text
 
@@ -103,6 +102,8 @@ class Model:
             return f"<|channel|>analysis<|message|>{text}<|end|><|start|>assistant"
         if self.template == "gemma4":
             return f"<|channel>thought\n{text}<channel|>"
+        if self.template == "seed_oss":
+            return f"<seed:think>{text}\n</seed:think>\n\n"
         opening = "" if self.template in OPEN_THOUGHTS else "<think>\n"
         return f"{opening}{text}\n</think>\n\n"
 
@@ -111,6 +112,14 @@ class Model:
         if self.template == "gemma4":  # which thinks if it is asked to
             fields.setdefault("extra", {"enable_thinking": True})
         return Turn(self, prompt(self.template, messages, tools, **fields))
+
+
+def tagged(form: str, arguments: str) -> str:
+    """Arguments one by one; what is no object, as one of a name that no function knows."""
+    values = json.loads(arguments)
+    values = values if isinstance(values, dict) else {"?": values}
+    texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
+    return "".join(form.format(name, text) for name, text in texts.items())
 
 
 def noted(value: Any) -> str:
