@@ -215,6 +215,7 @@ class TierSettings(BaseSettings):
         "hermes",
         "qwen3-coder",
         "seed-oss",
+        "minimax-m2",
         "glm",
         "gemma4",
         "lfm2",

@@ -32,6 +32,9 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
         "<seed:bos>", "<seed:eos>", "<seed:think>", "</seed:think>", "<seed:tool_call>",
         "</seed:tool_call>",
     ),
+    "minimax_m2": (
+        "]~b]", "[e~[", "<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>",
+    ),
     "llama3_1": (
         "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>",
     ),

@@ -48,6 +48,7 @@ def inline(make: Make) -> Make:
 
 HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
 CODER, SEED, GLM, LFM2 = map(of_family, ["qwen3-coder", "seed-oss", "glm", "lfm2"])
+MINIMAX = of_family("minimax-m2")
 
 
 def GEMMA() -> Splitter:
@@ -168,6 +169,19 @@ def seed_call(name: str, *arguments: tuple[str, str]) -> str:
     return f"<seed:tool_call>\n<function={name}>\n{''.join(texts)}</function>\n</seed:tool_call>"
 
 
+def invoke(name: str, *arguments: tuple[str, str]) -> str:
+    texts = (f'<parameter name="{key}">{value}</parameter>\n' for key, value in arguments)
+    return f'<invoke name="{name}">\n{"".join(texts)}</invoke>'
+
+
+def minimax_call(name: str, *arguments: tuple[str, str]) -> str:
+    return minimax_calls(invoke(name, *arguments))
+
+
+def minimax_calls(*invokes: str, between: str = "\n") -> str:
+    return f"<minimax:tool_call>\n{between.join(invokes)}\n</minimax:tool_call>"
+
+
 def glm_call(name: str, *arguments: tuple[str, str], space: str = "\n") -> str:
     texts = (
         f"<arg_key>{key}</arg_key>{space}<arg_value>{value}</arg_value>{space}"
@@ -235,6 +249,22 @@ SEED_ROWS = [
     (seed_call("f", ("a", "\nx")), said("", ("f", r'{"a": "\nx"}'))),
     ("<seed:tool_call>\n<function=f>\nHi", said("Hi", ("f", "{}"))),
     ("<function=f>\n</function>", said("<function=f>\n</function>")),
+]
+MINIMAX_ROWS = [
+    *tagged_rows(minimax_call, "<minimax:tool_call>"),
+    *(
+        (
+            f"Look.\n{minimax_calls(invoke('f'), invoke('g', ('a', '1')), between=between)}{after}",
+            said(f"Look.{after.strip()}", ("f", "{}"), ("g", '{"a": 1}')),
+        )
+        for between in ("\n", "", " \n\n")
+        for after in ("", "\n", "\nSo.")
+    ),
+    (f"<minimax:tool_call>{invoke('f')} Hi", said("Hi", ("f", "{}"))),
+    (f"<minimax:tool_call>{invoke('f')}\n<invoke> Hi", said("<invoke> Hi", ("f", "{}"))),
+    (f"<minimax:tool_call>{invoke('f')}\n<invoke na", said("", ("f", "{}"))),
+    (f"{minimax_call('f')}\n{invoke('f')}", said(invoke("f"), ("f", "{}"))),
+    (invoke("f"), said(invoke("f"))),
 ]
 GLM_ROWS = [
     *tagged_rows(glm_call),
@@ -521,6 +551,7 @@ ONLY_FIRST_ROWS = [
         *rows(LLAMA3, *LLAMA3_ROWS),
         *rows(CODER, *CODER_ROWS),
         *rows(SEED, *SEED_ROWS),
+        *rows(MINIMAX, *MINIMAX_ROWS),
         *rows(GLM, *GLM_ROWS),
         *rows(GEMMA, *GEMMA_ROWS),
         *rows(HARMONY, *HARMONY_ROWS),
@@ -572,7 +603,8 @@ def test_arguments_come_piece_by_piece_behind_the_name() -> None:
 def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
     for make, opener in (
         (HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]"), (CODER, "<tool_call>"),
-        (SEED, "<seed:tool_call>"), (GLM, "<tool_call>"), (GEMMA, "<|tool_call>"),
+        (SEED, "<seed:tool_call>"), (MINIMAX, "<minimax:tool_call>"), (GLM, "<tool_call>"),
+        (GEMMA, "<|tool_call>"),
     ):  # fmt: skip
         splitter = make()
         text = f"The tag {opener} is a word,"
@@ -726,6 +758,9 @@ PIECES = {
                     "<parameter=n>\n", "\n</parameter>\n", "</", "<fun", "5", '"', "f", "[", "]"],
     "seed-oss": ["<seed:tool_call>", "</seed:tool_call>", "<function=f>", "</function>",
                  "<parameter=a>", "<parameter=n>", "</parameter>\n", "</", "<fun", "5", '"', "f"],
+    "minimax-m2": ["<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="', "f", '">',
+                   '<parameter name="a">', '<parameter name="n">', "</parameter>", "</invoke>",
+                   "</", "<inv", "5", '"'],
     "glm": ["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
             "a", "n", "f", "<", "5", '"', "[", "]"],
     "gemma4": ["<|tool_call>", "<tool_call|>", "call:f{", "call:", '<|"|>', "{", "}", "[", "]", ":",
@@ -733,7 +768,7 @@ PIECES = {
 }  # fmt: skip
 MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY,
          "qwen3-coder": CODER, "seed-oss": SEED, "glm": GLM, "gemma4": GEMMA,
-         "lfm2": LFM2}  # fmt: skip
+         "lfm2": LFM2, "minimax-m2": MINIMAX}  # fmt: skip
 MAKES |= {f"{name} in thoughts": thinking(make, is_open=True) for name, make in MAKES.items()}
 MAKES |= {f"{name} inline": inline(thinking(make)) for name, make in MAKES.items()}
 
@@ -766,6 +801,8 @@ WHOLES = {
                     coder_call("f", ("a", "x"))],
     "seed-oss": ["<seed:tool_call>", "</seed:tool_call>", "<seed:tool_", "<function=",
                  seed_call("f"), seed_call("f", ("a", "x"))],
+    "minimax-m2": ["<minimax:tool_call>", "</minimax:tool_call>", "<minimax", "<invoke",
+                   minimax_call("f"), minimax_calls(invoke("f"), invoke("f", ("a", "x")))],
     "glm": ["<tool_call>", "</tool_call>", "<tool_", "<arg_value>", glm_call("f"),
             glm_call("f", ("a", "x"))],
     "gemma4": ["<|tool_call>", "<tool_call|>", "<|tool_", "call:", gemma_call("f", "{}"),

@@ -265,7 +265,7 @@ for _ in range(30):
     OBJECTS = {"type": "object", "properties": {"a": OBJECTS, "b": {"type": "string"}}}
 
 
-@pytest.mark.parametrize("family", ["qwen3-coder", "seed-oss", "glm", "gemma4"])
+@pytest.mark.parametrize("family", ["qwen3-coder", "seed-oss", "minimax-m2", "glm", "gemma4"])
 @pytest.mark.parametrize("schema", [DEEP, UNION, OBJECTS], ids=["lists", "unions", "objects"])
 def test_deep_schemas_are_no_burden(family: str, schema: dict[str, Any]) -> None:
     whole = {"type": "object", "properties": {"a": schema}, "$defs": {"n": UNION}}

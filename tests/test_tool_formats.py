@@ -31,8 +31,8 @@ from tests.chat_formats import (
 
 ANSWER = GrammarPart("json_schema", '{"type": "object"}', "response_format")
 THINKING = ("qwen3", "gpt_oss", "deepseek_r1")
-NOT_JSON = ("qwen3_coder", "seed_oss", "glm", "gemma4")  # their arguments
-ALSO_THINKING = ("qwen3_coder", "seed_oss", "glm", "gemma4")
+NOT_JSON = ("qwen3_coder", "seed_oss", "minimax_m2", "glm", "gemma4")  # their arguments
+ALSO_THINKING = ("qwen3_coder", "seed_oss", "minimax_m2", "glm", "gemma4")
 
 
 # which family a template is of
@@ -49,6 +49,7 @@ def family_of(source: str) -> str:
         ("qwen3", "hermes"),
         ("qwen3_coder", "qwen3-coder"),
         ("seed_oss", "seed-oss"),
+        ("minimax_m2", "minimax-m2"),
         ("glm", "glm"),
         ("gemma4", "gemma4"),
         ("lfm2", "lfm2"),
@@ -86,6 +87,8 @@ def test_a_family_may_be_chosen_by_name() -> None:
                "mistral-v11": "[TOOL_CALLS]get_time[ARGS]{}",
                "qwen3-coder": "<tool_call>\n<function=get_time>\n</function>\n</tool_call>",
                "seed-oss": "<seed:tool_call>\n<function=get_time>\n</function>\n</seed:tool_call>",
+               "minimax-m2": '<minimax:tool_call>\n<invoke name="get_time">\n</invoke>\n'
+                             "</minimax:tool_call>",
                "glm": "<tool_call>get_time</tool_call>",
                "gemma4": "<|tool_call>call:get_time{}<tool_call|>",
                "lfm2": '<|tool_call_start|>[{"name": "get_time", "arguments": {}}]'
@@ -242,6 +245,27 @@ noon<seed:eos><seed:bos>assistant
 Rain at noon.<seed:eos><seed:bos>user
 Thanks<seed:eos><seed:bos>assistant
 """,
+    "minimax_m2": """[e~[
+]~b]ai
+
+<minimax:tool_call>
+<invoke name="get_weather">
+<parameter name="city">Paris</parameter>
+</invoke>
+<invoke name="get_time">
+<parameter name="city">Rome</parameter>
+</invoke>
+</minimax:tool_call>[e~[
+]~b]tool
+<response>rain</response>
+<response>noon</response>[e~[
+]~b]ai
+Rain at noon.[e~[
+]~b]user
+Thanks[e~[
+]~b]ai
+<think>
+""",
     "gemma4": "<turn|>\n<|turn>model\n"
     '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
     '<|tool_call>call:get_time{city:<|"|>Rome<|"|>}<tool_call|>'
@@ -309,6 +333,8 @@ def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
     assert "<|im_start|>assistant\nI look.\n<tool_call>\n<function=" in shown["qwen3_coder"]
     said = "<seed:think>Hm.</seed:think>\nI look.\n<seed:tool_call>\n<function=get_weather>"
     assert said in shown["seed_oss"]
+    said = "\nHm.\n</think>\n\nI look.\n<minimax:tool_call>\n<invoke name"
+    assert said in shown["minimax_m2"]
     assert "</think>I look.<tool_call>get_weather<arg_key>" in shown["glm"]
     # whose own templates put it behind the result, where the next answer is to begin
     model_turns = "<|turn>model\nI look.<turn|>\n<|turn>model\n<|tool_call>call:get_weather{"
@@ -345,6 +371,7 @@ def test_lfm2_is_asked_for_json_and_past_calls_are_in_its_own_tokens() -> None:
         ("qwen3_coder", '{"a": 1.5', '<parameter=arguments>\n{"a": 1.5\n</parameter>'),  # cut
         ("qwen3_coder", "", "<function=f>\n</function>"),
         ("seed_oss", '{"a": [1, null]}', "<parameter=a>[1, null]</parameter>\n"),
+        ("minimax_m2", '{"a": [1, null]}', '<parameter name="a">[1, null]</parameter>\n'),
         ("glm", '{"a": false}', "<arg_key>a</arg_key><arg_value>false</arg_value>"),
         ("gemma4", '{"a": [true, {"b": "x"}], "c": 5}', 'f{a:[true,{b:<|"|>x<|"|>}],c:5}<'),
     ],
@@ -726,6 +753,7 @@ def test_an_answer_in_json_may_be_mistaken_for_a_call_of_llama(template: str) ->
         ("qwen3_coder", {}, "<think>\n", True, None),
         ("qwen3_coder", {"effort": "low"}, "<think>\n", True, 1024),
         ("seed_oss", {"effort": "low"}, "assistant\n", False, 1024),
+        ("minimax_m2", {}, "<think>\n", True, None),
         ("glm", {}, "<think>", True, None),
         ("gemma4", {"effort": "low"}, "<|turn>model\n", False, 1024),
         ("gemma4", {"extra": {"enable_thinking": True}}, "<|turn>model\n", False, None),

@@ -30,12 +30,17 @@ TAGGED = {  # a call by its name and arguments, and one of these by its key and 
         "<seed:tool_call>\n<function={}>\n{}</function>\n</seed:tool_call>",
         "<parameter={}>{}</parameter>\n",
     ),
+    "minimax_m2": (
+        '<invoke name="{}">\n{}</invoke>',
+        '<parameter name="{}">{}</parameter>\n',
+    ),
     "glm": (
         "<tool_call>{}\n{}</tool_call>",
         "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n",
     ),
 }
-OPEN_THOUGHTS = ("deepseek_r1", "qwen3_coder", "glm")
+SECTIONS = {"minimax_m2": "<minimax:tool_call>\n{}\n</minimax:tool_call>"}  # of several calls
+OPEN_THOUGHTS = ("deepseek_r1", "qwen3_coder", "minimax_m2", "glm")
 THINKING = (*OPEN_THOUGHTS, "qwen3", "seed_oss", "gpt_oss", "gemma4")
 HERMES = ("qwen2_5", "qwen3", "smollm2", "deepseek_r1")
 
@@ -66,9 +71,10 @@ class Model:
             )
         if self.template in TAGGED:
             call, argument = TAGGED[self.template]
-            return "\n".join(
+            said = "\n".join(
                 call.format(name, tagged(argument, arguments)) for name, arguments in calls
             )
+            return SECTIONS.get(self.template, "{}").format(said)
         if self.template == "gemma4":
             return "".join(
                 f"<|tool_call>call:{name}{noted(json.loads(arguments))}<tool_call|>"

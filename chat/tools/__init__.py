@@ -8,7 +8,7 @@ from chat.tools.hermes import Hermes
 from chat.tools.lfm2 import Lfm2
 from chat.tools.llama3 import Llama3
 from chat.tools.mistral import Mistral, MistralV11
-from chat.tools.tagged import Glm, Qwen3Coder, SeedOss
+from chat.tools.tagged import Glm, MiniMaxM2, Qwen3Coder, SeedOss
 
 # the first that fits a template has it
 FAMILIES: tuple[ToolFormat, ...] = (
@@ -17,6 +17,7 @@ FAMILIES: tuple[ToolFormat, ...] = (
     Mistral(),
     Gemma(),
     SeedOss(),
+    MiniMaxM2(),
     Qwen3Coder(),
     Glm(),
     Hermes(),

@@ -21,6 +21,14 @@ Seed-OSS:
     </function>
     </seed:tool_call>
 
+MiniMax M2, whose calls stand together between one pair of tags:
+
+    <minimax:tool_call>
+    <invoke name="get_weather">
+    <parameter name="city">Paris</parameter>
+    </invoke>
+    </minimax:tool_call>
+
 GLM 4.5 and later, with or without the line breaks:
 
     <tool_call>get_weather
@@ -96,7 +104,7 @@ class Tagged(ToolFormat):
             arguments = [_in_any_order(arguments, required, f"a{number}_", rules)]
         if found.others:
             names = "|".join(pattern(parameter.name) for parameter in found.listed)
-            rules.append(f"NAME_{number}: /[^\\n<>=]+/" + (f" & ~/({names})/" if names else ""))
+            rules.append(f'NAME_{number}: /[^\\n<>="]+/' + (f" & ~/({names})/" if names else ""))
             value = self._value(found.others, tool.arguments, parts)
             arguments.append(f"({self.argument(f'NAME_{number}', value)})*")
         return Function(tool.name, " ".join(arguments), rules, found)
@@ -277,7 +285,7 @@ class Named(Tagged):
     def call(self, functions: Sequence[Function]) -> str:
         close = "" if self.is_section else self._lark(f"{self.line}{self.closer}")
         names = " | ".join(map(self.function_named, functions))
-        return f"{self._lark(f'{self.line}{self.begin}')} ({names}) {close}"
+        return f"{self._lark(self.line)} {self._lark(self.begin)} ({names}) {close}"
 
     def function_named(self, function: Function) -> str:
         """Lark of a function from its name on, to the end of its arguments."""
@@ -323,7 +331,7 @@ class Qwen3Coder(Named):
         )
 
     def call(self, functions: Sequence[Function]) -> str:
-        return f'{self._lark(f"{self.line}{self.begin}")} named "\\n" «{CLOSE}»'
+        return f'"\\n" {literal(self.begin)} named "\\n" «{CLOSE}»'
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
         return Qwen3CoderSplitter(self, functions, only_first=only_first)
@@ -355,6 +363,18 @@ class SeedOss(Named):
     name = "seed-oss"
     opener, closer = "<seed:tool_call>", "</seed:tool_call>"
     visible = (opener, closer)
+
+    def fits(self, template: str) -> bool:
+        return self.opener in template
+
+
+class MiniMaxM2(Named):
+    name = "minimax-m2"
+    opener, closer = "<minimax:tool_call>", "</minimax:tool_call>"
+    is_section = True
+    visible = (opener, closer)
+    begin, key, named = '<invoke name="', '<parameter name="', '">'
+    end = "</invoke>"
 
     def fits(self, template: str) -> bool:
         return self.opener in template
