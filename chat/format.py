@@ -9,7 +9,7 @@ from typing import Any
 
 from chat.events import Splitter
 from chat.splitter import ReasoningTags
-from chat.template import ChatTemplate, normalised, with_names
+from chat.template import ChatTemplate, in_order, normalised, with_names
 from chat.tools import BY_NAME, FAMILIES
 from chat.tools.base import Function, Parts, Tool
 from engine.model_file import ModelFile
@@ -91,7 +91,7 @@ class ChatFormat:
         callable_ = [tool for tool in tools if tool.name in choice.names]
         self._check(callable_, choice, answer, continues)
         switches, budget = self._effort(effort, budget)
-        messages = with_names([normalised(message) for message in messages])
+        messages = in_order(with_names(normalised(message) for message in messages))
         if not (self._takes_system and self._takes_later_system):
             messages = _without_system(messages, but_first=True)
         turns = self._family.history(messages, [tool.definition for tool in tools])

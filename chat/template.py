@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -288,6 +289,21 @@ def with_names(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if turn["role"] == "tool" and name and "name" not in turn:
             turn["name"] = name
         turns.append(turn)
+    return turns
+
+
+def in_order(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages; results of tools in the order of their calls, since many templates show with
+    them neither ids nor names."""
+    turns: list[Mapping[str, Any]] = []
+    places: dict[str | None, int] = {}  # of the calls before, by their ids
+    for are_results, group in groupby(messages, lambda message: message["role"] == "tool"):
+        run = list(group)
+        ids = [turn.get("tool_call_id") for turn in run]
+        if are_results and places.keys() >= set(ids):
+            run.sort(key=lambda turn: places[turn.get("tool_call_id")])
+        turns += run
+        places = {call.get("id"): n for n, call in enumerate(run[-1].get("tool_calls", ()))}
     return turns
 
 

@@ -414,6 +414,14 @@ def test_results_stay_with_their_calls_where_ids_are_used_again() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("template", NAMES)
+def test_results_come_in_the_order_of_their_calls(template: str) -> None:
+    """Many templates show neither ids nor names with them."""
+    *before, rain, noon, answer, thanks = TWO_CALLS
+    shown = text(prompt(template, TWO_CALLS, TOOLS))
+    assert text(prompt(template, [*before, noon, rain, answer, thanks], TOOLS)) == shown
+
+
 @pytest.mark.parametrize("has_other_ids", [True, False])
 def test_results_that_name_no_call_are_kept(has_other_ids: bool) -> None:
     calls = [("", "get_weather", "{}"), ("", "get_time", "{}")]
