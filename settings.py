@@ -216,6 +216,7 @@ class TierSettings(BaseSettings):
         "qwen3-coder",
         "seed-oss",
         "minimax-m2",
+        "minicpm5",
         "glm",
         "gemma4",
         "lfm2",

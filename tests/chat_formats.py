@@ -35,6 +35,9 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
     "minimax_m2": (
         "]~b]", "[e~[", "<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>",
     ),
+    "minicpm5": (
+        *CHATML_TOKENS, "<think>", "</think>", "<function", "</function>", "<param", "</param>",
+    ),
     "llama3_1": (
         "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>",
     ),

@@ -48,7 +48,7 @@ def inline(make: Make) -> Make:
 
 HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
 CODER, SEED, GLM, LFM2 = map(of_family, ["qwen3-coder", "seed-oss", "glm", "lfm2"])
-MINIMAX = of_family("minimax-m2")
+MINIMAX, MINICPM = map(of_family, ["minimax-m2", "minicpm5"])
 
 
 def GEMMA() -> Splitter:
@@ -182,6 +182,11 @@ def minimax_calls(*invokes: str, between: str = "\n") -> str:
     return f"<minimax:tool_call>\n{between.join(invokes)}\n</minimax:tool_call>"
 
 
+def minicpm_call(name: str, *arguments: tuple[str, str]) -> str:
+    texts = (f'<param name="{key}">{value}</param>' for key, value in arguments)
+    return f'<function name="{name}">{"".join(texts)}</function>'
+
+
 def glm_call(name: str, *arguments: tuple[str, str], space: str = "\n") -> str:
     texts = (
         f"<arg_key>{key}</arg_key>{space}<arg_value>{value}</arg_value>{space}"
@@ -265,6 +270,22 @@ MINIMAX_ROWS = [
     (f"<minimax:tool_call>{invoke('f')}\n<invoke na", said("", ("f", "{}"))),
     (f"{minimax_call('f')}\n{invoke('f')}", said(invoke("f"), ("f", "{}"))),
     (invoke("f"), said(invoke("f"))),
+]
+MINICPM_ROWS = [
+    *tagged_rows(minicpm_call, "<function"),
+    *(
+        (minicpm_call("f", (key, written)), said("", ("f", f'{{"{key}": {argument}}}')))
+        for key, written, argument in [
+            ("a", "<![CDATA[<b>]] </param>\n]]>", r'"<b>]] </param>\n"'),
+            ("a", "<![CDATA[]]>", '""'),
+            ("a", "<![CDAT", '"<![CDAT"'),
+            ("a", "\n", r'"\n"'),
+            ("maybe", "<![CDATA[a]]>", '"a"'),
+            ("any", "<![CDATA[<]]>", '"<"'),
+        ]
+    ),
+    ("<functional> and <function>", said("<functional> and <function>")),
+    ('<function name="f"> Hi', said("Hi", ("f", "{}"))),
 ]
 GLM_ROWS = [
     *tagged_rows(glm_call),
@@ -552,6 +573,7 @@ ONLY_FIRST_ROWS = [
         *rows(CODER, *CODER_ROWS),
         *rows(SEED, *SEED_ROWS),
         *rows(MINIMAX, *MINIMAX_ROWS),
+        *rows(MINICPM, *MINICPM_ROWS),
         *rows(GLM, *GLM_ROWS),
         *rows(GEMMA, *GEMMA_ROWS),
         *rows(HARMONY, *HARMONY_ROWS),
@@ -604,7 +626,7 @@ def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
     for make, opener in (
         (HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]"), (CODER, "<tool_call>"),
         (SEED, "<seed:tool_call>"), (MINIMAX, "<minimax:tool_call>"), (GLM, "<tool_call>"),
-        (GEMMA, "<|tool_call>"),
+        (MINICPM, "<function"), (GEMMA, "<|tool_call>"),
     ):  # fmt: skip
         splitter = make()
         text = f"The tag {opener} is a word,"
@@ -761,6 +783,8 @@ PIECES = {
     "minimax-m2": ["<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="', "f", '">',
                    '<parameter name="a">', '<parameter name="n">', "</parameter>", "</invoke>",
                    "</", "<inv", "5", '"'],
+    "minicpm5": ["<function", ' name="', "f", '">', '<param name="a">', '<param name="n">', "5",
+                 "</param>", "</function>", "<![CDATA[", "]]>", "<![CD", '"'],
     "glm": ["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
             "a", "n", "f", "<", "5", '"', "[", "]"],
     "gemma4": ["<|tool_call>", "<tool_call|>", "call:f{", "call:", '<|"|>', "{", "}", "[", "]", ":",
@@ -768,7 +792,7 @@ PIECES = {
 }  # fmt: skip
 MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY,
          "qwen3-coder": CODER, "seed-oss": SEED, "glm": GLM, "gemma4": GEMMA,
-         "lfm2": LFM2, "minimax-m2": MINIMAX}  # fmt: skip
+         "lfm2": LFM2, "minimax-m2": MINIMAX, "minicpm5": MINICPM}  # fmt: skip
 MAKES |= {f"{name} in thoughts": thinking(make, is_open=True) for name, make in MAKES.items()}
 MAKES |= {f"{name} inline": inline(thinking(make)) for name, make in MAKES.items()}
 
@@ -803,6 +827,8 @@ WHOLES = {
                  seed_call("f"), seed_call("f", ("a", "x"))],
     "minimax-m2": ["<minimax:tool_call>", "</minimax:tool_call>", "<minimax", "<invoke",
                    minimax_call("f"), minimax_calls(invoke("f"), invoke("f", ("a", "x")))],
+    "minicpm5": ["<function", "<param", "<fun", minicpm_call("f"),
+                 minicpm_call("f", ("a", "<![CDATA[<]]>"))],
     "glm": ["<tool_call>", "</tool_call>", "<tool_", "<arg_value>", glm_call("f"),
             glm_call("f", ("a", "x"))],
     "gemma4": ["<|tool_call>", "<tool_call|>", "<|tool_", "call:", gemma_call("f", "{}"),

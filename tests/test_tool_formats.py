@@ -31,8 +31,8 @@ from tests.chat_formats import (
 
 ANSWER = GrammarPart("json_schema", '{"type": "object"}', "response_format")
 THINKING = ("qwen3", "gpt_oss", "deepseek_r1")
-NOT_JSON = ("qwen3_coder", "seed_oss", "minimax_m2", "glm", "gemma4")  # their arguments
-ALSO_THINKING = ("qwen3_coder", "seed_oss", "minimax_m2", "glm", "gemma4")
+NOT_JSON = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4")  # their arguments
+ALSO_THINKING = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4")
 
 
 # which family a template is of
@@ -50,6 +50,7 @@ def family_of(source: str) -> str:
         ("qwen3_coder", "qwen3-coder"),
         ("seed_oss", "seed-oss"),
         ("minimax_m2", "minimax-m2"),
+        ("minicpm5", "minicpm5"),
         ("glm", "glm"),
         ("gemma4", "gemma4"),
         ("lfm2", "lfm2"),
@@ -89,6 +90,7 @@ def test_a_family_may_be_chosen_by_name() -> None:
                "seed-oss": "<seed:tool_call>\n<function=get_time>\n</function>\n</seed:tool_call>",
                "minimax-m2": '<minimax:tool_call>\n<invoke name="get_time">\n</invoke>\n'
                              "</minimax:tool_call>",
+               "minicpm5": '<function name="get_time"></function>',
                "glm": "<tool_call>get_time</tool_call>",
                "gemma4": "<|tool_call>call:get_time{}<tool_call|>",
                "lfm2": '<|tool_call_start|>[{"name": "get_time", "arguments": {}}]'
@@ -266,6 +268,23 @@ Thanks[e~[
 ]~b]ai
 <think>
 """,
+    "minicpm5": """<|im_end|>
+<|im_start|>assistant
+<function name="get_weather"><param name="city">Paris</param></function>
+<function name="get_time"><param name="city">Rome</param></function><|im_end|>
+<|im_start|>user
+<tool_response>
+rain
+</tool_response>
+<tool_response>
+noon
+</tool_response><|im_end|>
+<|im_start|>assistant
+Rain at noon.<|im_end|>
+<|im_start|>user
+Thanks<|im_end|>
+<|im_start|>assistant
+""",
     "gemma4": "<turn|>\n<|turn>model\n"
     '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
     '<|tool_call>call:get_time{city:<|"|>Rome<|"|>}<tool_call|>'
@@ -335,6 +354,7 @@ def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
     assert said in shown["seed_oss"]
     said = "\nHm.\n</think>\n\nI look.\n<minimax:tool_call>\n<invoke name"
     assert said in shown["minimax_m2"]
+    assert '\nHm.\n</think>\n\nI look.\n<function name="get_w' in shown["minicpm5"]
     assert "</think>I look.<tool_call>get_weather<arg_key>" in shown["glm"]
     # whose own templates put it behind the result, where the next answer is to begin
     model_turns = "<|turn>model\nI look.<turn|>\n<|turn>model\n<|tool_call>call:get_weather{"
@@ -372,6 +392,9 @@ def test_lfm2_is_asked_for_json_and_past_calls_are_in_its_own_tokens() -> None:
         ("qwen3_coder", "", "<function=f>\n</function>"),
         ("seed_oss", '{"a": [1, null]}', "<parameter=a>[1, null]</parameter>\n"),
         ("minimax_m2", '{"a": [1, null]}', '<parameter name="a">[1, null]</parameter>\n'),
+        ("minicpm5", '{"a": [1, null]}', '<param name="a">[1, null]</param>'),
+        ("minicpm5", r'{"a": "x\ny"}', '<param name="a"><![CDATA[x\ny]]></param>'),
+        ("minicpm5", '{"a": "</think>"}', '<param name="a"><![CDATA[</think>]]></param>'),
         ("glm", '{"a": false}', "<arg_key>a</arg_key><arg_value>false</arg_value>"),
         ("gemma4", '{"a": [true, {"b": "x"}], "c": 5}', 'f{a:[true,{b:<|"|>x<|"|>}],c:5}<'),
     ],
@@ -762,6 +785,8 @@ def test_an_answer_in_json_may_be_mistaken_for_a_call_of_llama(template: str) ->
         ("qwen3_coder", {"effort": "low"}, "<think>\n", True, 1024),
         ("seed_oss", {"effort": "low"}, "assistant\n", False, 1024),
         ("minimax_m2", {}, "<think>\n", True, None),
+        ("minicpm5", {}, "assistant\n", False, None),
+        ("minicpm5", {"effort": "low"}, "<think>\n", True, 1024),
         ("glm", {}, "<think>", True, None),
         ("gemma4", {"effort": "low"}, "<|turn>model\n", False, 1024),
         ("gemma4", {"extra": {"enable_thinking": True}}, "<|turn>model\n", False, None),

@@ -34,6 +34,7 @@ TAGGED = {  # a call by its name and arguments, and one of these by its key and 
         '<invoke name="{}">\n{}</invoke>',
         '<parameter name="{}">{}</parameter>\n',
     ),
+    "minicpm5": ('<function name="{}">{}</function>', '<param name="{}">{}</param>'),
     "glm": (
         "<tool_call>{}\n{}</tool_call>",
         "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n",
@@ -41,7 +42,7 @@ TAGGED = {  # a call by its name and arguments, and one of these by its key and 
 }
 SECTIONS = {"minimax_m2": "<minimax:tool_call>\n{}\n</minimax:tool_call>"}  # of several calls
 OPEN_THOUGHTS = ("deepseek_r1", "qwen3_coder", "minimax_m2", "glm")
-THINKING = (*OPEN_THOUGHTS, "qwen3", "seed_oss", "gpt_oss", "gemma4")
+THINKING = (*OPEN_THOUGHTS, "qwen3", "seed_oss", "minicpm5", "gpt_oss", "gemma4")
 HERMES = ("qwen2_5", "qwen3", "smollm2", "deepseek_r1")
 
 

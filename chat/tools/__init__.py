@@ -7,6 +7,7 @@ from chat.tools.harmony import Harmony
 from chat.tools.hermes import Hermes
 from chat.tools.lfm2 import Lfm2
 from chat.tools.llama3 import Llama3
+from chat.tools.minicpm5 import MiniCpm5
 from chat.tools.mistral import Mistral, MistralV11
 from chat.tools.tagged import Glm, MiniMaxM2, Qwen3Coder, SeedOss
 
@@ -18,6 +19,7 @@ FAMILIES: tuple[ToolFormat, ...] = (
     Gemma(),
     SeedOss(),
     MiniMaxM2(),
+    MiniCpm5(),
     Qwen3Coder(),
     Glm(),
     Hermes(),

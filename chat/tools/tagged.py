@@ -79,7 +79,15 @@ class Tagged(ToolFormat):
 
     @abstractmethod
     def key_pattern(self) -> str:
-        """Regular expression of what comes before a value, its name as the only group."""
+        """Regular expression of what comes before a value, its name as the first group."""
+
+    def value_end_of(self, key: re.Match[str]) -> str:
+        """What ends the value that comes behind this."""
+        return self.value_end
+
+    def text(self, length: str = "") -> str:
+        """Lark of a text and its end. `length` may be a range."""
+        return f"«inside {length and f'{{{length}}} '}until {self.value_end}»"
 
     def function(self, tool: Tool, number: int, parts: Parts) -> Function:
         found = Parameters(tool.arguments, self.value_end)
@@ -116,9 +124,7 @@ class Tagged(ToolFormat):
             return f"{parts.rule(part)} «{self.value_end}»"
         if parameter.choices:
             return f"({' | '.join(map(literal, parameter.choices))}) «{self.value_end}»"
-        if parameter.length:
-            return f"«inside {{{parameter.length}}} until {self.value_end}»"
-        return "value"
+        return self.text(parameter.length) if parameter.length else "value"
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
         more = "call*" if self.is_section else f'("\\n"? «{self.opener}» call)*'
@@ -127,7 +133,7 @@ class Tagged(ToolFormat):
             f'calls: call more {close} "\\n"?',  # some end the last one with it too
             f"more: {more if is_parallel else ''}",
             f"call: {self.call(functions)}",
-            f"value: «inside until {self.value_end}»",
+            f"value: {self.text()}",
         ]
         return "\n".join([*rules, *(rule for function in functions for rule in function.rules)])
 
@@ -170,14 +176,19 @@ def _in_any_order(
 
 
 def _with_texts(call: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = call["function"].get("arguments", {})
-    if not isinstance(arguments, Mapping):
-        arguments = {"arguments": arguments}
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for name, value in arguments.items()
-    }
+    texts = {name: written(value) for name, value in arguments_of(call["function"]).items()}
     return {**call, "function": {**call["function"], "arguments": texts}}
+
+
+def arguments_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of a past call, as an object where something else was sent."""
+    arguments = function.get("arguments", {})
+    return arguments if isinstance(arguments, Mapping) else {"arguments": arguments}
+
+
+def written(value: Any) -> str:
+    """An argument as models write it: a text without quotes, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def marked(text: str, marks: Sequence[str]) -> str:
@@ -216,7 +227,7 @@ class TaggedSplitter(HeadedCalls):
             self._parameter = self._of(name, key[1])
             self._is_text = self._parameter.form == "text"
             self._json = JsonSpan()
-            self._value_end = self._family.value_end
+            self._value_end = self._family.value_end_of(key)
             self._n_arguments += 1
             separator = ", " if self._n_arguments > 1 else ""
             quote = '"' if self._is_text else ""
