@@ -219,6 +219,7 @@ class TierSettings(BaseSettings):
         "minicpm5",
         "glm",
         "gemma4",
+        "kimi-k2",
         "lfm2",
         "llama3",
         "mistral",

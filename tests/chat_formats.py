@@ -18,6 +18,10 @@ MISTRAL_TOKENS = (
     "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
     "[/TOOL_RESULTS]", "[TOOL_CALLS]",
 )  # fmt: skip
+KIMI_MARKS = (
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+)  # fmt: skip
 # by the name of the template
 CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
     "qwen2_5": (*CHATML_TOKENS, "<tool_call>", "</tool_call>"),
@@ -37,6 +41,10 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
     ),
     "minicpm5": (
         *CHATML_TOKENS, "<think>", "</think>", "<function", "</function>", "<param", "</param>",
+    ),
+    "kimi_k2": (
+        "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>",
+        "<think>", "</think>", *KIMI_MARKS,
     ),
     "llama3_1": (
         "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>",

@@ -48,7 +48,7 @@ def inline(make: Make) -> Make:
 
 HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
 CODER, SEED, GLM, LFM2 = map(of_family, ["qwen3-coder", "seed-oss", "glm", "lfm2"])
-MINIMAX, MINICPM = map(of_family, ["minimax-m2", "minicpm5"])
+MINIMAX, MINICPM, KIMI = map(of_family, ["minimax-m2", "minicpm5", "kimi-k2"])
 
 
 def GEMMA() -> Splitter:
@@ -337,6 +337,50 @@ GEMMA_ROWS = [
                                       "<|tool_call>calls:f{}", "<|tool_call>call:{}"]),
 ]  # fmt: skip
 
+SECTION, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+CALL_BEGIN, CALL_ARGS = "<|tool_call_begin|>", "<|tool_call_argument_begin|>"
+CALL_END = "<|tool_call_end|>"
+
+
+def kimi_call(name: str, arguments: str) -> str:
+    return f"{CALL_BEGIN}{name}{CALL_ARGS}{arguments}{CALL_END}"
+
+
+def kimi_calls(*calls: tuple[str, str], between: str = "") -> str:
+    return SECTION + between.join(kimi_call(*call) for call in calls) + SECTION_END
+
+
+KIMI_ROWS = [
+    *(
+        (kimi_calls(("functions.f:0", arguments)), said("", ("f", arguments)))
+        for arguments in ARGUMENTS
+    ),
+    *(
+        (
+            f"Look. {kimi_calls(('functions.f:0', '1'), ('g-2.x:11', '{}'), between=gap)}\n",
+            said("Look.", ("f", "1"), ("g-2.x", "{}")),
+        )
+        for gap in ("", "\n", " \n ")
+    ),
+    (f"{kimi_calls(('f', '{}'))} So.", said("So.", ("f", "{}"))),
+    (kimi_calls(("f:0", "{}")) * 2, said("", ("f", "{}"), ("f", "{}"))),
+    (f"{SECTION} {CALL_BEGIN} functions.f:0 {CALL_ARGS}{{}} {CALL_END} {SECTION_END} ",
+     said("", ("f", "{}"))),
+    (f"{SECTION}{kimi_call('f:0', '{}')} So.", said("So.", ("f", "{}"))),
+    (f"{SECTION}{CALL_BEGIN}f:0{CALL_ARGS}{{}} So.", said("So.", ("f", "{}"))),
+    (f"{SECTION}{kimi_call('f:0', '{}')}{CALL_BEGIN}g", said("", ("f", "{}"))),
+    *(
+        (text, said(text))
+        for text in [
+            f"a {SECTION}",
+            f"a {SECTION}{CALL_BEGIN}functions.f:0",
+            f"a {SECTION}{CALL_BEGIN}f g{CALL_ARGS}{{}} b",
+            f"a {SECTION}{SECTION_END} b",
+            f"a {CALL_BEGIN}f{CALL_ARGS}{{}} b",
+        ]
+    ),
+]  # fmt: skip
+
 NESTED = '{"a": {"b": "}\\""}}'
 MISTRAL_ROWS = [
     ("Hello [1] ", said("Hello [1] ")),
@@ -575,6 +619,7 @@ ONLY_FIRST_ROWS = [
         *rows(MINIMAX, *MINIMAX_ROWS),
         *rows(MINICPM, *MINICPM_ROWS),
         *rows(GLM, *GLM_ROWS),
+        *rows(KIMI, *KIMI_ROWS),
         *rows(GEMMA, *GEMMA_ROWS),
         *rows(HARMONY, *HARMONY_ROWS),
         *rows(thinking(), *THINK_ROWS),
@@ -626,7 +671,7 @@ def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
     for make, opener in (
         (HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]"), (CODER, "<tool_call>"),
         (SEED, "<seed:tool_call>"), (MINIMAX, "<minimax:tool_call>"), (GLM, "<tool_call>"),
-        (MINICPM, "<function"), (GEMMA, "<|tool_call>"),
+        (MINICPM, "<function"), (GEMMA, "<|tool_call>"), (KIMI, SECTION),
     ):  # fmt: skip
         splitter = make()
         text = f"The tag {opener} is a word,"
@@ -659,6 +704,7 @@ BEFORE_CALLS = {  # with the call that follows
     "mistral": (MISTRAL, f'Look. [TOOL_CALLS] [{{"name": "f", "arguments": {NESTED}}}]'),
     "mistral-v11": (MISTRAL, f"Look. [TOOL_CALLS]f[ARGS]{NESTED}"),
     "gemma4": (GEMMA, 'Look. <|tool_call>call:f{a:{b:<|"|>}"<|"|>}}<tool_call|>'),
+    "kimi-k2": (KIMI, f"Look. {kimi_calls(('functions.f:0', NESTED))}"),
     "lfm2": (
         LFM2,
         f'Look. <|tool_call_start|>[{{"name": "f", "arguments": {NESTED}}}]<|tool_call_end|>',
@@ -785,6 +831,8 @@ PIECES = {
                    "</", "<inv", "5", '"'],
     "minicpm5": ["<function", ' name="', "f", '">', '<param name="a">', '<param name="n">', "5",
                  "</param>", "</function>", "<![CDATA[", "]]>", "<![CD", '"'],
+    "kimi-k2": [SECTION, SECTION_END, CALL_BEGIN, CALL_ARGS, CALL_END, "<|tool_call", "functions.",
+                "f", ":0", "{", "}", '"', "[", "]"],
     "glm": ["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
             "a", "n", "f", "<", "5", '"', "[", "]"],
     "gemma4": ["<|tool_call>", "<tool_call|>", "call:f{", "call:", '<|"|>', "{", "}", "[", "]", ":",
@@ -792,7 +840,7 @@ PIECES = {
 }  # fmt: skip
 MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY,
          "qwen3-coder": CODER, "seed-oss": SEED, "glm": GLM, "gemma4": GEMMA,
-         "lfm2": LFM2, "minimax-m2": MINIMAX, "minicpm5": MINICPM}  # fmt: skip
+         "lfm2": LFM2, "minimax-m2": MINIMAX, "minicpm5": MINICPM, "kimi-k2": KIMI}  # fmt: skip
 MAKES |= {f"{name} in thoughts": thinking(make, is_open=True) for name, make in MAKES.items()}
 MAKES |= {f"{name} inline": inline(thinking(make)) for name, make in MAKES.items()}
 
@@ -829,6 +877,8 @@ WHOLES = {
                    minimax_call("f"), minimax_calls(invoke("f"), invoke("f", ("a", "x")))],
     "minicpm5": ["<function", "<param", "<fun", minicpm_call("f"),
                  minicpm_call("f", ("a", "<![CDATA[<]]>"))],
+    "kimi-k2": [SECTION, SECTION_END, CALL_BEGIN, "<|tool", kimi_calls(("f:0", "{}")),
+                kimi_calls(("f:0", "{}"), ("f:1", '{"a": 1}'))],
     "glm": ["<tool_call>", "</tool_call>", "<tool_", "<arg_value>", glm_call("f"),
             glm_call("f", ("a", "x"))],
     "gemma4": ["<|tool_call>", "<tool_call|>", "<|tool_", "call:", gemma_call("f", "{}"),

@@ -1,6 +1,7 @@
 """How the families of models are told of tools, calls and thoughts."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from tests.chat_formats import (
 ANSWER = GrammarPart("json_schema", '{"type": "object"}', "response_format")
 THINKING = ("qwen3", "gpt_oss", "deepseek_r1")
 NOT_JSON = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4")  # their arguments
-ALSO_THINKING = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4")
+ALSO_THINKING = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4", "kimi_k2")
 
 
 # which family a template is of
@@ -53,6 +54,7 @@ def family_of(source: str) -> str:
         ("minicpm5", "minicpm5"),
         ("glm", "glm"),
         ("gemma4", "gemma4"),
+        ("kimi_k2", "kimi-k2"),
         ("lfm2", "lfm2"),
         ("llama3_1", "llama3"),
         ("mistral_v3", "mistral"),
@@ -92,6 +94,9 @@ def test_a_family_may_be_chosen_by_name() -> None:
                              "</minimax:tool_call>",
                "minicpm5": '<function name="get_time"></function>',
                "glm": "<tool_call>get_time</tool_call>",
+               "kimi-k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
+                          "<|tool_call_argument_begin|>{}<|tool_call_end|>"
+                          "<|tool_calls_section_end|>",
                "gemma4": "<|tool_call>call:get_time{}<tool_call|>",
                "lfm2": '<|tool_call_start|>[{"name": "get_time", "arguments": {}}]'
                        "<|tool_call_end|>"}  # fmt: skip
@@ -292,6 +297,16 @@ Thanks<|im_end|>
     '<|tool_response>response:get_time{value:<|"|>noon<|"|>}<tool_response|>'
     "Rain at noon.<turn|>\n<|turn>user\nThanks<turn|>\n<|turn>model\n"
     "<|channel>thought\n<channel|>",
+    "kimi_k2": "<|im_end|><|im_assistant|>assistant<|im_middle|><think></think>"
+    "<|tool_calls_section_begin|>"
+    "<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+    '{"city": "Paris"}<|tool_call_end|>'
+    "<|tool_call_begin|>functions.get_time:1<|tool_call_argument_begin|>"
+    '{"city": "Rome"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+    "<|im_system|>get_weather<|im_middle|>## Return of functions.get_weather:0\nrain<|im_end|>"
+    "<|im_system|>get_time<|im_middle|>## Return of functions.get_time:1\nnoon<|im_end|>"
+    "<|im_assistant|>assistant<|im_middle|><think></think>Rain at noon.<|im_end|>"
+    "<|im_user|>user<|im_middle|>Thanks<|im_end|><|im_assistant|>assistant<|im_middle|>",
     "lfm2": "<|im_end|>\n<|im_start|>assistant\n<|tool_call_start|>"
     '[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
     '{"name": "get_time", "arguments": {"city": "Rome"}}]<|tool_call_end|><|im_end|>\n'
@@ -356,6 +371,7 @@ def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
     assert said in shown["minimax_m2"]
     assert '\nHm.\n</think>\n\nI look.\n<function name="get_w' in shown["minicpm5"]
     assert "</think>I look.<tool_call>get_weather<arg_key>" in shown["glm"]
+    assert "<think>Hm.</think>I look.<|tool_calls_section_begin|><|tool_c" in shown["kimi_k2"]
     # whose own templates put it behind the result, where the next answer is to begin
     model_turns = "<|turn>model\nI look.<turn|>\n<|turn>model\n<|tool_call>call:get_weather{"
     assert model_turns in shown["gemma4"]
@@ -473,6 +489,24 @@ def test_ids_have_the_nine_characters_that_mistral_wants(id: str) -> None:
     assert called == answered
     assert called.strip('"').isascii()
     assert (called == f'{id}"') == (id == "abcDEF123")
+
+
+def ids_shown(*messages: dict[str, Any]) -> list[list[str]]:
+    """Kimi's, of calls and of results."""
+    shown = text(prompt("kimi_k2", [*user("Go"), *messages], TOOLS))
+    return [re.findall(rf"{mark}([\w.]+:\d+)", shown) for mark in (r"_begin\|>", "Return of ")]
+
+
+def test_ids_of_kimi_count_all_calls() -> None:
+    call = ("call_0", "f", "{}")
+    messages = [*assistant(None, call, ("call_1", "g", "{}")), *result("call_1", "one"),
+                *result("call_0", "two"), *assistant(None, call), *result("call_0", "three"),
+                *result("call_0", "nobody asked")]  # fmt: skip
+    ids = ["functions.f:0", "functions.g:1", "functions.f:2"]
+    assert ids_shown(*messages) == [ids, ids]
+    bare = [{key: messages[n][key] for key in messages[n] if key != "tool_call_id"} for n in (1, 2)]
+    calls = [{"function": call["function"]} for call in messages[0]["tool_calls"]]
+    assert ids_shown(messages[0] | {"tool_calls": calls}, *bare) == [ids[:2], ids[:2]]
 
 
 @pytest.mark.parametrize("template", NAMES)
@@ -788,6 +822,7 @@ def test_an_answer_in_json_may_be_mistaken_for_a_call_of_llama(template: str) ->
         ("minicpm5", {}, "assistant\n", False, None),
         ("minicpm5", {"effort": "low"}, "<think>\n", True, 1024),
         ("glm", {}, "<think>", True, None),
+        ("kimi_k2", {}, "<|im_middle|>", False, None),
         ("gemma4", {"effort": "low"}, "<|turn>model\n", False, 1024),
         ("gemma4", {"extra": {"enable_thinking": True}}, "<|turn>model\n", False, None),
         ("gpt_oss", {}, "assistant", False, None),

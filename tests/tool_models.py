@@ -40,9 +40,15 @@ TAGGED = {  # a call by its name and arguments, and one of these by its key and 
         "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n",
     ),
 }
-SECTIONS = {"minimax_m2": "<minimax:tool_call>\n{}\n</minimax:tool_call>"}  # of several calls
+SECTIONS = {  # of several calls
+    "minimax_m2": "<minimax:tool_call>\n{}\n</minimax:tool_call>",
+    "kimi_k2": "<|tool_calls_section_begin|>{}<|tool_calls_section_end|>",
+}
+IN_SECTIONS = {  # a call by its name, number and arguments
+    "kimi_k2": "<|tool_call_begin|>functions.{}:{}<|tool_call_argument_begin|>{}<|tool_call_end|>",
+}
 OPEN_THOUGHTS = ("deepseek_r1", "qwen3_coder", "minimax_m2", "glm")
-THINKING = (*OPEN_THOUGHTS, "qwen3", "seed_oss", "minicpm5", "gpt_oss", "gemma4")
+THINKING = (*OPEN_THOUGHTS, "qwen3", "seed_oss", "minicpm5", "kimi_k2", "gpt_oss", "gemma4")
 HERMES = ("qwen2_5", "qwen3", "smollm2", "deepseek_r1")
 
 
@@ -76,6 +82,10 @@ class Model:
                 call.format(name, tagged(argument, arguments)) for name, arguments in calls
             )
             return SECTIONS.get(self.template, "{}").format(said)
+        if self.template in IN_SECTIONS:
+            call = IN_SECTIONS[self.template]
+            said = (call.format(name, n, arguments) for n, (name, arguments) in enumerate(calls))
+            return SECTIONS[self.template].format("".join(said))
         if self.template == "gemma4":
             return "".join(
                 f"<|tool_call>call:{name}{noted(json.loads(arguments))}<tool_call|>"
