@@ -220,6 +220,7 @@ class TierSettings(BaseSettings):
         "glm",
         "gemma4",
         "kimi-k2",
+        "deepseek-v3.1",
         "lfm2",
         "llama3",
         "mistral",

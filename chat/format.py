@@ -266,8 +266,9 @@ def _without_system(
         if is_system and not (but_first and last == "system"):
             turn = {**turn, "role": "user"}
         if told and (is_system or was_system) and last == turn["role"]:
-            text = f"{told[-1]['content']}\n\n{turn['content']}"
-            told[-1] = {**turn, **told[-1], "content": text}
+            parts = told[-1]["content"], "\n\n", turn["content"]
+            is_text = all(isinstance(part, str) for part in parts)
+            told[-1] = {**turn, **told[-1], "content": "".join(parts) if is_text else parts}
         else:
             told.append(turn)
         was_system = is_system

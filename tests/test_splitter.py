@@ -49,6 +49,7 @@ def inline(make: Make) -> Make:
 HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
 CODER, SEED, GLM, LFM2 = map(of_family, ["qwen3-coder", "seed-oss", "glm", "lfm2"])
 MINIMAX, MINICPM, KIMI = map(of_family, ["minimax-m2", "minicpm5", "kimi-k2"])
+DEEPSEEK = of_family("deepseek-v3.1")
 
 
 def GEMMA() -> Splitter:
@@ -381,6 +382,27 @@ KIMI_ROWS = [
     ),
 ]  # fmt: skip
 
+DEEPSEEK_BEGIN, DEEPSEEK_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+
+
+def deepseek_call(name: str, arguments: str) -> str:
+    return f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>"
+
+
+def deepseek_calls(*calls: tuple[str, str]) -> str:
+    return DEEPSEEK_BEGIN + "".join(deepseek_call(*call) for call in calls) + DEEPSEEK_END
+
+
+DEEPSEEK_ROWS = [
+    *((deepseek_calls(("f", one)), said("", ("f", one))) for one in ARGUMENTS),
+    (
+        f"Look. {deepseek_calls(('f', '1'), ('g', '{}'))} So.",
+        said("Look.So.", ("f", "1"), ("g", "{}")),
+    ),
+    (f"a {DEEPSEEK_BEGIN}", said(f"a {DEEPSEEK_BEGIN}")),
+    (deepseek_call("f", "{}"), said(deepseek_call("f", "{}"))),
+]
+
 NESTED = '{"a": {"b": "}\\""}}'
 MISTRAL_ROWS = [
     ("Hello [1] ", said("Hello [1] ")),
@@ -620,6 +642,7 @@ ONLY_FIRST_ROWS = [
         *rows(MINICPM, *MINICPM_ROWS),
         *rows(GLM, *GLM_ROWS),
         *rows(KIMI, *KIMI_ROWS),
+        *rows(DEEPSEEK, *DEEPSEEK_ROWS),
         *rows(GEMMA, *GEMMA_ROWS),
         *rows(HARMONY, *HARMONY_ROWS),
         *rows(thinking(), *THINK_ROWS),
@@ -704,6 +727,7 @@ BEFORE_CALLS = {  # with the call that follows
     "mistral": (MISTRAL, f'Look. [TOOL_CALLS] [{{"name": "f", "arguments": {NESTED}}}]'),
     "mistral-v11": (MISTRAL, f"Look. [TOOL_CALLS]f[ARGS]{NESTED}"),
     "gemma4": (GEMMA, 'Look. <|tool_call>call:f{a:{b:<|"|>}"<|"|>}}<tool_call|>'),
+    "deepseek-v3.1": (DEEPSEEK, f"Look. {deepseek_calls(('f', NESTED))}"),
     "kimi-k2": (KIMI, f"Look. {kimi_calls(('functions.f:0', NESTED))}"),
     "lfm2": (
         LFM2,

@@ -33,7 +33,8 @@ from tests.chat_formats import (
 ANSWER = GrammarPart("json_schema", '{"type": "object"}', "response_format")
 THINKING = ("qwen3", "gpt_oss", "deepseek_r1")
 NOT_JSON = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4")  # their arguments
-ALSO_THINKING = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4", "kimi_k2")
+ALSO_THINKING = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4", "kimi_k2",
+                 "deepseek_v3_1")  # fmt: skip
 
 
 # which family a template is of
@@ -55,6 +56,7 @@ def family_of(source: str) -> str:
         ("glm", "glm"),
         ("gemma4", "gemma4"),
         ("kimi_k2", "kimi-k2"),
+        ("deepseek_v3_1", "deepseek-v3.1"),
         ("lfm2", "lfm2"),
         ("llama3_1", "llama3"),
         ("mistral_v3", "mistral"),
@@ -97,6 +99,8 @@ def test_a_family_may_be_chosen_by_name() -> None:
                "kimi-k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
                           "<|tool_call_argument_begin|>{}<|tool_call_end|>"
                           "<|tool_calls_section_end|>",
+               "deepseek-v3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time"
+                                "<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
                "gemma4": "<|tool_call>call:get_time{}<tool_call|>",
                "lfm2": '<|tool_call_start|>[{"name": "get_time", "arguments": {}}]'
                        "<|tool_call_end|>"}  # fmt: skip
@@ -307,6 +311,12 @@ Thanks<|im_end|>
     "<|im_system|>get_time<|im_middle|>## Return of functions.get_time:1\nnoon<|im_end|>"
     "<|im_assistant|>assistant<|im_middle|><think></think>Rain at noon.<|im_end|>"
     "<|im_user|>user<|im_middle|>Thanks<|im_end|><|im_assistant|>assistant<|im_middle|>",
+    "deepseek_v3_1": "<｜Assistant｜></think><｜tool▁calls▁begin｜>"
+    '<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜>'
+    '<｜tool▁call▁begin｜>get_time<｜tool▁sep｜>{"city": "Rome"}<｜tool▁call▁end｜>'
+    "<｜tool▁calls▁end｜><｜end▁of▁sentence｜>"
+    "<｜tool▁output▁begin｜>rain<｜tool▁output▁end｜><｜tool▁output▁begin｜>noon<｜tool▁output▁end｜>"
+    "Rain at noon.<｜end▁of▁sentence｜><｜User｜>Thanks<｜Assistant｜></think>",
     "lfm2": "<|im_end|>\n<|im_start|>assistant\n<|tool_call_start|>"
     '[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
     '{"name": "get_time", "arguments": {"city": "Rome"}}]<|tool_call_end|><|im_end|>\n'
@@ -372,6 +382,8 @@ def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
     assert '\nHm.\n</think>\n\nI look.\n<function name="get_w' in shown["minicpm5"]
     assert "</think>I look.<tool_call>get_weather<arg_key>" in shown["glm"]
     assert "<think>Hm.</think>I look.<|tool_calls_section_begin|><|tool_c" in shown["kimi_k2"]
+    said = "<｜Assistant｜></think>I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_w"
+    assert said in shown["deepseek_v3_1"]
     # whose own templates put it behind the result, where the next answer is to begin
     model_turns = "<|turn>model\nI look.<turn|>\n<|turn>model\n<|tool_call>call:get_weather{"
     assert model_turns in shown["gemma4"]
@@ -397,6 +409,32 @@ def test_lfm2_is_asked_for_json_and_past_calls_are_in_its_own_tokens() -> None:
     assert clients == [mark, end, mark]
     ours = "".join(segment.text for segment in segments if segment.parse_special)
     assert (ours.count(mark), ours.count(end)) == (1, 1)
+
+
+def test_deepseek_is_told_of_tools_in_the_words_of_its_authors() -> None:
+    mark = "<｜tool▁calls▁begin｜>"
+    tools = [tool("f", schema={"type": "object", "description": mark})]
+    tools[0].definition["function"]["description"] = mark
+    for before, told in (((), ""), (system(f"Be {mark}."), f"Be {mark}.\n\n")):
+        made = prompt("deepseek_v3_1", [*before, *user("Hi")], tools)
+        begun = (
+            f"<s>{told}## Tools\nYou have access to the following tools:\n\n### f\nDescription: "
+        )
+        assert text(made).startswith(f'{begun}{mark}\n\nParameters: {{"properties": {{}}, "type"')
+        ours = [segment for segment in made.segments if segment.parse_special]
+        assert "".join(segment.text for segment in ours).count(mark) == 1
+        assert len(made.segments) - len(ours) == text(made).count(mark) - 1
+    shown = text(prompt(chat_format(NO_SYSTEM, "deepseek-v3.1"), user("Hi"), tools))
+    assert shown.startswith("user: ## Tools\n")
+    assert shown.endswith("spaces\n\nHi\n")
+
+
+def test_what_ends_thoughts_is_kept_in_the_arguments_of_deepseek() -> None:
+    call = ("1", "f", json.dumps({"a": "x</think>y"}))
+    shown = text(prompt("deepseek_v3_1", [*user("Go"), *assistant("I look.", call)]))
+    assert (
+        r'I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "x\u003c' in shown
+    )
 
 
 @pytest.mark.parametrize(
@@ -823,6 +861,7 @@ def test_an_answer_in_json_may_be_mistaken_for_a_call_of_llama(template: str) ->
         ("minicpm5", {"effort": "low"}, "<think>\n", True, 1024),
         ("glm", {}, "<think>", True, None),
         ("kimi_k2", {}, "<|im_middle|>", False, None),
+        ("deepseek_v3_1", {"effort": "low"}, "<think>", True, 1024),
         ("gemma4", {"effort": "low"}, "<|turn>model\n", False, 1024),
         ("gemma4", {"extra": {"enable_thinking": True}}, "<|turn>model\n", False, None),
         ("gpt_oss", {}, "assistant", False, None),

@@ -43,9 +43,13 @@ TAGGED = {  # a call by its name and arguments, and one of these by its key and 
 SECTIONS = {  # of several calls
     "minimax_m2": "<minimax:tool_call>\n{}\n</minimax:tool_call>",
     "kimi_k2": "<|tool_calls_section_begin|>{}<|tool_calls_section_end|>",
+    "deepseek_v3_1": "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>",
 }
-IN_SECTIONS = {  # a call by its name, number and arguments
-    "kimi_k2": "<|tool_call_begin|>functions.{}:{}<|tool_call_argument_begin|>{}<|tool_call_end|>",
+IN_SECTIONS = {  # a call by its name, arguments and number
+    "kimi_k2": (
+        "<|tool_call_begin|>functions.{0}:{2}<|tool_call_argument_begin|>{1}<|tool_call_end|>"
+    ),
+    "deepseek_v3_1": "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
 }
 OPEN_THOUGHTS = ("deepseek_r1", "qwen3_coder", "minimax_m2", "glm")
 THINKING = (*OPEN_THOUGHTS, "qwen3", "seed_oss", "minicpm5", "kimi_k2", "gpt_oss", "gemma4")
@@ -84,7 +88,7 @@ class Model:
             return SECTIONS.get(self.template, "{}").format(said)
         if self.template in IN_SECTIONS:
             call = IN_SECTIONS[self.template]
-            said = (call.format(name, n, arguments) for n, (name, arguments) in enumerate(calls))
+            said = (call.format(name, arguments, n) for n, (name, arguments) in enumerate(calls))
             return SECTIONS[self.template].format("".join(said))
         if self.template == "gemma4":
             return "".join(

@@ -9,7 +9,7 @@ from chat.tools.lfm2 import Lfm2
 from chat.tools.llama3 import Llama3
 from chat.tools.minicpm5 import MiniCpm5
 from chat.tools.mistral import Mistral, MistralV11
-from chat.tools.sections import KimiK2
+from chat.tools.sections import DeepSeekV31, KimiK2
 from chat.tools.tagged import Glm, MiniMaxM2, Qwen3Coder, SeedOss
 
 # the first that fits a template has it
@@ -24,6 +24,7 @@ FAMILIES: tuple[ToolFormat, ...] = (
     Qwen3Coder(),
     Glm(),
     KimiK2(),
+    DeepSeekV31(),
     Hermes(),
     Lfm2(),
     Llama3(),

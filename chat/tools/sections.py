@@ -7,16 +7,23 @@ Kimi K2, whose calls have ids with a number that counts them through the convers
     <|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|><|tool_calls_section_end|>
 
 (without the line break)
+
+DeepSeek V3.1, whose templates print neither tools nor, for all clients, calls:
+
+    <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}
+    <｜tool▁call▁end｜><｜tool▁calls▁end｜>
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from chat.events import Splitter
 from chat.splitter import JsonSpan
 from chat.tools.base import Function, Messages, ToolFormat, literal
 from chat.tools.calls import HeadedCalls, begun
+from engine.wire import Segment
 
 
 class Sections(ToolFormat):
@@ -98,3 +105,67 @@ class KimiK2(Sections):
                 turn["tool_call_id"] = ids.pop(sent if sent in ids else next(iter(ids)))
             turns.append(turn)
         return turns
+
+
+# in the words of its authors
+TOOLS = "## Tools\nYou have access to the following tools:\n\n"
+FORM = """IMPORTANT: ALWAYS adhere to this exact format for tool use:
+<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments\
+<｜tool▁call▁end｜>{{additional_tool_calls}}<｜tool▁calls▁end｜>
+
+Where:
+- `tool_call_name` must be an exact match to one of the available tools
+- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema
+- For multiple tool calls, chain them directly without separators or spaces"""
+
+
+class DeepSeekV31(Sections):
+    name = "deepseek-v3.1"
+    shows_tools = False
+    opener, closer = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+    begin, named, end = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+    visible = (opener, closer, begin, named, end)
+
+    def fits(self, template: str) -> bool:
+        # V3 and R1 write the JSON as a block of code
+        return self.opener in template and "```json" not in template
+
+    def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
+        """Tools in the system text and calls in the text: of its templates some want arguments as a
+        text, and some as an object."""
+        turns: list[dict[str, Any]] = []
+        for message in messages:
+            turn = dict(message)
+            if calls := turn.pop("tool_calls", None):
+                said = [Segment(turn["content"], False), Segment(self.opener, True)]
+                for call in calls:
+                    said += self._past(call["function"])
+                turn["content"] = (*said, Segment(self.closer, True))
+            turns.append(turn)
+        if tools:
+            told = (
+                Segment(TOOLS, True),
+                Segment("\n\n".join(_described(tool["function"]) for tool in tools), False),
+                Segment(f"\n\n{FORM}", True),
+            )
+            if turns and turns[0]["role"] == "system":
+                begun = Segment(f"{turns[0]['content']}\n\n", False)
+                turns[0]["content"] = (begun, *told)
+            else:
+                turns.insert(0, {"role": "system", "content": told})
+        return turns
+
+    def _past(self, function: Mapping[str, Any]) -> list[Segment]:
+        arguments = function.get("arguments", {})
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        # which templates take for the end of thoughts
+        arguments = arguments.replace("</think>", "\\u003c/think>")
+        parts = [self.begin, function["name"], self.named, arguments, self.end]
+        return [Segment(part, n % 2 == 0) for n, part in enumerate(parts)]
+
+
+def _described(function: Mapping[str, Any]) -> str:
+    parameters = json.dumps(function["parameters"], ensure_ascii=False)
+    description = f"Description: {function['description']}\n\nParameters: {parameters}"
+    return f"### {function['name']}\n{description}"
