@@ -543,8 +543,9 @@ def test_ids_of_kimi_count_all_calls() -> None:
     ids = ["functions.f:0", "functions.g:1", "functions.f:2"]
     assert ids_shown(*messages) == [ids, ids]
     bare = [{key: messages[n][key] for key in messages[n] if key != "tool_call_id"} for n in (1, 2)]
-    calls = [{"function": call["function"]} for call in messages[0]["tool_calls"]]
-    assert ids_shown(messages[0] | {"tool_calls": calls}, *bare) == [ids[:2], ids[:2]]
+    for given in ({}, {"id": ""}):
+        calls = [given | {"function": call["function"]} for call in messages[0]["tool_calls"]]
+        assert ids_shown(messages[0] | {"tool_calls": calls}, *bare) == [ids[:2], ids[:2]]
 
 
 @pytest.mark.parametrize("template", NAMES)

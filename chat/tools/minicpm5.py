@@ -11,17 +11,17 @@ from typing import Any
 
 from chat.tools.base import Function, Messages, literal, pattern
 from chat.tools.calls import begun
-from chat.tools.tagged import Named, arguments_of, written
+from chat.tools.tagged import NamedTags, arguments_of, written
 from engine.wire import Segment
 
 CDATA, CDATA_END = "<![CDATA[", "]]>"
 
 
-class MiniCpm5(Named):
+class MiniCpm5(NamedTags):
     name = "minicpm5"
     opener, closer = "<function", ""
     visible = (opener, "</function>", "<param", "</param>")
-    begin, key, named = ' name="', '<param name="', '">'
+    begin, key, name_end = ' name="', '<param name="', '">'
     value_end = "</param>"
     line = ""
 
@@ -69,11 +69,11 @@ class MiniCpm5(Named):
         return turns
 
     def _past(self, function: Mapping[str, Any]) -> list[Segment]:
-        parts = [self.opener + self.begin, function["name"], self.named]  # ours and the client's
+        parts = [self.opener + self.begin, function["name"], self.name_end]  # ours and the client's
         for key, value in arguments_of(function).items():
             is_marked = isinstance(value, str) and re.search(r"[<&\n]", value)
             begin, end = (CDATA, CDATA_END) if is_marked else ("", "")
             parts[-1] += self.key
-            parts += [key, self.named + begin, written(value), end + self.value_end]
+            parts += [key, self.name_end + begin, written(value), end + self.value_end]
         parts[-1] += self.end
         return [Segment(part, n % 2 == 0) for n, part in enumerate(parts)]

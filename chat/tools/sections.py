@@ -29,7 +29,7 @@ from engine.wire import Segment
 class Sections(ToolFormat):
     closer: ClassVar[str]
     begin: ClassVar[str]  # of a call
-    named: ClassVar[str]  # behind its name
+    name_end: ClassVar[str]  # behind its name
     end: ClassVar[str]
     prefix: ClassVar[str] = ""  # of a name
     number: ClassVar[str] = ""  # behind it, as a regular expression
@@ -37,7 +37,7 @@ class Sections(ToolFormat):
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
         number = self.number and f"/{self.number}/"
         names = " | ".join(
-            f"{literal(self.prefix + one.name)} {number} «{self.named}» {one.arguments}"
+            f"{literal(self.prefix + one.name)} {number} «{self.name_end}» {one.arguments}"
             for one in functions
         )
         more = "call*" if is_parallel else ""
@@ -54,11 +54,11 @@ class SectionSplitter(HeadedCalls):
 
     def __init__(self, family: Sections, *, only_first: bool) -> None:
         super().__init__(family.opener, only_first=only_first)
-        begin, named = re.escape(family.begin), re.escape(family.named)
-        name = rf"(?:{re.escape(family.prefix)})?([^\s<]+?)(?:{family.number})?"
-        self._head = re.compile(rf"\s*{begin}\s*{name}\s*{named}")
+        begin, prefix, name_end = map(re.escape, (family.begin, family.prefix, family.name_end))
+        name = rf"(?:{prefix})?([^\s<]+?)(?:{family.number})?"
+        self._head = re.compile(rf"\s*{begin}\s*{name}\s*{name_end}")
         self._half_head = re.compile(
-            rf"\s*({begun(family.begin)}|{begin}\s*[^\s<]*\s*{begun(family.named)})"
+            rf"\s*({begun(family.begin)}|{begin}\s*[^\s<]*\s*{begun(family.name_end)})"
         )
         self._end, self._close = family.end, family.closer
 
@@ -77,9 +77,9 @@ class SectionSplitter(HeadedCalls):
 class KimiK2(Sections):
     name = "kimi-k2"
     opener, closer = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
-    begin, named = "<|tool_call_begin|>", "<|tool_call_argument_begin|>"
+    begin, name_end = "<|tool_call_begin|>", "<|tool_call_argument_begin|>"
     end = "<|tool_call_end|>"
-    visible = (opener, closer, begin, named, end)
+    visible = (opener, closer, begin, name_end, end)
     prefix, number = "functions.", ":[0-9]{1,9}"
 
     def fits(self, template: str) -> bool:
@@ -96,7 +96,8 @@ class KimiK2(Sections):
                 ids, calls = {}, []
                 for call in turn["tool_calls"]:
                     id = f"{self.prefix}{call['function']['name']}:{n_calls}"
-                    ids[call.get("id", id)] = id
+                    sent = call.get("id", id)
+                    ids[id if sent in ids else sent] = id
                     calls.append({**call, "id": id})
                     n_calls += 1
                 turn["tool_calls"] = calls
@@ -123,8 +124,8 @@ class DeepSeekV31(Sections):
     name = "deepseek-v3.1"
     shows_tools = False
     opener, closer = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-    begin, named, end = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
-    visible = (opener, closer, begin, named, end)
+    begin, name_end, end = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+    visible = (opener, closer, begin, name_end, end)
 
     def fits(self, template: str) -> bool:
         # V3 and R1 write the JSON as a block of code
@@ -161,7 +162,7 @@ class DeepSeekV31(Sections):
             arguments = json.dumps(arguments, ensure_ascii=False)
         # which templates take for the end of thoughts
         arguments = arguments.replace("</think>", "\\u003c/think>")
-        parts = [self.begin, function["name"], self.named, arguments, self.end]
+        parts = [self.begin, function["name"], self.name_end, arguments, self.end]
         return [Segment(part, n % 2 == 0) for n, part in enumerate(parts)]
 
 

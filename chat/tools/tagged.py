@@ -272,12 +272,12 @@ class TaggedSplitter(HeadedCalls):
         return null.startswith(self._raw[: len(null)])
 
 
-class Named(Tagged):
+class NamedTags(Tagged):
     """Those with the names of functions and arguments in the tags."""
 
     begin: ClassVar[str] = "<function="  # before the name of a function
     key = "<parameter="
-    named: ClassVar[str] = ">"  # behind a name
+    name_end: ClassVar[str] = ">"  # behind a name
     value_begin: ClassVar[str] = ""  # behind that
     value_end = "</parameter>"
     end = "</function>"
@@ -286,12 +286,12 @@ class Named(Tagged):
     def head(self) -> tuple[str, str]:
         begin = re.escape(self.begin)
         return (
-            rf"\s*{begin}(\S+?){re.escape(self.named)}",
+            rf"\s*{begin}(\S+?){re.escape(self.name_end)}",
             rf"\s*({begun(self.begin)}|{begin}\S*)",
         )
 
     def key_pattern(self) -> str:
-        return f"{re.escape(self.key)}(.*?){re.escape(self.named + self.value_begin)}"
+        return f"{re.escape(self.key)}(.*?){re.escape(self.name_end + self.value_begin)}"
 
     def call(self, functions: Sequence[Function]) -> str:
         close = "" if self.is_section else self._lark(f"{self.line}{self.closer}")
@@ -300,18 +300,18 @@ class Named(Tagged):
 
     def function_named(self, function: Function) -> str:
         """Lark of a function from its name on, to the end of its arguments."""
-        begun = f"{literal(function.name)} {self._lark(f'{self.named}{self.line}')}"
+        begun = f"{literal(function.name)} {self._lark(f'{self.name_end}{self.line}')}"
         return f"({begun} {function.arguments} {self._lark(self.end)})"
 
     def argument(self, name: str, value: str) -> str:
-        begun = f"{self._lark(self.key)} {name} {self._lark(f'{self.named}{self.value_begin}')}"
+        begun = f"{self._lark(self.key)} {name} {self._lark(f'{self.name_end}{self.value_begin}')}"
         return f"{begun} {value} {self._lark(self.line)}"
 
     def _lark(self, text: str) -> str:
         return marked(text, self.visible)
 
 
-class Qwen3Coder(Named):
+class Qwen3Coder(NamedTags):
     """Its models leave the opener out at times, and begin a line with the function."""
 
     name = "qwen3-coder"
@@ -370,7 +370,7 @@ class Qwen3CoderSplitter(TaggedSplitter):
             self._head, self._half_head = self._BARE_HEADS
 
 
-class SeedOss(Named):
+class SeedOss(NamedTags):
     name = "seed-oss"
     opener, closer = "<seed:tool_call>", "</seed:tool_call>"
     visible = (opener, closer)
@@ -379,12 +379,12 @@ class SeedOss(Named):
         return self.opener in template
 
 
-class MiniMaxM2(Named):
+class MiniMaxM2(NamedTags):
     name = "minimax-m2"
     opener, closer = "<minimax:tool_call>", "</minimax:tool_call>"
     is_section = True
     visible = (opener, closer)
-    begin, key, named = '<invoke name="', '<parameter name="', '">'
+    begin, key, name_end = '<invoke name="', '<parameter name="', '">'
     end = "</invoke>"
 
     def fits(self, template: str) -> bool:
