@@ -150,8 +150,8 @@ class DeepSeekV31(Sections):
                 Segment(f"\n\n{FORM}", True),
             )
             if turns and turns[0]["role"] == "system":
-                begun = Segment(f"{turns[0]['content']}\n\n", False)
-                turns[0]["content"] = (begun, *told)
+                first = Segment(f"{turns[0]['content']}\n\n", False)
+                turns[0]["content"] = (first, *told)
             else:
                 turns.insert(0, {"role": "system", "content": told})
         return turns

@@ -300,12 +300,14 @@ class NamedTags(Tagged):
 
     def function_named(self, function: Function) -> str:
         """Lark of a function from its name on, to the end of its arguments."""
-        begun = f"{literal(function.name)} {self._lark(f'{self.name_end}{self.line}')}"
-        return f"({begun} {function.arguments} {self._lark(self.end)})"
+        opening = f"{literal(function.name)} {self._lark(f'{self.name_end}{self.line}')}"
+        return f"({opening} {function.arguments} {self._lark(self.end)})"
 
     def argument(self, name: str, value: str) -> str:
-        begun = f"{self._lark(self.key)} {name} {self._lark(f'{self.name_end}{self.value_begin}')}"
-        return f"{begun} {value} {self._lark(self.line)}"
+        opening = (
+            f"{self._lark(self.key)} {name} {self._lark(f'{self.name_end}{self.value_begin}')}"
+        )
+        return f"{opening} {value} {self._lark(self.line)}"
 
     def _lark(self, text: str) -> str:
         return marked(text, self.visible)
