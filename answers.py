@@ -13,7 +13,7 @@ says all of it again for every form of reply, whole or streamed.
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -45,6 +45,7 @@ class Begun:
     n_before: int = 0  # requests that were to be served before the last one when it came
     handed_at: float = 0.0  # to the worker, by the monotonic clock
     age_s: float | None = None  # of what is remembered
+    unenforced: tuple[str, ...] = ()  # params of schemas of which no more than a type can be used
 
 
 # A generation, so that one sees what it waits for; then once that all have begun; then what each
@@ -60,6 +61,7 @@ class _Kept(msgspec.Struct, array_like=True, frozen=True):
     n_cached: int
     seed: int
     outs: list[tuple[int, wire.TokenOut]]
+    unenforced: tuple[str, ...] = ()
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -87,15 +89,13 @@ class Answers:
         `caching` what it had. Closing it ends what nobody else waits for. Raises ServiceError."""
         cache = self._cache
         if cache is None or not caching.writes or not self._may_keep(requests, is_seeded):
-            flight: AbstractAsyncContextManager[Reader[Item]] = self._flights.alone(
-                lambda tell: generate(requests, tier, priority, tell)
-            )
+            flight = self._flights.alone(lambda tell: generate(requests, tier, priority, tell))
         else:
             asked = _Asked(requests, tier, priority, tier.identity)
             name = await _key(asked, is_seeded, caching.owner)
             caching.outcome = "MISS"
             flight = self._flight(asked, cache, name, caching)
-        async with flight as reader:
+        with flight as reader:
             async for item in reader:
                 if isinstance(item, Begun):
                     if item.age_s is not None:
@@ -107,9 +107,7 @@ class Answers:
                     await asyncio.sleep(0)
                 yield item
 
-    def _flight(
-        self, asked: "_Asked", cache: Cache, name: bytes, caching: Caching
-    ) -> AbstractAsyncContextManager[Reader[Item]]:
+    def _flight(self, asked: "_Asked", cache: Cache, name: bytes, caching: Caching) -> Reader[Item]:
         if not caching.reads:
             return self._flights.alone(lambda tell: _keep(asked, cache, name, tell))
         # who is more urgent does not wait in the place of who is less, nor for what is too old
@@ -213,7 +211,8 @@ async def _find_or_keep(
     if entry is None or kept is None:
         await _keep(asked, cache, name, tell)
         return
-    tell(Begun(kept.n_prompt, kept.n_cached, kept.seed, age_s=entry.age_s))
+    begun = Begun(kept.n_prompt, kept.n_cached, kept.seed, unenforced=kept.unenforced)
+    tell(replace(begun, age_s=entry.age_s))
     for out in kept.outs:
         tell(out)
 
@@ -249,7 +248,7 @@ async def _keep(asked: _Asked, cache: Cache, name: bytes, tell: Tell[Item]) -> N
 
     await generate(asked.requests, asked.tier, asked.priority, keep)
     if is_good and asked.tier.is_still(asked.identity):
-        kept = _Kept(begun.n_prompt, begun.n_cached, begun.seed, outs)
+        kept = _Kept(begun.n_prompt, begun.n_cached, begun.seed, outs, begun.unenforced)
         cache.put(KIND, name, _encode(kept))
 
 
@@ -271,6 +270,7 @@ async def generate(
                 n_prompt=begun.n_prompt + started.prompt_tokens,
                 n_cached=begun.n_cached + started.cached_tokens,
                 handed_at=max(begun.handed_at, generation.handed_at),
+                unenforced=begun.unenforced + started.unenforced,
             )
         tell(begun)
         firsts = itertools.accumulate((request.n for request in requests), initial=0)

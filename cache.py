@@ -12,7 +12,7 @@ They are in memory, least recently used first to go, and on disk where there is 
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -123,16 +123,11 @@ class Cache:
 
     def put(self, kind: str, key: bytes, value: bytes) -> None:
         """Remember a result. Does not wait."""
-        self.put_many(kind, {key: value})
-
-    def put_many(self, kind: str, values: Mapping[bytes, bytes]) -> None:
-        now = self._clock()
-        entries = {key: Stored(kind, value, now) for key, value in values.items()}
-        self._memory.drop_expired(now - self._ttl_s)
-        for key, stored in entries.items():
-            self._memory.put(key, stored)
+        stored = Stored(kind, value, self._clock())
+        self._memory.drop_expired(stored.created_at - self._ttl_s)
+        self._memory.put(key, stored)
         if self._disk is not None:
-            self._disk.put_many(entries)
+            self._disk.put(key, stored)
 
     async def clear(self, kind: str | None = None) -> None:
         """Forget a kind, or all: from here on nothing that was put before is found."""

@@ -1,5 +1,6 @@
-"""The part of the cache that outlives the process: a file, one thread that reads it, and one that
-writes what waits in a queue. Nothing waits for a write, and no client sees a fault."""
+"""The part of the cache that outlives the process: a file, and a thread each that reads it, counts
+what is in it, and writes what waits in a queue. Nothing waits for a write, and no client sees a
+fault."""
 
 import asyncio
 import logging
@@ -95,10 +96,9 @@ class DiskStore:
         found |= waiting
         return {key: s for key, s in found.items() if s is not None and s.kind == kind}
 
-    def put_many(self, entries: Mapping[bytes, Stored]) -> None:
-        """Have them written. What finds no room in the queue is dropped."""
-        for key, stored in entries.items():
-            self._queue.put(key, stored)
+    def put(self, key: bytes, stored: Stored) -> None:
+        """Have it written. What finds no room in the queue is dropped."""
+        self._queue.put(key, stored)
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """They were used, here or in memory."""

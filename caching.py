@@ -1,4 +1,4 @@
-"""What a request may have of the cache and leave there, and what it had."""
+"""What a request may have of the cache and leave there, what it had, and how the rest waited."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -74,7 +74,9 @@ class Embedder(ABC):
 
     def missing(self, output: Output) -> str:
         """Why it does not make these vectors."""
-        return f"The model makes no {output} vectors."
+        files = " and ".join(self.encoder.missing_heads)
+        beside = f": there is no {files} beside its file" if files else ""
+        return f"The model makes no {output} vectors{beside}."
 
     def frame(self, text: str | list[int], role: Role) -> Framed:
         """A text, or token ids, with the prefix of its role and the model's own tokens around it.
@@ -113,11 +115,6 @@ class SimpleEmbedder(Embedder):
                 "its tier can be cls, mean or last.", self.encoder.default_pooling
             )  # fmt: skip
         return self.encoder.pooling or self.encoder.default_pooling
-
-    def missing(self, output: Output) -> str:
-        files = " and ".join(self.encoder.missing_heads)
-        beside = f": there is no {files} beside its file" if files else ""
-        return f"The model makes no {output} vectors{beside}."
 
     def embed(
         self, batch: Sequence[Ids], wanted: Sequence[Collection[Output]], go_on: GoOn

@@ -34,7 +34,7 @@ class Owner(Protocol):
 
 
 class Encoding(Generic[Item]):
-    """Iterate over its items, which come in any order, each once; or wait for `all`.
+    """Iterate over its items, which come in any order, each once.
 
     Leaving the `with` block ends it, wherever it is: waiting, being computed or finished.
     """
@@ -70,15 +70,6 @@ class Encoding(Generic[Item]):
                 raise message
             self._n_unread -= 1
             yield message
-
-    async def all(self) -> list[Item]:
-        """Every item, in the order in which they were asked for. Raises ServiceError, also for the
-        first item with a fault, whose place is then in its `numbers` as `index`."""
-        items = sorted([item async for item in self], key=lambda item: item.index)
-        for item in items:
-            if item.fault is not None:
-                raise error_of(item)
-        return items
 
     def __enter__(self) -> "Encoding[Item]":
         return self

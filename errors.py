@@ -34,6 +34,7 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
+    is_final = False  # another try fares no better, so SDKs are told not to make one
 
     def __init__(
         self,
@@ -55,7 +56,10 @@ class ServiceError(Exception):
         return {"error": error | self.numbers}
 
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        headers = {"x-should-retry": "false"} if self.is_final else {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(self.retry_after_s)
+        return headers
 
 
 class BadRequest(ServiceError):
@@ -156,9 +160,7 @@ class QueueTimeout(ServiceError):
 class RequestTimeout(ServiceError):
     status = 504
     code = "request_timeout"
-
-    def headers(self) -> dict[str, str]:
-        return super().headers() | {"x-should-retry": "false"}
+    is_final = True
 
 
 class TierUnavailable(ServiceError):
@@ -172,25 +174,18 @@ class InsufficientMemory(ServiceError):
     status = 503
     code = "insufficient_memory"
 
-    def headers(self) -> dict[str, str]:
-        no = {"x-should-retry": "false"}
-        return super().headers() if self.retry_after_s is not None else no
+    def __init__(self, message: str, *, retry_after_s: int | None = None, **more: Any) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, **more)
+        self.is_final = retry_after_s is None
 
 
 class ModelLoadFailed(ServiceError):
     code = "model_load_failed"
-
-    def headers(self) -> dict[str, str]:
-        return super().headers() | {"x-should-retry": "false"}
+    is_final = True
 
 
 class WorkerCrashed(ServiceError):
     code = "worker_crashed"
-    is_fault_of_request = False  # it was in two workers that died, in the second one alone
-
-    def headers(self) -> dict[str, str]:
-        no = {"x-should-retry": "false"}
-        return super().headers() | (no if self.is_fault_of_request else {})
 
 
 class InternalError(ServiceError):

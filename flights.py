@@ -13,8 +13,7 @@
 import asyncio
 import copy
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from errors import InternalError
@@ -39,19 +38,14 @@ class Flights(Generic[T]):
         """Those that can be joined."""
         return len(self._flights)
 
-    @asynccontextmanager
-    async def join(self, key: bytes, work: Work[T]) -> AsyncIterator["Reader[T]"]:
-        """Read what the flight under this key tells; without one, what `work` does."""
+    def join(self, key: bytes, work: Work[T]) -> "Reader[T]":
+        """What the flight under this key tells; without one, what `work` does."""
         flight = self._flights.get(key)
-        reader = Reader(flight or self._start(key, work), is_joined=flight is not None)
-        with reader:
-            yield reader
+        return Reader(flight or self._start(key, work), is_joined=flight is not None)
 
-    @asynccontextmanager
-    async def alone(self, work: Work[T]) -> AsyncIterator["Reader[T]"]:
-        """Read what `work` tells, which nobody shares."""
-        with Reader(self._begin(work, lambda: None), is_joined=False) as reader:
-            yield reader
+    def alone(self, work: Work[T]) -> "Reader[T]":
+        """What `work` tells, which nobody shares."""
+        return Reader(self._begin(work, lambda: None), is_joined=False)
 
     def _start(self, key: bytes, work: Work[T]) -> "_Flight[T]":
         def release() -> None:
@@ -68,16 +62,9 @@ class Flights(Generic[T]):
         return flight
 
 
-async def told(items: AsyncGenerator[T, None], tell: Tell[T]) -> None:
-    """Work out of a generator."""
-    async with aclosing(items):
-        async for item in items:
-            tell(item)
-
-
 class Reader(Generic[T]):
-    """One request's view of a flight: an iterator over its items. Raises what the work failed
-    with."""
+    """One request's view of a flight: an iterator over its items, to be entered at once. Raises
+    what the work failed with."""
 
     def __init__(self, flight: "_Flight[T]", *, is_joined: bool) -> None:
         self.is_joined = is_joined  # another request had started the work

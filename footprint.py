@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from engine.llama_limits import CELLS, DECODER_STEP, PLAIN_TOKENS
 from engine.model_file import ModelFile
-from engine.wire import CELLS, DECODER_STEP, PLAIN_TOKENS, WorkerSpec
+from engine.wire import WorkerSpec
 
 MB = 1 << 20
 # Measured on x86-64 Linux: an idle worker of each backend, with the libraries that it loads.
@@ -19,7 +20,7 @@ class Footprint:
     """Bytes. Weights that are mapped from their file count: they are wanted in memory."""
 
     weights: int
-    kv: int  # cells
+    kv: int  # cells, and states
     compute: int  # of a batch
     process: int  # interpreter, libraries, vocabulary
     lanes: int  # cells apart, from when several are answered at once
@@ -56,7 +57,7 @@ def estimate(spec: WorkerSpec, model: ModelFile) -> Footprint:
         return Footprint(model.size_bytes, kv, compute, process, 0, 0)
     outputs = spec.n_parallel * model.n_vocab * 4
     n_cells = -(-spec.kv_tokens // CELLS) * CELLS
-    kv = n_cells * model.kv_bytes_per_token
+    kv = n_cells * model.kv_bytes_per_token + spec.n_parallel * model.state_bytes
     lanes = 0
     if spec.lane_tokens:  # one more to copy through
         lanes = (spec.n_parallel + 1) * spec.lane_tokens * model.kv_bytes_per_token

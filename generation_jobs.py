@@ -222,7 +222,10 @@ class Jobs:
             if answer is not None and not answer.job.has_started:
                 job = answer.job
                 job.has_started = True
-                messages.append(wire.Started(job.request.job, len(job.prompt), n_cached))
+                unenforced = job.grammar.unenforced if job.grammar else ()
+                messages.append(
+                    wire.Started(job.request.job, len(job.prompt), n_cached, unenforced)
+                )
         for number, n_guesses in result.guessed:
             if answer := self._answers.get(number):
                 answer.n_guessed += n_guesses

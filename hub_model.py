@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from engine.file_names import HEAD_FILES, HEADS, WEIGHTS
 from errors import ModelLoadFailed
 
 FOLDER_BACKENDS = frozenset({"mlx", "onnx", "flag"})  # whose models are directories
@@ -22,15 +23,9 @@ _MODEL = re.compile(
     re.ASCII,
 )
 _PART = re.compile(r"(?P<stem>.+)-(?P<n>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
-_HEADS = (
-    "sparse_linear.pt", "sparse_linear.safetensors", "colbert_linear.pt",
-    "colbert_linear.safetensors",
-)  # fmt: skip
-_BESIDE_GGUF = (*_HEADS, "*.heads.safetensors")
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.txt")
-_IN_FOLDER = ("*.json", "*.jinja", "merges.txt", *_TOKENIZERS, *_HEADS)
+_IN_FOLDER = ("*.json", "*.jinja", "merges.txt", *_TOKENIZERS, *HEADS)
 _POOLING = "1_Pooling/config.json"
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that are there count
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +68,7 @@ def pick(model: HubModel, backend: str, names: Collection[str]) -> list[str]:
 
     Raises ModelLoadFailed that lists what there is.
     """
-    return _folder(model, names) if backend in FOLDER_BACKENDS else _gguf(model, names)
+    return _folder(model, backend, names) if backend in FOLDER_BACKENDS else _gguf(model, names)
 
 
 def _gguf(model: HubModel, names: Collection[str]) -> list[str]:
@@ -95,7 +90,7 @@ def _gguf(model: HubModel, names: Collection[str]) -> list[str]:
     folder = name.rpartition("/")[0]
     beside = [
         other for other in sorted(names)
-        if other.rpartition("/")[0] == folder and _fits(_base(other), _BESIDE_GGUF)
+        if other.rpartition("/")[0] == folder and HEAD_FILES.fullmatch(_base(other))
     ]  # fmt: skip
     return [*_whole(model, [name], names), *beside]
 
@@ -131,22 +126,24 @@ def _has_word(name: str, word: str) -> bool:
     return re.search(pattern, name[: -len(".gguf")], re.IGNORECASE) is not None
 
 
-def _folder(model: HubModel, names: Collection[str]) -> list[str]:
+def _folder(model: HubModel, backend: str, names: Collection[str]) -> list[str]:
     if model.what is not None:
         raise ModelLoadFailed(
             f"This backend takes a whole repo: write hf:{model.repo}, without ':{model.what}'."
         )
     root = sorted(name for name in names if "/" not in name)
     weights = next(
-        (found for pattern in _WEIGHTS if (found := [n for n in root if _fits(n, [pattern])])), []
+        (found for pattern in WEIGHTS if (found := [n for n in root if _fits(n, [pattern])])), []
     )
     rest = [name for name in root if _fits(name, _IN_FOLDER)]
-    has_tokenizer = any(_fits(name, _TOKENIZERS) for name in rest)
+    # only transformers, which comes with flag, reads the others
+    tokenizers = _TOKENIZERS if backend == "flag" else _TOKENIZERS[:1]
+    has_tokenizer = any(_fits(name, tokenizers) for name in rest)
     if "config.json" not in rest or not weights or not has_tokenizer:
         raise ModelLoadFailed(
-            f"{model.repo} is no model directory of Hugging Face's: it wants config.json, a "
-            f"tokenizer and model.safetensors, and has {_listed(names)}. Give another repo, or for "
-            "a GGUF set BACKEND=llamacpp."
+            f"{model.repo} is no model directory for the backend {backend}: it wants config.json, "
+            f"{' or '.join(tokenizers)} and model.safetensors, and has {_listed(names)}. Give "
+            "another repo, or for a GGUF set BACKEND=llamacpp."
         )
     rest.remove("config.json")
     pooling = [_POOLING] if _POOLING in names else []

@@ -12,8 +12,7 @@ The tokens of a cached item count as if it had been computed.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -24,11 +23,11 @@ from caching import Caching
 from embedders import Embedded
 from encoding import Encoding, error_of
 from engine import wire
-from engine.types import Method, Role, Scale, Truncate
+from engine.types import EQUAL_WEIGHTS, Method, Role, Scale, Truncate
 from errors import BadRequest
-from flights import Flights, told
+from flights import Flights, Tell
 from lengths import check_colbert
-from rerankers import EQUAL_WEIGHTS, EmbeddingReranker, is_blank
+from rerankers import EmbeddingReranker, is_blank
 from tier import Tier
 
 # the fields of a vector by the kind of what is remembered
@@ -63,9 +62,11 @@ Asked = wire.Embed | wire.Score
 
 
 class _Found(NamedTuple, Generic[Result]):
-    at: int  # the first place in the request that asks for it
     result: Result
     age_s: float | None  # None: it was computed
+
+
+Keep = Callable[[int, Result], None]
 
 
 class Lookups:
@@ -73,7 +74,7 @@ class Lookups:
 
     def __init__(self, cache: Cache | None) -> None:
         self._cache = cache
-        self._flights: Flights[_Found[Any]] = Flights()
+        self._flights: Flights[dict[int, _Found[Any]]] = Flights()
 
     async def vectors(self, tier: Tier, asked: wire.Embed, caching: Caching) -> list[Vector]:
         """The vectors of each input. Says in `caching` what it had. Raises ServiceError, also for
@@ -91,47 +92,42 @@ class Lookups:
         return _each_text_counted_once(asked, scores)
 
     async def _all(self, batch: "_Batch[Result]", caching: Caching) -> list[Result]:
-        by_place = {found.at: found async for found in self._found(batch, caching)}
+        by_place = await self._found(batch, caching)
         found = [by_place[first] for first in batch.firsts]
-        for index, (_, result, _) in enumerate(found):
+        for index, (result, _) in enumerate(found):
             if result.item.fault is not None:
                 raise error_of(msgspec.structs.replace(result.item, index=index))
-        ages = [age_s for _, _, age_s in found if age_s is not None]
+        ages = [age_s for _, age_s in found if age_s is not None]
         caching.n_cached = len(ages)
         caching.n_before, caching.queued_at, caching.handed_at = batch.waited
         if len(ages) == len(found):
             caching.outcome, caching.age_s = "HIT", max(ages)
         return [
             msgspec.structs.replace(result, item=msgspec.structs.replace(result.item, index=index))
-            for index, (_, result, _) in enumerate(found)
+            for index, (result, _) in enumerate(found)
         ]
 
-    async def _found(
-        self, batch: "_Batch[Result]", caching: Caching
-    ) -> AsyncGenerator[_Found[Result], None]:
+    async def _found(self, batch: "_Batch[Result]", caching: Caching) -> dict[int, _Found[Result]]:
+        """By the first place in the request that asks for it."""
         cache = self._cache
         if cache is None or not caching.writes:
-            async with aclosing(batch.computed(batch.places)) as computed:
-                async for found in computed:
-                    yield found
-            return
+            return await batch.computed(batch.places, lambda at, result: None)
         caching.outcome = "MISS"
         if not caching.reads:
-            async with aclosing(_kept(batch, batch.places, cache)) as computed:
-                async for found in computed:
-                    yield found
-            return
+            return await _kept(batch, batch.places, cache)
         max_age_s = caching.max_age_s
-        flight = key("flight", batch.name, max_age_s)
-        async with self._flights.join(
-            flight, lambda tell: told(_known_or_kept(batch, cache, max_age_s), tell)
-        ) as reader:
-            async for found in reader:
-                if reader.is_joined and found.age_s is None:
-                    caching.outcome = "JOIN"
-                    for kind, _ in batch.names[found.at]:
-                        cache.joined(kind)
-                yield found
+
+        async def find(tell: Tell[dict[int, _Found[Result]]]) -> None:
+            tell(await _known_or_kept(batch, cache, max_age_s))
+
+        with self._flights.join(key("flight", batch.name, max_age_s), find) as reader:
+            by_place = await anext(reader)
+        computed = [at for at, found in by_place.items() if found.age_s is None]
+        if reader.is_joined and computed:
+            caching.outcome = "JOIN"
+            for kind, _ in (name for at in computed for name in batch.names[at]):
+                cache.joined(kind)
+        return by_place
 
 
 async def _made(
@@ -149,37 +145,34 @@ async def _made(
 
 async def _known_or_kept(
     batch: "_Batch[Result]", cache: Cache, max_age_s: float | None
-) -> AsyncGenerator[_Found[Result], None]:
+) -> dict[int, _Found[Result]]:
     known = await batch.known(cache, max_age_s)
-    for found in known.values():
-        yield found
     rest = [at for at in batch.places if at not in known]
-    if rest:
-        async with aclosing(_kept(batch, rest, cache)) as computed:
-            async for found in computed:
-                yield found
-        if known and batch.tier.identity != batch.identity:  # which made what is known
-            async with aclosing(_kept(batch, batch.places, cache)) as computed:
-                async for found in computed:
-                    yield found
+    if not rest:
+        return known
+    found = known | await _kept(batch, rest, cache)
+    if known and batch.tier.identity != batch.identity:  # which made what is known
+        return await _kept(batch, batch.places, cache)
+    return found
 
 
 async def _kept(
     batch: "_Batch[Result]", places: Sequence[int], cache: Cache
-) -> AsyncGenerator[_Found[Result], None]:
+) -> dict[int, _Found[Result]]:
     """What is computed, each remembered as it comes."""
-    is_same = True
-    async with aclosing(batch.computed(places)) as computed:
-        n = 0
-        async for found in computed:
-            if n % CHECK_ITEMS == 0:
-                is_same &= batch.tier.is_still(batch.identity)
-            n += 1
-            if is_same and found.result.item.fault is None:
-                for kind, name in batch.names[found.at]:
-                    if (value := batch.packed(kind, found)) is not None:
-                        cache.put(kind, name, value)
-            yield found
+    n, is_same = 0, True
+
+    def keep(at: int, result: Result) -> None:
+        nonlocal n, is_same
+        if n % CHECK_ITEMS == 0:
+            is_same &= batch.tier.is_still(batch.identity)
+        n += 1
+        if is_same and result.item.fault is None:
+            for kind, name in batch.names[at]:
+                if (value := batch.packed(kind, at, result)) is not None:
+                    cache.put(kind, name, value)
+
+    return await batch.computed(places, keep)
 
 
 class _Batch(ABC, Generic[Result]):
@@ -205,10 +198,13 @@ class _Batch(ABC, Generic[Result]):
     async def known(self, cache: Cache, max_age_s: float | None) -> dict[int, _Found[Result]]: ...
 
     @abstractmethod
-    def computed(self, places: Sequence[int]) -> AsyncGenerator[_Found[Result], None]: ...
+    async def computed(
+        self, places: Sequence[int], keep: Keep[Result]
+    ) -> dict[int, _Found[Result]]:
+        """Computes these; `keep` gets each as it comes. Raises ServiceError."""
 
     @abstractmethod
-    def packed(self, kind: str, found: _Found[Result]) -> bytes | None:
+    def packed(self, kind: str, at: int, result: Result) -> bytes | None:
         """What is remembered of it under its name of this kind; None: nothing."""
 
     def _note(self, encoding: Encoding[Any]) -> None:
@@ -240,30 +236,34 @@ class _Texts(_Batch[Vector]):
         known = {}
         for at in self.places:
             if (found := _vector_of(self.names[at], entries)) is not None:
-                known[at] = _Found(at, *found)
+                known[at] = _Found(*found)
         return known
 
-    async def computed(self, places: Sequence[int]) -> AsyncGenerator[_Found[Vector], None]:
+    async def computed(
+        self, places: Sequence[int], keep: Keep[Vector]
+    ) -> dict[int, _Found[Vector]]:
         inputs = [self.asked.inputs[at] for at in places]
         asked = msgspec.structs.replace(self.asked, inputs=inputs)
+        computed = {}
         try:
             with self.tier.lease(), self.tier.embed(asked) as encoding:
                 async for item in encoding:
-                    self._note(encoding)
-                    at = places[item.index]
-                    encoder = self.tier.encoder
+                    at, encoder = places[item.index], self.tier.encoder
                     vector = Vector(item, encoder.n_colbert if encoder else 0)
-                    yield _Found(at, vector, None)
+                    computed[at] = _Found(vector, None)
+                    keep(at, vector)
         except BadRequest as error:
             raise _moved(error, places) from None
+        self._note(encoding)
+        return computed
 
-    def packed(self, kind: str, found: _Found[Vector]) -> bytes | None:
-        item = found.result.item
-        if item.n_cut and self._is_short(self.asked.inputs[found.at]):
+    def packed(self, kind: str, at: int, result: Vector) -> bytes | None:
+        item = result.item
+        if item.n_cut and self._is_short(self.asked.inputs[at]):
             return None
         fields = {field: getattr(item, field) for field in FIELDS[kind]}
         vector = wire.Vector(0, item.n_tokens, item.n_cut, **fields)
-        return _encode(Vector(vector, found.result.n_colbert))
+        return _encode(Vector(vector, result.n_colbert))
 
 
 class _Pairs(_Batch[Score]):
@@ -287,24 +287,27 @@ class _Pairs(_Batch[Score]):
             ((_, name),) = self.names[at]
             entry = entries.get(name)
             if entry is not None and (score := _decoded(entry, _score)) is not None:
-                known[at] = _Found(at, score, entry.age_s)
+                known[at] = _Found(score, entry.age_s)
         rest = [at for at in self.places if at not in known]
         return known | (await self._compared(cache, rest, max_age_s) if rest else {})
 
-    async def computed(self, places: Sequence[int]) -> AsyncGenerator[_Found[Score], None]:
+    async def computed(self, places: Sequence[int], keep: Keep[Score]) -> dict[int, _Found[Score]]:
         pairs = [self.asked.pairs[at] for at in places]
         asked = msgspec.structs.replace(self.asked, pairs=pairs)
+        computed = {}
         with self.tier.lease(), self.tier.score(asked) as encoding:
             async for item in encoding:
-                self._note(encoding)
                 assert encoding.method is not None
                 assert encoding.scale is not None
-                score = Score(item, encoding.method, encoding.scale)
-                yield _Found(places[item.index], score, None)
+                at, score = places[item.index], Score(item, encoding.method, encoding.scale)
+                computed[at] = _Found(score, None)
+                keep(at, score)
+        self._note(encoding)
+        return computed
 
-    def packed(self, kind: str, found: _Found[Score]) -> bytes | None:
-        item = msgspec.structs.replace(found.result.item, index=0)
-        return _encode(msgspec.structs.replace(found.result, item=item))
+    def packed(self, kind: str, at: int, result: Score) -> bytes | None:
+        item = msgspec.structs.replace(result.item, index=0)
+        return _encode(msgspec.structs.replace(result, item=item))
 
     async def _compared(
         self, cache: Cache, places: Sequence[int], max_age_s: float | None
@@ -345,7 +348,7 @@ class _Pairs(_Batch[Score]):
                 n_cut_query, n_cut = query[0].item.n_cut, document[0].item.n_cut
                 item = wire.Scored(0, 0, n_cut, score, None, n_cut_query, n_query, n_document)
                 age_s = max(query[1], document[1])
-                known[at] = _Found(at, Score(item, method, "similarity"), age_s)
+                known[at] = _Found(Score(item, method, "similarity"), age_s)
             return known
 
         return await asyncio.to_thread(compare)
@@ -357,8 +360,6 @@ class _Pairs(_Batch[Score]):
         if method is None and encoder is not None:
             method = encoder.methods[0]
         if method == "cross-encoder" or (weights is not None and method != "hybrid"):
-            method = None
-        if weights is not None and (sum(weights) <= 0 or min(weights) < 0):
             method = None
         return method, weights or EQUAL_WEIGHTS
 

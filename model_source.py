@@ -2,25 +2,24 @@
 
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from engine.chat_folder import read_chat_folder
+from engine.file_names import HEAD_FILES
 from engine.model_file import Kind, ModelFile, name_of, read_model_file
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from hub import Hub
 from hub_model import FOLDER_BACKENDS
 from settings import ENCODER_TIERS, ServerSettings, TierName, TierSettings
-from worker_spec import effective_n_ctx, worker_spec
+from worker_spec import worker_spec
 
 Signature = tuple[int, int]  # when a file was written, in ns; its size, or a directory's digest
 LIBRARIES = {  # that compute
@@ -29,8 +28,7 @@ LIBRARIES = {  # that compute
     "onnx": ["onnxruntime", "onnx"],
     "flag": ["torch", "transformers", "FlagEmbedding"],
 }
-HEAD_FILES = re.compile(r"(?:sparse|colbert)_linear\..*|.*\.heads\.safetensors", re.DOTALL)
-RESULTS = 4  # of our own code: another number where it makes others of the same model and request
+RESULTS = 5  # of our own code: another number where it makes others of the same model and request
 HEADER_BYTES = 1 << 20  # of a model's file, that are compared byte for byte
 # Of what a worker is told: how fast and for how many it answers, not what.
 NOT_DECISIVE = {
@@ -52,7 +50,6 @@ class ModelSource:
         self._model: ModelFile | None = None
         self._signature: Signature = 0, 0
         self._heads: list[tuple[str, Signature]] = []
-        self._fingerprint = ""
         self._identity = ""
 
     @property
@@ -101,7 +98,6 @@ class ModelSource:
             if self._model is None or (signature, heads) != (self._signature, self._heads):
                 model = _read_model(self._tier, self._settings)
                 self._signature, self._heads = signature, heads
-                self._fingerprint = _fingerprint(self._settings, model, signature, heads)
                 self._identity = _identity(self._settings, model, signature, heads)
                 self._model = model
         return self._model
@@ -127,11 +123,6 @@ class ModelSource:
     def created(self) -> int:
         """When the file that was read was written, in seconds since 1970."""
         return self._signature[0] // 10**9 if self._settings.model_path else 0
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what was read: changes with all that changes answers (file, template, backend)."""
-        return self._fingerprint
 
     @property
     def identity(self) -> str:
@@ -163,20 +154,6 @@ def _read_model(name: TierName, settings: TierSettings) -> ModelFile:
 
 
 _PURPOSES: dict[Kind, str] = {"chat": "chat", "embedding": "embeddings", "reranker": "reranking"}
-
-
-def _fingerprint(
-    settings: TierSettings,
-    model: ModelFile,
-    signature: Signature,
-    heads: Sequence[tuple[str, Signature]],
-) -> str:
-    parts: list[Any] = [model.path.name, signature, model.chat_template, settings.backend]
-    parts += _release(settings)
-    if model.kind != "chat":
-        parts += (effective_n_ctx(settings, model), settings.pooling)
-        parts += (settings.query_prefix, settings.passage_prefix, *heads)
-    return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def _identity(

@@ -14,11 +14,10 @@ import numpy as np
 
 from embedders import Embedded, Embedder, Framed, GoOn
 from engine.backends.base import Encoder, Floats, Ids, Interrupted
-from engine.types import Method, Output, Scale
+from engine.types import EQUAL_WEIGHTS, Method, Output, Scale
 from errors import ModelLoadFailed
 
 QUERY_SHARE = 3, 4  # of all tokens, which a query does not pass: FlagEmbedding's
-EQUAL_WEIGHTS = 1.0, 1.0, 1.0  # of dense, sparse and ColBERT
 PRODUCTS_AT_ONCE = 1 << 24  # of ColBERT rows: some 0.3 s, and 64 MB
 # Of each language queries with their answers, which are no answers to the others. A trained head
 # tells them apart in some language; one that got lost on the way in none, or only by chance.
@@ -40,7 +39,7 @@ PROOF_MARGIN = 0.05  # of logits or probabilities; trained ones lie further apar
 class Reranker(ABC):
     methods: tuple[Method, ...]  # the first is its own
 
-    def scale(self, method: Method) -> Scale:
+    def scale(self) -> Scale:
         return "similarity"
 
 
@@ -53,7 +52,7 @@ class BGEReranker(Reranker):
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
-    def scale(self, method: Method) -> Scale:
+    def scale(self) -> Scale:
         assert self.encoder.scale is not None
         return self.encoder.scale
 

@@ -41,6 +41,7 @@ from api.deps import Services
 from api.middleware import MAX_HEADER_BYTES, Faults, Gate, HeadAsGet, RequestLog, is_loopback
 from cache import Cache
 from cache_disk import DiskStore
+from engine.backends.base import install
 from engine.client import Launcher, launch_process
 from errors import ModelLoadFailed
 from lookups import Lookups
@@ -291,10 +292,7 @@ def _not_installed(backend: str) -> str | None:
     missing = [name for name in PACKAGES.get(backend, ()) if find_spec(name) is None]
     if not missing:
         return None
-    return (
-        f"The backend {backend} needs {' and '.join(missing)}: run `./setup.sh --{backend}`, "
-        f"or `pip install -r requirements-{backend}.txt`."
-    )
+    return f"The backend {backend} needs {' and '.join(missing)}: {install(backend)}."
 
 
 def main() -> None:

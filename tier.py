@@ -166,9 +166,8 @@ class Tier:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with all that changes answers: the file, its template, the backend."""
-        self.model()
-        return self.life.source.fingerprint
+        """Short for `identity`: changes with all that changes answers. Raises ModelLoadFailed."""
+        return f"fp_{self.identity[:16]}"
 
     @property
     def identity(self) -> str:
@@ -333,16 +332,16 @@ class Tier:
             retry_after_s=wait_s,
         )
 
-    def embed(self, request: wire.Embed, *, priority: int = 0) -> Encoding[wire.Vector]:
+    def embed(self, request: wire.Embed) -> Encoding[wire.Vector]:
         """Queue texts to be embedded; raises as `submit` does."""
         encoding = Encoding[wire.Vector](self, self._with_job(request))
-        self._queue_texts(encoding, priority)
+        self._queue_texts(encoding)
         return encoding
 
-    def score(self, request: wire.Score, *, priority: int = 0) -> Encoding[wire.Scored]:
+    def score(self, request: wire.Score) -> Encoding[wire.Scored]:
         """Queue pairs to be scored; raises as `submit` does."""
         encoding = Encoding[wire.Scored](self, self._with_job(request))
-        self._queue_texts(encoding, priority)
+        self._queue_texts(encoding)
         return encoding
 
     def _with_job(self, request: wire.Embed | wire.Score) -> wire.Embed | wire.Score:
@@ -357,12 +356,10 @@ class Tier:
         self._lengths().check_texts(request)
         return msgspec.structs.replace(request, job=next(self._job_ids))
 
-    def _queue_texts(
-        self, encoding: Encoding[wire.Vector] | Encoding[wire.Scored], priority: int
-    ) -> None:
+    def _queue_texts(self, encoding: Encoding[wire.Vector] | Encoding[wire.Scored]) -> None:
         self._check_room_for_texts()
         self._encodings.add(encoding)
-        encoding.n_before = self._waiting.join(encoding, priority, time.monotonic())
+        encoding.n_before = self._waiting.join(encoding, 0, time.monotonic())
         self._expire(encoding)
         self._wakeup.set()
 
@@ -610,7 +607,7 @@ class Tier:
             f"The process with the model of tier '{self.name}' died again with this request in it "
             f"({end})."
         )
-        guilty.is_fault_of_request = True
+        guilty.is_final = True  # it was in two workers that died, in the second one alone
         for generation in self._running.values():
             generation.n_crashes += 1
             if generation.has_answered or generation.n_crashes > 1:

@@ -18,7 +18,8 @@ from typing import TypeVar
 
 import logs
 from embedders import Embedder, new_embedder
-from encoder_jobs import EncoderJobs, Model
+from encoder_jobs import EncoderJobs
+from encoder_requests import Model
 from engine import wire
 from engine.apart import Apart
 from engine.backends.base import Engine, Tokenizer, load_encoder, load_engine
@@ -108,7 +109,7 @@ def serve(
             if engine is None:
                 return EXIT_OK
             receiver.begin(partial(_before_generating, engine, Compiler(engine.tokenizer)))
-            send(wire.Ready(engine.n_ctx, engine.n_parallel, engine.tokenizer.n_vocab))
+            send(wire.Ready(engine.n_ctx, engine.n_parallel))
             return _loop(engine, apart, receiver.inbox, send)
         model = _load(load_model, spec, send)
         if model is None:
@@ -116,7 +117,7 @@ def serve(
         tokenizer = model.encoder.tokenizer
         receiver.begin(partial(_before_encoding, tokenizer))
         info = _encoder_info(model)
-        send(wire.Ready(model.encoder.n_ctx, ENCODER_SEATS, tokenizer.n_vocab, info))
+        send(wire.Ready(model.encoder.n_ctx, ENCODER_SEATS, info))
         jobs = EncoderJobs(model, tier=spec.name, batch_tokens=spec.encoder.batch_tokens)
         return _encoder_loop(jobs, apart, receiver.inbox, send)
     except ConnectionError:  # the server has gone

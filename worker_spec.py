@@ -5,6 +5,7 @@ import os
 import psutil
 
 from engine import wire
+from engine.llama_limits import CELLS, LEAST_IN_LANES, LEAST_IN_PLAIN_LANES
 from engine.machine import n_cores, total_bytes
 from engine.model_file import ModelFile
 from settings import ServerSettings, TierSettings
@@ -24,10 +25,10 @@ def worker_spec(
     """What a worker is told, with the values that depend on the model and the machine decided."""
     n_ctx = effective_n_ctx(settings, model)
     kv_tokens = settings.kv_tokens or default_kv_tokens(n_ctx, settings.n_parallel, model)
-    n_short = model.n_ctx_short // wire.CELLS * wire.CELLS  # llama.cpp rounds cells up to these
+    n_short = model.n_ctx_short // CELLS * CELLS  # llama.cpp rounds cells up to these
     if n_ctx <= n_short:  # or memory and N_PARALLEL would decide the numbers of all requests
         kv_tokens = min(kv_tokens, n_short)
-    least = wire.LEAST_IN_LANES if settings.flash_attention else wire.LEAST_IN_PLAIN_LANES
+    least = LEAST_IN_LANES if settings.flash_attention else LEAST_IN_PLAIN_LANES
     encoder = None
     if model.kind != "chat":
         encoder = wire.EncoderSpec(
@@ -83,8 +84,8 @@ def lane_tokens(n_ctx: int, n_parallel: int, kv_tokens: int, model: ModelFile) -
     look_ns = LOOK_NS * model.n_layer * model.n_head * kv_tokens
     if not model.has_plain_cells or look_ns < LANES_GAIN * BYTE_NS * model.size_bytes:
         return 0
-    n_ctx = -(-n_ctx // wire.CELLS) * wire.CELLS
-    return min(n_ctx, kv_tokens // n_parallel // wire.CELLS * wire.CELLS)
+    n_ctx = -(-n_ctx // CELLS) * CELLS
+    return min(n_ctx, kv_tokens // n_parallel // CELLS * CELLS)
 
 
 def default_n_threads() -> int:

@@ -17,8 +17,9 @@ class BlockReply(ABC):
     """A reply as it grows, block by block. A subclass keeps it, and tells what happens to it in the
     events of its format; without readers of these it is a whole reply."""
 
-    def __init__(self, started: turn.Turn) -> None:
-        self._started = started
+    _started: turn.Turn  # from `begin` on
+
+    def __init__(self) -> None:
         self._kind: type[Event] | None = None  # of the open block
 
     @abstractmethod
@@ -39,20 +40,21 @@ class BlockReply(ABC):
     @abstractmethod
     def end(self, end: turn.End) -> Iterable[Data]: ...
 
-    async def finish(self) -> None:
+    async def finish(self, started: turn.Turn) -> None:
         """Wait for all of it."""
-        async with aclosing(self._events()) as events:
+        async with aclosing(self._events(started)) as events:
             async for _ in events:
                 pass
 
-    async def stream(self) -> AsyncGenerator[bytes, None]:
+    async def stream(self, started: turn.Turn) -> AsyncGenerator[bytes, None]:
         """The events, as they come. Closing it cancels the rest."""
-        async with aclosing(self._events()) as events:
+        async with aclosing(self._events(started)) as events:
             async for data in events:
                 yield event(data)
 
-    async def _events(self) -> AsyncGenerator[Data, None]:
-        async with aclosing(self._started.outs()) as outs:
+    async def _events(self, started: turn.Turn) -> AsyncGenerator[Data, None]:
+        self._started = started
+        async with aclosing(started.outs()) as outs:
             for data in self.begin():
                 yield data
             async for out in outs:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,9 +11,10 @@ from starlette.responses import JSONResponse, Response
 from api import generation, turn
 from api.chat_request import ChatRequest
 from api.deps import ServicesDep, while_connected
+from api.fields import ignored_params, refuse
 from api.keep_alive import not_kept
-from api.sampling import ignored_params, refuse, validity
-from api.sse import Chunks, EventStream, begun
+from api.sampling import validity
+from api.sse import DONE, Chunks, EventStream, Form, begun
 from chat.events import CallBegin, Event, Reasoning, Text
 from engine import wire
 from settings import ReasoningField
@@ -48,20 +50,24 @@ async def create_chat_completion(
     )
     watch = generation.Watch(tier)
     starting = turn.start(request, services, tier, body, watch)
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    head = generation.head("chatcmpl", kind, tier, body.service_tier)
     if body.stream:
+        chunks = Chunks(head, include_usage=body.include_usage)
+        form = Form(partial(chunks.of, _choice(0, {})), last=DONE)
 
         async def stream() -> EventStream:
             started = await starting
-            head = generation.head("chatcmpl", "chat.completion.chunk", tier, body.service_tier)
-            events = _events(started, head, body, server.reasoning_field)
+            chunks.add(system_fingerprint=tier.fingerprint)
+            events = _events(started, chunks, body, server.reasoning_field)
             silence_s = server.comment_after_s
-            return EventStream(events, headers | started.headers(), silence_s=silence_s)
+            return EventStream(events, form, started.headers(headers), silence_s=silence_s)
 
         return await begun(
-            stream(), waits_for=watch, patience_s=server.comment_after_s, headers=headers
+            stream(), form, waits_for=watch, patience_s=server.comment_after_s, headers=headers
         )
     started = await starting
-    head = generation.head("chatcmpl", "chat.completion", tier, body.service_tier)
+    head["system_fingerprint"] = tier.fingerprint
     choices = await while_connected(request.receive, started.fold())
     replies = [
         {
@@ -77,7 +83,7 @@ async def create_chat_completion(
     reply = head | {"choices": replies, "usage": usage}
     if body.timings:
         reply["timings"] = started.answer.timings(usage["completion_tokens"])
-    return JSONResponse(reply, headers=headers | started.whole_headers())
+    return JSONResponse(reply, headers=started.whole_headers(headers))
 
 
 def _message(choice: turn.Choice, field: ReasoningField) -> dict[str, Any]:
@@ -126,9 +132,8 @@ class _Deltas:
 
 
 async def _events(
-    started: turn.Turn, head: dict[str, Any], body: ChatRequest, field: ReasoningField
+    started: turn.Turn, chunks: Chunks, body: ChatRequest, field: ReasoningField
 ) -> AsyncGenerator[bytes, None]:
-    chunks = Chunks(head, include_usage=body.include_usage)
     ends = []
     deltas = [_Deltas(field) for _ in range(started.n_choices)]
     async with aclosing(started.outs()) as outs:

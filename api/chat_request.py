@@ -15,16 +15,17 @@ from pydantic import (
     model_validator,
 )
 
+from api.fields import Switch, kind_of_content
 from api.sampling import (
     GenerationFields,
     OneChoice,
-    Switch,
     TokenLimit,
     TopLogprobs,
     schema_part,
 )
 from chat.format import NO_TOOLS, ToolChoice
 from chat.tools.base import Tool
+from chat.tools.parameters import BY_NAME, DATA, DEFINITIONS
 from errors import BadRequest, UnsupportedParameter
 
 MAX_TOOLS = 512  # OpenAI's limit is 128, but agents bring those of many servers
@@ -32,6 +33,8 @@ MAX_NAME = 128  # of a function
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # of a message
 SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
+SCHEMAS_BY_NAME = {*BY_NAME, *DEFINITIONS}
+MAY_BE_NULL = {"const", "default"}
 
 # what a template gets from us
 RESERVED_KWARGS = {"messages", "now", "continues", "tools", "add_generation_prompt", "self"}
@@ -90,14 +93,10 @@ def tool_names(tools: Iterable[tuple[str, BaseModel]], kind: type[BaseModel]) ->
     return {rf"^tools\[{i}\]\.function": place for i, place in enumerate(places)}
 
 
-def _content_kind(value: Any) -> str:
-    return "<parts>" if isinstance(value, list) else "<text>"
-
-
 Content = Annotated[
     Annotated[str | None, Tag("<text>")]
-    | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
-    Discriminator(_content_kind),
+    | Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
+    Discriminator(kind_of_content),
 ]
 
 
@@ -271,7 +270,10 @@ class Conversation(Extensible):
                 )
             names.add(function.name)
             place = f"tools[{n}].function.parameters"
-            schema = _of_objects(function.parameters or {"properties": {}}, place)
+            schema = function.parameters or {"properties": {}}
+            if not function.strict:
+                schema = _meant(schema, place)
+            schema = _of_objects(schema, place)
             part = schema_part(_closed(schema), place, is_lenient=not function.strict)
             shown = {"name": function.name, "description": function.description or ""}
             # templates ask for the properties, as for the type
@@ -316,6 +318,35 @@ class ChatRequest(Conversation, GenerationFields):
         if self.top_logprobs:
             raise BadRequest("It is only for `logprobs: true`.", param="top_logprobs")
         return None
+
+
+def _meant(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """The schema without what is written where nothing is said: null, as by Go, and no properties
+    as a list, as by PHP. Raises BadRequest."""
+    try:
+        meant: dict[str, Any] = _with_what_is_said(schema)
+    except RecursionError:
+        raise BadRequest("A schema is nested too deeply.", param=place) from None
+    return meant
+
+
+def _with_what_is_said(value: Any, *, is_schema: bool = True) -> Any:
+    """Of a schema, or of schemas by name."""
+    if isinstance(value, list):
+        return [_with_what_is_said(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if not is_schema:
+        return {name: _with_what_is_said(inner) for name, inner in value.items()}
+    said: dict[str, Any] = {}
+    for key, inner in value.items():
+        if key == "properties" and inner in (None, []):
+            said[key] = {}
+        elif isinstance(inner, (dict, list)) and key not in DATA:
+            said[key] = _with_what_is_said(inner, is_schema=key not in SCHEMAS_BY_NAME)
+        elif inner is not None or key in MAY_BE_NULL:
+            said[key] = inner
+    return said
 
 
 def _of_objects(schema: dict[str, Any], place: str) -> dict[str, Any]:

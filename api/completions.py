@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -13,23 +14,18 @@ from starlette.responses import JSONResponse, Response
 
 from api import generation
 from api.deps import ServicesDep, fetched, while_connected
+from api.fields import Switch, Tokens, WholeText, each_text, ignored_params, kind_of_texts
 from api.keep_alive import not_kept
 from api.sampling import (
     MAX_TOP_LOGPROBS,
     ChoiceCount,
     GenerationFields,
     OneChoice,
-    Switch,
-    Token,
-    WholeText,
     answer_part,
-    each_text,
     generate_request,
-    ignored_params,
-    kind_of_texts,
     validity,
 )
-from api.sse import Chunks, EventStream, begun
+from api.sse import DONE, Chunks, EventStream, Form, begun
 from chat.infill import Marks, infill, marks_of
 from engine import wire
 from errors import BadRequest, UnsupportedParameter
@@ -38,8 +34,6 @@ from tier import Tier
 router = APIRouter()
 
 MAX_PROMPTS = 2048
-
-Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 Prompt = Annotated[
     Annotated[WholeText, Tag("<text>")]
@@ -103,7 +97,7 @@ async def create_completion(
     ]
     watch = generation.Watch(tier)
 
-    async def start() -> tuple[generation.Answer, dict[str, Any]]:
+    async def start() -> generation.Answer:
         await fetched(request.receive, tier)
         answer = await generation.start(
             request, services, tier, requests, is_seeded=body.seed is not None,
@@ -119,19 +113,23 @@ async def create_completion(
                 return await services.answers.text(prompt, tier, caching)
 
             answer.outs = _echoed(answer.outs, answer.n_choices, prompts, text_of)
-        head = generation.head("cmpl", "text_completion", tier, body.service_tier)
         headers.update({"X-Seed": str(answer.seed)} | answer.headers())
-        return answer, head
+        return answer
 
+    head = generation.head("cmpl", "text_completion", tier, body.service_tier)
     if body.stream:
+        chunks = Chunks(head, include_usage=body.include_usage)
+        form = Form(partial(chunks.of, _choice(0, "", None, None)), last=DONE)
 
         async def stream() -> EventStream:
-            answer, head = await start()
-            return EventStream(_events(answer, head, body), headers, silence_s=patience_s)
+            answer = await start()
+            chunks.add(system_fingerprint=tier.fingerprint)
+            return EventStream(_events(answer, chunks, body), form, headers, silence_s=patience_s)
 
         patience_s = services.settings.server.comment_after_s
-        return await begun(stream(), waits_for=watch, patience_s=patience_s, headers=headers)
-    answer, head = await start()
+        return await begun(stream(), form, waits_for=watch, patience_s=patience_s, headers=headers)
+    answer = await start()
+    head["system_fingerprint"] = tier.fingerprint
     sampled = await while_connected(request.receive, generation.fold(answer))
     usage = generation.usage(answer, sum(choice.done.n_tokens for choice in sampled))
     choices = [
@@ -191,9 +189,8 @@ def _logprobs(
 
 
 async def _events(
-    answer: generation.Answer, head: dict[str, Any], body: CompletionRequest
+    answer: generation.Answer, chunks: Chunks, body: CompletionRequest
 ) -> AsyncGenerator[bytes, None]:
-    chunks = Chunks(head, include_usage=body.include_usage)
     n_completion = n_done = 0
     offsets = [0] * answer.n_choices
     async with aclosing(answer.outs) as outs:

@@ -26,6 +26,7 @@ logger = logging.getLogger("quintet.access")
 
 NOTSENT = "TCP_NOTSENT_LOWAT"  # Linux and macOS have it
 KERNEL_BYTES = 32 << 10  # that the kernel takes before they can be on their way
+CUT = "cut"  # where a request's state has what ends its connection short of a whole reply
 RESET = struct.pack("ii", 1, 0)  # of SO_LINGER: closing drops what the kernel has not sent
 
 
@@ -43,6 +44,7 @@ class Limited(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.app_state = self.app_state | {CUT: self._cut_short}
         self._settings: ServerSettings = self.app_state["settings"]
         sock = transport.get_extra_info("socket")
         if sock.family in (socket.AF_INET, socket.AF_INET6) and hasattr(socket, NOTSENT):
@@ -117,6 +119,15 @@ class Limited(asyncio.Protocol):
             pass
         elif now - self._asked_at > self._settings.receive_timeout_s:
             self.transport.close()
+
+    def _cut_short(self) -> None:
+        """Close it behind what was written of a reply that has no end."""
+        self._answering().response_complete = True  # no more is written, nor missed
+        self.transport.close()
+
+    def _answering(self) -> Any:
+        """The cycle of the request that is answered."""
+        return self.cycle
 
     def _cut(self, why: str) -> None:
         """End it at once, with all that is not sent, so that nobody takes it for a whole reply."""
@@ -221,6 +232,9 @@ else:
         def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
             self._running = cycle
             super()._start_asgi_task(cycle, app)
+
+        def _answering(self) -> RequestResponseCycle | None:
+            return self._running
 
         def connection_lost(self, exc: Exception | None) -> None:
             # uvicorn tells the newest request only, which may still wait for this one

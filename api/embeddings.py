@@ -11,9 +11,17 @@ from starlette.responses import Response
 
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
+from api.fields import (
+    SomeText,
+    Switch,
+    Tokens,
+    as_list,
+    each_text,
+    ignored_params,
+    kind_of_texts,
+)
 from api.generation import queue_headers
 from api.keep_alive import KeepAlive, not_kept
-from api.sampling import Switch, Token, WholeText, each_text, ignored_params, kind_of_texts
 from api.vectors import Cut, Form, encoded, item
 from engine import wire
 from engine.model_file import name_of
@@ -38,24 +46,18 @@ MATRYOSHKA = (
 CENTRED = ("nomic-embed-text-v1.5",)
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-InputText = Annotated[WholeText, Field(min_length=1)]
-InputTexts = Annotated[list[InputText], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
-OneOrMore = Annotated[InputTexts, BeforeValidator(_as_list)]
-Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+InputTexts = Annotated[list[SomeText], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+OneOrMore = Annotated[InputTexts, BeforeValidator(as_list)]
 TokenLists = Annotated[list[Tokens], Field(max_length=MAX_INPUTS, fail_fast=True)]
 Input = Annotated[
-    Annotated[InputText, Tag("<text>")]
+    Annotated[SomeText, Tag("<text>")]
     | Annotated[InputTexts, Tag("<texts>")]
     | Annotated[Tokens, Tag("<tokens>")]
     | Annotated[TokenLists, Tag("<lists of tokens>")],
     Discriminator(kind_of_texts),
 ]
 OutputList = Annotated[
-    list[Output], Field(min_length=1, max_length=len(OUTPUTS)), BeforeValidator(_as_list)
+    list[Output], Field(min_length=1, max_length=len(OUTPUTS)), BeforeValidator(as_list)
 ]
 
 

@@ -83,14 +83,19 @@ def client_names(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except BadRequest as error:
         if given := error.param:
-            param = given
-            for pattern, name in names.items():
-                param = re.sub(pattern, name, param)
+            param = client_name(given, names)
             # quoted, or as the sentence's subject
             place = rf"(?<='){re.escape(given)}(?=')|^{re.escape(given)}(?=[\[ ])"
             error.message = re.sub(place, lambda _: param, error.message)
             error.param = param
         raise
+
+
+def client_name(param: str, names: Mapping[str, str]) -> str:
+    """A field of a chat as the client knows it."""
+    for pattern, name in names.items():
+        param = re.sub(pattern, name, param)
+    return param
 
 
 def as_service_error(error: Exception, request_id: str) -> ServiceError:

@@ -34,9 +34,7 @@ class Answer:
     """The choices that come of requests, one for each prompt: those of the first prompt, then those
     of the second. Close `outs` to cancel them."""
 
-    def __init__(
-        self, n_choices: int, items: Items, caching: Caching, watch: Watch | None = None
-    ) -> None:
+    def __init__(self, n_choices: int, items: Items, caching: Caching, watch: Watch) -> None:
         self._watch = watch
         self._caching = caching
         self.n_choices = n_choices
@@ -44,6 +42,7 @@ class Answer:
         self.n_prompt = 0
         self.n_cached = 0  # of these tokens
         self.seed = 0
+        self.unenforced: tuple[str, ...] = ()  # schemas of which no more than a type can be used
         self.n_guessed = self.n_right = 0  # tokens of the answers; those that were right
         # by the monotonic clock; of several prompts the last time counts
         self.queued_at = self.handed_at = self.first_at = self.last_at = time.monotonic()
@@ -55,13 +54,13 @@ class Answer:
                 if isinstance(item, Begun):
                     self.n_before, self.seed = item.n_before, item.seed
                     self.n_prompt, self.n_cached = item.n_prompt, item.n_cached
+                    self.unenforced = item.unenforced
                     self.handed_at = max(self.queued_at, item.handed_at)
                     self.first_at = self.last_at = self.handed_at
                     yield -1, wire.TokenOut(0, "")  # the handshake that `start` waits for
                     self.first_at = 0.0
                 elif isinstance(item, Generation):
-                    if self._watch is not None:
-                        self._watch.generation = item
+                    self._watch.generation = item
                 else:
                     self.last_at = time.monotonic()
                     self.first_at = self.first_at or self.last_at
@@ -119,14 +118,13 @@ def _rates(kind: str, n: int, seconds: float) -> dict[str, float]:
 
 
 def head(prefix: str, kind: str, tier: Tier, service_tier: str | None) -> dict[str, Any]:
-    """What the reply and each of its chunks begin with."""
+    """What the reply and each of its chunks begin with, and what is known before it begins."""
     more = {"service_tier": served_as(service_tier)} if service_tier else {}
     return {
         "id": new_id(f"{prefix}-"),
         "object": kind,
         "created": int(time.time()),
         "model": tier.name,
-        "system_fingerprint": tier.fingerprint,
     } | more
 
 
@@ -148,7 +146,7 @@ async def start(
     *,
     is_seeded: bool,
     priority: int,
-    watch: Watch | None = None,
+    watch: Watch,
 ) -> Answer:
     """Ask for answers and wait until all have begun: from here on nothing that is wrong with the
     request can come up. Raises ClientLeft or ServiceError."""

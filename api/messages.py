@@ -14,11 +14,12 @@ from api.blocks import BlockReply, Data
 from api.chat_request import ChatRequest
 from api.deps import Services, ServicesDep, fetched, while_connected
 from api.errors import client_names
+from api.fields import ignored_params, refuse, with_ignored
 from api.keep_alive import not_kept
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
-from api.sampling import ignored_params, refuse, validity
-from api.sse import EventStream, begun, event
+from api.sampling import validity
+from api.sse import EventStream, Form, begun, event
 from api.tokens import MAX_LENGTH
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
@@ -58,29 +59,28 @@ async def create_message(
         also=not_kept(body, request),
     )
     watch = generation.Watch(tier)
+    names = body.names
 
     async def start() -> turn.Turn:
-        with client_names(body.names):
+        with client_names(names):
             chat = await _chat(body, request, services, tier, headers)
             return await turn.start(request, services, tier, chat, watch)
 
+    reply = _Reply(tier.name, hides_thoughts=body.hides_thoughts)
     if body.stream:
 
         async def stream() -> EventStream:
             started = await start()
-            events = _Reply(started, tier.name, hides_thoughts=body.hides_thoughts).stream()
-            all_headers = headers | started.headers()
-            return EventStream(events, all_headers, silence_s=patience_s, beat=_ping, last=b"")
+            all_headers = started.headers(headers, names)
+            return EventStream(reply.stream(started), form, all_headers, silence_s=patience_s)
 
+        form = Form(_ping)
         patience_s = services.settings.server.comment_after_s
-        return await begun(
-            stream(), waits_for=watch, patience_s=patience_s, headers=headers, last=b""
-        )
+        return await begun(stream(), form, waits_for=watch, patience_s=patience_s, headers=headers)
     started = await start()
-    reply = _Reply(started, tier.name, hides_thoughts=body.hides_thoughts)
-    await while_connected(request.receive, reply.finish())
+    await while_connected(request.receive, reply.finish(started))
     content = msgspec.json.encode(reply.message)
-    headers |= started.whole_headers()
+    headers = started.whole_headers(headers, names)
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -114,21 +114,20 @@ async def _chat(
     if body.hints and not (is_strict and body.asks_for_thoughts):
         form = await asyncio.to_thread(services.chat_format, tier)
         if not form.thinks:
-            named = headers.get("X-Ignored-Params")
-            headers["X-Ignored-Params"] = ",".join([*([named] if named else []), *body.hints])
+            headers |= with_ignored(headers, body.hints)
             chat.reasoning_effort = chat.thinking_budget_tokens = None
     return chat
 
 
-def _ping() -> bytes:
-    return event({"type": "ping"})
+def _ping(**fields: Any) -> bytes:
+    return event({"type": "ping", **fields})
 
 
 class _Reply(BlockReply):
     """A message."""
 
-    def __init__(self, started: turn.Turn, model: str, *, hides_thoughts: bool) -> None:
-        super().__init__(started)
+    def __init__(self, model: str, *, hides_thoughts: bool) -> None:
+        super().__init__()
         self._hides_thoughts = hides_thoughts
         self._content: list[dict[str, Any]] = []
         self._arguments = ""  # of the open call
@@ -140,10 +139,10 @@ class _Reply(BlockReply):
             "content": self._content,
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": self._usage(turn.End("stop", 0, 0, None)),
         }
 
     def begin(self) -> Iterable[Data]:
+        self.message["usage"] = self._usage(turn.End("stop", 0, 0, None))
         yield {"type": "message_start", "message": self.message}
 
     def open(self, first: Event) -> Iterable[Data]:

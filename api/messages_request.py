@@ -20,8 +20,9 @@ from api.chat_request import (
     read_text,
     tool_names,
 )
+from api.fields import Switch, kind_of_content
 from api.keep_alive import KeepAlive
-from api.sampling import StopList, Switch, TopK, UnitInterval
+from api.sampling import StopList, TopK, UnitInterval
 from api.transcript import Transcript
 from errors import BadRequest, UnsupportedParameter
 
@@ -68,10 +69,6 @@ Block = Annotated[
 ]
 
 
-def _content_tag(value: Any) -> str:
-    return "<blocks>" if isinstance(value, list) else "<text>"
-
-
 class Message(Extensible):
     role: Literal["user", "assistant", "system"]
     content: Annotated[
@@ -79,9 +76,9 @@ class Message(Extensible):
         | Annotated[
             list[Block],
             Field(min_length=1, max_length=MAX_PARTS, fail_fast=True),
-            Tag("<blocks>"),
+            Tag("<list>"),
         ],
-        Discriminator(_content_tag),
+        Discriminator(kind_of_content),
     ]
 
     @property

@@ -5,7 +5,7 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -24,24 +24,28 @@ CAPABILITIES: dict[TierName, list[str]] = {
 
 
 @router.get("/v1/models")
-def list_models(services: ServicesDep) -> Response:
+def list_models(request: Request, services: ServicesDep) -> Response:
     manager = services.manager
     models = [describe(tier) for tier in manager.tiers.values()]
     if (stand_in := manager.stand_in) is not None:
         models.append(_stand_in(stand_in, manager.stand_in_aliases))
+    listed = {"object": "list", "data": [_told(model, request) for model in models]}
     ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"]} if models else {}
-    return JSONResponse({"object": "list", "data": models, "has_more": False, **ends})
+    more = {"has_more": False, **ends} if _is_anthropics(request) else {}
+    return JSONResponse(listed | more)
 
 
 @router.get("/v1/models/{model:path}")
-def retrieve_model(model: str, services: ServicesDep) -> Response:
+def retrieve_model(model: str, request: Request, services: ServicesDep) -> Response:
     if not model.strip("/"):
         raise HTTPException(404)  # a slash too many behind /v1/models
     manager = services.manager
     tier = manager.resolve(model)
     if tier is manager.stand_in and manager.means_reranker(model):
-        return JSONResponse(_stand_in(tier, manager.stand_in_aliases))
-    return JSONResponse(describe(tier))
+        about = _stand_in(tier, manager.stand_in_aliases)
+    else:
+        about = describe(tier)
+    return JSONResponse(_told(about, request))
 
 
 @router.get("/health")
@@ -80,21 +84,32 @@ def describe(tier: Tier) -> dict[str, Any]:
         about["memory"] = {"estimated_bytes": tier.life.footprint().loaded} | (
             {} if (measured := tier.life.memory_bytes) is None else {"measured_bytes": measured}
         )
-    created_at = datetime.fromtimestamp(about["created"], timezone.utc).isoformat()
-    in_anthropics_form = {"type": "model", "display_name": about["id"], "created_at": created_at}
-    return about | in_anthropics_form | state_of(tier)
+    return about | state_of(tier)
 
 
 def _stand_in(tier: Tier, aliases: Sequence[str]) -> dict[str, Any]:
     """`reranker` where it has no model of its own."""
     names: dict[str, Any] = {
         "id": "reranker",
-        "display_name": "reranker",
         "tier": "reranker",
         "served_by": tier.name,
         "aliases": aliases,
     }
     return describe(tier) | names | {"capabilities": CAPABILITIES["reranker"]}
+
+
+def _is_anthropics(request: Request) -> bool:
+    """It comes from a client of Anthropic's API, all of which say a version."""
+    return "anthropic-version" in request.headers
+
+
+def _told(about: dict[str, Any], request: Request) -> dict[str, Any]:
+    """The model object as the client knows it. To others `type` says other things: LobeChat shows
+    no model but those of type `chat`, or of none."""
+    if not _is_anthropics(request):
+        return about
+    created_at = datetime.fromtimestamp(about["created"], timezone.utc).isoformat()
+    return about | {"type": "model", "display_name": about["id"], "created_at": created_at}
 
 
 def state_of(tier: Tier) -> dict[str, Any]:

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from api.deps import Services, ServicesDep, while_connected
 from api.errors import client_names
+from api.fields import SomeText, Switch, WholeText, as_list, ignored_params
 from api.generation import new_id, queue_headers
 from api.keep_alive import KeepAlive, not_kept
-from api.sampling import Switch, WholeText, ignored_params
 from api.vectors import truncated_header
 from caching import Caching
 from engine import wire
-from engine.types import Method, Scale, Truncate
+from engine.types import EQUAL_WEIGHTS, Method, Scale, Truncate
 from errors import BadRequest
 from tier import Tier
 
@@ -27,7 +27,6 @@ router = APIRouter()
 MAX_DOCUMENTS = 2048
 MAX_PAIRS = 4096
 DEFAULT_MODEL = "reranker"
-EQUAL_WEIGHTS = 1.0, 1.0, 1.0  # of a hybrid score
 
 
 def _text_of(value: Any) -> Any:
@@ -35,19 +34,21 @@ def _text_of(value: Any) -> Any:
     return value["text"] if isinstance(value, dict) and "text" in value else value
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _that_weigh(weights: tuple[float, ...]) -> tuple[float, ...]:
+    if not any(weights):
+        raise ValueError("One of them must be more than 0.")
+    return weights
 
 
-Query = Annotated[WholeText, Field(min_length=1)]
 Document = Annotated[WholeText, BeforeValidator(_text_of)]  # chunks of files may be empty
 Many = Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True)
 Documents = Annotated[list[Document], Many]
-OneOrMoreDocuments = Annotated[Documents, BeforeValidator(_as_list)]
+OneOrMoreDocuments = Annotated[Documents, BeforeValidator(as_list)]
 OneOrMoreQueries = Annotated[
-    list[Annotated[Query, BeforeValidator(_text_of)]], Many, BeforeValidator(_as_list)
+    list[Annotated[SomeText, BeforeValidator(_text_of)]], Many, BeforeValidator(as_list)
 ]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
+Weights = Annotated[tuple[Weight, Weight, Weight], AfterValidator(_that_weigh)]
 
 
 class ScoringFields(BaseModel):
@@ -57,7 +58,7 @@ class ScoringFields(BaseModel):
     raw_scores: Switch = False
     keep_alive: KeepAlive | None = None
     method: Method | None = None
-    weights: tuple[Weight, Weight, Weight] | None = None
+    weights: Weights | None = None
     max_tokens_per_doc: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     truncate: Literal[Truncate, True, False] | None = None  # TEI says yes or no
     truncation_direction: Literal["Left", "Right", "left", "right"] | None = None  # TEI's
@@ -81,7 +82,7 @@ class ScoringFields(BaseModel):
 
 
 class RerankRequest(ScoringFields):
-    query: Query
+    query: SomeText
     documents: Documents | None = None
     texts: Documents | None = None  # TEI's documents
     top_n: Annotated[int, Field(ge=1)] | None = None

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,10 +12,11 @@ from api import generation, turn
 from api.blocks import BlockReply, Data
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
+from api.fields import ignored_params, refuse
 from api.keep_alive import not_kept
 from api.responses_request import ResponsesRequest
-from api.sampling import ignored_params, refuse, validity
-from api.sse import EventStream, begun, event
+from api.sampling import validity
+from api.sse import EventStream, Form, begun, event
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
 from errors import BadRequest, ContextLengthExceeded, QueueFull, ServiceError
@@ -54,32 +54,26 @@ async def create_response(
         also=[*body.ignored, *not_kept(body, request)],
     )
     watch = generation.Watch(tier)
+    names = body.names
 
     async def start() -> turn.Turn:
-        with client_names(body.names):
+        with client_names(names):
             return await turn.start(request, services, tier, body.chat(), watch)
 
+    reply = _Reply(_head(body, tier), body.namespaces)
     if body.stream:
 
         async def stream() -> EventStream:
             started = await start()
-            reply = _Reply(started, _head(body, tier), body.namespaces)
-            all_headers = headers | started.headers()
-            return EventStream(
-                reply.stream(), all_headers, silence_s=patience_s, beat=reply.beat,
-                failed=reply.failed, last=b"",
-            )  # fmt: skip
+            all_headers = started.headers(headers, names)
+            return EventStream(reply.stream(started), form, all_headers, silence_s=patience_s)
 
+        form = Form(reply.pause, reply.failed)
         patience_s = services.settings.server.comment_after_s
-        failed = partial(_never_begun, body, tier)
-        return await begun(
-            stream(), waits_for=watch, patience_s=patience_s, headers=headers, failed=failed,
-            last=b"",
-        )  # fmt: skip
+        return await begun(stream(), form, waits_for=watch, patience_s=patience_s, headers=headers)
     started = await start()
-    reply = _Reply(started, _head(body, tier), body.namespaces)
-    await while_connected(request.receive, reply.finish())
-    headers |= started.whole_headers()
+    await while_connected(request.receive, reply.finish(started))
+    headers = started.whole_headers(headers, names)
     return JSONResponse(reply.response, headers=headers)
 
 
@@ -128,18 +122,17 @@ def _or(value: float | None, default: float) -> float:
 class _Reply(BlockReply):
     """A Response; its output items are the blocks."""
 
-    def __init__(
-        self, started: turn.Turn, head: dict[str, Any], namespaces: Mapping[str, tuple[str, str]]
-    ) -> None:
-        super().__init__(started)
+    def __init__(self, head: dict[str, Any], namespaces: Mapping[str, tuple[str, str]]) -> None:
+        super().__init__()
         self._namespaces = namespaces
         self.response = head
         self._output: list[dict[str, Any]] = head["output"]
         self._n_events = 0
 
     def begin(self) -> Iterable[Data]:
-        yield self._event("response.created", response=self.response)
-        yield self._event("response.in_progress", response=self.response)
+        if not self._n_events:  # no pause has told of it
+            yield self._event("response.created", response=self.response)
+            yield self._event("response.in_progress", response=self.response)
 
     def open(self, first: Event) -> Iterable[Data]:
         if isinstance(first, CallBegin):
@@ -203,12 +196,21 @@ class _Reply(BlockReply):
         }
         yield self._event(f"response.{_status(is_whole)}", response=self.response)
 
-    def beat(self) -> bytes:
-        """An event that says nothing: readers of these hear no comments."""
-        return event(self._event("keepalive"))
+    def pause(self, **fields: Any) -> bytes:
+        """Events that say nothing, of which the first there is must be that of a beginning."""
+        return b"".join(map(event, [*self.begin(), self._event("keepalive", **fields)]))
 
     def failed(self, error: ServiceError) -> bytes:
-        return _failed(self.response, self._n_events, error)
+        """The events of a reply that breaks off: OpenAI's last one, and one that its SDK raises."""
+        begin = b"".join(map(event, self.begin()))
+        self.response |= {
+            "status": "failed",
+            "error": {"code": _code(error), "message": error.message},
+        }
+        last = self._event("response.failed", response=self.response)
+        fault = error.body()["error"]
+        told = {name: fault[name] for name in ("code", "message", "param")}
+        return begin + event(last) + event(self._event("error", **told, error=fault))
 
     def _usage(self, end: turn.End) -> dict[str, Any]:
         usage = self._started.usage([end])
@@ -222,7 +224,7 @@ class _Reply(BlockReply):
 
     def _event(self, kind: str, **fields: Any) -> Data:
         self._n_events += 1
-        return _event(kind, self._n_events - 1, **fields)
+        return {"type": kind, "sequence_number": self._n_events - 1, **fields}
 
     def _item_event(self, kind: str) -> Data:
         return self._event(kind, output_index=len(self._output) - 1, item=self._output[-1])
@@ -235,22 +237,6 @@ class _Reply(BlockReply):
         return self._delta_event(kind, content_index=0, **fields)
 
 
-def _event(kind: str, number: int, **fields: Any) -> Data:
-    return {"type": kind, "sequence_number": number, **fields}
-
-
-def _failed(response: Data, number: int, error: ServiceError) -> bytes:
-    """The events of a reply that breaks off: OpenAI's last one, and one that its SDK raises."""
-    fault = error.body()["error"]
-    told = {name: fault[name] for name in ("code", "message", "param")}
-    response |= {
-        "status": "failed",
-        "error": {"code": _code(error), "message": error.message},
-    }
-    last = _event("response.failed", number, response=response)
-    return event(last) + event(_event("error", number + 1, **told, error=fault))
-
-
 def _code(error: ServiceError) -> str:
     """Of those that OpenAI has for a response, and the one that Codex looks for: by them agents
     know whether to try again."""
@@ -259,12 +245,6 @@ def _code(error: ServiceError) -> str:
     if isinstance(error, BadRequest):
         return "invalid_prompt"
     return "rate_limit_exceeded" if isinstance(error, QueueFull) else "server_error"
-
-
-def _never_begun(body: ResponsesRequest, tier: Tier, error: ServiceError) -> bytes:
-    """All events of a reply that waited for its beginning in vain."""
-    head = _head(body, tier)
-    return event(_event("response.created", 0, response=head)) + _failed(head, 1, error)
 
 
 def _status(is_whole: bool) -> str:

@@ -33,11 +33,11 @@ from api.chat_request import (
     read_text,
     tool_names,
 )
+from api.fields import Switch, kind_of_content
 from api.keep_alive import KeepAlive
 from api.sampling import (
     ServiceTier,
     StreamOptions,
-    Switch,
     Temperature,
     TokenLimit,
     TopLogprobs,
@@ -222,16 +222,12 @@ ChoiceField = Annotated[
 ]
 
 
-def _input_tag(value: Any) -> str:
-    return "<items>" if isinstance(value, list) else "<text>"
-
-
 Input = Annotated[
     Annotated[str, Tag("<text>")]
     | Annotated[
-        list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), Tag("<items>")
+        list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), Tag("<list>")
     ],
-    Discriminator(_input_tag),
+    Discriminator(kind_of_content),
 ]
 
 

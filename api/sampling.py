@@ -1,8 +1,9 @@
-"""The fields that chat and raw completions share, and what becomes of those we do not know."""
+"""The fields that chat and raw completions share, and what the tier is asked for by them."""
 
 import json
 import random
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -15,10 +16,11 @@ from pydantic import (
     StringConstraints,
 )
 
+from api.fields import SomeText, Switch, WholeText, as_list, whole
 from api.keep_alive import KeepAlive
 from engine import wire
 from engine.types import SamplingParams
-from errors import BadRequest, UnsupportedParameter
+from errors import BadRequest
 from settings import TierSettings
 
 T = TypeVar("T")
@@ -32,12 +34,6 @@ REQUEST_ONLY = (
     "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
     "dry_sequence_breakers",
 )  # fmt: skip
-# of OpenAI's API: what is kept for whom, of which there is nothing here
-IGNORED = (
-    "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-    "safety_identifier", "store",
-)  # fmt: skip
-REPLACED_BY_MIROSTAT = ("top_k", "typical_p", "top_p", "min_p", "xtc_probability")
 MAX_BREAKERS = 16
 MAX_BREAKER_BYTES = 40  # llama.cpp cuts longer ones
 MAX_TOP_LOGPROBS = 20
@@ -46,20 +42,8 @@ MAX_PRIORITY = 100
 PRIORITY_OF_SERVICE_TIER = {"flex": 10, "priority": -10, "fast": -10}
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _whole(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("The text has half of a surrogate pair.") from None
-    return text
-
-
 def _with_whole_keys(fields: dict[str, T]) -> dict[str, T]:
-    _whole("".join(fields))
+    whole("".join(fields))
     return fields
 
 
@@ -69,20 +53,21 @@ def _fits_breaker(text: str) -> str:
     return text
 
 
-def _no_truth(value: object) -> object:
-    """To pydantic `true` is a number too."""
-    if isinstance(value, bool):
-        raise ValueError("a token id is a number")
+def _read_breakers(value: Any) -> Any:
+    """SillyTavern sends the list as a text of JSON."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+        if not isinstance(value, list):
+            raise ValueError("It is a list of texts.")
     return value
 
 
-WholeText = Annotated[str, AfterValidator(_whole)]
-Breaker = Annotated[WholeText, Field(min_length=1), AfterValidator(_fits_breaker)]
-Token = Annotated[int, BeforeValidator(_no_truth), Field(ge=0, lt=2**31)]
+Breaker = Annotated[SomeText, AfterValidator(_fits_breaker)]
 StopList = Annotated[
     list[Annotated[str, StringConstraints(min_length=1)]],
     Field(max_length=MAX_STOPS, fail_fast=True),
-    BeforeValidator(_as_list),
+    BeforeValidator(as_list),
 ]
 UnitInterval = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -99,23 +84,6 @@ Seed = Annotated[  # -1, as some clients say it: any
 ]
 ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 OneChoice = Annotated[ChoiceCount, BeforeValidator(lambda value: 1 if value is None else value)]
-Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
-
-
-def kind_of_texts(value: Any) -> str:
-    """The tag of what may be a text, token ids, or a list of either."""
-    first = value[0] if isinstance(value, list) and value else None
-    if isinstance(first, list):
-        return "<lists of tokens>"
-    if isinstance(first, int):
-        return "<tokens>"
-    return "<texts>" if isinstance(value, list) else "<text>"
-
-
-def each_text(value: Any) -> list[str | list[int]]:
-    """Each of such texts, also where there is one only."""
-    is_one = isinstance(value, str) or isinstance(value[0], int)
-    return [value] if is_one else value
 
 
 class StreamOptions(BaseModel):
@@ -170,9 +138,10 @@ class GenerationFields(BaseModel):
     dry_base: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] | None = None
     dry_allowed_length: Annotated[int, Field(ge=0, le=2**20)] | None = None
     dry_penalty_last_n: Annotated[int, Field(ge=-1, le=2**20)] | None = None
-    dry_sequence_breakers: (
-        Annotated[tuple[Breaker, ...], Field(max_length=MAX_BREAKERS, fail_fast=True)] | None
-    ) = None
+    dry_sequence_breakers: Annotated[
+        Annotated[tuple[Breaker, ...], Field(max_length=MAX_BREAKERS, fail_fast=True)] | None,
+        BeforeValidator(_read_breakers),
+    ] = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: Switch = False
     frequency_penalty: Penalty | None = None
@@ -295,50 +264,3 @@ def _max_tokens(tier: TierSettings, limits: Sequence[int | None]) -> int | None:
         )
     limit = given.pop() if given else tier.max_tokens
     return None if limit == -1 else limit
-
-
-def refuse(fields: BaseModel, unsupported: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise UnsupportedParameter for a field of OpenAI's API that asks for what is not there.
-
-    `unsupported` has the values of each field that ask for nothing.
-    """
-    for name, neutral in unsupported.items():
-        value = (fields.model_extra or {}).get(name)
-        if value is not None and not any(_is_same(value, n) for n in neutral):
-            raise UnsupportedParameter(
-                f"'{name}' is not supported by this version; leave it out.", param=name
-            )
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # 1 == True in Python
-
-
-def ignored_params(
-    fields: BaseModel,
-    known: Container[str] = (),
-    *,
-    strict: bool,
-    parts: Iterable[tuple[str, BaseModel]] = (),
-    left_out: Iterable[str] = (),
-    also: Iterable[str] = (),
-) -> dict[str, str]:
-    """The header that names what has no effect: the unknown fields of a body and of its `parts`,
-    which come with their places, what is `left_out` of it, known ones, and `also` these. Raises
-    BadRequest for unknown ones and what is left out if `strict`."""
-    extra = fields.model_extra or {}
-    unknown = [name for name in extra if name not in known and name not in IGNORED]
-    inner = ((name, getattr(fields, name, None)) for name in ("stream_options", "response_format"))
-    parts = [*((name, part) for name, part in inner if part is not None), *parts]
-    unknown += [f"{place}.{name}" for place, part in parts for name in part.model_extra or {}]
-    unknown += left_out
-    if unknown and strict:
-        raise BadRequest(
-            f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
-        )
-    ignored = [*also, *(name for name in IGNORED if extra.get(name) not in (None, False))]
-    if getattr(fields, "mirostat", None):
-        ignored += [name for name in REPLACED_BY_MIROSTAT if getattr(fields, name) is not None]
-    names = [name.encode("ascii", "backslashreplace").decode() for name in unknown + ignored]
-    printable = "".join(c if c.isprintable() else "?" for c in ",".join(names))
-    return {"X-Ignored-Params": printable[:1000]} if names else {}

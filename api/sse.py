@@ -3,22 +3,22 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from api.connections import CUT
 from api.deps import ClientLeft, while_connected
 from api.errors import as_service_error, envelope
 from errors import ServiceError
 
 DONE = b"data: [DONE]\n\n"
-COMMENT = b": still computing\n\n"
 LEAST_SILENCE_S = 0.01
+WAIT_SAID_S = 2.0  # until it is said again what a request waits for
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-Failed = Callable[[ServiceError], bytes]  # the events of a stream that breaks off
 
 _encode = msgspec.json.Encoder().encode
 
@@ -36,6 +36,11 @@ class Chunks:
         self._before = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._after = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
+    def add(self, **fields: Any) -> None:
+        """What all say from now on."""
+        head = self._before.removesuffix(b',"choices":[')
+        self._before = head + b"," + _encode(fields)[1:-1] + b',"choices":['
+
     def of(self, choice: Mapping[str, Any], **more: Any) -> bytes:
         """A choice, and fields that only this event has."""
         after = self._after
@@ -48,73 +53,83 @@ class Chunks:
         return self._before + b'],"usage":' + _encode(usage) + b"}\n\n"
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What an API's streams say beside their answers. No comments: some clients take these for
+    events without data, and fail."""
+
+    pause: Callable[..., bytes]  # an event that says nothing but the fields that it is given
+    failed: Callable[[ServiceError], bytes] | None = None  # of what breaks off; None: the envelope
+    last: bytes = b""  # what ends a whole stream
+
+    async def fail(self, exception: Exception, scope: Scope, send: Send) -> None:
+        """The end of a stream that breaks off. Where whole ones have a last event it is cut off
+        without: some clients pass over errors, and take what came for the whole."""
+        error = as_service_error(exception, scope["request_id"])
+        body = self.failed(error) if self.failed else event(envelope(error, scope))
+        cut = scope.get("state", {}).get(CUT) if self.last else None
+        await send({"type": "http.response.body", "body": body, "more_body": bool(cut)})
+        if cut:
+            cut()
+
+
 class LateStream(Response):
-    """The reply to a stream that takes long to start: comments that say what it waits for, then its
-    events. Its status and `headers` are sent already: what goes wrong now is an event, or what
-    `failed` makes of it, and `last`; and headers that are known only now are comments."""
+    """The reply to a stream that takes long to start: pauses that say what it waits for, then its
+    events. Its status and `headers` are sent already: what goes wrong now is an event, and headers
+    that are known only now are in one more pause."""
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
         starting: "asyncio.Future[EventStream]",
+        form: Form,
         waits_for: Callable[[], str],
-        interval_s: float,
         headers: Mapping[str, str],
-        failed: Failed | None,
-        last: bytes,
     ) -> None:
         super().__init__(headers=HEADERS | dict(headers))
         del self.headers["content-length"]
         self._said = dict(headers)
         self._starting = starting
+        self._form = form
         self._waits_for = waits_for
-        self._interval_s = interval_s
-        self._failed = failed
-        self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def pause(**fields: Any) -> None:
+            body = self._form.pause(**fields)
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
             await send(start)
             while not self._starting.done():
-                body = f": {self._waits_for()}\n\n".encode()
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-                await asyncio.wait({self._starting}, timeout=self._interval_s)
+                await pause(waiting=self._waits_for())
+                await asyncio.wait({self._starting}, timeout=WAIT_SAID_S)
             stream = self._starting.result()
-            if body := self._late(stream.said):
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+            said = self._said.items()
+            late = {name: value for name, value in stream.said.items() if (name, value) not in said}
+            if late:
+                await pause(headers=late)
             await stream.send_events(scope, receive, send)
         except ClientLeft:
             scope["client_left"] = True
         except Exception as exception:
-            error = as_service_error(exception, scope["request_id"])
-            told = self._failed(error) if self._failed else event(envelope(error, scope))
-            body = told + self._last
-            await send({"type": "http.response.body", "body": body, "more_body": False})
+            await self._form.fail(exception, scope, send)
         finally:
             self._starting.cancel()
-
-    def _late(self, headers: Mapping[str, str]) -> bytes:
-        """What of these came too late to be a header, in comments, a line each."""
-        lines = [f": {name}: {value}\n" for name, value in headers.items()
-                 if self._said.get(name) != value]  # fmt: skip
-        return "".join([*lines, "\n"]).encode("latin-1") if lines else b""
 
 
 async def begun(
     starting: Coroutine[Any, Any, "EventStream"],
+    form: Form,
     *,
     waits_for: Callable[[], str],
     patience_s: float,
     headers: Mapping[str, str],
-    interval_s: float = 2.0,
-    failed: Failed | None = None,
-    last: bytes = DONE,
 ) -> Response:
     """The stream, once it has started. What goes wrong until `patience_s` are over is an HTTP
     status; from then on the client hears what its request waits for, and has the `headers` that
-    are known by then, the others as comments."""
+    are known by then, the others in an event."""
     task = asyncio.ensure_future(starting)
     try:
         done, _ = await asyncio.wait({task}, timeout=patience_s)
@@ -123,12 +138,11 @@ async def begun(
         raise
     if done:
         return task.result()
-    return LateStream(task, waits_for, interval_s, headers, failed, last)
+    return LateStream(task, form, waits_for, headers)
 
 
 class EventStream(Response):
-    """Sends events as they come, then `last`. An error is an event of its envelope, or what
-    `failed` makes of it.
+    """Sends events as they come, then the form's last one.
 
     The generator is closed when the client has left, so what it holds is released at once.
     """
@@ -138,23 +152,19 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
+        form: Form,
         headers: Mapping[str, str],
         *,
         silence_s: float,
-        beat: Callable[[], bytes] = lambda: COMMENT,
-        failed: Failed | None = None,
-        last: bytes = DONE,
     ) -> None:
         """Where no event comes for `silence_s`, as while a long prompt is computed, there is a
-        `beat`: proxies and clients take a stream that says nothing for a dead one."""
+        pause: proxies and clients take a stream that says nothing for a dead one."""
         super().__init__(headers=HEADERS | dict(headers))
         del self.headers["content-length"]
         self.said = headers  # beside those of all streams
         self._events = events
+        self._form = form
         self._silence_s = silence_s
-        self._beat = beat
-        self._failed = failed
-        self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {
@@ -168,30 +178,19 @@ class EventStream(Response):
 
     async def send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
         """All but the head."""
-        send = _Beating(send, self._beat, self._silence_s)
-        async with aclosing(self._events), aclosing(send):
-            try:
-                await while_connected(receive, self._send_all(send, scope))
-            except ClientLeft:
-                scope["client_left"] = True  # for the access log: the status is sent already
-            except ServiceError as error:  # its time is over
-                await self._send_last(send, scope, error)
-
-    async def _send_all(self, send: Send, scope: Scope) -> None:
+        beating = _Beating(send, self._form.pause, self._silence_s)
         try:
-            async for data in self._events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        except Exception as exception:
-            error = as_service_error(exception, scope["request_id"])
-            await self._send_last(send, scope, error)
-        else:
-            await self._send_last(send, scope)
+            async with aclosing(self._events), aclosing(beating):
+                await while_connected(receive, self._send_all(beating))
+        except ClientLeft:
+            scope["client_left"] = True  # for the access log: the status is sent already
+        except Exception as exception:  # also of the end of its time
+            await self._form.fail(exception, scope, send)
 
-    async def _send_last(self, send: Send, scope: Scope, error: ServiceError | None = None) -> None:
-        data = b""
-        if error is not None:
-            data = self._failed(error) if self._failed else event(envelope(error, scope))
-        await send({"type": "http.response.body", "body": data + self._last, "more_body": False})
+    async def _send_all(self, send: Send) -> None:
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": self._form.last, "more_body": False})
 
 
 class _Beating:

@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, Response
 from api.deps import Services, ServicesDep, fetched, while_connected
 from api.embeddings import MAX_INPUTS, OneOrMore, cut_of, role_of
 from api.errors import client_names
+from api.fields import ignored_params
 from api.generation import queue_headers
-from api.sampling import ignored_params
 from api.vectors import as_pooled, encoded, of_length_1, sparse, truncated_header
 from engine import wire
 from engine.types import Output, Truncate

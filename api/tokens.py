@@ -11,8 +11,8 @@ from starlette.responses import Response
 from api.chat_request import Conversation
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
+from api.fields import Switch, Token, WholeText, ignored_params
 from api.prompt import prompt_of
-from api.sampling import Switch, Token, WholeText, ignored_params
 from engine import wire
 
 router = APIRouter()

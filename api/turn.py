@@ -1,7 +1,7 @@
 """One turn of a chat: from a request to events. Every chat endpoint folds these."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +11,8 @@ from fastapi import Request
 from api import generation
 from api.chat_request import ChatRequest
 from api.deps import Services, fetched, while_connected
-from api.errors import client_names
+from api.errors import client_name, client_names
+from api.fields import with_ignored
 from api.prompt import n_too_many, prompt_of, without_middle
 from api.sampling import answer_part, generate_request
 from chat.events import CallBegin, Event, Message, Splitter, Text
@@ -58,7 +59,7 @@ async def start(
     services: Services,
     tier: Tier,
     body: ChatRequest,
-    watch: generation.Watch | None = None,
+    watch: generation.Watch,
 ) -> "Turn":
     """Submit a turn and wait until it has started. Raises ClientLeft or ServiceError."""
     body.check_stream_options()
@@ -143,16 +144,23 @@ class Turn:
         usage = generation.usage(self.answer, sum(end.n_tokens for end in ends))
         return usage | {"completion_tokens_details": {"reasoning_tokens": n_reasoning}}
 
-    def headers(self) -> dict[str, str]:
-        """What a stream says beside its body."""
-        headers = {"X-Seed": str(self.answer.seed)} | self.answer.headers()
+    def headers(
+        self, known: Mapping[str, str], names: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """What a stream says beside its body, with what was `known` before. `names` has what fields
+        are called by the client, if that sent no chat."""
+        unenforced = (client_name(param, names or {}) for param in self.answer.unenforced)
+        headers = with_ignored(known, unenforced)
+        headers |= {"X-Seed": str(self.answer.seed)} | self.answer.headers()
         if self._n_left_out:
             headers["X-Truncated-Messages"] = str(self._n_left_out)
         return headers
 
-    def whole_headers(self) -> dict[str, str]:
+    def whole_headers(
+        self, known: Mapping[str, str], names: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
         """What a whole reply says beside its body."""
-        return self.headers() | self.answer.whole_headers()
+        return self.headers(known, names) | self.answer.whole_headers()
 
     def _reader(self) -> "_Reader":
         splitter = self._prompt.splitter()

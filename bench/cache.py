@@ -50,7 +50,8 @@ async def speed(folder: Path) -> Figures:
     async with Cache(max_bytes=256 * MB, ttl_s=86400, disk=disk) as cache:
         answers = [key("answer", i) for i in range(1000)]
         absent = [key("absent", i) for i in range(1000)]
-        cache.put_many("answer", dict.fromkeys(answers, b"x" * 3000))
+        for name in answers:
+            cache.put("answer", name, b"x" * 3000)
         await disk.flush()
         figures["hit_in_memory_us"] = await median_us(lambda i: cache.get("answer", answers[i]))
         figures["miss_of_disk_too_us"] = await median_us(lambda i: cache.get("answer", absent[i]))
@@ -64,7 +65,8 @@ async def speed(folder: Path) -> Figures:
         figures["miss_put_and_written_cpu_us"] = 1e3 * (time.process_time() - start)
 
         vectors = {key("vector", i): os.urandom(VECTOR_BYTES) for i in range(1000)}
-        cache.put_many("vector", vectors)
+        for name, value in vectors.items():
+            cache.put("vector", name, value)
         await disk.flush()
         us = await median_us(lambda _: cache.get_many("vector", vectors), 9)
         figures["1000_vectors_from_memory_ms"] = us / 1e3
@@ -85,8 +87,8 @@ async def limits(
         before = process.memory_info().rss
         most_on_disk = 0
         for first in range(0, n_entries, 100):
-            names = [key("entry", n) for n in range(first, first + 100)]
-            cache.put_many("entry", {name: os.urandom(value_bytes) for name in names})
+            for n in range(first, first + 100):
+                cache.put("entry", key("entry", n), os.urandom(value_bytes))
             await disk.flush()
             most_on_disk = max(most_on_disk, size_of(folder))
         grown = process.memory_info().rss - before

@@ -43,9 +43,10 @@ from bench.plain_client import REST_S, post
 from engine.backends.base import Encoder, load_encoder
 from engine.batcher import Batcher
 from engine.client import SPIN_COUNT
-from engine.heads import COLBERT, SPARSE
+from engine.file_names import COLBERT, SPARSE
 from engine.model_file import read_model_file
 from engine.wire import EncoderSpec, WorkerSpec
+from models.convert.hf_folder import write_safetensors
 from settings import DEFAULT_EMBEDDING_MODEL, ROOT
 from worker_spec import default_n_threads
 
@@ -291,9 +292,7 @@ def write_heads(folder: Path, n_embd: int) -> Path:
         f"{COLBERT}.weight": (n_embd, n_embd), f"{COLBERT}.bias": (n_embd,),
     }  # fmt: skip
     made = {name: dice.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    path = folder / "heads.npz"
-    np.savez(path, **made)  # type: ignore[arg-type]
-    return path
+    return write_safetensors(folder / "heads.safetensors", made)
 
 
 def _answers(url: str) -> bool:

@@ -141,19 +141,19 @@ class Bench:
     def fill(self, *lengths: int) -> list[Sequence]:
         """Sequences of so many tokens, and nothing else in the cells."""
         for slot in range(16):
-            self.decoder.clear(slot)
+            self.decoder.memory.clear(slot)
         sequences = [Sequence(slot, array("i"), slot=slot) for slot in range(len(lengths))]
         saved: dict[int, tuple[array[int], Saved | None]] = {}
         for sequence, length in zip(sequences, lengths, strict=True):
             if length not in saved:
                 for start in range(0, length, 128):
                     self.bare_step([sequence], [min(128, length - start)])
-                cells = self.decoder.save(sequence.id, 0, length)
+                cells = self.decoder.memory.save(sequence.id, 0, length)
                 saved[length] = sequence.tokens[:], cells
                 continue
             tokens, cells = saved[length]  # in cells of its own, as if it had been computed
             assert cells is not None
-            assert self.decoder.load(sequence.id, cells, 0, length)
+            assert self.decoder.memory.load(sequence.id, cells, 0, length)
             sequence.tokens, sequence.n_past = tokens[:], length
         return sequences
 

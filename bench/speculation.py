@@ -82,7 +82,7 @@ class Runner:
             at = time.process_time()
             self._decoder.decode(batch)
             times[n].append(time.process_time() - at)
-            self._decoder.clear(0)
+            self._decoder.memory.clear(0)
         return {n: round(min(took) / min(times[1]), 2) for n, took in times.items()}
 
     def answer(

@@ -1,7 +1,6 @@
 """What an answer consists of, as it comes: text, reasoning, tool calls. Every wire format is a fold
 over these."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -63,13 +62,6 @@ class Message:
     text: str = ""
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, events: Iterable[Event]) -> "Message":
-        message = cls()
-        for event in events:
-            message.add(event)
-        return message
 
     def add(self, event: Event) -> None:
         if isinstance(event, Text):

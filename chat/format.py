@@ -3,7 +3,7 @@ worker is asked for, and to a splitter of what comes back."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +11,7 @@ from chat.events import Splitter
 from chat.splitter import ReasoningTags
 from chat.template import ChatTemplate, in_order, normalised, with_names
 from chat.tools import BY_NAME, FAMILIES
-from chat.tools.base import Function, Parts, Tool
+from chat.tools.base import Function, Parts, Tool, ToolFormat
 from engine.model_file import ModelFile
 from engine.wire import Grammar, GrammarPart, Segment, Thinking
 from errors import BadRequest, ModelLoadFailed, UnsupportedParameter
@@ -52,10 +52,15 @@ class ChatFormat:
     def __init__(self, model: ModelFile, tool_format: str = "auto") -> None:
         """`tool_format` is the name of a family, or `auto`: by the template. Raises
         ModelLoadFailed."""
+        self._with_tools: ChatFormat | None = None
+        if model.tool_template and tool_format != "generic":
+            only = replace(model, chat_template=model.tool_template, tool_template=None)
+            with_tools = ChatFormat(only, tool_format)
+            self._with_tools = with_tools if with_tools._family.shows_tools else None
         self._template = _template_of(model)
         source = self._template.source
         fitting = next(family for family in FAMILIES if family.fits(source))
-        self._family = BY_NAME.get(tool_format, fitting)
+        self._family: ToolFormat = BY_NAME.get(tool_format, fitting)
         self._tags = self._family.reasoning(source)
         # some write it only before the last user turn
         self._takes_system = all(
@@ -65,6 +70,7 @@ class ChatFormat:
         self._takes_later_system = self._shows(
             "system", "user", "assistant", "system", "user", in_order=True
         ) or not self._shows("system", "user", "assistant", "user")
+        self._takes_neighbours = self._shows("user", "user") or not self._shows("user")
         self._efforts = self._known_efforts()
 
     @property
@@ -88,12 +94,26 @@ class ChatFormat:
         """Render a conversation. `answer` says what the text must look like, `effort` and `budget`
         how long the model may think, `extra` goes to the template. With `continues` the answer
         goes on with the last message. Raises BadRequest."""
+        if tools and self._with_tools:
+            return self._with_tools.prompt(
+                messages,
+                now=now,
+                tools=tools,
+                choice=choice,
+                answer=answer,
+                effort=effort,
+                budget=budget,
+                continues=continues,
+                extra=extra,
+            )
         callable_ = [tool for tool in tools if tool.name in choice.names]
         self._check(callable_, choice, answer, continues)
         switches, budget = self._effort(effort, budget)
         messages = in_order(with_names(normalised(message) for message in messages))
         if not (self._takes_system and self._takes_later_system):
             messages = _without_system(messages, but_first=True)
+        if not self._takes_neighbours:
+            messages = _alternating(messages)
         turns = self._family.history(messages, [tool.definition for tool in tools])
         segments = self._template.render(
             turns if self._takes_system else _without_system(turns, but_first=False),
@@ -273,3 +293,18 @@ def _without_system(
             told.append(turn)
         was_system = is_system
     return told
+
+
+def _alternating(turns: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """For templates that refuse two turns of one role: those of users are one, and those of the
+    assistant too, but where thoughts, text and calls would not keep this order."""
+    joined: list[Mapping[str, Any]] = []
+    for turn in turns:
+        last = joined[-1] if joined else {"role": ""}
+        is_same = turn["role"] == last["role"] in ("user", "assistant")
+        if is_same and "tool_calls" not in last and "reasoning_content" not in turn:
+            text = "\n\n".join(filter(None, (last["content"], turn["content"])))
+            joined[-1] = {**turn, **last, "content": text}
+        else:
+            joined.append(turn)
+    return joined

@@ -1,6 +1,7 @@
 """Splitters that know nothing of tool calls, and what all splitters are made of."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chat.events import Event, Reasoning, Splitter, Text
@@ -133,6 +134,55 @@ class InlineReasoning:
             return [Text(text)]
         was_open, self._is_open = self._is_open, False
         return [Text("\n</think>\n\n"), event] if was_open else [event]
+
+
+class Unwrapped:
+    """Leaves out of the text the marks that an answer stands between, and spaces around them."""
+
+    def __init__(self, inner: Splitter, marks: Sequence[str]) -> None:
+        self._inner = inner
+        self._marks = [mark for mark in marks if mark]
+        self._mark = re.compile(rf"\s*({'|'.join(map(re.escape, self._marks))})")
+        self._held = ""
+        self._is_behind = False  # a mark, with no text since
+
+    @property
+    def is_reasoning(self) -> bool:
+        return self._inner.is_reasoning
+
+    @property
+    def is_calling(self) -> bool:
+        return self._inner.is_calling
+
+    def feed(self, text: str) -> list[Event]:
+        return [one for event in self._inner.feed(text) for one in self._unwrapped(event)]
+
+    def finish(self) -> list[Event]:
+        events = [one for event in self._inner.finish() for one in self._unwrapped(event)]
+        return events + self._released()
+
+    def _unwrapped(self, event: Event) -> list[Event]:
+        if not isinstance(event, Text):
+            return [*self._released(), event]
+        said, text = "", self._stripped(self._held + event.text)
+        while mark := self._mark.search(text):
+            said += text[: mark.start()]
+            self._is_behind = True
+            text = self._stripped(text[mark.end() :])
+        n_sure = len(text) - max(n_held(text, mark) for mark in self._marks)
+        self._held = text[n_sure:]
+        said += text[:n_sure]
+        return [Text(said)] if said else []
+
+    def _released(self) -> list[Event]:
+        held, self._held = self._held, ""
+        return [Text(held)] if held else []
+
+    def _stripped(self, text: str) -> str:
+        if self._is_behind:
+            text = text.lstrip()
+            self._is_behind = not text
+        return text
 
 
 class JsonSpan:

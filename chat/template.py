@@ -114,8 +114,9 @@ class ChatTemplate:
         continues: bool = False,
         **extra: Any,
     ) -> list[Segment]:
-        """The prompt: one segment, or more where the client wrote a control token's literal. It
-        ends where the model's answer begins or, if it `continues`, with the last message's text.
+        """The prompt of messages that are `normalised`: one segment, or more where the client wrote
+        a control token's literal. It ends where the model's answer begins or, if it `continues`,
+        with the last message's text.
 
         A content may be a tuple of segments, of which some are not the client's.
         `extra` is for the template, such as tools, and as little trusted as the messages. What
@@ -123,7 +124,7 @@ class ChatTemplate:
         """
         guard = ""
         try:
-            client = {"messages": [normalised(message) for message in messages], "extra": extra}
+            client = {"messages": [*messages], "extra": extra}
             text = json.dumps(client, ensure_ascii=False, default=_text_of)
             text.encode()
             unused = (c for c in map(chr, _GUARDS) if c not in text and c not in self.source)

@@ -14,7 +14,7 @@ from engine.wire import WorkerSpec
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILED_STEPS = 3  # in a row; then the decoder is taken to be broken
+MAX_FAILED_STEPS = 3  # in a row; then the model is taken to be broken
 
 
 class BatchEngine:
@@ -28,7 +28,7 @@ class BatchEngine:
         self.n_parallel = spec.n_parallel
         self._decoder = decoder
         self._scheduler = Scheduler(
-            decoder,
+            decoder.memory,
             n_slots=spec.n_parallel,
             n_ctx=n_ctx,
             n_cells=n_cells,

@@ -1,14 +1,17 @@
 """What a Hugging Face directory says about a model that generates, without loading it."""
 
+import json
+import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
-from engine.model_file import ModelFile, name_of
+from engine.model_file import CONTROL_BY_NAME, ModelFile, name_of
 from errors import ModelLoadFailed
 
 T = TypeVar("T")
@@ -24,8 +27,22 @@ _ENDS = frozenset(
     "<|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|> <|end|> <|return|> <|call|> <|calls|> "
     "<|flush|> <turn|> <|tool_response> _<EOT> [EOT] [EOS] [PAD]".split()
 )
+# Added tokens that llama.cpp's converter takes for control tokens, whatever files say.
+_CONTROL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 # Of harmony, and of Solar Open: where both are, <|end|> ends a message and not the turn.
 _TURNS = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})
+# Kinds of layers that keep a state and no cells, and of those that keep nothing.
+_RECURRENT, _KEEPING_NOTHING = ("M", "mamba", "conv", "linear_attention"), ("-", "E", "mlp", "moe")
+# The numbers whose product is the size of a state. Convolutions beside one are small.
+_STATES = (
+    ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),  # Qwen 3.5
+    ("mamba_num_heads", "mamba_head_dim", "ssm_state_size"),  # Nemotron H
+    ("mamba_n_heads", "mamba_d_head", "mamba_d_state"),  # Granite 4, Falcon H1
+    ("conv_L_cache", "hidden_size"),  # LFM2
+)
+_STATE_FLOAT_BYTES = 4  # whatever the activations are
+# Of the families with latent attention those for which mlx-lm keeps keys and values of each head.
+_UNCOMPRESSED = ("deepseek_v2", "minicpm3", "youtu_llm")
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -75,19 +92,18 @@ def read_chat_folder(path: Path) -> ModelFile:
     """
     if not path.is_dir():
         _fail(path, "is no directory; the backend mlx takes one with config.json and safetensors")
-    config = _decoded(path / "config.json", dict[str, Any])
+    config = _config(path / "config.json")
     architectures = [str(one) for one in _part(path, config, "architectures", list)]
     if architectures and not any(one.endswith(_GENERATING) for one in architectures):
         _fail(path, f"does not generate text: it is a {', '.join(architectures)}")
     text = config | _part(path, config, "text_config", dict)  # of a model that also sees or hears
     tokenizer, settings = read_tokenizer(path)
-    special = {token.content for token in _added(tokenizer, settings) if token.special}
+    special = {token.content for token in _added(tokenizer, settings) if _is_control(token)}
     bos, eos = _content(settings.bos_token), _content(settings.eos_token)
-    n_layer = _number(path, text, "num_hidden_layers", "n_layer", "n_layers")
+    n_listed = len(_layers(text))
+    n_layer = _number(path, text, "num_hidden_layers", "n_layer", "n_layers", default=n_listed)
     n_embd = _number(path, text, "hidden_size", "d_model", "n_embd")
-    n_head = _number(path, text, "num_attention_heads", "n_head", default=1)
-    n_head_kv = _number(path, text, "num_key_value_heads", default=n_head)
-    head_size = _number(path, text, "head_dim", default=n_embd // n_head)
+    kv_bytes_per_token, state_bytes = _kept(path, text, n_layer, n_embd)
     pieces = [*tokenizer.model.vocab, *(token.content for token in tokenizer.added_tokens)]
     return ModelFile(
         path=path,
@@ -99,20 +115,24 @@ def read_chat_folder(path: Path) -> ModelFile:
         n_embd=n_embd,
         n_vocab=_number(path, text, "vocab_size", default=len(pieces)),
         max_token_bytes=max(len(piece.encode("utf-8", "replace")) for piece in pieces),
-        kv_bytes_per_token=2 * n_layer * n_head_kv * head_size * FLOAT_BYTES,
-        tokenizer_model="gpt2" if is_byte_level(tokenizer) else "llama",
+        kv_bytes_per_token=kv_bytes_per_token,
         chat_template=_template(path, settings),
         bos_token=bos,
         eos_token=eos,
         add_bos=bool(bos) and adds_bos(tokenizer, settings, bos),
         control_tokens=tuple(sorted(special - {""}, key=lambda text: (-len(text), text))),
         kind="chat",
+        tool_template=_tool_template(path, settings),
+        state_bytes=state_bytes,
     )
 
 
 def read_tokenizer(path: Path) -> tuple[TokenizerFile, TokenizerConfig]:
     """What the two files say. Raises ModelLoadFailed."""
-    tokenizer = _decoded(path / "tokenizer.json", TokenizerFile)
+    file = path / "tokenizer.json"
+    if not file.exists():
+        _fail(path, "has no tokenizer.json; take a conversion that has one")
+    tokenizer = _decoded(file, TokenizerFile)
     if tokenizer.model.type != "BPE" or not isinstance(tokenizer.model.vocab, dict):
         _fail(path, f"has a tokenizer of the type {tokenizer.model.type}, and only BPE is read")
     config = path / "tokenizer_config.json"
@@ -124,7 +144,7 @@ def end_tokens(path: Path, tokenizer: TokenizerFile, settings: TokenizerConfig) 
     ends: set[int | None] = set()
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
-            config = _decoded(path / name, dict[str, Any])
+            config = _config(path / name)
             text = _part(path, config, "text_config", dict)
             found = config.get("eos_token_id", text.get("eos_token_id"))
             ends.update(found if isinstance(found, list) else [found])
@@ -138,7 +158,7 @@ def end_tokens(path: Path, tokenizer: TokenizerFile, settings: TokenizerConfig) 
 def suppressed_tokens(path: Path) -> list[int]:
     """Ids of tokens that the model never says. Raises ModelLoadFailed."""
     file = path / "generation_config.json"
-    found = _decoded(file, dict[str, Any]).get("suppress_tokens") if file.is_file() else None
+    found = _config(file).get("suppress_tokens") if file.is_file() else None
     return [token for token in found or () if isinstance(token, int) and token >= 0]
 
 
@@ -160,6 +180,11 @@ def _added(tokenizer: TokenizerFile, settings: TokenizerConfig) -> Iterator[Adde
     yield from settings.added_tokens_decoder.values()
 
 
+def _is_control(token: AddedToken) -> bool:
+    text = token.content
+    return token.special or text in CONTROL_BY_NAME or _CONTROL.fullmatch(text) is not None
+
+
 def _content(token: str | AddedToken | None) -> str:
     return token.content if isinstance(token, AddedToken) else token or ""
 
@@ -170,12 +195,23 @@ def _template(path: Path, settings: TokenizerConfig) -> str | None:
         return beside.read_text(encoding="utf-8", errors="replace")
     named = settings.chat_template
     if isinstance(named, list):
-        by_name = {one.get("name"): one.get("template") for one in named}
-        return by_name.get("default")  # others want tools or documents
+        return _by_name(named).get("default")
     older = path / "chat_template.json"
     if named is None and older.is_file():
         named = _decoded(older, TokenizerConfig).chat_template
     return named if isinstance(named, str) else None
+
+
+def _tool_template(path: Path, settings: TokenizerConfig) -> str | None:
+    beside = path / "additional_chat_templates" / "tool_use.jinja"
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8", errors="replace")
+    named = settings.chat_template
+    return _by_name(named).get("tool_use") if isinstance(named, list) else None
+
+
+def _by_name(templates: list[dict[str, str]]) -> dict[str | None, str | None]:
+    return {one.get("name"): one.get("template") for one in templates}
 
 
 def _weight_bytes(path: Path) -> int:
@@ -224,6 +260,51 @@ def _part(path: Path, config: dict[str, Any], key: str, kind: type[T]) -> T:
     return found
 
 
+def _kept(path: Path, text: dict[str, Any], n_layer: int, n_embd: int) -> tuple[int, int]:
+    """How many bytes a sequence keeps for each token, and how many in its states.
+
+    An upper bound: behind sliding windows, and in families that say it in other words, it is less.
+    """
+    n_head = _number(path, text, "num_attention_heads", "n_head", default=1)
+    head_size = _number(path, text, "head_dim", default=n_embd // n_head)
+    n_kept = 2 * _number(path, text, "num_key_value_heads", default=n_head) * head_size
+    if text.get("kv_lora_rank"):
+        n_rope = _number(path, text, "qk_rope_head_dim", default=head_size)
+        n_kept = _number(path, text, "kv_lora_rank") + n_rope
+        if text.get("index_head_dim"):
+            n_kept += 2 * _number(path, text, "index_head_dim")
+        if text.get("model_type") in _UNCOMPRESSED:
+            n_key = _number(path, text, "qk_nope_head_dim", default=head_size) + n_rope
+            n_kept = n_head * (n_key + _number(path, text, "v_head_dim", default=head_size))
+    n_attention, n_recurrent = _n_keeping(text, n_layer)
+    named = (keys for keys in _STATES if all(isinstance(text.get(key), int) for key in keys))
+    if (keys := next(named, None)) is None:  # not known, and taken for attention
+        return min(n_attention + n_recurrent, n_layer) * n_kept * FLOAT_BYTES, 0
+    n_state = prod(_number(path, text, key) for key in keys)
+    return n_attention * n_kept * FLOAT_BYTES, n_recurrent * n_state * _STATE_FLOAT_BYTES
+
+
+def _n_keeping(text: dict[str, Any], n_layer: int) -> tuple[int, int]:
+    """How many layers keep cells, and how many a state; all may do both, as Falcon H1's do."""
+    layers = _layers(text)
+    if len(layers) == n_layer:
+        n_recurrent = sum(layer in _RECURRENT for layer in layers)
+        return n_layer - n_recurrent - sum(map(_KEEPING_NOTHING.count, layers)), n_recurrent
+    indices, interval = text.get("full_attn_idxs"), text.get("full_attention_interval")
+    n_attention = n_layer
+    if isinstance(indices, list):
+        n_attention = min(len(indices), n_layer)
+    elif isinstance(interval, int) and interval > 0:
+        n_attention = n_layer // interval
+    return n_attention, n_layer if n_attention == n_layer else n_layer - n_attention
+
+
+def _layers(text: dict[str, Any]) -> str | list[Any]:
+    """What each layer is, where the file says it."""
+    named = map(text.get, ("hybrid_override_pattern", "layers_block_type", "layer_types"))
+    return next((layers for layers in named if isinstance(layers, str | list)), [])
+
+
 def _number(path: Path, config: dict[str, Any], *keys: str, default: int | None = None) -> int:
     """The first of these that is there."""
     found = next((config[key] for key in keys if config.get(key) is not None), default)
@@ -232,12 +313,21 @@ def _number(path: Path, config: dict[str, Any], *keys: str, default: int | None 
     return found
 
 
+def _config(file: Path) -> dict[str, Any]:
+    """Written by Python, whose JSON has Infinity in it."""
+    return _read(file, lambda data: msgspec.convert(json.loads(data), dict[str, Any]))
+
+
 def _decoded(file: Path, kind: Any) -> Any:
+    return _read(file, lambda data: msgspec.json.decode(data, type=kind))
+
+
+def _read(file: Path, decode: Callable[[bytes], T]) -> T:
     try:
         if file.stat().st_size > _MAX_BYTES:
             _fail(file.parent, f"has a {file.name} that is too big")
-        return msgspec.json.decode(file.read_bytes(), type=kind)
-    except (OSError, msgspec.MsgspecError):
+        return decode(file.read_bytes())
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError):
         _fail(file.parent, f"has no {file.name} that can be read; download it again")
 
 

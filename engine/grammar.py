@@ -59,7 +59,10 @@ UNENFORCED = ("minProperties", "maxProperties")
 class GrammarState:
     """Where one answer is in its grammar; implements Constraint."""
 
-    def __init__(self, matcher: LLMatcher, n_vocab: int, param: str) -> None:
+    def __init__(
+        self, matcher: LLMatcher, n_vocab: int, param: str, unenforced: tuple[str, ...] = ()
+    ) -> None:
+        self.unenforced = unenforced  # params of schemas of which no more than a type can be used
         self._matcher = matcher
         self._param = param
         self._n_vocab = n_vocab
@@ -87,7 +90,8 @@ class GrammarState:
             self._check()
 
     def copy(self) -> "GrammarState":
-        return GrammarState(self._matcher.deep_copy(), self._n_vocab, self._param)
+        matcher = self._matcher.deep_copy()
+        return GrammarState(matcher, self._n_vocab, self._param, self.unenforced)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -123,23 +127,26 @@ class Compiler:
         sources = [_source(part, is_all) for part in grammar.parts]
         frame = {"name": "frame", "lark_grammar": self._resolved(grammar.frame)}
         matcher = self._whole(frame, sources)
+        unenforced: dict[str, None] = {}
         if matcher.is_error():
-            for part, source in zip(grammar.parts, sources, strict=True):
-                self._mend(part, source)
+            each = zip(grammar.parts, sources, strict=True)
+            unenforced = dict.fromkeys(part.param for part, s in each if not self._mend(part, s))
             matcher = self._whole(frame, sources)
         if matcher.is_error():
             reason = _first_line(matcher.get_error())
             raise BadRequest(f"The grammar cannot be used: {reason}", param=grammar.param)
-        state = GrammarState(matcher, self._tokenizer.n_vocab, grammar.param)
-        state.copy().apply(np.zeros(self._tokenizer.n_vocab, np.float32))  # it must begin
+        n_vocab = self._tokenizer.n_vocab
+        state = GrammarState(matcher, n_vocab, grammar.param, tuple(unenforced))
+        state.copy().apply(np.zeros(n_vocab, np.float32))  # it must begin
         return state
 
     def _whole(self, frame: dict[str, Any], sources: list[dict[str, Any]]) -> LLMatcher:
         return self._matcher([frame, *({"name": f"p{n}", **s} for n, s in enumerate(sources))])
 
-    def _mend(self, part: GrammarPart, source: dict[str, Any]) -> None:
+    def _mend(self, part: GrammarPart, source: dict[str, Any]) -> bool:
         """A lenient part that fails by itself goes without the patterns that cannot be enforced.
-        Raises BadRequest where it fails all the same."""
+        Where it fails all the same any value of its type will do, and it is not enforced. Raises
+        BadRequest for others that fail."""
         alone = self._matcher([source])
         if alone.is_error() and part.kind == "json_schema":
             reasons = []
@@ -159,8 +166,16 @@ class Compiler:
             alone = self._matcher([source])
             if reasons and not part.is_lenient and not alone.is_error():
                 raise BadRequest(reasons[0], param=part.param)
-        if alone.is_error():
+        if not alone.is_error():
+            return True
+        if not part.is_lenient:
             raise BadRequest(_explain(alone.get_error(), part), param=part.param)
+        schema = source["json_schema"]
+        style = {"x-guidance": schema["x-guidance"]}
+        source["json_schema"] = {"type": schema.get("type")} | style
+        if self._matcher([source]).is_error():  # it says none that there is
+            source["json_schema"] = style
+        return False
 
     def _is_beyond(self, pattern: Any) -> bool:
         """It cannot be enforced, as lookarounds, or is none."""

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.file_names import COLBERT, HEAD_SUFFIXES, PACKED_HEADS, SPARSE
 from engine.model_file import open_header
 from engine.tensors import read_tensors
 from engine.torch_file import Floats
+from engine.wire import EncoderSpec
 from errors import ModelLoadFailed
 
-SPARSE, COLBERT = "sparse_linear", "colbert_linear"  # as FlagEmbedding calls them
 METADATA_PREFIX = "bge_m3."  # in a GGUF: bge_m3.sparse_linear.weight and so on, as flat arrays
 
 _POOLING_NONE, _POOLING_CLS = 0, 2
-_SUFFIXES = (".pt", ".safetensors")
 # What converters append to a name: model-Q4_K_M, model.f16, model-fp16.
 _QUANTIZATION = re.compile(r"[-._](?:bf16|fp?16|fp?32|i?q\d\w*|tq\d\w*|mxfp4)$", re.IGNORECASE)
 
@@ -31,6 +31,18 @@ class Heads:
     sparse_bias: float
     colbert_weight: Floats  # [n_colbert, n_embd]
     colbert_bias: Floats  # [n_colbert]
+
+
+def heads_of(
+    model_path: Path, n_embd: int, encoder: EncoderSpec
+) -> tuple[Heads | None, tuple[str, ...]]:
+    """The heads that a tier's model has, and where it has none what is missing."""
+    if encoder.kind != "embedding":
+        return None, ()
+    sparse = Path(encoder.sparse_head_path) if encoder.sparse_head_path else None
+    colbert = Path(encoder.colbert_head_path) if encoder.colbert_head_path else None
+    heads = read_heads(model_path, n_embd, sparse, colbert)
+    return heads, missing_heads(model_path, sparse, colbert) if heads is None else ()
 
 
 def read_heads(
@@ -154,14 +166,14 @@ def _in_metadata(name: str, model_path: Path) -> bool:
 def _packed(model_path: Path) -> Path | None:
     """The file beside a GGUF that by its name has the heads of this one."""
     stem = _QUANTIZATION.sub("", model_path.stem)
-    path = model_path.with_name(f"{stem}.heads.safetensors")
+    path = model_path.with_name(f"{stem}{PACKED_HEADS}")
     return path if path.is_file() and not model_path.is_dir() else None
 
 
 def _loose(name: str, model_path: Path) -> Path | None:
     """A file by the name that FlagEmbedding gives it, in a directory or beside a GGUF."""
     folder = model_path if model_path.is_dir() else model_path.parent
-    paths = (folder / (name + suffix) for suffix in _SUFFIXES)
+    paths = (folder / (name + suffix) for suffix in HEAD_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)
 
 

@@ -39,7 +39,6 @@ class ModelFile:
     n_vocab: int
     max_token_bytes: int  # no token stands for more of a prompt
     kv_bytes_per_token: int  # f16 keys and values of all layers; 0 for encoders
-    tokenizer_model: str  # gpt2 | llama | t5 | bert …
     chat_template: str | None
     bos_token: str  # "" where the model has none, also eos_token
     eos_token: str
@@ -52,6 +51,8 @@ class ModelFile:
     # a context of more cells is computed with other factors of RoPE (Phi-3 and later); 0: there is
     # but one set
     n_ctx_short: int = 0
+    tool_template: str | None = None  # in the place of the other where there are tools
+    state_bytes: int = 0  # of recurrent layers, for each sequence; 0: counted among the cells
 
 
 def name_of(path: Path) -> str:
@@ -123,7 +124,7 @@ _DEFAULT_EOS = {"llama": 2, "t5": 1}
 _TYPE_UNKNOWN, _TYPE_CONTROL = 2, 3
 # Ends of turn and marks of infilling that llama-vocab.cpp makes control tokens, whatever type the
 # file gives them.
-_CONTROL_BY_NAME = frozenset(
+CONTROL_BY_NAME = frozenset(
     "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> "
     "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> "
     "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> "
@@ -386,7 +387,6 @@ def _describe(path: Path, header: Header) -> ModelFile:
         n_vocab=tokens.count if tokens else header.number(f"{architecture}.vocab_size", 0),
         max_token_bytes=int(np.diff(tokens.texts).max(initial=9)) - 8 if tokens else 1,
         kv_bytes_per_token=_kv_bytes_per_token(header, architecture, n_layer),
-        tokenizer_model=tokenizer_model,
         chat_template=header.text("tokenizer.chat_template") or None,
         bos_token=bos_token,
         eos_token=_special(header, tokens, "eos", _DEFAULT_EOS.get(tokenizer_model)),
@@ -396,6 +396,7 @@ def _describe(path: Path, header: Header) -> ModelFile:
         n_head=max(_n_head(header, architecture, n_layer), default=0),
         has_plain_cells=not any(_OTHER_CELLS.search(name) for name in names),
         n_ctx_short=header.number(original, n_ctx_train) if has_factors else 0,
+        tool_template=header.text("tokenizer.chat_template.tool_use") or None,
     )
 
 
@@ -476,5 +477,5 @@ def _control_tokens(header: Header, tokens: _Array | None) -> tuple[str, ...]:
     types = header.numbers("tokenizer.ggml.token_type", tokens.count)
     special = np.flatnonzero((types == _TYPE_CONTROL) | (types == _TYPE_UNKNOWN))
     every = header.texts(tokens, range(tokens.count))
-    texts = {every[i] for i in special} | _CONTROL_BY_NAME.intersection(every)
+    texts = {every[i] for i in special} | CONTROL_BY_NAME.intersection(every)
     return tuple(sorted(texts - {""}, key=lambda text: (-len(text), text)))

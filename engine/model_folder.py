@@ -5,24 +5,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from engine.file_names import WEIGHTS
 from engine.model_file import Kind, ModelFile, name_of
 from engine.types import Pooling
 from errors import ModelLoadFailed
 
 
 class _Family(NamedTuple):
-    tokenizer_model: str  # what llama.cpp calls it
     n_unused: int  # rows of the table of positions: they begin after the padding's id
     max_token_bytes: int  # at least; reading all pieces would take long
 
 
 _FAMILIES = {
-    "xlm-roberta": _Family("t5", 2, 64),
-    "roberta": _Family("gpt2", 2, 128),
-    "bert": _Family("bert", 0, 64),
+    "xlm-roberta": _Family(2, 64),
+    "roberta": _Family(2, 128),
+    "bert": _Family(0, 64),
 }
 _HALVES = ("float16", "bfloat16")  # weights that are twice as large once they are computed with
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first that are there count
 _TOKENIZERS = ("tokenizer.json", "sentencepiece.bpe.model", "vocab.txt")
 _POOLINGS: dict[str, Pooling] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _POOLING_FLAGS = {  # which said the same before sentence-transformers 5.4; several may be set
@@ -75,7 +74,7 @@ def read_model_folder(path: Path) -> ModelFile:
     kind = _kind(config, fail)
     if kind == "embedding" and (modules := _modules_in(path) - _MODULES):
         fail(f"has layers that are not computed here ({', '.join(sorted(modules))})")
-    tokenizer_model, n_unused, max_token_bytes = _FAMILIES[family]
+    n_unused, max_token_bytes = _FAMILIES[family]
     is_half = (config.get("dtype") or config.get("torch_dtype")) in _HALVES
 
     def size_of(key: str) -> int:
@@ -95,7 +94,6 @@ def read_model_folder(path: Path) -> ModelFile:
         n_vocab=size_of("vocab_size"),
         max_token_bytes=max_token_bytes,
         kv_bytes_per_token=0,
-        tokenizer_model=tokenizer_model,
         chat_template=None,
         bos_token="",
         eos_token="",
@@ -125,7 +123,7 @@ def pooling_in(path: Path) -> Pooling | None:
 
 def weights_in(path: Path) -> list[Path]:
     """The files with the weights, which are one where the model is not split."""
-    found = (sorted(path.glob(pattern)) for pattern in _WEIGHTS)
+    found = (sorted(path.glob(pattern)) for pattern in WEIGHTS)
     return next(filter(None, found), [])
 
 

@@ -94,7 +94,7 @@ class Rules:
         self._bias = Bias(sampling.logit_bias) if sampling.logit_bias else None
         self._penalties = Penalties(sampling, prompt) if Penalties.wanted(sampling) else None
 
-    def change(self, constraint: Constraint | None) -> bool:
+    def changes(self, constraint: Constraint | None) -> bool:
         """Whether the next row is changed."""
         is_limited = self._suppressed is not None or self._n_without_end > 0
         return bool(is_limited or self._penalties or self._bias or constraint)

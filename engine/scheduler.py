@@ -28,7 +28,7 @@ from engine.marks import Kept
 from engine.pace import Pace
 from engine.prefix import Match, PrefixTree, Tokens, n_common
 from engine.speculation import Guesses, Speculation
-from engine.types import Batch, Chunk, Sequence
+from engine.types import Batch, Chunk, Sequence, is_one_steady_job, order
 
 WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
 OF_KEPT = 16  # parts of a slot that is kept, of which more than one must be of use
@@ -87,7 +87,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Its prompt must be shorter than the cells."""
-        insort(self._waiting, sequence, key=_order)
+        insort(self._waiting, sequence, key=order)
 
     def cancel(self, id: int) -> None:
         """Forget a sequence, wherever it is. Its slot keeps the cells for who comes next."""
@@ -239,10 +239,6 @@ class Scheduler:
                 return True
         return False
 
-    def _is_one_steady_job(self) -> bool:
-        """Nobody runs but answers of one job that is to have the same numbers every time."""
-        return not self._running[0].reuses and len({s.first for s in self._running}) == 1
-
     def _is_coming(self, wanted: Tokens) -> bool:
         """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
         prefilling = [other for other in self._running if other.n_pending > 1]
@@ -332,7 +328,7 @@ class Scheduler:
         sequence.slot = slot.index
         sequence.n_past = len(self._cells.tokens[slot.index])
         sequence.admitted_at = self._n_plans
-        insort(self._running, sequence, key=_order)
+        insort(self._running, sequence, key=order)
 
     def _is_worth_leaving(self, source: Source, sequence: Sequence) -> bool:
         """An idle slot that cannot move out has more than is of use now, and another has room."""
@@ -381,7 +377,7 @@ class Scheduler:
             if self._cells.can_mark and is_alone:  # whole, which takes too long beside streams
                 any(self._cells.put_away(slot.index) for slot in idle)
             return
-        if self._is_one_steady_job():  # whatever the tree knows of it already
+        if is_one_steady_job(self._running):  # whatever the tree knows of it already
             self._empty()
             return
         n_to_move = self._cells.block
@@ -452,7 +448,7 @@ class Scheduler:
         prefilling.sort(key=self._length)
         lengths = [sequence.n_pending for sequence in prefilling]
         n_left = min(self._n_batch - batch.n_tokens, sum(lengths))
-        if not self._is_one_steady_job():  # which has the same chunks every time
+        if not is_one_steady_job(self._running):  # which has the same chunks every time
             burst = lengths if batch.is_beginning else ()
             n_left = self._pace.n_prefill(batch.n_decodes, n_left, burst)
         while self._cells.n_free - batch.n_tokens < n_left and self._idle():
@@ -485,7 +481,3 @@ class Scheduler:
         """Of what is pending, as it counts."""
         n_plans = self._n_plans - sequence.admitted_at
         return sequence.n_pending - AGEING * n_plans + RANKING * sequence.rank
-
-
-def _order(sequence: Sequence) -> tuple[float, int]:
-    return sequence.rank, sequence.id

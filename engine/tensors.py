@@ -1,15 +1,12 @@
-"""Named arrays out of the files in which weights come: .safetensors, .pt, .npz."""
+"""Named arrays out of the files in which weights come: .safetensors, .pt, .bin."""
 
 import json
 import math
 import mmap
 import struct
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-
-import numpy as np
 
 from engine.torch_file import (
     Floats,
@@ -22,7 +19,6 @@ from errors import ModelLoadFailed
 
 T = TypeVar("T")
 
-_MAX_NPZ_BYTES = 1 << 30  # it may be compressed, and says nothing before it is unpacked
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -85,25 +81,10 @@ def _tensor(data: memoryview, entry: dict[str, Any]) -> Floats:
     return values.reshape(shape)
 
 
-def _read_npz(path: Path) -> dict[str, Floats]:
-    with zipfile.ZipFile(path) as archive:
-        if sum(member.file_size for member in archive.infolist()) > _MAX_NPZ_BYTES:
-            raise UnreadableTensors("is too large to be unpacked; convert it to safetensors")
-    found = {}
-    with np.load(path, allow_pickle=False) as arrays:
-        for name, values in arrays.items():
-            if values.dtype.kind not in "fiu":
-                raise UnreadableTensors(f"has an array of {values.dtype}, which is not read")
-            found[name] = values.astype(np.float32)
-    return found
-
-
 _READERS = {
     ".safetensors": _read_safetensors,
     ".pt": read_torch_file,
-    ".pth": read_torch_file,
     ".bin": read_torch_file,
-    ".npz": _read_npz,
 }
 _NAMES = {
     ".safetensors": lambda path: set(_open_safetensors(path)[0]),

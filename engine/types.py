@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -10,6 +10,7 @@ import msgspec
 Finish = Literal["stop", "length"]
 Output = Literal["dense", "sparse", "colbert"]  # kinds of vectors of a text
 Method = Literal["cross-encoder", "dense", "sparse", "colbert", "hybrid"]  # of scoring a pair
+EQUAL_WEIGHTS = 1.0, 1.0, 1.0  # of dense, sparse and ColBERT in a hybrid score
 Scale = Literal["logit", "probability", "similarity"]  # of scores
 Pooling = Literal["cls", "mean", "last"]  # which rows of its tokens make the vector of a text
 Truncate = Literal["none", "start", "end"]  # where a text that is too long is cut
@@ -57,20 +58,42 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
-    """One prompt being answered. `tokens[:n_past]` have KV cells in `slot`, the rest is pending."""
+class Admitted:
+    """A sequence that an engine has taken: one prompt being answered."""
 
     id: int
     tokens: "array[int]"  # the prompt, then what was sampled
+    _: KW_ONLY
+    has_started: bool = False  # was given a place before
+    reuses: bool = True  # begins with what others have computed, and so with their rounding
+    goes_on_from: int | None = None  # or only with what this one has, the first of its job
+    rank: float = 0.0  # the least goes first, and puts off others where there is no place
+
+    @property
+    def first(self) -> int:
+        """The first of its job, by which such are known that do not reuse."""
+        return self.id if self.goes_on_from is None else self.goes_on_from
+
+
+def order(sequence: Admitted) -> tuple[float, int]:
+    """By rank, then by age: ids grow with arrival."""
+    return sequence.rank, sequence.id
+
+
+def is_one_steady_job(sequences: Sequence_[Admitted]) -> bool:
+    """All are answers of one job, which is to have the same numbers every time."""
+    return not sequences[0].reuses and len({sequence.first for sequence in sequences}) == 1
+
+
+@dataclass(slots=True, eq=False)
+class Sequence(Admitted):
+    """`tokens[:n_past]` have KV cells in `slot`, the rest is pending."""
+
     sampler: Any = None  # the backend's own; survives preemption
     constraint: Any = None  # engine.backends.base.Constraint, or None
     slot: int | None = None
     n_past: int = 0
     n_cached: int = 0  # prompt tokens that needed no decoding
-    has_started: bool = False  # was given a slot before
-    reuses: bool = True  # begins with what others have computed, and so with their rounding
-    goes_on_from: int | None = None  # or only with what this one has, the first of its job
-    rank: float = 0.0  # the least goes first, and puts off others where there is no place
     admitted_at: int = 0  # the plan in which it got its slot
     guesses: Any = None  # engine.speculation.Guesses, made when first wanted
     n_prompt: int = field(init=False)
@@ -81,11 +104,6 @@ class Sequence:
     @property
     def n_pending(self) -> int:
         return len(self.tokens) - self.n_past
-
-    @property
-    def first(self) -> int:
-        """The first of its job, by which such are known that do not reuse."""
-        return self.id if self.goes_on_from is None else self.goes_on_from
 
 
 @dataclass(slots=True)
@@ -138,11 +156,7 @@ class Batch:
 
     @property
     def is_steady(self) -> bool:
-        """It is of one job, which is to have the same numbers every time."""
-        one = self.chunks[0].sequence
-        return not one.reuses and all(
-            not chunk.sequence.reuses and chunk.sequence.first == one.first for chunk in self.chunks
-        )
+        return is_one_steady_job([chunk.sequence for chunk in self.chunks])
 
     @property
     def is_beginning(self) -> bool:

@@ -23,14 +23,6 @@ from engine.types import (
 )
 
 MAX_FRAME_BYTES = 1 << 30
-CELLS = 256  # of a context are a multiple of this
-# Answers at once that gain by cells apart; without flash attention, which computes for all cells
-LEAST_IN_LANES, LEAST_IN_PLAIN_LANES = 3, 2
-PLAIN_TOKENS = 128  # at most have their scores in memory at once, without flash attention
-# Tokens in one call of a decoder that embeds or scores: llama.cpp computes logits of every token
-# whose row is wanted, which for 8,192 of a large vocabulary are gigabytes. What is before them
-# stays in its memory.
-DECODER_STEP = 512
 MAX_GRAMMAR_BYTES = 256 << 10
 _LENGTH = struct.Struct("<I")
 
@@ -223,7 +215,6 @@ class EncoderInfo(msgspec.Struct, frozen=True, array_like=True):
 class Ready(Message, frozen=True):
     n_ctx: int
     n_parallel: int  # jobs that it takes at once
-    n_vocab: int
     encoder: EncoderInfo | None = None
 
 
@@ -237,6 +228,7 @@ class Started(Message, frozen=True):
     job: int
     prompt_tokens: int
     cached_tokens: int
+    unenforced: tuple[str, ...] = ()  # params of schemas of which no more than a type can be used
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):

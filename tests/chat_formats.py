@@ -1,12 +1,13 @@
 """How the families chat: templates of their shapes, the tokens they have for it, conversations."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from chat.events import Event, Message
 from chat.format import ChatFormat, Prompt, ToolChoice
 from chat.tools.base import Tool
 from engine.model_file import ModelFile
@@ -71,6 +72,29 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
         *CHATML_TOKENS, "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_call_start|>",
         "<|tool_call_end|>", "<|tool_response_start|>", "<|tool_response_end|>",
     ),
+    "granite3": (
+        "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|tool_call|>",
+    ),
+    "phi4_mini": (
+        "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|tool|>", "<|/tool|>",
+        "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>",
+    ),
+    "nemotron2": (
+        "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<think>", "</think>", "<TOOLCALL>",
+        "</TOOLCALL>", "<AVAILABLE_TOOLS>", "</AVAILABLE_TOOLS>", "<TOOL_RESPONSE>",
+        "</TOOL_RESPONSE>",
+    ),
+    "apriel": (
+        "<s>", "</s>", "<|begin_system|>", "<|begin_user|>", "<|begin_assistant|>",
+        "<|begin_tool_result|>", "<|end|>", "<tool_calls>", "</tool_calls>",
+        "[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]",
+    ),
+    "command": (
+        "<s>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>",
+        "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_THINKING|>", "<|END_THINKING|>",
+        "<|START_ACTION|>", "<|END_ACTION|>", "<|START_TOOL_RESULT|>", "<|END_TOOL_RESULT|>",
+        "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+    ),
     "smollm2": CHATML_TOKENS,
     "deepseek_r1": ("<s>", "</s>", "<|User|>", "<|Assistant|>", "<think>", "</think>"),
 }  # fmt: skip
@@ -78,7 +102,9 @@ NAMES = tuple(CONTROL_TOKENS)
 
 
 @cache
-def chat_format(template: str, tool_format: str = "auto") -> ChatFormat:
+def chat_format(
+    template: str, tool_format: str = "auto", *, tool_template: str | None = None
+) -> ChatFormat:
     """By the name of a template, or by its text."""
     source, tokens = template, ("<s>", "</s>")
     if template in CONTROL_TOKENS:
@@ -95,13 +121,13 @@ def chat_format(template: str, tool_format: str = "auto") -> ChatFormat:
         n_vocab=3,
         max_token_bytes=16,
         kv_bytes_per_token=1,
-        tokenizer_model="gpt2",
         chat_template=source,
         bos_token="<s>",
         eos_token="</s>",
         add_bos=False,
         control_tokens=tokens,
         kind="chat",
+        tool_template=tool_template,
     )
     return ChatFormat(model, tool_format)
 
@@ -189,3 +215,10 @@ def prompt(
 
 def text(of: Prompt) -> str:
     return "".join(segment.text for segment in of.segments)
+
+
+def message_of(events: Iterable[Event]) -> Message:
+    message = Message()
+    for event in events:
+        message.add(event)
+    return message

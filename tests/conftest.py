@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants  # noqa: F401  # reads HF_HUB_OFFLINE once, which backends set
 import hypothesis
 import pytest
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 
 import worker
@@ -93,6 +94,13 @@ class Service:
         body = {"model": "light", "messages": messages} | fields
         return self.http.post("/v1/chat/completions", json=body)
 
+    def breaking(self, path: str, **body: Any) -> list[Any]:
+        """The events of a stream that is cut off."""
+        body = {"model": "light", "stream": True} | body
+        with self.http.stream("POST", path, json=body) as response:
+            assert response.status_code == 200
+            return cut_off(response.iter_text())
+
     def respond(self, asked: Any = "Hi", **fields: Any) -> httpx.Response:
         return self.http.post("/v1/responses", json={"model": "light", "input": asked} | fields)
 
@@ -172,6 +180,16 @@ def events(response: httpx.Response) -> list[Any]:
     parts = response.text.split("\n\n")
     assert parts[-2:] == ["data: [DONE]", ""], parts[-3:]
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def cut_off(pieces: Iterator[str]) -> list[Any]:
+    """The events of a stream that is cut off, of which the last is an error."""
+    told: list[str] = []
+    with pytest.raises(httpx.RemoteProtocolError):
+        told.extend(pieces)
+    *parts, last = "".join(told).split("\n\n")
+    assert last == ""
+    return [json.loads(part.removeprefix("data: ")) for part in parts]
 
 
 def named_events(response: httpx.Response) -> list[Any]:

@@ -1,6 +1,7 @@
 """What tells how the service is, and what changes it: over HTTP, on the fake backend."""
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from tests.hub_imitation import Repo, hub_imitation
 from tests.serving import (
     Held,
     Service,
+    cut_off,
     events,
     fake,
     script,
@@ -254,7 +256,7 @@ def test_a_request_that_takes_too_long_is_ended_and_its_place_is_free(tmp_path: 
         assert reply.status_code == 504
         assert reply.json()["error"]["code"] == "request_timeout"
         assert reply.headers["x-should-retry"] == "false"
-        last = events(service.chat("long", stream=True))[-1]
+        last = service.breaking(CHAT, messages=[{"role": "user", "content": "long"}])[-1]
         assert last["error"]["code"] == "request_timeout"
         assert service.chat("Hi").json()["choices"][0]["message"]["content"] == "You said: Hi"
 
@@ -465,11 +467,12 @@ def test_how_long_a_model_stays_is_for_admins_where_there_are_some() -> None:
                 tier.keep_alive(60)
 
 
-BEATS = {
-    "/v1/chat/completions": ": still computing",
-    "/v1/completions": ": still computing",
-    "/v1/responses": "event: keepalive",
-    "/v1/messages": "event: ping",
+# what an event that says nothing has
+PAUSES = {
+    "/v1/chat/completions": '"delta":{},"logprobs":null,"finish_reason":null}]}\n\n',
+    "/v1/completions": '"text":"","logprobs":null,"finish_reason":null}]}\n\n',
+    "/v1/responses": '{"type":"keepalive",',
+    "/v1/messages": '{"type":"ping"}',
 }
 
 
@@ -480,8 +483,9 @@ def test_a_stream_that_computes_for_long_says_that_it_lives(tmp_path: Path, path
     with serving(settings({"comment_after_s": 0.02}, light=light)) as service:
         assert service.chat().status_code == 200
         whole = service.http.post(path, json=body).text
-    assert BEATS[path] in whole
-    assert "data:" in whole.partition(BEATS[path])[0], "the stream had begun"
+    assert PAUSES[path] in whole
+    assert whole.partition(PAUSES[path])[0].count("data:") > 1, "the stream had begun"
+    assert not re.search("^:", whole, re.MULTILINE), "some clients fail on comments"
     numbers = [int(n) for n in re.findall(r'"sequence_number":(\d+)', whole)]
     assert numbers == list(range(len(numbers)))
     assert whole.endswith("\n\n")
@@ -492,29 +496,32 @@ def test_a_stream_that_waits_says_for_what(path: str) -> None:
     body = {"model": "light", "stream": True, "frob": 1, **WAYS[path]}
     launcher = Held()
 
+    pauses = '"waiting":', '"headers":', PAUSES[path]
+
     def n_events(text: str) -> int:
         parts = text.split("\n\n")
-        return sum("data:" in part and not part.startswith(BEATS[path]) for part in parts)
+        return sum(not any(pause in part for pause in pauses) for part in parts)
 
     with serving(settings({"comment_after_s": 0.05}), launch=launcher) as service:
         with service.http.stream("POST", path, json=body) as reply:
             assert reply.headers["x-ignored-params"] == "frob"
             pieces = reply.iter_text()
             text = ""
-            while ": loading light " not in text:
+            while '"waiting":"loading light ' not in text:
                 text += next(pieces)
             launcher.go_on()
             text += "".join(pieces)
         again = service.http.post(path, json=body).text
         assert n_events(text) == n_events(again) > 3, "all came"
-        assert ": loading" not in again, "it did not wait"
+        assert '"waiting":' not in again
+        assert not re.search("^:", text + again, re.MULTILINE), "some clients fail on comments"
 
 
 LATE = ("X-Truncated-Messages", "X-Seed", "X-Cache", "X-Queue-Position", "X-Queue-Time-Ms")
 
 
 @pytest.mark.parametrize("path", WAYS)
-def test_headers_that_come_too_late_are_comments_before_the_first_event(path: str) -> None:
+def test_headers_that_come_too_late_are_in_an_event(path: str) -> None:
     body = {"model": "light", "stream": True, "frob": 1, **WAYS[path]}
     launcher = Held()
     with serving(settings({"comment_after_s": 0.05}), launch=launcher) as service:
@@ -524,11 +531,14 @@ def test_headers_that_come_too_late_are_comments_before_the_first_event(path: st
             launcher.go_on()
             text += "".join(pieces)
         assert not {name.lower() for name in LATE} & reply.headers.keys()
-        comments = text.partition("data:")[0].splitlines()
-        for name in LATE[1:]:
-            assert sum(line.startswith(f": {name}: ") for line in comments) == 1
-        assert not any("Truncated" in line or "Ignored" in line for line in comments)
-        assert ": X-" not in service.http.post(path, json=body).text, "they are headers in time"
+        (late,) = late_headers(text)
+        assert late.keys() == {*LATE[1:]}
+        assert not late_headers(service.http.post(path, json=body).text), "they are headers in time"
+
+
+def late_headers(text: str) -> list[dict[str, str]]:
+    told = [json.loads(data) for data in re.findall("^data: ({.*)", text, re.MULTILINE)]
+    return [data["headers"] for data in told if "headers" in data]
 
 
 TURNS: list[Any] = [
@@ -547,10 +557,11 @@ def test_a_late_stream_says_that_turns_were_left_out() -> None:
     ):
         assert "x-truncated-messages" not in reply.headers
         launcher.go_on()
-        assert f": X-Truncated-Messages: {n_left_out}" in reply.read().decode().splitlines()
+        (late,) = late_headers(reply.read().decode())
+        assert late["X-Truncated-Messages"] == n_left_out
 
 
-def test_sdks_read_over_the_comments_of_a_late_stream() -> None:
+def test_sdks_read_over_the_pauses_of_a_late_stream() -> None:
     launcher = Held()
     with (
         serving(settings({"comment_after_s": 0.05}), launch=launcher) as service,
@@ -571,7 +582,24 @@ def test_sdks_read_over_the_comments_of_a_late_stream() -> None:
         assert (types[0], types[-1]) == ("message_start", "message_stop")
 
 
-def test_openais_sdk_raises_a_fault_after_a_comment(tmp_path: Path) -> None:
+def test_openais_sdk_adds_up_a_late_stream() -> None:
+    launcher = Held()
+    asked: Any = {"model": "light", "messages": [{"role": "user", "content": "Hi"}]}
+    with (
+        serving(settings({"comment_after_s": 0.05}), launch=launcher) as service,
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="none") as client,
+        client.chat.completions.stream(**asked) as chat,
+        client.responses.stream(model="light", input="Hi") as response,
+    ):
+        launcher.go_on()
+        choice = chat.get_final_completion().choices[0]
+        assert (choice.message.role, choice.message.content) == ("assistant", "You said: Hi")
+        assert choice.finish_reason == "stop"
+        response.until_done()
+        assert response.get_final_response().output_text == "You said: Hi"
+
+
+def test_openais_sdk_raises_a_fault_after_a_pause(tmp_path: Path) -> None:
     light = fake(script(tmp_path, fault="load"))
     launcher = Held()
     with (
@@ -580,8 +608,11 @@ def test_openais_sdk_raises_a_fault_after_a_comment(tmp_path: Path) -> None:
         client.responses.stream(model="light", input="Hi") as stream,
     ):
         launcher.go_on()  # now that the stream has begun
-        assert next(stream).type == "response.created"
-        assert next(stream).type == "response.failed"
+        types = [next(stream).type for _ in range(2)]
+        assert types == ["response.created", "response.in_progress"]
+        while (kind := next(stream).type) == "keepalive":
+            pass
+        assert kind == "response.failed"
         with pytest.raises(openai.APIError, match="told to fail"):
             next(stream)
 
@@ -600,11 +631,13 @@ def test_a_place_in_the_queue_is_said(tmp_path: Path) -> None:
         first = ask()
         assert any(line.startswith("data:") for line in first), "it has begun"
         second, third = ask(), ask()
-        assert [next(second), next(third)] == [": queue 1/1", ": queue 2/2"]
+        waits = [json.loads(next(lines).removeprefix("data: ")) for lines in (second, third)]
+        assert [data["waiting"] for data in waits] == ["queue 1/1", "queue 2/2"]
+        assert waits[0]["object"] == "text_completion"
 
 
 @pytest.mark.parametrize("path", WAYS)
-def test_a_fault_after_a_comment_is_an_event(tmp_path: Path, path: str) -> None:
+def test_a_fault_of_a_late_stream_is_an_event(tmp_path: Path, path: str) -> None:
     light = fake(script(tmp_path, fault="load"))
     body = {"model": "light", "stream": True, **WAYS[path]}
     launcher, limits = Held(), {"comment_after_s": 0.05}
@@ -614,14 +647,12 @@ def test_a_fault_after_a_comment_is_an_event(tmp_path: Path, path: str) -> None:
     ):
         assert reply.status_code == 200
         pieces = reply.iter_text()
-        text = next(pieces)
+        assert '"waiting":' in next(pieces)
         launcher.go_on()
-        text += "".join(pieces)
-        assert text.startswith(": ")
-        *_, last, end = text.split("\n\n")
-        assert end == ""
-        is_named = path in ("/v1/responses", "/v1/messages")  # whose streams have no [DONE]
-        assert last.startswith("event: error\n" if is_named else "data: [DONE]")
-        assert '"error"' in text
+        if "completions" in path:
+            assert "error" in cut_off(pieces)[-1]
+        else:
+            *_, last, end = "".join(pieces).split("\n\n")
+            assert (last.partition("\n")[0], end) == ("event: error", "")
     with serving(settings(light=light)) as service:
         assert service.http.post(path, json=body).status_code == 500, "in time it is a status"

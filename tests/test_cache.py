@@ -205,8 +205,8 @@ def test_one_kind_is_cleared_or_all() -> None:
     async def main(folder: Path) -> None:
         disk = DiskStore(folder, max_bytes=MIN_BYTES)
         async with Cache(max_bytes=100_000, disk=disk) as cache:
-            cache.put_many("k", {b"a": b"1", b"b": b"2"})
-            cache.put("l", b"c", b"3")
+            for kind, name in (("k", b"a"), ("k", b"b"), ("l", b"c")):
+                cache.put(kind, name, b"1")
             await cache.clear("k")
             assert await cache.get_many("k", [b"a", b"b"]) == {}
             assert (await cache.get_many("l", [b"c"])).keys() == {b"c"}
@@ -295,19 +295,18 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(kind=KINDS, names=st.lists(NAMES, max_size=3), size=SIZES)
     def put(self, kind: str, names: list[int], size: int) -> None:
-        values = {}
         for name in names:
             self.n_puts += 1
             value = self.n_puts.to_bytes(4, "little") + bytes(size)
-            values[key(kind, name)] = value
             self.model[kind, name] = value, self.clock.now
-        self.cache.put_many(kind, values)
+            self.cache.put(kind, key(kind, name), value)
 
     @rule(n=st.integers(1, 10))
     def put_others(self, n: int) -> None:
         """They need room."""
         self.n_puts += n
-        self.cache.put_many("o", {key("o", self.n_puts + at): bytes(100_000) for at in range(n)})
+        for at in range(n):
+            self.cache.put("o", key("o", self.n_puts + at), bytes(100_000))
         if self.n_puts > 300:  # then there is none left
             self.is_complete = False
 

@@ -65,6 +65,11 @@ def entries(numbers: range, size: int = 1000) -> dict[bytes, Stored]:
     return dict(entry(n, size) for n in numbers)
 
 
+def put(store: DiskStore, entries: dict[bytes, Stored]) -> None:
+    for name, stored in entries.items():
+        store.put(name, stored)
+
+
 def batch(numbers: range, size: int = 1000) -> Batch:
     return Batch(entries=entries(numbers, size))
 
@@ -230,7 +235,8 @@ async def main(folder, first):
     store = DiskStore(Path(folder), max_bytes=64 << 20)
     store.start()
     for n in range(first, first + 10_000, {N_TOGETHER}):
-        store.put_many(dict(entry(n + at) for at in range({N_TOGETHER})))
+        for at in range({N_TOGETHER}):
+            store.put(*entry(n + at))
         await store.flush()
         print(n, flush=True)
     sys.stdin.read()  # until the test ends it, or has ended
@@ -548,7 +554,7 @@ def test_a_place_where_nothing_can_be_written_costs_the_cache_and_nothing_else(
 
     async def main(store: DiskStore) -> None:
         for _ in range(3):
-            store.put_many(entries(range(5)))
+            put(store, entries(range(5)))
             await store.flush()
             assert await store.get_many("k", [*entries(range(5))]) == {}
         stats = await store.stats()
@@ -587,9 +593,9 @@ def test_a_disk_that_fails_is_tried_again_and_warned_of_once(
         with monkeypatch.context() as patch:
             patch.setattr(CacheFile, "_open", fail)
             for n in range(3):
-                store.put_many(entries(range(n, n + 1)))
+                put(store, entries(range(n, n + 1)))
                 await store.flush()
-        store.put_many(entries(range(5, 6)))
+        put(store, entries(range(5, 6)))
         await store.flush()
         assert await store.get_many("k", [*entries(range(9))]) == entries(range(5, 6))
 
@@ -676,12 +682,12 @@ def test_what_takes_long_to_count_holds_up_nobody(
         return count(self)
 
     async def main(store: DiskStore) -> None:
-        store.put_many(entries(range(5)))
+        put(store, entries(range(5)))
         await store.flush()
         assert (await store.stats()).kinds["k"].entries == 5
         monkeypatch.setattr(cache_disk, "READ_TIMEOUT_S", 0.05)
         monkeypatch.setattr(CacheFile, "count", slow)
-        store.put_many(entries(range(5, 8)))
+        put(store, entries(range(5, 8)))
         await store.flush()
         for _ in range(2):
             stats = await store.stats()
@@ -704,8 +710,8 @@ def test_what_finds_no_room_in_the_queue_is_dropped_and_counted(
 
     async def main() -> None:
         store = DiskStore(tmp_path, max_bytes=MIN_BYTES)
-        store.put_many(entries(range(20)))  # nobody writes yet
-        store.put_many(entries(range(20, 21), MIN_BYTES))  # never has room
+        put(store, entries(range(20)))  # nobody writes yet
+        put(store, entries(range(20, 21), MIN_BYTES))  # never has room
         store.start()
         await store.flush()
         found = await store.get_many("k", [*entries(range(20))])
@@ -720,11 +726,11 @@ def test_what_waits_is_found_and_not_what_it_replaces(tmp_path: Path) -> None:
     (name, old), (_, new) = entry(1), entry(2)
 
     async def main(store: DiskStore) -> None:
-        store.put_many({name: old})
+        store.put(name, old)
         await store.flush()
         with store._queue._changed:  # nothing is taken out
-            store.put_many({name: old})
-            store.put_many({name: new})
+            store.put(name, old)
+            store.put(name, new)
             assert store._queue.get_many([name, b"other"]) == {name: new}
         assert await store.get_many("k", [name]) == {name: new}
         await store.flush()
@@ -736,13 +742,13 @@ def test_what_waits_is_found_and_not_what_it_replaces(tmp_path: Path) -> None:
 
 def test_what_waits_is_written_at_the_end_and_later_nothing(tmp_path: Path) -> None:
     async def write_some(store: DiskStore) -> DiskStore:
-        store.put_many(entries(range(100)))
+        put(store, entries(range(100)))
         return store
 
     closed = with_store(tmp_path, write_some)
 
     async def after() -> None:
-        closed.put_many(entries(range(1)))
+        put(closed, entries(range(1)))
         closed.touch([b"a"])
         await closed.flush()
         await closed.clear(None)
@@ -759,13 +765,13 @@ def test_what_waits_is_written_at_the_end_and_later_nothing(tmp_path: Path) -> N
 def test_a_clear_that_the_disk_does_not_take_holds_until_it_does(tmp_path: Path) -> None:
     async def main(store: DiskStore) -> None:
         keys = [*entries(range(3))]
-        store.put_many(entries(range(3)))
+        put(store, entries(range(3)))
         await store.flush()
         store._writes.rest("a test")
         await store.clear("k")
         assert await store.get_many("k", keys) == {}
         store._writes._retry_at = 0
-        store.put_many(entries(range(1)))
+        put(store, entries(range(1)))
         await store.flush()
         assert await store.get_many("k", keys) == entries(range(1))
 
@@ -781,10 +787,10 @@ def test_a_fault_in_our_own_code_ends_neither_thread(
     async def main(store: DiskStore) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(CacheFile, "_run", fail)
-            store.put_many(entries(range(1)))
+            put(store, entries(range(1)))
             await store.flush()
             assert await store.get_many("k", [*entries(range(1))]) == {}
-        store.put_many(entries(range(1)))
+        put(store, entries(range(1)))
         await store.flush()
         assert await store.get_many("k", [*entries(range(1))]) == entries(range(1))
 

@@ -68,9 +68,9 @@ class Disk:
             known = {key: s._replace(value=s.value[:-1]) for key, s in known.items()}
         return {key: stored for key, stored in known.items() if stored.kind == kind}
 
-    def put_many(self, entries: dict[bytes, Stored]) -> None:
+    def put(self, key: bytes, stored: Stored) -> None:
         if not self.is_lost:
-            self.entries |= entries
+            self.entries[key] = stored
 
     def touch(self, keys: Any) -> None: ...
 
@@ -428,7 +428,7 @@ SCORES = st.builds(
     st.lists(TEXTS, min_size=1, max_size=3).map(tuple),
     st.sampled_from(["embedding", "embedding", "reranker"]),
     st.sampled_from([None, "dense", "hybrid", "colbert", "cross-encoder"]),
-    st.sampled_from([None, None, (1.0, 2.0, 3.0), (0.0, 0.0, 0.0)]),
+    st.sampled_from([None, None, (1.0, 2.0, 3.0), (0.0, 0.0, 1.0)]),
     st.sampled_from([None, None, 1, 3]),
 )
 QUERIES = st.builds(

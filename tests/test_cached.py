@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,15 @@ def test_a_hit_says_the_same_as_the_first_reply(service: Service, form: str) -> 
     assert again.json()["id"] != first.json()["id"]
     assert again.headers.get("x-seed") == first.headers.get("x-seed")
     assert n_jobs(service) == n
+
+
+def test_a_hit_names_the_schemas_that_were_not_enforced(service: Service) -> None:
+    schema = {"properties": {"city": {"type": "any"}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    for found in ("MISS", "HIT"):
+        reply = service.chat("Hi", tools=tools, temperature=0)
+        assert outcome(reply) == found
+        assert reply.headers["x-ignored-params"] == "tools[0].function.parameters"
 
 
 @pytest.mark.parametrize("form", ASKS)
@@ -769,6 +779,24 @@ def test_the_last_to_leave_ends_the_work(service: Service) -> None:
     assert streams(service, 3, "endless", lambda _: False) == []
     wait_until(lambda: service.manager.tiers["light"].n_running == 0, timeout_s=5)
     assert service.http.get("/v1/cache").json()["kinds"]["answer"]["entries"] == 0
+
+
+def kinds(service: Service) -> dict[str, Any]:
+    found: dict[str, Any] = service.http.get("/v1/cache").json()["kinds"]
+    return found
+
+
+def test_what_has_come_is_remembered_though_the_rest_fails(tmp_path: Path) -> None:
+    path = script(tmp_path, {"match": "stuck", "fault": "stall"})
+    texts = ["fine " * 25, "stuck " * 20]  # each is a batch, and the longest is the first
+    embedding = fake(path, n_ctx=32, batch_tokens=32)
+    with serving(remembering(embedding=embedding)) as service, ThreadPoolExecutor(1) as pool:
+        service.embed("warm")
+        asked = pool.submit(service.embed, texts)
+        wait_until(lambda: kinds(service)["dense"]["entries"] == 2)
+        service.http.post("/v1/models/embedding/unload", json={"force": True})
+        assert asked.result().status_code == 503
+        assert outcome(service.embed(texts[0])) == "HIT"
 
 
 def test_identical_vectors_on_their_way_are_computed_once(

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from api import turn
+from api.chat_request import ChatRequest
 from engine import wire
 from engine.backends import fake as backend
 from tests.serving import Service, events, fake, script, serving, settings, wait_until
@@ -129,7 +130,7 @@ def test_the_fingerprint_stays_while_the_model_does(service: Service) -> None:
     assert first.startswith("fp_")
     chunks = events(service.chat(stream=True))
     assert {chunk["system_fingerprint"] for chunk in chunks} == {first}
-    assert service.chat(model="heavy").json()["system_fingerprint"] == first  # the same file
+    assert service.chat(model="heavy").json()["system_fingerprint"] != first  # another N_CTX
     assert service.complete().json()["system_fingerprint"] == first
 
 
@@ -661,7 +662,7 @@ SAMPLING: dict[str, list[Any]] = {  # the ends of what is allowed, then what is 
     "dry_allowed_length": [0, 2**20, -1, 2**20 + 1, 1.5],
     "dry_penalty_last_n": [-1, 2**20, -2, 2**20 + 1, 1.5],
     "dry_sequence_breakers": [[], ["\n"] * 16, ["\n"] * 17, [""], ["x" * 41], ["\0"], ["ü" * 21],
-                              ["\ud800"], "x", [1]],
+                              ["\ud800"], "x", [1], "[1]", "[", "5", '["\\n"', "[" * 9000],
 }  # fmt: skip
 
 
@@ -679,6 +680,20 @@ def test_a_rule_of_sampling_is_checked(service: Service, name: str) -> None:
         else:
             assert text_of(response) == "You said: Hi"
             assert "x-ignored-params" not in response.headers
+
+
+def test_sequence_breakers_may_be_a_text_of_json() -> None:
+    """As SillyTavern has them."""
+    body = {
+        "model": "light",
+        "messages": [USER],
+        "dry_sequence_breakers": '["\\n", ":", "\\"", "*"]',
+    }
+    read = ChatRequest.model_validate(body).dry_sequence_breakers
+    assert read == ("\n", ":", '"', "*")
+    body["dry_sequence_breakers"] = '"\\n", ":"'
+    with pytest.raises(ValueError, match="It is a list of texts"):
+        ChatRequest.model_validate(body)
 
 
 def test_filters_that_mirostat_replaces_are_named_in_a_header(service: Service) -> None:
@@ -707,8 +722,9 @@ def test_a_step_that_fails_is_a_500_and_the_next_request_succeeds(service: Servi
     assert text_of(service.chat()) == "You said: Hi"
 
 
-def test_a_stream_that_breaks_ends_with_an_error_event_and_done(service: Service) -> None:
-    *chunks, last = events(service.chat("break", stream=True))
+def test_a_stream_that_breaks_is_cut_off_behind_the_error(service: Service) -> None:
+    said = [{"role": "user", "content": "break"}]
+    *chunks, last = service.breaking("/v1/chat/completions", messages=said)
     assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == "half"
     assert last["error"]["code"] == "internal_error"
     assert all(c["choices"][0]["finish_reason"] is None for c in chunks)

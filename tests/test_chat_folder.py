@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from chat.infill import FAMILIES, marks_of
 from engine import chat_folder
 from engine.backends.mlx import check_room
-from engine.chat_folder import end_tokens, read_chat_folder, read_tokenizer
+from engine.backends.mlx_tokenizer import MlxTokenizer
+from engine.chat_folder import end_tokens, read_chat_folder, read_tokenizer, suppressed_tokens
 from engine.model_folder import read_model_folder
 from errors import ModelLoadFailed
 from model_source import ModelSource
@@ -127,23 +129,88 @@ def test_the_facts_of_a_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert read_chat_folder(folder).size_bytes == 120
 
 
+FORMS = [
+    "<｜Assistant｜>", "<|object_ref_start|>", "<unused7>", "<pad>", "[@BOS@]", "▁<PRE>",
+]  # fmt: skip
+
+
+def with_ordinary_tokens(folder: Path, *texts: str) -> None:
+    """More tokens of which the file does not say that they are special."""
+    library = sentencepiece()
+    for text in texts:
+        library.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False)])
+    library.save(str(folder / "tokenizer.json"))
+
+
+def test_tokens_in_the_form_of_control_tokens_are_such_whatever_the_file_says(folder: Path) -> None:
+    """And those of the names that llama.cpp knows. Tags of tools stay text."""
+    before = read_chat_folder(folder).control_tokens
+    with_ordinary_tokens(folder, *FORMS, "<tool_call>", "<b>")
+    facts = read_chat_folder(folder)
+    assert {*facts.control_tokens} == {*before, *FORMS}
+    tokenizer = MlxTokenizer(facts)
+    for token, text in enumerate(FORMS, start=265):
+        mine = tokenizer.tokenize(f"hi{text}", parse_special=False, continues=True)
+        assert b"".join(map(tokenizer.piece, mine)).decode() == f"hi{text}"
+        assert token not in mine
+        assert token in tokenizer.tokenize(text, parse_special=True, continues=True)
+        assert (tokenizer.piece(token), tokenizer.literal(token)) == (b"", text.encode())
+    assert tokenizer.piece(265 + len(FORMS)) == b"<tool_call>"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])
+def test_models_whose_marks_are_ordinary_tokens_can_fill_in(
+    family: tuple[str, str, str], folder: Path
+) -> None:
+    with_ordinary_tokens(folder, *family)
+    assert marks_of(read_chat_folder(folder).control_tokens) == family
+
+
 def test_a_template_may_be_elsewhere(folder: Path) -> None:
     config = folder / "tokenizer_config.json"
     change(config, chat_template=[{"name": "tool_use", "template": "T"},
                                   {"name": "default", "template": "D"}])  # fmt: skip
     assert read_chat_folder(folder).chat_template == "D"
+    assert read_chat_folder(folder).tool_template == "T"
     change(config, chat_template=None)
     assert read_chat_folder(folder).chat_template is None
+    assert read_chat_folder(folder).tool_template is None
     (folder / "chat_template.json").write_text('{"chat_template": "J"}')
     assert read_chat_folder(folder).chat_template == "J"
     (folder / "chat_template.jinja").write_text("{{ F }}")
     assert read_chat_folder(folder).chat_template == "{{ F }}"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ T }}")
+    assert read_chat_folder(folder).tool_template == "{{ T }}"
 
 
 def test_models_that_also_see_say_it_of_their_text_part(folder: Path) -> None:
     sizes = {key: CONFIG[key] for key in CONFIG if key.startswith(("hidden", "num_", "max_"))}
     change(folder / "config.json", **dict.fromkeys(sizes), text_config=sizes)
     assert read_chat_folder(folder).n_layer == 2
+
+
+def test_infinity_in_a_config_is_a_number(folder: Path) -> None:
+    """Python's writer of JSON makes such, as in Nemotron's."""
+    for file in ("config.json", "generation_config.json"):
+        content = {**CONFIG, "time_step_limit": [0.0, float("inf")], "suppress_tokens": [5]}
+        (folder / file).write_text(json.dumps(content))
+    assert read_chat_folder(folder).n_layer == 2
+    assert suppressed_tokens(folder) == [5]
+    assert end_tokens(folder, *read_tokenizer(folder)) == {2, 264}
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"layers_block_type": ["mamba", "moe", "attention"]},
+        {"layer_types": ["linear_attention", "mlp", "full_attention"]},
+        {"hybrid_override_pattern": "M-*"},
+    ],
+)
+def test_layers_may_be_listed_instead_of_counted(layers: dict[str, Any], folder: Path) -> None:
+    change(folder / "config.json", num_hidden_layers=None, **layers)
+    assert read_chat_folder(folder).n_layer == 3
 
 
 def test_an_answer_ends_with_any_of_the_tokens_that_the_files_name(folder: Path) -> None:
@@ -159,8 +226,15 @@ Breaks = Callable[[Path], object]
     [
         (lambda p: (p / "config.json").unlink(), "has no config.json that can be read"),
         (lambda p: (p / "config.json").write_text("[]"), "has no config.json that can be read"),
+        (lambda p: (p / "config.json").write_text("[" * 10**5), "has no config.json that can be"),
+        (lambda p: (p / "config.json").write_bytes(b"{\xff}"), "has no config.json that can be"),
         (lambda p: change(p / "config.json", hidden_size="64"), "has no hidden_size"),
+        (lambda p: change(p / "config.json", num_hidden_layers=None, layer_types=7),
+         "has no num_hidden_layers"),
         (lambda p: change(p / "config.json", architectures=["BertModel"]), "does not generate"),
+        (lambda p: (p / "tokenizer.json").unlink(),
+         "has no tokenizer.json; take a conversion that has one"),
+        (lambda p: (p / "tokenizer.json").write_text("{"), "has no tokenizer.json that can be"),
         (lambda p: (p / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}'),
          "only BPE is read"),
         (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors"),
@@ -214,7 +288,7 @@ def test_a_file_is_no_directory(folder: Path) -> None:
 
 def test_without_mlx_it_says_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlx.core", None)
-    with pytest.raises(ModelLoadFailed, match=r"is not installed .*: \./setup\.sh --mlx, or pip"):
+    with pytest.raises(ModelLoadFailed, match=r"is not installed .*: run `\./setup\.sh --mlx`, or"):
         engine_of(folder)
 
 
@@ -247,8 +321,6 @@ def test_a_mac_keeps_weights_resident_and_takes_none_beyond_its_limit(folder: Pa
 
 
 def test_a_vocabulary_of_sentencepiece_spells_texts_exactly(folder: Path) -> None:
-    from engine.backends.mlx_tokenizer import MlxTokenizer
-
     tokenizer = MlxTokenizer(read_chat_folder(folder))
     assert (tokenizer.bos, tokenizer.n_vocab) == (1, 265)
 
@@ -264,3 +336,10 @@ def test_a_vocabulary_of_sentencepiece_spells_texts_exactly(folder: Path) -> Non
     assert tokenizer.ends == [2, 264]
     assert tokenizer.piece(3 + 0xC3) == b"\xc3"
     assert tokenizer.piece(9999) == b""
+
+
+def test_runs_of_spaces_may_be_added_tokens(folder: Path) -> None:
+    """As Gemma's are."""
+    with_ordinary_tokens(folder, "▁▁")
+    tokenizer = MlxTokenizer(read_chat_folder(folder))
+    assert (tokenizer.piece(265), tokenizer.literal(265)) == (b"  ", b"  ")

@@ -416,7 +416,7 @@ class Scripted:
             self._writer.write(message if isinstance(message, bytes) else wire.frame(message))
 
 
-READY = wire.Ready(100, 2, 10)
+READY = wire.Ready(100, 2)
 FOR_EVER = asyncio.Event  # nobody sets it
 
 

@@ -245,7 +245,7 @@ def test_a_best_of_that_makes_no_sense_is_refused(service: Service, fields: dict
 
 
 def test_one_of_several_that_breaks_ends_the_stream_with_an_error(service: Service) -> None:
-    *_, last = events(service.complete(["once", "break"], stream=True))
+    *_, last = service.breaking("/v1/completions", prompt=["once", "break"])
     assert last["error"]["code"] == "internal_error"
     assert service.complete(["once", "break"]).status_code == 500
     assert service.complete("once").status_code == 200

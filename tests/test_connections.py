@@ -31,12 +31,13 @@ PARSERS = [H11Connection, HttpToolsConnection]
 VECTORS: dict[str, Any] = {
     "model": "embedding", "input": ["word " * 250] * 20, "embedding_type": "colbert"
 }  # fmt: skip
+BREAKING = {"match": "break", "answer": "half", "fault": "step", "after": 4}
 LONG = {"match": "long", "answer": "0123456789" * 3000}
 
 
 @pytest.fixture(scope="module", params=PARSERS)
 def service(request: Any, tmp_path_factory: Any) -> Iterator[Service]:
-    path = script(tmp_path_factory.mktemp("script"), LONG, step_ms=1)
+    path = script(tmp_path_factory.mktemp("script"), LONG, BREAKING, step_ms=1)
     tiers = {"light": fake(path, n_parallel=1, n_ctx=32000), "embedding": fake()}
     with serving(settings(QUICK, **tiers), http=request.param) as service:
         assert service.chat().status_code == 200
@@ -163,6 +164,15 @@ def test_who_reads_slowly_gets_everything(service: Service) -> None:
 
 
 # who does not send
+
+
+def test_a_stream_that_breaks_has_no_end(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = [{"role": "user", "content": "break"}]
+    assert "error" in service.breaking("/v1/chat/completions", messages=said)[-1]
+    assert service.chat().status_code == 200
+    assert not [one for one in caplog.records if one.name == "uvicorn.error"]
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nHost: local"])

@@ -32,6 +32,7 @@ from settings import (
     known_keys,
     unknown_keys,
 )
+from tests.serving import serving, settings
 
 CHAT_PARAMS = (
     chat_params.CompletionCreateParamsNonStreaming,
@@ -222,6 +223,18 @@ def test_the_settings_in_the_readmes_examples_load(tmp_path: Path) -> None:
         assert list(Settings.load(path).tiers) == tiers
 
 
+def test_the_origins_of_applications_in_the_readme_are_served_where_they_are_named() -> None:
+    (line,) = re.findall(r".*browsers inside.*", read("README.md"))
+    origins = re.findall(r"`(\S+://[^`]+)`", line.replace("…", "an-id"))
+    assert "app://obsidian.md" in origins
+    for named, status in ([], 400), (origins, 200):
+        with serving(settings({"cors_origins": named, "api_keys": ["k"]})) as service:
+            for origin in origins:
+                asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+                reply = service.http.options("/v1/chat/completions", headers=asks)
+                assert reply.status_code == status
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
     text = read(document)
@@ -286,6 +299,7 @@ MAY_IMPORT = {
     "worker": {
         "embedders",
         "encoder_jobs",
+        "encoder_requests",
         "engine",
         "errors",
         "generation_jobs",
@@ -294,7 +308,15 @@ MAY_IMPORT = {
         "worker_requests",
     },
     "generation_jobs": {"engine", "errors", "worker_requests"},
-    "encoder_jobs": {"embedders", "engine", "errors", "lengths", "rerankers", "worker_requests"},
+    "encoder_jobs": {"embedders", "encoder_requests", "engine", "errors", "worker_requests"},
+    "encoder_requests": {
+        "embedders",
+        "engine",
+        "errors",
+        "lengths",
+        "rerankers",
+        "worker_requests",
+    },
     "worker_requests": {"engine", "errors"},
     "rerankers": {"embedders", "engine", "errors"},
     "embedders": {"engine"},
@@ -311,7 +333,7 @@ MAY_IMPORT = {
     },
     "lengths": {"engine.wire", "errors"},
     "room": {"errors"},
-    "footprint": {"engine.model_file", "engine.wire"},
+    "footprint": {"engine.llama_limits", "engine.model_file", "engine.wire"},
     "metrics": set(),
     "tier": {
         "encoding",
@@ -345,6 +367,7 @@ MAY_IMPORT = {
     },
     "model_source": {
         "engine.chat_folder",
+        "engine.file_names",
         "engine.model_file",
         "engine.model_folder",
         "engine.backends.fake",
@@ -376,11 +399,17 @@ MAY_IMPORT = {
     },
     "encoding": {"engine.client", "engine.wire", "engine.types", "errors"},
     "waiting": set(),
-    "worker_spec": {"engine.machine", "engine.wire", "engine.model_file", "settings"},
+    "worker_spec": {
+        "engine.llama_limits",
+        "engine.machine",
+        "engine.wire",
+        "engine.model_file",
+        "settings",
+    },
     "settings": {"hub", "hub_model"},
     "hub": {"errors", "hub_download", "hub_model"},
     "hub_download": {"errors"},
-    "hub_model": {"errors"},
+    "hub_model": {"engine.file_names", "errors"},
     "errors": set(),
     "logs": set(),
     "progress": {"logs"},
@@ -419,15 +448,25 @@ MAY_IMPORT = {
     "engine.cells": {"engine.backends.base", "engine.marks", "engine.prefix"},
     "engine.marks": {"engine.prefix"},
     "engine.batcher": set(),
+    "engine.llama_limits": set(),
     "engine.machine": set(),
     "engine.prefix": set(),
     "engine.pace": set(),
     "engine.speculation": {"engine.prefix"},
-    "engine.heads": {"engine.model_file", "engine.tensors", "engine.torch_file", "errors"},
+    "engine.file_names": set(),
+    "engine.heads": {
+        "engine.file_names",
+        "engine.model_file",
+        "engine.tensors",
+        "engine.torch_file",
+        "engine.wire",
+        "errors",
+    },
     "engine.tensors": {"engine.torch_file", "errors"},
     "engine.torch_file": set(),
     "models": {
         "models",
+        "engine.file_names",
         "engine.heads",
         "engine.model_folder",
         "engine.tensors",
@@ -441,6 +480,7 @@ MAY_IMPORT = {
         "bench.own_service",
         "bench.plain_client",
         "engine",
+        "models.convert.hf_folder",
         "settings",
         "worker_spec",
     },

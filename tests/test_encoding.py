@@ -25,7 +25,7 @@ from errors import (
 from model_manager import ModelManager
 from tests import encoder_fixtures
 from tests.serving import fake, script
-from tests.test_model_manager import Launches, run, until
+from tests.test_model_manager import Launches, items_of, run, until
 from tier import Tier
 
 
@@ -39,17 +39,17 @@ def score(query: str, *documents: str, **values: Any) -> wire.Score:
 
 async def vectors(tier: Tier, *inputs: str) -> list[bytes | None]:
     with tier.lease(), tier.embed(embed(*inputs)) as encoding:
-        return [item.dense for item in await encoding.all()]
+        return [item.dense for item in await items_of(encoding)]
 
 
 async def computed(tier: Tier, request: wire.Embed) -> list[wire.Vector]:
     with tier.embed(request) as encoding:
-        return await encoding.all()
+        return await items_of(encoding)
 
 
 async def scores(tier: Tier, query: str, *documents: str, **values: Any) -> list[float]:
     with tier.lease(), tier.score(score(query, *documents, **values)) as encoding:
-        return [item.score for item in await encoding.all()]
+        return [item.score for item in await items_of(encoding)]
 
 
 def cosine(a: bytes | None, b: bytes | None) -> float:
@@ -75,7 +75,7 @@ def test_the_longest_text_has_all_its_rows() -> None:
         tier = manager.tiers["embedding"]
         asked = embed("a " * 8190, outputs=["colbert"])
         with tier.lease(), tier.embed(asked) as encoding:
-            (item,) = await encoding.all()
+            (item,) = await items_of(encoding)
         assert tier.encoder is not None
         assert item.n_tokens == 8192
         assert item.colbert is not None
@@ -101,7 +101,7 @@ def test_scores_come_from_either_tier_with_what_they_mean() -> None:
             ("embedding", "hybrid", "similarity"),
         ):
             with manager.resolve(name).score(score("where is rain", "eggs", "here is rain")) as of:
-                worse, better = await of.all()
+                worse, better = await items_of(of)
                 assert (of.method, of.scale) == (method, scale)
             assert better.score > worse.score
 
@@ -218,7 +218,7 @@ def test_an_item_that_fails_names_itself_and_spares_the_others(tmp_path: Path) -
         assert [items[i].fault is None for i in range(3)] == [True, False, True]
         with tier.embed(embed("a", "poison")) as encoding:
             with pytest.raises(InternalError) as caught:
-                await encoding.all()
+                await items_of(encoding)
             assert caught.value.numbers == {"index": 1}
 
     run(test, embedding=fake(script(tmp_path, poison)))
@@ -234,7 +234,7 @@ def test_the_queue_is_bounded_in_texts_and_takes_one_request_of_any_size(tmp_pat
             with pytest.raises(QueueFull, match=r"50 texts.*EMBEDDING_QUEUE_TEXTS") as caught:
                 tier.embed(embed("b"))
             assert caught.value.retry_after_s
-            await big.all()
+            await items_of(big)
         assert len(await vectors(tier, "b")) == 1
 
     run(test, embedding=fake(script(tmp_path, load_s=0.05), queue_texts=20))
@@ -344,10 +344,10 @@ def test_what_had_come_before_a_crash_is_kept(tmp_path: Path) -> None:
             async for item in items:
                 assert item.index not in found
                 found[item.index] = item.dense
-            scored = [item.score for item in await scoring.all()]
+            scored = [item.score for item in await items_of(scoring)]
         assert [found[i] for i in range(1000)] == await vectors(tier, *texts)
         with tier.score(wire.Score(["q", "r"], texts, pairs)) as scoring:
-            assert scored == [item.score for item in await scoring.all()]
+            assert scored == [item.score for item in await items_of(scoring)]
 
     run(test, Launches(launch_process), embedding=fake(slow))
 

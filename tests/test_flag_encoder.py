@@ -373,7 +373,7 @@ def test_pairs_are_scored_as_we_make_them(net: dict[str, Net], folders: Path) ->
     assert ids[0].tolist() == [0, *reranker.tokenize("a b"), 2, 2, *reranker.tokenize("c"), 2]
     wanted = [tiny.tiny_reranker().logit(pair.tolist()) for pair in ids]
     assert reranker.score(ids) == pytest.approx(wanted, abs=1e-5)
-    assert reranker.scale("cross-encoder") == "logit"
+    assert reranker.scale() == "logit"
 
 
 def test_a_bert_is_told_which_tokens_are_the_documents(net: dict[str, Net], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Shared work: whoever stays gets all of it, whatever the others do."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import BadRequest, InternalError, QueueFull, ServiceError
-from flights import Flights, Reader, Tell, told
+from flights import Flights, Reader, Tell
 
 Item = tuple[int, int]  # which flight's, and its number
 
@@ -25,7 +25,7 @@ class Work:
     n_closed: int = 0
     outcome: "Exception | str" = "open"
 
-    async def items(self) -> AsyncGenerator[Item, None]:
+    async def run(self, tell: Tell[Item]) -> None:
         try:
             while True:
                 order = await self.orders.get()
@@ -36,7 +36,7 @@ class Work:
                     self.outcome = order
                     raise order
                 self.n_made += 1
-                yield self.number, self.n_made - 1
+                tell((self.number, self.n_made - 1))
         finally:
             self.n_closed += 1
 
@@ -50,10 +50,10 @@ class Works:
 
     async def make(self, tell: Tell[Item]) -> None:
         self.started.append(Work(len(self.started)))
-        await told(self.started[-1].items(), tell)
+        await self.started[-1].run(tell)
 
     async def read(self, name: bytes, got: list[Item]) -> None:
-        async with self.flights.join(name, self.make) as reader:
+        with self.flights.join(name, self.make) as reader:
             async for item in reader:
                 got += [item]  # each as it comes
 
@@ -106,7 +106,7 @@ def test_who_joins_late_gets_all_from_the_first_item() -> None:
 def test_readers_know_whether_they_joined_and_other_keys_are_other_work() -> None:
     async def main(works: Works) -> None:
         join, make = works.flights.join, works.make
-        async with join(b"a", make) as one, join(b"a", make) as two, join(b"b", make) as three:
+        with join(b"a", make) as one, join(b"a", make) as two, join(b"b", make) as three:
             await settle()
             assert [reader.is_joined for reader in (one, two, three)] == [False, True, False]
             assert len(works.started) == len(works.flights) == 2
@@ -134,14 +134,14 @@ def test_the_last_to_leave_cancels_the_work_and_nobody_before() -> None:
 
 def test_who_comes_after_the_last_has_left_starts_anew() -> None:
     async def main(works: Works) -> None:
-        async with works.flights.join(b"a", works.make):
+        with works.flights.join(b"a", works.make):
             await settle()
         got: list[Item] = []  # before the cancelled task has run
         task = asyncio.create_task(works.read(b"a", got))
         await settle()
         old, new = works.started
         assert old.n_closed == 1
-        async with works.flights.join(b"a", works.make) as reader:
+        with works.flights.join(b"a", works.make) as reader:
             assert reader.is_joined  # the old one's end has not freed the new one's place
         new.orders.put_nowait("item")
         new.orders.put_nowait("end")
@@ -153,7 +153,7 @@ def test_who_comes_after_the_last_has_left_starts_anew() -> None:
 
 def test_work_that_nobody_waited_for_until_it_began_never_begins() -> None:
     async def main(works: Works) -> None:
-        async with works.flights.join(b"a", works.make):
+        with works.flights.join(b"a", works.make):
             pass
         await settle()
         assert not works.started
@@ -163,13 +163,13 @@ def test_work_that_nobody_waited_for_until_it_began_never_begins() -> None:
 
 def test_who_comes_after_the_end_starts_anew_and_who_had_joined_gets_all() -> None:
     async def main(works: Works) -> None:
-        async with works.flights.join(b"a", works.make) as slow:
+        with works.flights.join(b"a", works.make) as slow:
             await settle()
             works.started[0].orders.put_nowait("item")
             works.started[0].orders.put_nowait("end")
             await settle()
             assert len(works.flights) == 0
-            async with works.flights.join(b"a", works.make) as next_one:
+            with works.flights.join(b"a", works.make) as next_one:
                 assert not next_one.is_joined
                 assert [item async for item in slow] == [(0, 0)]
                 await settle()
@@ -223,9 +223,8 @@ def test_work_that_cannot_even_begin_is_an_error() -> None:
         raise QueueFull("full")
 
     async def main(works: Works) -> None:
-        with pytest.raises(QueueFull):
-            async with works.flights.join(b"a", make) as reader:
-                await anext(reader)
+        with pytest.raises(QueueFull), works.flights.join(b"a", make) as reader:
+            await anext(reader)
 
     run(main)
 
@@ -233,7 +232,7 @@ def test_work_that_cannot_even_begin_is_an_error() -> None:
 @pytest.mark.parametrize("has_begun", [True, False])
 def test_work_that_is_cancelled_from_outside_is_an_error_and_no_end(has_begun: bool) -> None:
     async def main(works: Works) -> None:
-        async with works.flights.join(b"a", works.make) as reader:
+        with works.flights.join(b"a", works.make) as reader:
             if has_begun:
                 await settle()
             for task in asyncio.all_tasks() - {asyncio.current_task()}:
@@ -247,7 +246,7 @@ def test_work_that_is_cancelled_from_outside_is_an_error_and_no_end(has_begun: b
 def test_a_slow_reader_does_not_hold_the_work() -> None:
     async def main(works: Works) -> None:
         got: list[Item] = []
-        async with works.flights.join(b"a", works.make) as slow:
+        with works.flights.join(b"a", works.make) as slow:
             task = asyncio.create_task(works.read(b"a", got))
             await settle()
             (work,) = works.started
@@ -263,7 +262,7 @@ def test_a_slow_reader_does_not_hold_the_work() -> None:
 
 def test_long_work_cannot_be_joined_and_keeps_only_what_somebody_has_not_read() -> None:
     async def main(works: Works) -> None:
-        async with (
+        with (
             works.flights.join(b"a", works.make) as one,
             works.flights.join(b"a", works.make) as two,
         ):
@@ -330,7 +329,7 @@ class Client:
 
     async def run(self, works: Works) -> None:
         try:
-            async with works.flights.join(self.name, works.make) as self.reader:
+            with works.flights.join(self.name, works.make) as self.reader:
                 while True:
                     await self.may_read.acquire()
                     if self.leaves:

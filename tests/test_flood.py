@@ -38,7 +38,7 @@ def test_a_flood_adds_a_step_and_a_chunk_to_an_urgent_first_token(tmp_path: Path
         with service.http.stream("POST", "/v1/completions", json=body) as flood:
             assert flood.status_code == 200
             lines = flood.iter_lines()  # its end would end the request
-            assert next(lines).startswith(": queue")
+            assert '"waiting":"queue ' in next(lines)
             flooded_s = [first_token_s(service, n) for n in range(10, 17)]
             assert tier.n_waiting + tier.n_running == N_JOBS, "nobody has left meanwhile"
         # the machine may have been busy at some of them

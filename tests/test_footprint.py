@@ -1,6 +1,7 @@
 """What a worker will take of the memory, beside what it takes."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from footprint import estimate
 from model_manager import ModelManager
 from settings import Settings, TierSettings
 from tests.engines import needs_mlx, spec
-from tests.test_model_manager import ask, run
+from tests.test_model_manager import ask, items_of, run
 
 pytestmark = pytest.mark.real
 
@@ -75,7 +76,7 @@ def test_an_embedding_model_takes_what_was_estimated(e5: Path) -> None:
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["embedding"]
         with tier.embed(wire.Embed(["word " * 600] * 3, ["dense"], "end")) as encoding:
-            await encoding.all()
+            await items_of(encoding)
         measured = tier.life.memory_bytes
         assert measured is not None
         assert tier.life.footprint().loaded == pytest.approx(measured, rel=0.15)
@@ -89,7 +90,7 @@ def test_a_decoder_that_embeds_takes_what_was_estimated_for_cells_and_logits(
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["embedding"]
         with tier.embed(wire.Embed(["word " * 600], ["dense"], "end")) as encoding:
-            await encoding.all()
+            await items_of(encoding)
         measured = tier.life.memory_bytes
         assert measured is not None
         footprint = tier.life.footprint()
@@ -99,6 +100,12 @@ def test_a_decoder_that_embeds_takes_what_was_estimated_for_cells_and_logits(
 
     embedding = of(smollm2, embedding_mode=True, pooling="last", n_ctx=2000)
     run(test, launch_process, embedding=embedding)
+
+
+def test_each_sequence_has_states_beside_the_cells(smollm2: Path) -> None:
+    model, worker = read_model_file(smollm2), spec(smollm2, n_parallel=3)
+    plain, hybrid = (estimate(worker, replace(model, state_bytes=size)).kv for size in (0, 1000))
+    assert hybrid - plain == 3 * 1000
 
 
 def test_without_flash_attention_scores_lie_in_memory(smollm2: Path) -> None:

@@ -191,20 +191,40 @@ def test_few_patterns_are_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) 
         properties = {f"p{n}": {"pattern": f"(?=a{{{n % n_different}}})"} for n in range(300)}
         value = {"properties": properties, "additionalProperties": False}
         part = GrammarPart("json_schema", json.dumps(value), "tools", is_lenient=True)
-        with (
-            contextlib.nullcontext()
-            if n_asked
-            else pytest.raises(BadRequest, match="cannot be enforced")
-        ):
-            COMPILER.compile(Grammar((part,)))
-        assert len(asked) == n_asked
+        state = COMPILER.compile(Grammar((part,)))
+        assert (len(asked), bool(state.unenforced)) == (n_asked, not n_asked)
 
 
-def test_what_else_is_wrong_with_a_schema_is_told_where_patterns_are_read_over() -> None:
-    value = {"properties": {"a": {"pattern": EMAIL}, "b": {"$ref": "#/$defs/none"}}}
-    part = GrammarPart("json_schema", json.dumps(value), "tools", is_lenient=True)
-    with pytest.raises(BadRequest, match="none"):
-        COMPILER.compile(Grammar((part,)))
+NONSENSE: list[tuple[Any, Any]] = [
+    ({"type": "object", "properties": {"a": {"type": "float"}}}, {"type": "object"}),
+    ({"type": "object", "properties": {"a": {"pattern": EMAIL}, "b": {"$ref": "#/$defs/none"}}},
+     {"type": "object"}),
+    ({"type": "object", "properties": {}, "required": "a"}, {"type": "object"}),
+    ({"type": ["integer", "null"], "minimum": "1"}, {"type": ["integer", "null"]}),
+    ({"type": "any"}, {}),
+    ({"$ref": "http://127.0.0.1/x"}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "enforced"), NONSENSE, ids=lambda value: json.dumps(value)[:60])
+def test_of_a_schema_that_means_nothing_the_type_is_left_where_that_is_allowed_and_it_is_named(
+    value: Any, enforced: Any
+) -> None:
+    """Others are enforced all the same."""
+    with pytest.raises(BadRequest):
+        COMPILER.compile(schema(value))
+    good = GrammarPart("json_schema", json.dumps({"type": "boolean"}), "tools[0]", is_lenient=True)
+    bad = GrammarPart("json_schema", json.dumps(value), "tools[1]", is_lenient=True)
+    grammar = Grammar((good, bad), 'start: @p0 " " @p1')
+    for _ in range(2):  # also where it is known
+        assert COMPILER.compile(grammar).copy().unenforced == ("tools[1]",)
+    whole = [text for text, is_whole in (write(grammar, seed) for seed in range(6)) if is_whole]
+    assert whole
+    for text in whole:
+        first, _, second = text.partition(" ")
+        assert first in ("true", "false")
+        jsonschema.validate(json.loads(second), enforced)
+    assert COMPILER.compile(Grammar((good,))).unenforced == ()
 
 
 def after(grammar: Grammar, text: str) -> GrammarState | None:

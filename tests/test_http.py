@@ -337,20 +337,36 @@ def test_models_are_described_without_being_loaded() -> None:
     tiers = {"light": fake(aliases=["small"]), "heavy": fake(n_ctx=1000)}
     with serving(settings(**tiers)) as service:
         body = service.http.get("/v1/models").json()
+        assert body.keys() == {"object", "data"}
         assert body["object"] == "list"
         assert [model["id"] for model in body["data"]] == ["light", "heavy"]
         assert body["data"][1] == {
             "id": "heavy", "object": "model", "created": 0, "owned_by": "quintet",
             "tier": "heavy", "path": None, "backend": "fake", "context_length": 1000,
             "capabilities": ["chat", "completion"], "aliases": [], "state": "stopped",
-            "type": "model", "display_name": "heavy", "created_at": "1970-01-01T00:00:00+00:00",
-                "memory": {"estimated_bytes": 42 << 20},
+            "memory": {"estimated_bytes": 42 << 20},
         }  # fmt: skip
         assert service.http.get("/v1/models/small").json() == body["data"][0]
         assert error_of(service.http.get("/v1/models/nope"), 404)["code"] == "model_not_found"
         service.chat()
         states = service.http.get("/health").json()["tiers"]
         assert states == {"light": {"state": "ready"}, "heavy": {"state": "stopped"}}
+
+
+def test_models_are_described_to_anthropics_clients_in_their_words() -> None:
+    with serving(settings(light=fake(), embedding=fake())) as service:  # which also scores
+        plain = service.http.get("/v1/models").json()
+        headers = {"anthropic-version": "2023-06-01"}
+        body = service.http.get("/v1/models", headers=headers).json()
+        assert body.pop("data") == [
+            about | {"type": "model", "display_name": about["id"],
+                     "created_at": "1970-01-01T00:00:00+00:00"}
+            for about in plain.pop("data")
+        ]  # fmt: skip
+        assert body == plain | {"has_more": False, "first_id": "light", "last_id": "reranker"}
+        one = service.http.get("/v1/models/reranker", headers=headers).json()
+        assert one["display_name"] == "reranker"
+        assert "type" not in service.http.get("/v1/models/reranker").json()
 
 
 def test_a_model_that_cannot_be_read_says_why_and_the_rest_serves(tmp_path: Any) -> None:

@@ -201,6 +201,19 @@ def test_a_repo_that_is_no_whole_directory_is_refused(names: set[str], said: str
         pick(HubModel("a/b"), "flag", names)
 
 
+@pytest.mark.parametrize("backend", ["mlx", "onnx"])
+@pytest.mark.parametrize("tokenizer", ["tiktoken.model", "tokenizer.model", "vocab.txt"])
+def test_a_repo_whose_tokenizer_is_another_is_refused_before_it_is_downloaded(
+    backend: str, tokenizer: str
+) -> None:
+    names = {"config.json", "tokenizer_config.json", tokenizer, "model.safetensors"}
+    with pytest.raises(ModelLoadFailed, match=r"it wants config\.json, tokenizer\.json and model"):
+        pick(HubModel("a/b"), backend, names)
+    assert set(pick(HubModel("a/b"), "flag", names)) == names
+    names.add("tokenizer.json")
+    assert set(pick(HubModel("a/b"), backend, names)) == names
+
+
 # settings
 
 

@@ -84,16 +84,16 @@ class Twins:
 
     def truncate(self, slot: int, n_tokens: int) -> None:
         for decoder in self.decoders:
-            assert decoder.truncate(slot, n_tokens)
+            assert decoder.memory.truncate(slot, n_tokens)
         del self.tokens[slot][n_tokens:]
 
     def share(self, source: int, slot: int, n_tokens: int) -> None:
         for decoder in self.decoders:
-            decoder.share(source, slot, n_tokens)
+            decoder.memory.share(source, slot, n_tokens)
         self.tokens[slot] = self.tokens[source][:n_tokens]
 
     def save(self, slot: int, start: int, end: int) -> list[Saved]:
-        saved = [decoder.save(slot, start, end) for decoder in self.decoders]
+        saved = [decoder.memory.save(slot, start, end) for decoder in self.decoders]
         assert saved[0] is not None
         assert saved[1] is not None
         assert saved[0].nbytes == saved[1].nbytes
@@ -101,12 +101,12 @@ class Twins:
 
     def load(self, slot: int, saved: list[Saved], tokens: "array[int]") -> None:
         for decoder, cells in zip(self.decoders, saved, strict=True):
-            assert decoder.load(slot, cells, 0, len(tokens))
+            assert decoder.memory.load(slot, cells, 0, len(tokens))
         self.tokens[slot] = tokens
 
     def clear(self, slot: int) -> None:
         for decoder in self.decoders:
-            decoder.clear(slot)
+            decoder.memory.clear(slot)
         self.tokens[slot] = array("i")
 
 

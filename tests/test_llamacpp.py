@@ -25,6 +25,7 @@ from chat.template import ChatTemplate
 from engine import wire
 from engine.backends import llama_threads
 from engine.backends.base import Engine
+from engine.backends.llama_memory import LlamaMemory
 from engine.backends.llama_model import LlamaLog
 from engine.backends.llama_threads import N_LOOKS, ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
@@ -32,6 +33,7 @@ from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
 from engine.client import launch_process
 from engine.grammar import Compiler
+from engine.llama_limits import PLAIN_TOKENS
 from engine.machine import Cores
 from engine.model_file import read_model_file
 from engine.speculation import MOST
@@ -300,8 +302,8 @@ def test_without_flash_attention_128_tokens_are_computed_at_once_with_the_same_n
     prompt = [1000 + i for i in range(300)]
     engine = engine_of(smollm2, flash_attention=False)
     decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
-    assert lib.llama_n_ubatch(decoder._context) == wire.PLAIN_TOKENS
-    assert decoder.block == 69  # one of 256 takes 0.1 s to save where streams ran together
+    assert lib.llama_n_ubatch(decoder._context) == PLAIN_TOKENS
+    assert decoder.memory.block == 69  # one of 256 takes 0.1 s to save where streams ran together
     engine.close()
     (flash,) = next_logits(smollm2, [prompt])
     (plain,) = next_logits(smollm2, [prompt], flash_attention=False)
@@ -319,7 +321,7 @@ def test_with_a_gpu_flash_attention_stays_on_and_there_are_no_lanes(
         engine = engine_of(tiny, flash_attention=False, n_gpu_layers=n_gpu_layers, lane_tokens=256)
         decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
         assert (decoder._lanes is not None) == is_plain
-        assert (lib.llama_n_ubatch(decoder._context) == wire.PLAIN_TOKENS) == is_plain
+        assert (lib.llama_n_ubatch(decoder._context) == PLAIN_TOKENS) == is_plain
         assert ("does nothing with a GPU" in caplog.text) != is_plain
         assert (f"{tiny.name} is computed on the CPU" in caplog.text) == is_plain
         assert (f"{tiny.name} is computed with a GPU" in caplog.text) != is_plain
@@ -381,25 +383,25 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
     path = write(tmp_path / "model.gguf")
     room = {"n_parallel": 3, "kv_tokens": kv_tokens, "n_batch": 128, "prefix_cache_bytes": 32 << 20}
     n_rewound: list[int] = []
-    rewind = LlamaDecoder.rewind
+    rewind = LlamaMemory.rewind
 
-    def counted(self: LlamaDecoder, slot: int, saved: Any, n_tokens: int) -> bool:
+    def counted(self: LlamaMemory, slot: int, saved: Any, n_tokens: int) -> bool:
         n_rewound.append(n_tokens)
         return rewind(self, slot, saved, n_tokens)
 
     n_loaded: list[int] = []
-    load = LlamaDecoder.load
+    load = LlamaMemory.load
 
-    def loaded(self: LlamaDecoder, slot: int, saved: Any, start: int, end: int) -> bool:
+    def loaded(self: LlamaMemory, slot: int, saved: Any, start: int, end: int) -> bool:
         n_loaded.append(end)
         return load(self, slot, saved, start, end)
 
-    monkeypatch.setattr(LlamaDecoder, "rewind", counted)
-    monkeypatch.setattr(LlamaDecoder, "load", loaded)
+    monkeypatch.setattr(LlamaMemory, "rewind", counted)
+    monkeypatch.setattr(LlamaMemory, "load", loaded)
     dice = random.Random(1)
     engine = engine_of(path, **room)
-    decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
-    assert (decoder.can_mark, decoder.shares_cells) == (True, kv_tokens > 1024)
+    memory = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder).memory
+    assert (memory.can_mark, memory.shares_cells) == (True, kv_tokens > 1024)
     history = [[dice.randint(3, 390) for _ in range(700)]]
     for number in range(0, 36, 3):
         prompts = {}

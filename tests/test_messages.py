@@ -474,6 +474,13 @@ def test_tools_that_are_not_there_are_left_out_beside_others_and_named(service: 
     assert error["message"].startswith("tool_choice: There is no function 'web_search'")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_means_nothing_is_named_as_here(service: Service, stream: bool) -> None:
+    odd = {"name": "odd", "input_schema": {"properties": {"a": {"type": "float"}}}}
+    response = service.message("Hi", tools=[SEARCH, odd, WEATHER], stream=stream)
+    assert response.headers["x-ignored-params"] == "tools[0],tools[1].input_schema"
+
+
 def test_arguments_are_told_as_they_were_written(service: Service) -> None:
     body = service.message("odd", tools=[WEATHER | {"input_schema": {"type": "object"}}])
     assert '"input":{"n": 1e999, "of": 12345678901234567890123}' in body.text

@@ -15,7 +15,14 @@ import pytest
 import generation_jobs
 from engine import wire
 from engine.backends.base import Engine
-from engine.chat_folder import AddedToken, TokenizerConfig, TokenizerFile, Vocabulary, end_tokens
+from engine.chat_folder import (
+    AddedToken,
+    TokenizerConfig,
+    TokenizerFile,
+    Vocabulary,
+    end_tokens,
+    read_chat_folder,
+)
 from engine.grammar import Compiler
 from engine.types import SamplingParams
 from errors import ModelLoadFailed
@@ -327,6 +334,32 @@ def test_who_fails_when_put_off_is_told_even_if_the_step_fails_too(
     assert engine.idle
 
 
+def test_a_row_that_cannot_be_copied_costs_what_is_remembered_and_no_answer(
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_mlx)
+    prompts = {n: [1000 + i for i in range(40)] + [n] for n in range(4)}
+    expected = {n: generate(engine, {n: prompts[n]}, 4, reuses=False)[n] for n in prompts}
+
+    def fails(_: int) -> Any:
+        raise RuntimeError("no buffer is left")
+
+    monkeypatch.setattr(engine._rows, "cache_of", fails)
+    engine.admit(0, prompts[0], GREEDY)
+    engine.admit(1, prompts[1], GREEDY)
+    said: dict[int, list[int]] = {n: [] for n in prompts}
+    while not engine.idle:
+        for number, (token, *_) in engine.step().tokens:
+            said[number].append(token)
+            if len(said[number]) == 4:
+                engine.cancel(number)  # which would be remembered
+            if number == 1 and len(said[1]) == 1:  # two that would go on from it
+                engine.admit(2, prompts[2], GREEDY)
+                engine.admit(3, prompts[3], GREEDY)
+    assert said == expected
+    assert len(engine._prompts) == 0
+
+
 # what is remembered
 
 
@@ -349,6 +382,25 @@ def test_a_cancelled_answer_and_one_that_ended_are_remembered_and_never_hit_whol
     engine.admit(3, prompt, GREEDY, reuses=False)
     _, cached = run(engine, {3: 3})
     assert cached == {3: 0}
+
+
+def test_cells_that_no_row_takes_remember_prompts_too(tiny_mlx: Path, load: Load) -> None:
+    """One conversation may be more than all of the prompt cache."""
+    engine = load(tiny_mlx, prefix_cache_bytes=40_000, kv_tokens=400)
+    n_each = read_chat_folder(tiny_mlx).kv_bytes_per_token
+    prompt = [1000 + i for i in range(300)]
+    assert 300 * n_each > 40_000
+    cached = {}
+    for number, tokens in enumerate([prompt, [*prompt, 5, 6], [7] * 350, prompt]):
+        engine.admit(number, tokens, GREEDY)
+        while not engine.idle:
+            result = engine.step()
+            cached |= dict(result.started)
+            n_free = 400 - sum(len(live.tokens) for live in engine._running)
+            assert engine._prompts.n_bytes <= 40_000 + n_free * n_each
+            if result.tokens:
+                engine.cancel(number)
+    assert cached == {0: 0, 1: 300, 2: 0, 3: 0}, "the third one needed the cells"
 
 
 def test_a_prompt_that_is_cancelled_in_the_middle_is_remembered_so_far(
@@ -434,6 +486,49 @@ def test_one_row_gives_memory_back_as_it_grows(
     engine.cancel(1)
 
 
+@pytest.mark.parametrize("family", ["lfm2", "smollm3", "falcon_h1"])
+def test_what_layers_count_is_computed_in_each_step(
+    family: str, tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    """Of a sum that nothing asks for every term would wait, with a buffer."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    engine = load(write_random(tmp_path / family, family, tokenizer_of=tiny_mlx))
+    sizes = []
+    engine.admit(1, [5, 6, 7], GREEDY)
+    for _ in range(8):
+        engine.step()
+        cache = engine._rows._generator._generation_batch.prompt_cache
+        parts = [part for _, part in tree_flatten([layer.state for layer in cache])]
+        mx.export_to_dot(
+            str(tmp_path / "graph"), *(part for part in parts if isinstance(part, mx.array))
+        )
+        sizes.append((tmp_path / "graph").stat().st_size)
+    engine.cancel(1)
+    assert sizes[-1] == sizes[-4]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3_text", "glm4_moe_lite", "deepseek_v2", "minicpm3", "qwen3_5", "nemotron_h",
+     "granitemoehybrid", "lfm2", "falcon_h1"],
+)  # fmt: skip
+def test_what_a_row_keeps_is_known_from_its_config(
+    family: str, tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.chat_folder.FLOAT_BYTES", 4)  # the weights are such
+    folder = write_random(tmp_path / family, family, tokenizer_of=tiny_mlx)
+    engine, facts = load(folder), read_chat_folder(folder)
+    generate(engine, {1: [5] * 7}, 1)
+    generate(engine, {2: [6] * 15}, 1)
+    short, long = engine._prompts._entries
+    n_more = len(long.tokens) - len(short.tokens)
+    assert long.n_bytes - short.n_bytes == n_more * facts.kv_bytes_per_token
+    n_states = short.n_bytes - len(short.tokens) * facts.kv_bytes_per_token
+    assert 0.5 * facts.state_bytes <= n_states <= 1.3 * facts.state_bytes
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {
         "intermediate_size": 256, "state_size": 64, "num_hidden_layers": 2, "conv_kernel": 4,
@@ -451,6 +546,68 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "sliding_window": 16, "query_pre_attn_scalar": 16,
         "max_position_embeddings": 1024,
     },  # cells behind a window are written again
+    "lfm2": {
+        "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 32,
+        "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False,
+        "block_ff_dim": 64, "full_attn_idxs": [1], "max_position_embeddings": 1024,
+    },  # convolutions beside attention
+    "smollm3": {
+        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "no_rope_layers": [0, 1], "max_position_embeddings": 1024,
+    },  # attention that does not count
+    "falcon_h1": {
+        "head_dim": 16, "intermediate_size": 64, "mamba_d_head": 16, "mamba_d_ssm": 64,
+        "mamba_d_state": 64, "mamba_n_heads": 4, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_hidden_layers": 2, "max_position_embeddings": 1024,
+    },  # a state and attention in each layer
+    "glm4_moe_lite": {
+        "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+        "v_head_dim": 24, "qk_nope_head_dim": 16, "first_k_dense_replace": 5,
+        "max_position_embeddings": 1024,
+    },  # latent attention
+    "deepseek_v2": {
+        "num_hidden_layers": 2, "intermediate_size": 64, "moe_intermediate_size": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": None,
+        "qk_rope_head_dim": 8, "v_head_dim": 24, "qk_nope_head_dim": 16, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4, "rope_scaling": {"factor": 1, "mscale_all_dim": 0},
+        "first_k_dense_replace": 5, "max_position_embeddings": 1024,
+    },  # the same, with the keys and values of each head
+    "minicpm3": {
+        "num_hidden_layers": 2, "dim_model_base": 32, "intermediate_size": 64, "scale_depth": 1.0,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "rms_norm_eps": 1e-5, "scale_emb": 1.0,
+        "max_position_embeddings": 1024, "rope_scaling": {},
+    },
+    "qwen3_5": {
+        "text_config": {
+            "model_type": "qwen3_5_text", "vocab_size": 49152, "hidden_size": 32,
+            "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 16, "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "tie_word_embeddings": True, "full_attention_interval": 4,
+            "max_position_embeddings": 1024,
+        },
+    },  # three of four layers with a state
+    "nemotron_h": {
+        "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "attention_bias": False, "mamba_num_heads": 4, "mamba_head_dim": 16,
+        "mamba_proj_bias": False, "ssm_state_size": 128, "conv_kernel": 4, "n_groups": 1,
+        "mlp_bias": False, "layer_norm_epsilon": 1e-5, "use_bias": False, "use_conv_bias": True,
+        "hybrid_override_pattern": ["M", "*", "-", "M"], "num_hidden_layers": 4, "head_dim": 16,
+        "max_position_embeddings": 1024,
+    },  # and layers that keep nothing
+    "granitemoehybrid": {
+        "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "attention_bias": False, "embedding_multiplier": 1.0,
+        "attention_multiplier": 0.25, "logits_scaling": 1.0, "residual_multiplier": 1.0,
+        "layer_types": ["mamba", "attention", "mamba"], "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+        "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_proj_bias": False, "mamba_d_state": 128,
+        "mamba_d_conv": 4, "mamba_n_groups": 1, "mamba_conv_bias": True,
+        "shared_intermediate_size": 64, "max_position_embeddings": 1024,
+    },
     "llama4": {
         "text_config": {
             "model_type": "llama4_text", "vocab_size": 49152, "hidden_size": 32,

@@ -44,7 +44,7 @@ from tests.record_flag import REAL_TEXTS, real_model, recorded
 from tests.serving import Service, serving
 from tests.test_flag_encoder import Damage, config
 from tests.test_mlx_fields import fate, written
-from tests.test_model_manager import Launches, run
+from tests.test_model_manager import Launches, items_of, run
 from tests.torch_files import write_pt
 
 pytestmark = pytest.mark.skipif(
@@ -350,7 +350,7 @@ def test_a_worker_that_has_computed_ends_with_0(folders: Path) -> None:
     async def test(manager: ModelManager) -> str:
         tier = manager.tiers["embedding"]
         with tier.embed(wire.Embed(["hello"], ["dense"])) as encoding:
-            await encoding.all()
+            await items_of(encoding)
         await tier.unload()
         return await launches.handles[0].wait()
 
@@ -458,7 +458,7 @@ def test_real_weights_give_the_vectors_of_torch_and_llama_cpp(e5: Path, tmp_path
             kinds += ["sparse", "colbert"]
         asked = wire.Embed(texts, kinds, return_tokens=True)
         with tier.embed(asked) as encoding:
-            found[tier.settings.backend] = await encoding.all()
+            found[tier.settings.backend] = await items_of(encoding)
         assert tier.life.memory_bytes is not None
         assert tier.life.footprint().loaded == pytest.approx(tier.life.memory_bytes, rel=0.15)
 

@@ -96,6 +96,20 @@ def test_the_least_recently_used_goes_first_and_bytes_are_bounded() -> None:
     assert prompts.n_bytes == 60, "what is too big for all of it forgets nobody"
 
 
+def test_with_less_room_what_is_too_big_goes_first_then_the_least_recently_used() -> None:
+    prompts = Prompts(90)
+    for tokens in ((1, 1), (2, 2), range(5)):
+        remember(prompts, *tokens)
+    assert prompts.n_bytes == 90
+    prompts.resize(45)
+    assert [prompts.n_known(as_tokens([n, n])) for n in (0, 1, 2)] == [0, 2, 2]
+    prompts.resize(30)
+    assert [prompts.n_known(as_tokens([n, n])) for n in (0, 1, 2)] == [0, 0, 2]
+    prompts.resize(70)
+    remember(prompts, *range(5))
+    assert (len(prompts), prompts.n_bytes) == (2, 70)
+
+
 def test_what_is_wanted_may_be_nothing() -> None:
     prompts = Prompts(100)
     remember(prompts, 1, 2)

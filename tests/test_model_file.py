@@ -76,7 +76,6 @@ def test_the_facts_of_a_small_llama(spm: Path) -> None:
     assert (model.n_layer, model.n_embd, model.n_vocab) == (2, 64, len(tokens))
     assert model.kv_bytes_per_token == 2 * 2 * (16 + 16) * 2  # layers x heads x (k + v) x f16
     assert model.n_head == 4
-    assert model.tokenizer_model == "llama"
     assert model.chat_template is not None
     assert model.chat_template.startswith("{% for message in messages %}")
     assert (model.bos_token, model.eos_token) == ("<s>", "</s>")
@@ -93,6 +92,13 @@ def test_what_a_file_need_not_say(tmp_path: Path) -> None:
     assert (model.bos_token, model.eos_token, model.add_bos) == ("", "", False)
     assert model.control_tokens == ("<|im_end|>", "<x>")
     assert model.kv_bytes_per_token == 2 * 2 * (4 + 4) * 2  # as many KV heads as heads
+
+
+def test_a_file_may_have_another_template_for_tools(tmp_path: Path) -> None:
+    assert read_model_file(write_minimal(tmp_path / "m.gguf")).tool_template is None
+    templates = {"tokenizer.chat_template": "D", "tokenizer.chat_template.tool_use": "T"}
+    model = read_model_file(write_minimal(tmp_path / "m.gguf", **templates))
+    assert (model.chat_template, model.tool_template) == ("D", "T")
 
 
 def test_a_file_without_a_vocabulary_gives_its_size_alone(tmp_path: Path) -> None:

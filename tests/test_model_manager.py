@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+from encoding import Encoding, Item, error_of
 from engine import wire
 from engine.backends.fake import model_file
 from engine.client import Handle, Launcher, launch_process
@@ -47,6 +48,16 @@ async def ask(tier: Tier, text: str = "Hi", max_tokens: int | None = None) -> st
         said: list[str] = []
         await generation.tell(lambda out: said.append(out.text))
         return "".join(said)
+
+
+async def items_of(encoding: Encoding[Item]) -> list[Item]:
+    """Every item, in the order in which they were asked for. Raises the fault of the first that has
+    one."""
+    items = sorted([item async for item in encoding], key=lambda item: item.index)
+    for item in items:
+        if item.fault is not None:
+            raise error_of(item)
+    return items
 
 
 async def until(holds: Callable[[], object]) -> None:
@@ -272,6 +283,24 @@ def test_a_file_that_is_replaced_during_the_load_is_not_taken_for_what_answers(
         assert tier.is_still(tier.identity), "it was loaded once more"
 
     run(test, launcher, light=fake(str(path)))
+
+
+def test_what_changes_answers_changes_the_fingerprint_and_nothing_else(tmp_path: Path) -> None:
+    path = script(tmp_path)
+    found: list[str] = []
+
+    async def test(manager: ModelManager) -> None:
+        first, other = (manager.tiers[name].fingerprint for name in ("light", "medium"))
+        assert first == other
+        found.append(first)
+
+    decisive: list[dict[str, Any]] = [
+        {}, {"n_batch": 128}, {"n_gpu_layers": 1}, {"flash_attention": False}, {"n_ctx": 100}
+    ]  # fmt: skip
+    for values in decisive:
+        of_others = fake(path, n_parallel=1, max_stall_ms=100, **values)
+        run(test, light=fake(path, **values), medium=of_others)
+    assert len(set(found)) == len(found)
 
 
 def test_a_file_that_is_replaced_during_each_load_is_neither(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from tests.own_encoder import (
 )
 from tests.record_flag import REAL_TEXTS, real_model, recorded
 from tests.test_flag_encoder import config
-from tests.test_model_manager import run
+from tests.test_model_manager import items_of, run
 
 needs_onnx = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnxruntime", "onnx", "tokenizers"))),
@@ -207,7 +207,7 @@ def test_real_weights_give_the_vectors_of_torch_and_llama_cpp(e5: Path, tmp_path
         tier = manager.tiers["embedding"]
         asked = wire.Embed([REAL_TEXTS[n] for n in chosen], ["dense"])
         with tier.embed(asked) as encoding:
-            vectors = await encoding.all()
+            vectors = await items_of(encoding)
         found[tier.settings.backend] = [np.frombuffer(v.dense or b"", "<f4") for v in vectors]
         assert tier.life.memory_bytes is not None
         assert tier.life.footprint().loaded == pytest.approx(tier.life.memory_bytes, rel=0.15)

@@ -96,7 +96,7 @@ def test_a_forced_call_is_valid(client: openai.OpenAI, choice: object, seed: int
 
 @pytest.mark.parametrize(
     "tool_format",
-    ["qwen3-coder", "minimax-m2", "minicpm5", "glm", "gemma4", "kimi-k2", "lfm2"],
+    ["qwen3-coder", "minimax-m2", "minicpm5", "glm", "gemma4", "kimi-k2", "lfm2", "command"],
 )
 def test_a_call_in_another_form_is_valid(smollm2: Path, tool_format: str) -> None:
     tier = TierSettings(

@@ -196,6 +196,11 @@ def test_each_method_compares_its_own_vectors(service: Service) -> None:
         assert item["relevance_score"] == pytest.approx((3 * sparse + colbert) / 4)
 
 
+def test_where_vectors_are_compared_each_text_counts_once(service: Service) -> None:
+    asked = {"queries": ["a b", "b"], "documents": ["a c", "b b"], "method": "dense"}
+    assert answer(score(service, **asked))["usage"]["prompt_tokens"] == 4 + 3 + 4 + 4
+
+
 def test_an_embedding_model_asked_for_scores_by_its_own_method(service: Service) -> None:
     assert answer(service.rerank("a", ["b"], model="embedding"))["method"] == "hybrid"
 

@@ -11,7 +11,7 @@ import pydantic
 import pytest
 from openai.types import responses as types
 
-from api.responses import _failed
+from api.responses import _Reply
 from api.responses_request import ResponsesRequest
 from errors import QueueFull, ServiceError, TierUnavailable, UnsupportedParameter
 from tests.serving import (
@@ -234,7 +234,7 @@ def test_a_late_stream_that_no_other_try_would_mend_says_so(
         service.http.stream("POST", "/v1/responses", json=body) as reply,
     ):
         pieces = reply.iter_text()
-        assert any(": loading light " in piece for piece in pieces)  # it is late
+        assert any('"waiting":"loading light ' in piece for piece in pieces)  # it is late
         launcher.go_on()
         text = "".join(pieces)
     (failed,) = re.findall("^event: response.failed\ndata: (.*)$", text, re.MULTILINE)
@@ -250,8 +250,9 @@ def test_a_late_stream_that_no_other_try_would_mend_says_so(
     ],
 )
 def test_a_failure_has_openais_codes(error: ServiceError, code: str) -> None:
-    _, data, *_ = _failed({}, 0, error).decode().split("\n")
-    failed = json.loads(data.removeprefix("data: "))["response"]["error"]
+    text = _Reply({"output": []}, {}).failed(error).decode()
+    (data,) = re.findall('^data: ({"type":"response.failed".*)', text, re.MULTILINE)
+    failed = json.loads(data)["response"]["error"]
     assert failed == {"code": code, "message": error.message}
     types.ResponseError.model_validate(failed)
 
@@ -619,6 +620,20 @@ def test_tools_that_are_not_there_are_left_out_beside_functions_and_named(
         assert response.headers["x-ignored-params"] == "tools[0],tools[2]"
     error = error_of(service.respond("Hi", tools=[*tools, WEATHER]))
     assert error["param"] == "tools[3].name"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_means_nothing_is_named_as_here(service: Service, stream: bool) -> None:
+    odd, other = (
+        {"type": "function", "name": "odd", "parameters": {"properties": {"a": {"type": type}}}}
+        for type in ("float", "int")
+    )
+    space = {"type": "namespace", "name": "x", "tools": [other]}
+    tools = [{"type": "web_search"}, WEATHER, odd, space]
+    response = service.respond("Hi", tools=tools, stream=stream)
+    assert response.headers["x-ignored-params"] == (
+        "tools[0],tools[2].parameters,tools[3].tools[0].parameters"
+    )
 
 
 @pytest.mark.parametrize("what", get_args(types.ResponseIncludable))

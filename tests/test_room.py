@@ -16,7 +16,7 @@ from errors import InsufficientMemory, QueueFull, QueueTimeout
 from model_manager import ModelManager
 from room import Go, Never, Occupant, Room, Stop, Wait, decide
 from tests.serving import Held, fake, script, serving, settings, wait_until
-from tests.test_model_manager import Launches, ask, outcome, request, run, until
+from tests.test_model_manager import Launches, ask, items_of, outcome, request, run, until
 from tier import Tier
 
 
@@ -534,7 +534,7 @@ def test_four_tiers_in_random_order_never_have_more_than_the_limit() -> None:
                 tier: Tier = manager.tiers[dice.choice(names)]
                 if tier.name == "embedding":
                     with tier.lease(), tier.embed(wire.Embed([f"{n}"], ["dense"])) as encoding:
-                        assert len(await encoding.all()) == 1
+                        assert len(await items_of(encoding)) == 1
                 else:
                     assert await ask(tier, f"{n}") == f"You said: {n}"
 

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.serving import script, wait_until
+from tests.serving import cut_off, script, wait_until
 
 ROOT = Path(__file__).parent.parent
 SLOW = {"match": "slow", "answer": "0123456789" * 1000}
@@ -147,12 +147,9 @@ def test_a_stream_that_the_end_of_the_service_cuts_is_told_so(tmp_path: Path) ->
     ):
         response = stream(client, "slow")
         chunks = response.iter_text()
-        text = next(chunks)
+        next(chunks)
         process.terminate()
-        text += "".join(chunks)
-        *_, last, done, end = text.split("\n\n")
-        assert (done, end) == ("data: [DONE]", "")
-        assert json.loads(last[6:])["error"]["code"] == "model_unavailable"
+        assert cut_off(chunks)[-1]["error"]["code"] == "model_unavailable"
 
 
 def test_a_stream_may_end_during_the_grace(tmp_path: Path) -> None:
@@ -183,17 +180,13 @@ def test_killing_a_worker_ends_its_stream_and_nothing_else(tmp_path: Path) -> No
         ):
             doomed = stream(one, "slow")
             chunks = doomed.iter_text()
-            text = next(chunks)
+            next(chunks)
             (worker,) = workers(process)
             other = stream(two, "hello " * 20, model="heavy")
             worker.kill()
             body = {"model": "light", "messages": [{"role": "user", "content": "next"}]}
             queued = three.post("/v1/chat/completions", json=body)
-            text += "".join(chunks)
-            *_, last, done, end = text.split("\n\n")
-            assert (done, end) == ("data: [DONE]", "")
-            error = json.loads(last[6:])["error"]
-            assert error["code"] == "worker_crashed"
+            assert cut_off(chunks)[-1]["error"]["code"] == "worker_crashed"
             assert queued.json()["choices"][0]["message"]["content"] == "You said: next"
             assert other.read().count(b"hello") == 0  # it comes in single characters
             assert b'"finish_reason":"stop"' in other.content

@@ -17,6 +17,7 @@ from chat.tools.calls import CallReader
 from chat.tools.gemma import Channels
 from chat.tools.parameters import Parameters
 from engine.wire import GrammarPart
+from tests.chat_formats import message_of
 
 Make = Callable[[], Splitter]
 THINK = ReasoningTags("<think>", "</think>")
@@ -50,6 +51,15 @@ HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral"
 CODER, SEED, GLM, LFM2 = map(of_family, ["qwen3-coder", "seed-oss", "glm", "lfm2"])
 MINIMAX, MINICPM, KIMI = map(of_family, ["minimax-m2", "minicpm5", "kimi-k2"])
 DEEPSEEK = of_family("deepseek-v3.1")
+GRANITE, NEMOTRON = map(of_family, ["granite3", "nemotron2"])
+
+
+def whole(name: str) -> Make:
+    """Of whole answers, without thoughts."""
+    return lambda: BY_NAME[name].splitter(FUNCTIONS, only_first=False, tags=None, is_open=False)
+
+
+APRIEL, COMMAND = map(whole, ["apriel", "command"])
 
 
 def GEMMA() -> Splitter:
@@ -65,7 +75,7 @@ def fed(make: Make, pieces: Iterable[str]) -> tuple[Message, bool]:
     splitter = make()
     events = [event for piece in pieces for event in splitter.feed(piece)]
     is_calling = splitter.is_calling
-    return Message.of([*events, *splitter.finish()]), is_calling
+    return message_of([*events, *splitter.finish()]), is_calling
 
 
 def read(make: Make, raw: str) -> tuple[Message, bool]:
@@ -467,6 +477,103 @@ MISTRAL_V11_ROWS = [
     ),
 ]  # fmt: skip
 
+
+def nemotron_call(name: str, arguments: str) -> str:
+    return f'<TOOLCALL>[{{"name": "{name}", "arguments": {arguments}}}]</TOOLCALL>'
+
+
+NEMOTRON_ROWS = [
+    ("Hello [1] ", said("Hello [1] ")),
+    *((nemotron_call("f", arguments), said("", ("f", arguments))) for arguments in ARGUMENTS),
+    (f"Look.\n{nemotron_call('f', NESTED)}\n", said("Look.", ("f", NESTED))),
+    (nemotron_call("f", "{}") + nemotron_call("g", "1"), said("", ("f", "{}"), ("g", "1"))),
+    (f"{nemotron_call('f', '{}')} So.", said("So.", ("f", "{}"))),
+    (
+        '<TOOLCALL>[{"name": "f", "arguments": 1}, {"name": "g", "arguments": [2]}]</TOOLCALL>',
+        said("", ("f", "1"), ("g", "[2]")),
+    ),
+    ('<TOOLCALL> [ {"name":"f","arguments":{}} ] </TOOLCALL>', said("", ("f", "{}"))),
+    ('<TOOLCALL>[{"name": "f", "arguments": {}, "id": "7"}]</TOOLCALL>', said("", ("f", "{}"))),
+    ('<TOOLCALL>[{"arguments": {"a": 1}, "name": "f"}]</TOOLCALL>', said("", ("f", '{"a": 1}'))),
+    # lists that are not closed
+    ('<TOOLCALL>[{"name": "f", "arguments": {}}]', said("", ("f", "{}"))),
+    ('<TOOLCALL>[{"name": "f", "arguments": {}}] So.', said("So.", ("f", "{}"))),
+    ('<TOOLCALL>[{"name": "f", "arguments": {}}', said("", ("f", "{}"))),
+    *(
+        (text, said(text))
+        for text in [
+            "a <TOOLCALL>",
+            "a <TOOLCALL> is a tag",
+            "a <TOOLCALL>[",
+            "a <TOOLCALL>[1]</TOOLCALL>",
+            'a <TOOLCALL>[{"x": 1}]</TOOLCALL>',
+            'a <TOOLCALL>{"name": "f", "arguments": {}}</TOOLCALL>',
+            "a </TOOLCALL> b",
+        ]
+    ),
+]  # fmt: skip
+
+GRANITE_ROWS = [
+    ('<|tool_call|>[{"name": "f", "arguments": {}}]\n', said("", ("f", "{}"))),
+    ('<|tool_call|> [{"arguments": 1, "name": "f"}] So.', said("So.", ("f", "1"))),
+    (f'So. <|tool_call|>[{{"name": "f", "arguments": {NESTED}}}]', said("So.", ("f", NESTED))),
+    (f'So. <tool_call>[{{"name": "f", "arguments": {NESTED}}}]', said("So.", ("f", NESTED))),
+    (
+        '<tool_call>[{"name": "f"}]<|tool_call|>[{"name": "g"}]',
+        said("", ("f", "{}"), ("g", "{}")),
+    ),
+    ("a <tool_call> and <|tool_call|> b", said("a <tool_call> and <|tool_call|> b")),
+]
+
+APRIEL_ROWS = [
+    ("Hello \n", said("Hello \n")),
+    ("Hello\n[END FINAL RESPONSE]\n", said("Hello")),
+    ("Hello[END FINAL RESPONSE]", said("Hello")),
+    ("a [END FINAL RESPONSE] b", said("ab")),
+    ("Hello [END FINAL RES", said("Hello [END FINAL RES")),
+    (
+        'Look.\n<tool_calls>[{"name": "f", "arguments": {}}]</tool_calls>',
+        said("Look.", ("f", "{}")),
+    ),
+    (
+        '<tool_calls>[{"name": "f", "arguments": "[END FINAL RESPONSE]"}]</tool_calls>\n'
+        "[END FINAL RESPONSE]",
+        said("", ("f", '"[END FINAL RESPONSE]"')),
+    ),
+]
+
+
+def command_call(name: str, arguments: str, number: int = 0) -> str:
+    call = f'{{"tool_call_id": "{number}", "tool_name": "{name}", "parameters": {arguments}}}'
+    return f"<|START_ACTION|>[\n    {call}\n]<|END_ACTION|>"
+
+
+COMMAND_ROWS = [
+    ("<|START_RESPONSE|>Hello <b> | <|END_RESPONSE|>", said("Hello <b> |")),
+    ("<|START_RESPONSE|>Hello", said("Hello")),
+    ("Hello<|END_RESPONSE|>", said("Hello")),
+    (" \n<|START_RESPONSE|> Hello <|END_RESPONSE|> \n", said("Hello")),
+    ("Hello ", said("Hello ")),
+    ("a <|START_RES", said("a <|START_RES")),
+    ("<|START_<|START_RESPONSE|>RESPONSE|>", said("<|START_RESPONSE|>")),
+    *((command_call("f", arguments, 12), said("", ("f", arguments))) for arguments in ARGUMENTS),
+    (
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "f", "parameters": {}},\n'
+        '    {"tool_call_id": "1", "tool_name": "g", "parameters": [2]}\n]<|END_ACTION|>',
+        said("", ("f", "{}"), ("g", "[2]")),
+    ),
+    ('<|START_ACTION|>[{"tool_name": "f", "parameters": 1}]', said("", ("f", "1"))),
+    ('<|START_ACTION|>[{"parameters": 1, "tool_name": "f"}]', said("", ("f", "1"))),
+    (
+        f"<|START_RESPONSE|>So.<|END_RESPONSE|>{command_call('f', NESTED)}",
+        said("So.", ("f", NESTED)),
+    ),
+    (
+        command_call("f", '{"a": "<|END_RESPONSE|>"}'),
+        said("", ("f", '{"a": "<|END_RESPONSE|>"}')),
+    ),
+]  # fmt: skip
+
 LLAMA3_ROWS = [
     ("Hello", said("Hello")),
     (" \nHello ", said(" \nHello ")),
@@ -635,6 +742,10 @@ ONLY_FIRST_ROWS = [
         *rows(HERMES, *HERMES_ROWS),
         *rows(of_family("hermes", only_first=True), *ONLY_FIRST_ROWS),
         *rows(MISTRAL, *MISTRAL_ROWS, *MISTRAL_V11_ROWS),  # one splitter takes both forms
+        *rows(NEMOTRON, *NEMOTRON_ROWS),
+        *rows(GRANITE, *GRANITE_ROWS),
+        *rows(APRIEL, *APRIEL_ROWS),
+        *rows(COMMAND, *COMMAND_ROWS),
         *rows(LLAMA3, *LLAMA3_ROWS),
         *rows(CODER, *CODER_ROWS),
         *rows(SEED, *SEED_ROWS),
@@ -677,7 +788,7 @@ def test_a_call_as_long_as_a_book_is_read_the_same_however_it_is_cut() -> None:
 def test_text_comes_at_once_but_for_what_may_begin_a_mark() -> None:
     splitter = HERMES()
     outs = [
-        Message.of(splitter.feed(piece)).text for piece in ["Let me ", "look <", "b> ", "x <tool"]
+        message_of(splitter.feed(piece)).text for piece in ["Let me ", "look <", "b> ", "x <tool"]
     ]
     assert outs == ["Let me", " look", " <b>", " x"]
 
@@ -685,9 +796,9 @@ def test_text_comes_at_once_but_for_what_may_begin_a_mark() -> None:
 def test_arguments_come_piece_by_piece_behind_the_name() -> None:
     splitter = HERMES()
     assert splitter.feed('<tool_call>\n{"name": "f", "argum') == []
-    begun = Message.of(splitter.feed('ents": {"a": "x'))
+    begun = message_of(splitter.feed('ents": {"a": "x'))
     assert begun == said("", ("f", '{"a": "x'))
-    assert Message.of([*splitter.feed('y"'), *splitter.feed("}}\n</tool_call>")][:0]) == said()
+    assert message_of([*splitter.feed('y"'), *splitter.feed("}}\n</tool_call>")][:0]) == said()
 
 
 def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
@@ -695,10 +806,11 @@ def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
         (HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]"), (CODER, "<tool_call>"),
         (SEED, "<seed:tool_call>"), (MINIMAX, "<minimax:tool_call>"), (GLM, "<tool_call>"),
         (MINICPM, "<function"), (GEMMA, "<|tool_call>"), (KIMI, SECTION),
+        (NEMOTRON, "<TOOLCALL>"),
     ):  # fmt: skip
         splitter = make()
         text = f"The tag {opener} is a word,"
-        assert Message.of(splitter.feed(text)).text == text
+        assert message_of(splitter.feed(text)).text == text
 
 
 def test_thoughts_are_told_as_such_while_they_come() -> None:
@@ -733,6 +845,8 @@ BEFORE_CALLS = {  # with the call that follows
         LFM2,
         f'Look. <|tool_call_start|>[{{"name": "f", "arguments": {NESTED}}}]<|tool_call_end|>',
     ),
+    "granite3": (GRANITE, f'Look. <|tool_call|>[{{"name": "f", "arguments": {NESTED}}}]'),
+    "nemotron2": (NEMOTRON, f"Look. {nemotron_call('f', NESTED)}"),
     "llama3": (LLAMA3, f'\n<|python_tag|>{{"name": "f", "parameters": {NESTED}}}'),
     "harmony": (
         HARMONY,
@@ -771,7 +885,7 @@ def test_what_follows_the_arguments_of_a_whole_call_does_not_begin_it_again() ->
         (HERMES, hermes_call("f", "{}")),
     ):
         splitter = make()
-        Message.of(splitter.feed(raw))
+        message_of(splitter.feed(raw))
         for piece in ("\n", "\n"):
             splitter.feed(piece)
             assert not splitter.is_calling
@@ -787,8 +901,8 @@ def objects(raw: str) -> tuple[Message, str | None]:
         more, rest = reader.feed(char)
         events += more
         if rest is not None:
-            return Message.of(events), rest + raw[n + 1 :]
-    return Message.of(events), None
+            return message_of(events), rest + raw[n + 1 :]
+    return message_of(events), None
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
@@ -803,7 +917,7 @@ def test_a_call_gives_back_what_comes_after_it(form: str, arguments: str) -> Non
     assert objects(raw + " after") == (said("", ("f", arguments)), " after")
     reader = CallReader()
     events, rest = reader.feed(raw + " after")
-    assert (Message.of(events), rest) == (said("", ("f", arguments)), " after")
+    assert (message_of(events), rest) == (said("", ("f", arguments)), " after")
     assert reader.is_call
 
 
@@ -842,6 +956,15 @@ PIECES = {
                 '{"name": "f", "arguments": {}}'],
     "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>", "<|tool_", "[", "]", "{", "}", "f", ", ",
              '"', '{"name": "f", "arguments": {}}'],
+    "granite3": ["<|tool_call|>", "<tool_call>", "<|tool_", "[", "]", "{", "}", "f", ", ", '"',
+                 '{"name": "f", "arguments": {}}'],
+    "nemotron2": ["<TOOLCALL>", "</TOOLCALL>", "<TOOL", "[", "]", "{", "}", "f", ", ", '"',
+                  '{"name": "f", "arguments": {}}'],
+    "apriel": ["<tool_calls>", "</tool_calls>", "<tool_", "[END FINAL RESPONSE]", "[END ", "[",
+               "]", '"', '{"name": "f", "arguments": {}}'],
+    "command": ["<|START_ACTION|>", "<|END_ACTION|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+                "<|START_", "RESPONSE|>", "[", "]", '{"tool_call_id": "0", ', '"tool_name": "f", ',
+                '"parameters": {}}', "}"],
     "llama3": ["<|python_tag|>", '{"name": "f"', ', "parameters": ', "{", "}", '"', "<|", "; "],
     "harmony": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|constrain|>",
                 "assistant", "analysis", "final", "commentary", " to=functions.f", "{", "}", '"',
@@ -864,7 +987,9 @@ PIECES = {
 }  # fmt: skip
 MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY,
          "qwen3-coder": CODER, "seed-oss": SEED, "glm": GLM, "gemma4": GEMMA,
-         "lfm2": LFM2, "minimax-m2": MINIMAX, "minicpm5": MINICPM, "kimi-k2": KIMI}  # fmt: skip
+         "lfm2": LFM2, "minimax-m2": MINIMAX, "minicpm5": MINICPM, "kimi-k2": KIMI,
+         "granite3": GRANITE, "nemotron2": NEMOTRON, "apriel": APRIEL,
+         "command": COMMAND}  # fmt: skip
 MAKES |= {f"{name} in thoughts": thinking(make, is_open=True) for name, make in MAKES.items()}
 MAKES |= {f"{name} inline": inline(thinking(make)) for name, make in MAKES.items()}
 
@@ -890,6 +1015,13 @@ WHOLES = {
                 '[TOOL_CALLS] [{"name": "f", "arguments": {}}]'],
     "lfm2": ["<|tool_call_start|>", "<|tool_call_end|>", "<|tool_", '[{"x": 1}]',
              '<|tool_call_start|>[{"name": "f", "arguments": {}}]<|tool_call_end|>'],
+    "granite3": ["<|tool_call|>", "<tool_call>", "<|tool_", '[{"x": 1}]',
+                 '<|tool_call|>[{"name": "f", "arguments": {}}]'],
+    "nemotron2": ["<TOOLCALL>", "</TOOLCALL>", "<TOOL", '[{"x": 1}]', nemotron_call("f", "{}")],
+    "apriel": ["<tool_calls>", "</tool_calls>", "[END FINAL RESPONSE]", "[END ", '[{"x": 1}]',
+               '<tool_calls>[{"name": "f", "arguments": {}}]</tool_calls>'],
+    "command": ["<|START_ACTION|>", "<|END_ACTION|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+                "<|START_", '[{"x": 1}]', command_call("f", "{}")],
     "llama3": ["<|python_tag|>", "<|", '{"name": "f", "parameters": {}}', '{"name": "g"}'],
     "harmony": ["<|end|>", "<|message|>", ANALYSIS, FINAL, NEXT, "<|call|>",
                 f"{COMMENTARY} to=functions.f<|message|>{{}}"],

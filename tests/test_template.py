@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat.template import CHATML, ChatTemplate
+from chat.template import CHATML, ChatTemplate, normalised
 from engine.model_file import ModelFile
 from engine.wire import Segment
 from errors import BadRequest, ModelLoadFailed
@@ -104,7 +104,7 @@ def user(content: Any) -> dict[str, Any]:
 
 
 def segments(source: str | None, messages: Messages, **extra: Any) -> list[Segment]:
-    return template(source).render(messages, now=NOW, **extra)
+    return template(source).render([normalised(m) for m in messages], now=NOW, **extra)
 
 
 def prompt(source: str | None, messages: Messages, **extra: Any) -> str:
@@ -560,7 +560,6 @@ def test_a_model_file_has_all_that_a_template_needs() -> None:
         n_vocab=3,
         max_token_bytes=4,
         kv_bytes_per_token=1,
-        tokenizer_model="llama",
         chat_template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
         bos_token="<s>",
         eos_token="</s>",

@@ -17,7 +17,7 @@ from engine.grammar import Compiler
 from engine.thinking import Thoughts
 from engine.types import Sampled, SamplingParams
 from tests.byte_tokenizer import END, ByteTokenizer, sampled
-from tests.chat_formats import CONTROL_TOKENS, TOOLS, prompt, user
+from tests.chat_formats import CONTROL_TOKENS, TOOLS, message_of, prompt, user
 
 LETTERS = ByteTokenizer()  # in which all tags are text
 TOKENS = ByteTokenizer("<think>", "</think>")
@@ -263,7 +263,7 @@ def harmony(script: str, *stop: str, tools: Sequence[Tool] = ()) -> Message:
     said, _ = answer_text(script, tokenizer=tokenizer, thinking=made.thinking, stop=[*stop],
                           visible=made.visible)  # fmt: skip
     splitter = made.splitter()
-    return Message.of([*splitter.feed(said), *splitter.finish()])
+    return message_of([*splitter.feed(said), *splitter.finish()])
 
 
 @pytest.mark.parametrize("said", [FINAL, PREAMBLE])

@@ -22,6 +22,7 @@ from tests.chat_formats import (
     assistant,
     chat_format,
     choose,
+    message_of,
     prompt,
     result,
     system,
@@ -31,10 +32,12 @@ from tests.chat_formats import (
 )
 
 ANSWER = GrammarPart("json_schema", '{"type": "object"}', "response_format")
+LISTED = '[{"name": "get_time", "arguments": {}}]'
+NUMBERED = '[\n    {"tool_call_id": "0", "tool_name": "get_time", "parameters": {}}\n]'
 THINKING = ("qwen3", "gpt_oss", "deepseek_r1")
 NOT_JSON = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4")  # their arguments
 ALSO_THINKING = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4", "kimi_k2",
-                 "deepseek_v3_1")  # fmt: skip
+                 "deepseek_v3_1", "granite3", "nemotron2", "apriel", "command")  # fmt: skip
 
 
 # which family a template is of
@@ -58,6 +61,11 @@ def family_of(source: str) -> str:
         ("kimi_k2", "kimi-k2"),
         ("deepseek_v3_1", "deepseek-v3.1"),
         ("lfm2", "lfm2"),
+        ("granite3", "granite3"),
+        ("phi4_mini", "phi4-mini"),
+        ("nemotron2", "nemotron2"),
+        ("apriel", "apriel"),
+        ("command", "command"),
         ("llama3_1", "llama3"),
         ("mistral_v3", "mistral"),
         ("mistral_v11", "mistral-v11"),
@@ -75,13 +83,38 @@ def test_a_family_is_known_by_its_template(template: str, family: str) -> None:
     [
         "",
         "{{ ns_token ~ '<tool_call>' }}{{ '<invoke name=\"' + name + '\">' }}",
-        "{{ 'use <tool_call></tool_call>: <tool_calls>[{\"name\": ' }}",
+        "{{ 'use <tool_call></tool_call>: <tool_calls>\n{\"name\": ' }}",
+        "{% set tools = [] %}{{ '<|START_ACTION|>[]<|END_ACTION|>' }}{{ '<|START_RESPONSE|>' }}",
         "{{ '<function=' + name + '>' }}{{ '<|python_tag|>' }}",
         "{{ '<|channel>thought\n<channel|>' }}",
     ],
 )
 def test_who_calls_in_another_way_is_told_how_in_the_system_text(source: str) -> None:
     assert family_of(source) == "generic"
+
+
+def test_the_marks_around_answers_tell_one_family_of_cohere_from_the_other() -> None:
+    source = "{{ '<|START_ACTION|>[' }}{{ '<|START_TEXT|>' + messages[0].content }}"
+    assert family_of(source) == "north"
+    splitter = prompt(source, ONE_CALL).splitter()
+    said = [*splitter.feed("<|START_TEXT|>Rain.<|END_TEXT|>"), *splitter.finish()]
+    assert message_of(said) == Message("Rain.")
+
+
+def test_a_template_for_tools_is_taken_where_there_are_tools() -> None:
+    default = "{{ messages[0].content }} alone"
+    with_tools = "{% for tool in tools %}<tool_call>{{ tool.function.name }}{% endfor %}"
+    with_tools += "{{ messages[0].content }}"
+    format = chat_format(default, tool_template=with_tools)
+    assert text(prompt(format, user("Hi"))) == "Hi alone"
+    made = prompt(format, user("Hi"), TOOLS)
+    assert text(made) == "<tool_call>get_weather<tool_call>get_timeHi"
+    assert made.visible == ["<tool_call>", "</tool_call>"]
+    for other in (
+        chat_format(default, "generic", tool_template=with_tools),
+        chat_format(default, tool_template="{{ messages[0].content }}, in a form of its own"),
+    ):
+        assert text(prompt(other, user("Hi"), TOOLS)) == f"{INSTRUCTIONS}\n\nHi alone"
 
 
 def test_a_family_may_be_chosen_by_name() -> None:
@@ -102,11 +135,16 @@ def test_a_family_may_be_chosen_by_name() -> None:
                "deepseek-v3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time"
                                 "<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
                "gemma4": "<|tool_call>call:get_time{}<tool_call|>",
-               "lfm2": '<|tool_call_start|>[{"name": "get_time", "arguments": {}}]'
-                       "<|tool_call_end|>"}  # fmt: skip
+               "lfm2": f"<|tool_call_start|>{LISTED}<|tool_call_end|>",
+               "granite3": f"<|tool_call|>{LISTED}",
+               "phi4-mini": f"<|tool_call|>{LISTED}<|/tool_call|>",
+               "nemotron2": f"<TOOLCALL>{LISTED}</TOOLCALL>",
+               "apriel": f"<tool_calls>{LISTED}</tool_calls>",
+               "command": f"<|START_ACTION|>{NUMBERED}<|END_ACTION|>",
+               "north": f"<|START_ACTION|>{NUMBERED}<|END_ACTION|>"}  # fmt: skip
         hermes = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
         splitter = prompt(chat_format("smollm2", name), ONE_CALL, TOOLS).splitter()
-        message = Message.of([*splitter.feed(raw.get(name, hermes)), *splitter.finish()])
+        message = message_of([*splitter.feed(raw.get(name, hermes)), *splitter.finish()])
         assert message.calls == [Call("get_time", "{}")]
 
 
@@ -122,6 +160,14 @@ def test_a_family_may_be_chosen_by_name() -> None:
         ("{# </seed:think> #}", ("<seed:think>", "</seed:think>")),
         ("{# <|tool_call>call: <channel|> #}", ("<|channel>", "<channel|>")),
         ("{# <|tool_call>call: #}", None),
+        (
+            "{# <tool_calls>[ </thinking> [BEGIN FINAL RESPONSE] #}",
+            ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
+        ),
+        (
+            "{# Here is my response: #}",
+            ("Here is my thought process:", "Here is my response:"),
+        ),
         ("{# <|channel|> <|message|> #}", ("<|channel|>analysis<|message|>", "<|end|>")),
     ],
 )
@@ -324,6 +370,42 @@ Thanks<|im_end|>
     "<|im_start|>tool\n<|tool_response_start|>noon<|tool_response_end|><|im_end|>\n"
     "<|im_start|>assistant\nRain at noon.<|im_end|>\n<|im_start|>user\nThanks<|im_end|>\n"
     "<|im_start|>assistant\n",
+    "granite3": "<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|><|tool_call|>"
+    '[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+    '{"name": "get_time", "arguments": {"city": "Rome"}}]<|end_of_text|>\n'
+    "<|start_of_role|>tool_response<|end_of_role|>rain<|end_of_text|>\n"
+    "<|start_of_role|>tool_response<|end_of_role|>noon<|end_of_text|>\n"
+    "<|start_of_role|>assistant<|end_of_role|>Rain at noon.<|end_of_text|>\n"
+    "<|start_of_role|>user<|end_of_role|>Thanks<|end_of_text|>\n"
+    "<|start_of_role|>assistant<|end_of_role|>",
+    "phi4_mini": "<|end|><|assistant|><|tool_call|>"
+    '[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+    '{"name": "get_time", "arguments": {"city": "Rome"}}]<|/tool_call|><|end|>'
+    "<|tool_response|>rain<|end|><|tool_response|>noon<|end|><|assistant|>Rain at noon.<|end|>"
+    "<|user|>Thanks<|end|><|assistant|>",
+    "nemotron2": "\n<SPECIAL_11>Assistant\n<TOOLCALL>"
+    '[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+    '{"name": "get_time", "arguments": {"city": "Rome"}}]</TOOLCALL>\n<SPECIAL_12>\n'
+    "<SPECIAL_11>User\n<TOOL_RESPONSE>[rain, noon]</TOOL_RESPONSE>"
+    "<SPECIAL_11>Assistant\nRain at noon.\n<SPECIAL_12>\n<SPECIAL_11>User\nThanks\n"
+    "<SPECIAL_11>Assistant\n<think>\n",
+    "apriel": "\n<|begin_assistant|>\n<tool_calls>"
+    '[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+    '{"name": "get_time", "arguments": {"city": "Rome"}}]</tool_calls>\n<|end|>\n'
+    "<|begin_tool_result|>\nrain\n<|begin_tool_result|>\nnoon\n"
+    "<|begin_assistant|>\nRain at noon.\n<|end|>\n<|begin_user|>\nThanks\n"
+    "<|begin_assistant|>\nHere are my reasoning steps:\n",
+    "command": """<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>\
+<|START_THINKING|><|END_THINKING|><|START_ACTION|>[
+    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Paris"}},
+    {"tool_call_id": "1", "tool_name": "get_time", "parameters": {"city": "Rome"}}
+]<|END_ACTION|><|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|START_TOOL_RESULT|>[
+    {"tool_call_id": "0", "results": {"0": "rain"}},
+    {"tool_call_id": "1", "results": {"0": "noon"}}
+]<|END_TOOL_RESULT|><|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>\
+<|START_RESPONSE|>Rain at noon.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>\
+<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Thanks<|END_OF_TURN_TOKEN|>\
+<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>""",
     "gpt_oss": "<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary json"
     '<|message|>{"city": "Paris"}<|call|>'
     '<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>"rain"<|end|>'
@@ -389,6 +471,13 @@ def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
     assert model_turns in shown["gemma4"]
     assert shown["gemma4"].endswith('response:get_weather{value:<|"|>rain<|"|>}<tool_response|>')
     assert "<|im_start|>assistant\nI look.<|tool_call_start|>[{" in shown["lfm2"]
+    assert "<|end_of_role|>I look.<|tool_call|>[{" in shown["granite3"]
+    assert "<|assistant|>I look.<|tool_call|>[{" in shown["phi4_mini"]
+    assert "<SPECIAL_11>Assistant\nI look.\n<TOOLCALL>[{" in shown["nemotron2"]
+    assert "<|begin_assistant|>\nI look.\n<tool_calls>[{" in shown["apriel"]
+    # whose own templates show the plan of a call, and no text
+    plan = "<|START_THINKING|>Hm.\n\nI look.<|END_THINKING|><|START_ACTION|>[\n"
+    assert plan in shown["command"]
     assert "<|channel|>analysis<|message|>Hm.\n\nI look.<|end|><|start|>" in shown["gpt_oss"]
     # whose own templates show the call alone
     turns = shown["llama3_1"].replace("<|end_header_id|>\n\n", ">").split("<|start_header_id|>")
@@ -435,6 +524,41 @@ def test_what_ends_thoughts_is_kept_in_the_arguments_of_deepseek() -> None:
     assert (
         r'I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "x\u003c' in shown
     )
+
+
+def test_phi_is_told_of_tools_in_the_system_turn() -> None:
+    tools = f"<|tool|>[{WEATHER_LINE}, {TIME_LINE}]<|/tool|><|end|><|user|>Hi"
+    shown = text(prompt("phi4_mini", [*system("Be brief."), *user("Hi")], TOOLS))
+    assert shown.startswith(f"<|system|>Be brief.{tools}")
+    shown = text(prompt("phi4_mini", user("Hi"), TOOLS))
+    assert shown.startswith(f"<|system|>You are a helpful assistant with some tools.{tools}")
+    assert text(prompt("phi4_mini", user("Hi"))) == "<|user|>Hi<|end|><|assistant|>"
+    mark = "<|/tool|>"
+    segments = prompt("phi4_mini", user("Hi"), [tool(mark)]).segments
+    assert [one.text for one in segments if not one.parse_special] == [mark, mark]
+
+
+@pytest.mark.parametrize("has_ids", [True, False])
+def test_commands_results_are_numbered_as_their_calls_are(has_ids: bool) -> None:
+    messages = user("Weather?")
+    for answers in (["rain", "noon"], ["snow", "night"]):
+        calls = [("call_0", "get_weather", "{}"), ("call_1", "get_time", "{}")]
+        turn, *results = [*assistant(None, *calls), *result("call_0", answers[0]),
+                          *result("call_1", answers[1])]  # fmt: skip
+        if has_ids:
+            results.reverse()  # they may come in any order
+        else:
+            for call, message in zip(turn["tool_calls"], results, strict=True):
+                del call["id"], message["tool_call_id"]
+        messages += [turn, *results]
+    shown = text(prompt("command", [*messages, *result("call_7", "lost")], TOOLS))
+    for n, (name, answer) in enumerate(
+        [("get_weather", "rain"), ("get_time", "noon"), ("get_weather", "snow"),
+         ("get_time", "night")]
+    ):  # fmt: skip
+        assert f'{{"tool_call_id": "{n}", "tool_name": "{name}"' in shown
+        assert shown.count(f'{{"tool_call_id": "{n}", "results": {{"0": "{answer}"}}}}') == 1
+    assert shown.count('{"tool_call_id": "", "results": {"0": "lost"}}') == 1
 
 
 @pytest.mark.parametrize(
@@ -558,7 +682,7 @@ def test_texts_of_a_result_are_not_glued(template: str) -> None:
 
 def test_what_a_template_refuses_is_the_clients_fault() -> None:
     with pytest.raises(BadRequest, match="alternate"):
-        prompt("mistral_v3", [*user("One"), *user("Two")])
+        prompt("mistral_v3", [*assistant("Hello."), *user("Hi")])
 
 
 NO_SYSTEM = """\
@@ -729,6 +853,29 @@ ALTERNATING = """\
 {%- endfor %}"""
 
 
+@pytest.mark.parametrize("template", ["mistral_v3", ALTERNATING])
+def test_neighbours_of_one_role_are_one_turn_where_turns_must_alternate(template: str) -> None:
+    def shown(*messages: Any, **fields: Any) -> str:
+        return text(prompt(template, [*messages], TOOLS, **fields))
+
+    twice = (*user("Hi"), *user(""), *user("Weather?"))
+    once = user("Hi\n\nWeather?")
+    assert shown(*system("Talk."), *twice) == shown(*system("Talk."), *once)
+    call = ("call_1", "get_weather", '{"city": "Paris"}')
+    said = (*assistant("Let me"), *assistant("look."), *assistant(None, call))
+    rest = (*result("call_1", "rain"), *twice)
+    before = assistant("Let me\n\nlook.", call)
+    assert shown(*once, *said, *rest) == shown(*once, *before, *result("call_1", "rain"), *once)
+    continued = shown(*once, *assistant("Let"), *assistant("me"), continues=True)
+    assert continued.endswith("Let\n\nme")
+
+
+def test_neighbours_of_one_role_are_turns_of_their_own_where_they_may_be() -> None:
+    twice = [*user("Hi"), *user("Well?"), *assistant("Let me"), *assistant("look.")]
+    lines = "user: Hi\nuser: Well?\nassistant: Let me\nassistant: look.\n"
+    assert text(prompt(SYSTEM_FIRST, twice)) == lines
+
+
 def test_what_a_user_says_after_a_result_is_in_its_turn() -> None:
     messages = [*ONE_CALL, *user("And tomorrow?")]
     shown = text(prompt(ALTERNATING, messages))
@@ -802,7 +949,7 @@ def test_without_tools_to_call_only_the_thoughts_are_looked_for() -> None:
         made = prompt(name, ONE_CALL, TOOLS, choice=NO_TOOLS)
         assert made.grammar is None
         splitter = made.splitter()
-        assert Message.of([*splitter.feed(raw), *splitter.finish()]) == Message(raw)
+        assert message_of([*splitter.feed(raw), *splitter.finish()]) == Message(raw)
     assert prompt("qwen2_5", ONE_CALL).visible == []
 
 
@@ -810,7 +957,7 @@ def test_a_call_that_nobody_asked_for_is_none() -> None:
     """gpt-oss may write one where there is no grammar."""
     splitter = prompt("gpt_oss", ONE_CALL, TOOLS, choice=NO_TOOLS).splitter()
     raw = "<|channel|>commentary to=functions.get_time json<|message|>{}"
-    assert Message.of([*splitter.feed(raw), *splitter.finish()]) == Message("", "{}")
+    assert message_of([*splitter.feed(raw), *splitter.finish()]) == Message("", "{}")
 
 
 def test_parts_of_the_grammar_are_the_answer_and_then_the_tools() -> None:
@@ -863,6 +1010,11 @@ def test_an_answer_in_json_may_be_mistaken_for_a_call_of_llama(template: str) ->
         ("glm", {}, "<think>", True, None),
         ("kimi_k2", {}, "<|im_middle|>", False, None),
         ("deepseek_v3_1", {"effort": "low"}, "<think>", True, 1024),
+        ("granite3", {}, "<|end_of_role|>", False, None),
+        ("nemotron2", {}, "<think>\n", True, None),
+        ("apriel", {}, "Here are my reasoning steps:\n", True, None),
+        ("apriel", {"effort": "low"}, "Here are my reasoning steps:\n", True, 1024),
+        ("command", {"budget": 7}, "<|CHATBOT_TOKEN|>", False, 7),
         ("gemma4", {"effort": "low"}, "<|turn>model\n", False, 1024),
         ("gemma4", {"extra": {"enable_thinking": True}}, "<|turn>model\n", False, None),
         ("gpt_oss", {}, "assistant", False, None),
@@ -880,6 +1032,14 @@ def test_thoughts_begin_where_the_prompt_ends_and_take_what_they_may(
     assert (made.thinking.is_open, made.thinking.budget) == (is_open, budget)
 
 
+def test_a_switch_of_thinking_is_the_templates() -> None:
+    shown = text(prompt("granite3", user("Hi"), effort="high"))
+    assert "Write your thoughts between <think></think>." in shown
+    made = prompt("nemotron2", user("Hi"), effort="none")
+    assert text(made).endswith("<think></think>")
+    assert made.thinking is None
+
+
 @pytest.mark.parametrize("fields", [{"effort": "none"}, {"extra": {"enable_thinking": False}}])
 def test_a_model_that_can_be_told_not_to_think_does_not(fields: dict[str, Any]) -> None:
     made = prompt("qwen3", user("Hi"), **fields)
@@ -887,7 +1047,7 @@ def test_a_model_that_can_be_told_not_to_think_does_not(fields: dict[str, Any]) 
     assert made.thinking is None
     assert made.visible == []
     splitter = made.splitter()
-    assert Message.of(splitter.feed("<think>Hi")) == Message("<think>Hi")
+    assert message_of(splitter.feed("<think>Hi")) == Message("<think>Hi")
 
 
 def test_what_a_client_says_to_the_template_comes_before_the_effort() -> None:
@@ -934,6 +1094,7 @@ def test_the_control_tokens_that_are_looked_for_are_shown() -> None:
         "</think>",
     ]
     assert prompt("mistral_v3", user("Hi"), TOOLS).visible == ["[TOOL_CALLS]"]
+    assert prompt("phi4_mini", user("Hi"), TOOLS).visible == ["<|tool_call|>", "<|/tool_call|>"]
 
 
 # answers that are continued
@@ -950,7 +1111,7 @@ def test_an_answer_goes_on_where_it_ends(template: str) -> None:
     assert made.thinking is None
     splitter = made.splitter()
     said = [*splitter.feed("<think> and <|x|> ok"), *splitter.finish()]
-    assert Message.of(said) == Message("<think> and <|x|> ok")
+    assert message_of(said) == Message("<think> and <|x|> ok")
 
 
 def test_an_answer_may_go_on_in_its_thoughts() -> None:
@@ -959,7 +1120,7 @@ def test_an_answer_may_go_on_in_its_thoughts() -> None:
         assert made.thinking
         assert made.thinking.is_open
         splitter = made.splitter()
-        said = Message.of([*splitter.feed("oh.</think>Hi"), *splitter.finish()])
+        said = message_of([*splitter.feed("oh.</think>Hi"), *splitter.finish()])
         assert said == Message("Hi", "oh.")
         assert go_on(template, "<think>Hm.</think>It is").thinking is None
 
@@ -969,7 +1130,7 @@ def test_gemmas_thoughts_go_on_too() -> None:
     assert made.thinking
     assert made.thinking.is_open
     splitter = made.splitter()
-    said = Message.of([*splitter.feed("oh.<channel|>Hi"), *splitter.finish()])
+    said = message_of([*splitter.feed("oh.<channel|>Hi"), *splitter.finish()])
     assert said == Message("Hi", "oh.")
 
 

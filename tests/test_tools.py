@@ -9,7 +9,8 @@ import pytest
 
 from api.chat_request import ChatRequest
 from chat.events import CallArguments, CallBegin, Message
-from tests.serving import Service, events, fake, script, serving, settings
+from errors import BadRequest
+from tests.serving import Held, Service, events, fake, script, serving, settings
 
 PARIS = '{"city": "Paris"}'
 CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
@@ -230,7 +231,7 @@ UNIQUE = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems":
          "$.properties.a: 'uniqueItems'"),
         *(
             (bad_schema({"type": type}), "tools[0].function.parameters", f"not {json.dumps(type)}")
-            for type in ("frob", "string", ["string", "null"], None, 5)
+            for type in ("frob", "string", ["string", "null"], 5)
         ),
         (bad_schema([]), "tools[0].function.parameters", "dict"),
         ({"tools": TOOLS, "ignore_eos": True}, "ignore_eos", "where it ends"),
@@ -257,8 +258,104 @@ def test_a_function_that_is_not_strict_is_held_to_what_can_be_enforced(service: 
     assert isinstance(json.loads(arguments)["a"], list)
 
 
+def of_a(schema: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": schema}}
+
+
+NONSENSE = [
+    *(of_a({"type": type}) for type in ("any", "float", "int", "list", "date", "")),
+    of_a({"type": "integer", "minimum": "1"}),
+    of_a({"type": "string", "minLength": 1.0}),
+    of_a({"$ref": "#/$defs/none"}),
+    of_a({"$ref": "https://example.com/schema.json"}),
+    *({**of_a({"type": "string"}), "required": required} for required in ("a", False)),
+]
+
+
+@pytest.mark.parametrize("schema", NONSENSE, ids=lambda schema: json.dumps(schema)[30:70])
+def test_a_schema_that_means_nothing_costs_no_other_tool_and_is_named(
+    service: Service, schema: Any
+) -> None:
+    bad = tool("odd", parameters=schema)
+    for stream in (False, True):
+        response = service.chat("weather", tools=[tool(), bad], stream=stream, frob=1)
+        assert response.status_code == 200, response.text
+        named = "frob,tools[1].function.parameters"
+        assert response.headers["x-ignored-params"] == named
+    response = service.chat("weather", tools=[tool(), bad])
+    assert called(message_of(response)) == [("get_weather", PARIS)]
+    response = service.chat("Hi", tools=[tool(), bad], tool_choice="required")
+    assert message_of(response)["tool_calls"]
+    strict = tool("odd", parameters=schema, strict=True)
+    error = error_of(service.chat("weather", tools=[tool(), strict]))
+    assert error["param"] == "tools[1].function.parameters"
+
+
+def test_a_schema_that_means_nothing_is_named_also_where_headers_are_sent_already() -> None:
+    body = {"model": "light", "messages": [{"role": "user", "content": "Hi"}], "stream": True,
+            "tools": [tool(parameters=NONSENSE[0])], "frob": 1}  # fmt: skip
+    launcher = Held()
+    with (
+        serving(settings({"comment_after_s": 0.05}), launch=launcher) as service,
+        service.http.stream("POST", "/v1/chat/completions", json=body) as reply,
+    ):
+        assert reply.headers["x-ignored-params"] == "frob"
+        pieces = reply.iter_text()
+        text = next(pieces)
+        launcher.go_on()
+        text += "".join(pieces)
+    assert "frob,tools[0].function.parameters" in text
+
+
+NULLS: list[tuple[Any, Any]] = [
+    ({"type": None, "properties": None, "required": None, "additionalProperties": None},
+     {"type": "object", "properties": {}}),
+    ({"properties": []}, {"type": "object", "properties": {}}),
+    (of_a({"type": "object", "properties": [], "required": None}),
+     of_a({"type": "object", "properties": {}})),
+    (of_a({"type": "integer", "format": None, "minimum": None, "anyOf": None, "enum": None}),
+     of_a({"type": "integer"})),
+    (of_a({"type": "array", "items": {"type": "string", "pattern": None}, "maxItems": None}),
+     of_a({"type": "array", "items": {"type": "string"}})),
+    (of_a({"anyOf": [{"type": None, "const": None}, {"type": "string", "default": None}]}),
+     of_a({"anyOf": [{"const": None}, {"type": "string", "default": None}]})),
+    (of_a({"enum": ["x", None], "default": {"required": None}, "examples": [{"type": None}]}),
+     of_a({"enum": ["x", None], "default": {"required": None}, "examples": [{"type": None}]})),
+    ({"$defs": {"enum": {"type": "object", "title": None}}, "$ref": "#/$defs/enum"},
+     {"type": "object", "properties": {}, "$defs": {"enum": {"type": "object"}},
+      "$ref": "#/$defs/enum"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "meant"), NULLS, ids=lambda value: json.dumps(value)[:60])
+def test_what_a_schema_says_by_null_it_does_not_say(
+    service: Service, schema: Any, meant: Any
+) -> None:
+    before = json.dumps(schema)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "model": "light",
+            "tools": [tool(parameters=schema)]}  # fmt: skip
+    (made,) = ChatRequest.model_validate(body).tool_list()
+    assert made.definition["function"]["parameters"] == meant
+    response = service.chat("weather", tools=[tool(), tool("odd", parameters=schema)])
+    assert called(message_of(response)) == [("get_weather", PARIS)]
+    assert "x-ignored-params" not in response.headers
+    assert json.dumps(schema) == before
+
+
+def test_a_schema_that_is_nested_too_deeply_is_a_400() -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(900):
+        schema = of_a(schema)
+    body = {"messages": [{"role": "user", "content": "Hi"}], "model": "light",
+            "tools": [tool(parameters=schema)]}  # fmt: skip
+    with pytest.raises(BadRequest, match="too deeply") as caught:
+        ChatRequest.model_validate(body).tool_list()
+    assert caught.value.param == "tools[0].function.parameters"
+
+
 @pytest.mark.parametrize(
-    "parameters", [None, {}, {"properties": {}}, {"type": "object", "properties": {}}]
+    "parameters",
+    [None, {}, {"properties": {}}, {"type": "object", "properties": {}}, {"properties": None}],
 )
 def test_a_function_may_have_no_parameters(service: Service, parameters: Any) -> None:
     response = service.chat(tools=[tool(parameters=parameters)], tool_choice="required")

@@ -52,7 +52,7 @@ TO_WORKER: list[wire.ToWorker] = [
 TOKEN = wire.TokenLogprob(b"\xe4", -0.5, [(b"a", -1.5)])
 FROM_WORKER: list[wire.FromWorker] = [
     wire.Progress(0.25),
-    wire.Ready(8192, 8, 151936),
+    wire.Ready(8192, 8),
     wire.LoadFailed("The file is no model."),
     wire.Started(7, 100, 99),
     wire.Step([]),
@@ -67,7 +67,7 @@ FROM_WORKER: list[wire.FromWorker] = [
     wire.Failed(8, "context_length_exceeded", "Too long.", "messages", {"n_ctx": 8192}),
     wire.Tokens(7, [5, 6], [b"\xe4", b"\xb8\x96"]),
     wire.Text(7, "世界"),
-    wire.Ready(512, 256, 4000, wire.EncoderInfo(["dense"], ["dense"], 64)),
+    wire.Ready(512, 256, wire.EncoderInfo(["dense"], ["dense"], 64)),
     wire.Vectors(
         7,
         [
@@ -124,9 +124,9 @@ def test_a_frame_that_comes_in_pieces_is_put_together(
 
 
 def test_a_frame_is_a_length_and_a_message_with_its_name() -> None:
-    data = wire.frame(wire.Started(7, 100, 99))
+    data = wire.frame(wire.Started(7, 100, 99, ("tools",)))
     assert struct.unpack("<I", data[:4]) == (len(data) - 4,)
-    assert msgspec.msgpack.decode(data[4:]) == ["Started", 7, 100, 99]
+    assert msgspec.msgpack.decode(data[4:]) == ["Started", 7, 100, 99, ["tools"]]
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 3, 4, 5, -1])

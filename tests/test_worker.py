@@ -287,7 +287,7 @@ def test_a_load_reports_its_progress_and_then_what_was_loaded(serve: Serve) -> N
     served = serve(is_ready=False)
     assert served.read() == wire.Progress(0.0)
     assert served.read() == wire.Progress(1.0)
-    assert served.read() == wire.Ready(100, 2, fake.FakeTokenizer.n_vocab)
+    assert served.read() == wire.Ready(100, 2)
 
 
 def test_an_answer_starts_with_started_and_ends_with_done(serve: Serve) -> None:

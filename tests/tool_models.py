@@ -13,7 +13,7 @@ from chat.tools.base import Tool
 from engine.grammar import Compiler, GrammarState
 from engine.wire import GrammarPart
 from tests.byte_tokenizer import END, ByteTokenizer
-from tests.chat_formats import CONTROL_TOKENS, NAMES, TOOLS, choose, prompt, user
+from tests.chat_formats import CONTROL_TOKENS, NAMES, TOOLS, choose, message_of, prompt, user
 
 CITY = '{"city": "Oslo"}'
 CALL = ("get_time", CITY)
@@ -51,8 +51,17 @@ IN_SECTIONS = {  # a call by its name, arguments and number
     ),
     "deepseek_v3_1": "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
 }
-OPEN_THOUGHTS = ("deepseek_r1", "qwen3_coder", "minimax_m2", "glm")
-THINKING = (*OPEN_THOUGHTS, "qwen3", "seed_oss", "minicpm5", "kimi_k2", "gpt_oss", "gemma4")
+LISTS = {
+    "mistral_v3": "[TOOL_CALLS] [LIST]",
+    "lfm2": "<|tool_call_start|>[LIST]<|tool_call_end|>",
+    "granite3": "<|tool_call|>[LIST]",
+    "phi4_mini": "<|tool_call|>[LIST]<|/tool_call|>",
+    "nemotron2": "<TOOLCALL>[LIST]</TOOLCALL>",
+    "apriel": "<tool_calls>[LIST]</tool_calls>",
+}
+OPEN_THOUGHTS = ("deepseek_r1", "qwen3_coder", "minimax_m2", "glm", "nemotron2", "apriel")
+THINKING = (*OPEN_THOUGHTS, "qwen3", "seed_oss", "minicpm5", "kimi_k2", "gpt_oss", "gemma4",
+            "granite3", "command")  # fmt: skip
 HERMES = ("qwen2_5", "qwen3", "smollm2", "deepseek_r1")
 
 
@@ -95,12 +104,15 @@ class Model:
                 f"<|tool_call>call:{name}{noted(json.loads(arguments))}<tool_call|>"
                 for name, arguments in calls
             )
-        if self.template in ("mistral_v3", "lfm2"):
+        if self.template in LISTS:
             each = (f'{{"name": "{call[0]}", "arguments": {call[1]}}}' for call in calls)
-            listed = f"[{', '.join(each)}]"
-            if self.template == "mistral_v3":
-                return f"[TOOL_CALLS] {listed}"
-            return f"<|tool_call_start|>{listed}<|tool_call_end|>"
+            return LISTS[self.template].replace("LIST", ", ".join(each))
+        if self.template == "command":
+            each = (
+                f'\n    {{"tool_call_id": "{n}", "tool_name": "{name}", "parameters": {arguments}}}'
+                for n, (name, arguments) in enumerate(calls)
+            )
+            return f"<|START_ACTION|>[{','.join(each)}\n]<|END_ACTION|>"
         if self.template == "mistral_v11":
             return "".join(f"[TOOL_CALLS]{name}[ARGS]{arguments}" for name, arguments in calls)
         ((name, arguments),) = calls
@@ -110,6 +122,8 @@ class Model:
         return f"{to} <|constrain|>json<|message|>{arguments}"
 
     def answer(self, text: str) -> str:
+        if self.template == "command":
+            return f"<|START_RESPONSE|>{text}<|END_RESPONSE|>"
         return f"<|channel|>final<|message|>{text}" if self.template == "gpt_oss" else text
 
     def before_a_call(self, text: str) -> str:
@@ -125,6 +139,10 @@ class Model:
             return f"<|channel>thought\n{text}<channel|>"
         if self.template == "seed_oss":
             return f"<seed:think>{text}\n</seed:think>\n\n"
+        if self.template == "command":
+            return f"<|START_THINKING|>{text}<|END_THINKING|>"
+        if self.template == "apriel":
+            return f"{text}\n[BEGIN FINAL RESPONSE]\n"
         opening = "" if self.template in OPEN_THOUGHTS else "<think>\n"
         return f"{opening}{text}\n</think>\n\n"
 
@@ -167,7 +185,7 @@ class Turn:
 
     def split(self, raw: str) -> Message:
         splitter = self.made.splitter()
-        return Message.of([*splitter.feed(raw), *splitter.finish()])
+        return message_of([*splitter.feed(raw), *splitter.finish()])
 
     def says(self, said: str, thoughts: str | None = None) -> Message:
         """How it is read that the model says this, which it may."""
@@ -184,8 +202,8 @@ class Turn:
     def raw(self, said: str, thoughts: str | None = None) -> str:
         if thoughts is not None:
             return self.model.thoughts(thoughts) + said
-        is_open = self.made.thinking and self.made.thinking.is_open
-        return f"</think>{said}" if is_open else said
+        thinking = self.made.thinking
+        return f"{thinking.close}{said}" if thinking and thinking.is_open else said
 
     def stop(self, tokens: Iterable[int]) -> int | None:
         """The first token that is not allowed."""

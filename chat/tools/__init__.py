@@ -1,11 +1,12 @@
 """The families of models by how they call tools. To add one: a file, and a row here."""
 
 from chat.tools.base import ToolFormat
+from chat.tools.command import Command, North
 from chat.tools.gemma import Gemma
 from chat.tools.generic import Generic
 from chat.tools.harmony import Harmony
 from chat.tools.hermes import Hermes
-from chat.tools.lfm2 import Lfm2
+from chat.tools.lists import Apriel, Granite3, Lfm2, Nemotron2, Phi4Mini
 from chat.tools.llama3 import Llama3
 from chat.tools.minicpm5 import MiniCpm5
 from chat.tools.mistral import Mistral, MistralV11
@@ -27,6 +28,12 @@ FAMILIES: tuple[ToolFormat, ...] = (
     DeepSeekV31(),
     Hermes(),
     Lfm2(),
+    Granite3(),
+    Phi4Mini(),
+    Nemotron2(),
+    Apriel(),
+    Command(),
+    North(),
     Llama3(),
     Generic(),
 )

@@ -18,6 +18,8 @@ Messages = Sequence[Mapping[str, Any]]
 
 # by the closing one: some templates write no opening one
 REASONING_TAGS = (
+    ReasoningTags("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
+    ReasoningTags("Here is my thought process:", "Here is my response:"),
     ReasoningTags("<think>", "</think>"),
     ReasoningTags("[THINK]", "[/THINK]"),
     ReasoningTags("<thinking>", "</thinking>"),

@@ -28,7 +28,8 @@ class CallReader:
     """
 
     _HEAD = re.compile(
-        r'\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"(?P<name>[^"\\]*)"\s*,'
+        r'\s*\{\s*(?:"(?:type|tool_call_id)"\s*:\s*"\w*"\s*,\s*)?'
+        r'"(?:tool_)?name"\s*:\s*"(?P<name>[^"\\]*)"\s*,'
         r'\s*"(?:arguments|parameters)"\s*:\s*(?=[{\[\w-])'
     )
     _MAX_HEAD_CHARS = 1000  # a longer one is read when the object is whole
@@ -73,7 +74,7 @@ def _whole_call(text: str) -> list[Event]:
     """The events of a call as a whole object; none if it is not one."""
     try:
         call = json.loads(text, strict=False)
-        name = call["name"]
+        name = call["name"] if "name" in call else call["tool_name"]
         arguments = _as_json(call.get("arguments", call.get("parameters", {})))
         f"{name}{arguments}".encode()  # half a surrogate pair is no text
     except (ValueError, KeyError, RecursionError):

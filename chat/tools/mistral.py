@@ -13,22 +13,19 @@ from typing import Any, ClassVar
 
 from chat.events import CallArguments, CallBegin, Event, Splitter
 from chat.splitter import JsonSpan
-from chat.tools.base import Function, Messages, ToolFormat, literal, named
-from chat.tools.calls import CallReader, OpenedCalls
+from chat.tools.base import Function, Messages, literal
+from chat.tools.lists import Listed, ListSplitter
 
 OPEN, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 
 
-class Mistral(ToolFormat):
+class Mistral(Listed):
     name = "mistral"
     opener = OPEN
     visible: ClassVar[tuple[str, ...]] = (OPEN,)
 
     def fits(self, template: str) -> bool:
         return OPEN in template
-
-    def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
-        return listed(functions, begin='" "?', is_parallel=is_parallel)
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
         return MistralSplitter(OPEN, only_first=only_first)
@@ -66,23 +63,13 @@ class MistralV11(Mistral):
         return f"calls: call{more}\ncall: {options}"
 
 
-def listed(
-    functions: Sequence[Function], *, begin: str = "", end: str = "", is_parallel: bool
-) -> str:
-    """Lark of the rule `calls`: a list of objects."""
-    more = f" ({literal(', ')} call)*" if is_parallel else ""
-    name = literal('{"name": ')
-    call = f"call: {name} {named(functions, 'arguments')}"
-    return f'calls: {begin} "[" call{more} "]" {end}\n{call}'
-
-
 def _short_id(id: str) -> str:
     if re.fullmatch("[a-zA-Z0-9]{9}", id):
         return id
     return hashlib.sha256(id.encode(errors="replace")).hexdigest()[:9]
 
 
-class MistralSplitter(OpenedCalls):
+class MistralSplitter(ListSplitter):
     """Takes both forms."""
 
     _NAMED = re.compile(
@@ -91,63 +78,25 @@ class MistralSplitter(OpenedCalls):
     _HALF = re.compile(r"\s*([\w.-]+(\[[A-Z_]*(\][\w.-]*)?)*\s*)?")  # of what may be a named one
 
     def _begin(self) -> None:
-        self._raw = ""  # behind the opener, while it is no call yet
-        self._has_begun = False  # it is one
-        self._reader: CallReader | None = None  # in a list
-        self._is_between = False  # calls of a list
-        self._arguments = JsonSpan()  # behind a name
-
-    @property
-    def is_calling(self) -> bool:
-        return self._in_call and not self._is_between
-
-    def _unread(self) -> str:
-        begun = "" if self._has_begun else self._opened + self._raw
-        return begun + (self._reader.raw if self._reader else "")
+        super()._begin()
+        self._arguments: JsonSpan | None = None  # behind a name
 
     def _read(self, text: str) -> tuple[list[Event], str | None]:
-        if self._reader:
-            return self._read_list(self._reader, text)
-        if self._has_begun:
-            return self._read_arguments(text)
-        text, self._raw = self._raw + text, ""
-        before, bracket, begun = text.partition("[")
-        if bracket and not before.strip():
-            self._raw = before + bracket
-            self._reader = CallReader()
-            return self._read_list(self._reader, begun)
-        if head := self._NAMED.match(text):
-            self._has_begun = True
-            events, rest = self._read_arguments(text[head.end() :])
-            return [CallBegin(head["name"]), *events], rest
-        if self._HALF.fullmatch(text):
-            self._raw = text
-            return [], None
-        return [], text
+        if self._arguments:
+            return self._read_arguments(self._arguments, text)
+        if self._reader is None:
+            begun = self._raw + text
+            if head := self._NAMED.match(begun):
+                self._has_begun = True
+                self._arguments = JsonSpan()
+                events, rest = self._read_arguments(self._arguments, begun[head.end() :])
+                return [CallBegin(head["name"]), *events], rest
+            if self._HALF.fullmatch(begun):
+                self._raw = begun
+                return [], None
+        return super()._read(text)
 
-    def _read_arguments(self, text: str) -> tuple[list[Event], str | None]:
-        end = self._arguments.feed(text)
+    def _read_arguments(self, arguments: JsonSpan, text: str) -> tuple[list[Event], str | None]:
+        end = arguments.feed(text)
         events: list[Event] = [CallArguments(text[:end])] if text[:end] else []
         return events, None if end is None else text[end:]
-
-    def _read_list(self, reader: CallReader, text: str) -> tuple[list[Event], str | None]:
-        events: list[Event] = []
-        while text:
-            if self._is_between:
-                text = text.lstrip(", \n\t")
-                if text.startswith("]"):
-                    return events, text[1:]
-                if not text:
-                    break
-                self._is_between = False
-                self._reader = reader = CallReader()
-            more, rest = reader.feed(text)
-            events += more
-            self._has_begun |= reader.is_call
-            if rest is None:
-                break
-            if not reader.is_call:
-                return events, rest
-            self._is_between = True
-            text = rest
-        return events, None

@@ -132,10 +132,11 @@ class Memory(Protocol):
     def clear(self, slot: int) -> None: ...
 
 
-class Decoder(Memory, Protocol):
+class Decoder(Protocol):
     """What the batch engine needs of a library that computes logits."""
 
     tokenizer: Tokenizer
+    memory: Memory
 
     def sampler(self, sampling: SamplingParams, prompt: list[int]) -> Any:
         """A new sampler for one sequence. It is dropped with the sequence."""
@@ -197,44 +198,37 @@ def load_encoder(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
     """The loaded encoder of `spec.backend`; raises ModelLoadFailed with a sentence for the user."""
     if spec.backend == "llamacpp":
         with _importing_llama():
-            from engine.backends import llama_encoder
-
-        return llama_encoder.load(spec, progress)
-    if spec.backend == "mlx":
-        from engine.backends import mlx_encoder
-
-        return mlx_encoder.load(spec, progress)
-    if spec.backend == "onnx":
-        from engine.backends import onnx_encoder
-
-        return onnx_encoder.load(spec, progress)
-    if spec.backend == "flag":
-        from engine.backends import flag_encoder
-
-        return flag_encoder.load(spec, progress)
-    if spec.backend == "fake":
-        from engine.backends import fake_encoder
-
-        return fake_encoder.load(spec, progress)
-    raise ModelLoadFailed(f"Backend '{spec.backend}' is not known.")
+            from engine.backends.llama_encoder import load
+    elif spec.backend == "mlx":
+        from engine.backends.mlx_encoder import load
+    elif spec.backend == "onnx":
+        from engine.backends.onnx_encoder import load
+    elif spec.backend == "flag":
+        from engine.backends.flag_encoder import load
+    elif spec.backend == "fake":
+        from engine.backends.fake_encoder import load
+    else:
+        raise ModelLoadFailed(f"Backend '{spec.backend}' is not known.")
+    return load(spec, progress)
 
 
 def load_engine(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     """The loaded engine of `spec.backend`; raises ModelLoadFailed with a sentence for the user."""
     if spec.backend == "llamacpp":
         with _importing_llama():
-            from engine.backends import llamacpp
+            from engine.backends.llamacpp import load
+    elif spec.backend == "mlx":
+        from engine.backends.mlx import load
+    elif spec.backend == "fake":
+        from engine.backends.fake import load
+    else:
+        raise ModelLoadFailed(f"Backend '{spec.backend}' is not known.")
+    return load(spec, progress)
 
-        return llamacpp.load(spec, progress)
-    if spec.backend == "mlx":
-        from engine.backends import mlx
 
-        return mlx.load(spec, progress)
-    if spec.backend == "fake":
-        from engine.backends import fake
-
-        return fake.load(spec, progress)
-    raise ModelLoadFailed(f"Backend '{spec.backend}' is not known.")
+def install(backend: str) -> str:
+    """What to do for a backend that is an extra."""
+    return f"run `./setup.sh --{backend}`, or `pip install -r requirements-{backend}.txt`"
 
 
 @contextmanager

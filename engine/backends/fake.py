@@ -30,7 +30,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from engine.backends.base import CacheFull, Constraint, Engine, ReportProgress, Tokenizer
+from engine.backends.base import CacheFull, Constraint, Engine, Memory, ReportProgress, Tokenizer
 from engine.batch_engine import BatchEngine
 from engine.model_file import Kind, ModelFile
 from engine.prefix import Saved
@@ -99,7 +99,6 @@ def model_file(script: Path | Literal[""], kind: Kind = "chat") -> ModelFile:
         n_vocab=FakeTokenizer.n_vocab,
         max_token_bytes=max(map(len, CONTROL_TOKENS)),
         kv_bytes_per_token=0,
-        tokenizer_model="bytes",
         chat_template=CHAT_TEMPLATE if template is None else template,
         bos_token="",
         eos_token=CONTROL_TOKENS[0],
@@ -157,8 +156,8 @@ class FakeTokenizer:
 
 
 class FakeDecoder:
-    """Implements `engine.backends.base.Decoder`. A cell is a list with its token, since slots may
-    share it."""
+    """Implements `engine.backends.base.Decoder`, and is its own `Memory`. A cell is a list with its
+    token, since slots may share it."""
 
     is_cells, can_mark, shares_cells, block = True, False, True, 256
 
@@ -171,6 +170,7 @@ class FakeDecoder:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.tokenizer: Tokenizer = FakeTokenizer()
+        self.memory: Memory = self
         self.cells: list[list[list[int]]] = [[] for _ in range(n_slots)]
         self._script = script
         self._n_cells = n_cells

@@ -77,6 +77,7 @@ class FakeEncoder:
 
     specials = Specials(BEGIN, END, (END, END), frozenset(range(len(_SPECIALS))))
     n_embd = N_EMBD
+    n_sequences = 64
     pooling: Pooling | None = "cls"
     default_pooling: Pooling = "cls"
     template: str | None = None
@@ -87,15 +88,12 @@ class FakeEncoder:
         *,
         n_ctx: int = N_CTX_TRAIN,
         n_tokens: int = N_CTX_TRAIN,
-        n_sequences: int = 64,
         scores: bool = False,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._words = WordTokenizer()
         self.tokenizer: Tokenizer = self._words
         self.n_ctx = n_ctx
         self.n_tokens = n_tokens
-        self.n_sequences = n_sequences
         self.scale: Scale | None = "logit" if scores else None
         self.heads: Heads | None = None
         self.missing_heads: tuple[str, ...] = () if script.heads else ("sparse_linear.pt",)
@@ -105,7 +103,6 @@ class FakeEncoder:
             self.heads = Heads(first, 0.0, np.eye(N_EMBD, dtype=np.float32), no_bias)
         self.batches: list[list[int]] = []  # lengths of the sequences of each call, for tests
         self._script = script
-        self._sleep = sleep
 
     def encode(self, batch: Sequence[Ids], go_on: Callable[[], bool] = lambda: True) -> Floats:
         lengths = [len(ids) for ids in batch]
@@ -116,7 +113,7 @@ class FakeEncoder:
         self.batches.append(lengths)
         faults = [self._script.rule(self._words.text(ids)).fault for ids in batch]
         self._maybe_fail(faults, go_on)
-        self._sleep(self._script.step_ms / 1e3 + self._script.token_us / 1e6 * sum(lengths))
+        time.sleep(self._script.step_ms / 1e3 + self._script.token_us / 1e6 * sum(lengths))
         if not go_on():
             raise Interrupted
         bad = {"nan"} if len(batch) == 1 else {"nan", "nan_in_company"}
@@ -138,7 +135,7 @@ class FakeEncoder:
         if "hang" in faults:
             threading.Event().wait()
         while "stall" in faults:
-            self._sleep(1e-3)
+            time.sleep(1e-3)
             if not go_on():
                 raise Interrupted
         if "step" in faults:

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engine.backends.base import Encoder, Floats, ReportProgress, Specials
+from engine.backends.base import Encoder, Floats, ReportProgress, Specials, install
 from engine.backends.bert_folder import check_weights
 from engine.backends.hf_tokenizer import FolderTokenizer
 from engine.backends.padded import Inputs, PaddedEncoder
@@ -23,7 +23,6 @@ from errors import ModelLoadFailed
 
 logger = logging.getLogger("worker.flag")
 
-INSTALL = "`./setup.sh --flag`, or `pip install -r requirements-flag.txt`"
 _QUIET = {
     "HF_HUB_OFFLINE": "1",  # what is not in the directory is not fetched either
     "TRANSFORMERS_VERBOSITY": "error",
@@ -87,7 +86,8 @@ def _libraries() -> tuple[Any, Any]:
         return import_module("torch"), import_module("FlagEmbedding")
     except (ImportError, OSError) as error:
         raise ModelLoadFailed(
-            f"The backend flag needs FlagEmbedding and torch ({_first_line(error)}): run {INSTALL}."
+            f"The backend flag needs FlagEmbedding and torch ({_first_line(error)}): "
+            f"{install('flag')}."
         ) from error
 
 

@@ -36,11 +36,12 @@ from engine.backends.llama_model import (
 )
 from engine.backends.llama_threads import ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
-from engine.heads import Heads, missing_heads, read_heads
+from engine.heads import heads_of
+from engine.llama_limits import DECODER_STEP
 from engine.machine import available_bytes
 from engine.model_file import ENCODERS, Header, open_header
 from engine.types import Pooling, Scale
-from engine.wire import DECODER_STEP, EncoderSpec, WorkerSpec
+from engine.wire import EncoderSpec, WorkerSpec
 from errors import InsufficientMemory, ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
@@ -82,7 +83,7 @@ class EncoderTokenizer(LlamaTokenizer):
         """For texts with control tokens in them, though these were not to be recognised: they are
         left out where they cannot be spelled."""
         if not self._facts.is_encoder:
-            with suppress(Error):
+            with suppress(ValueError):
                 return super()._spell(data)
         return [
             token
@@ -122,7 +123,7 @@ class LlamaEncoder:
                 f"{path.name} tells {facts.n_classes} classes apart, where a reranker gives one "
                 "score; take another model."
             )
-        self.heads, self.missing_heads = _heads(path, facts.n_embd, spec.encoder)
+        self.heads, self.missing_heads = heads_of(path, facts.n_embd, spec.encoder)
         self._model = load_model(spec, progress, self._log, facts.overrides)
         self._context: Any = None
         try:
@@ -455,15 +456,6 @@ def _n_capitals(header: Header) -> int:
     short = np.flatnonzero(np.diff(tokens.texts) <= 8 + len("▁Ж".encode()))  # 8: their length
     letters = {text.removeprefix("▁") for text in header.texts(tokens, short)}
     return sum(len(letter) == 1 and letter != letter.lower() for letter in letters)
-
-
-def _heads(path: Path, n_embd: int, encoder: EncoderSpec) -> tuple[Heads | None, tuple[str, ...]]:
-    if encoder.kind != "embedding":
-        return None, ()
-    sparse = Path(encoder.sparse_head_path) if encoder.sparse_head_path else None
-    colbert = Path(encoder.colbert_head_path) if encoder.colbert_head_path else None
-    heads = read_heads(path, n_embd, sparse, colbert)
-    return heads, missing_heads(path, sparse, colbert) if heads is None else ()
 
 
 def _specials(vocab: Any, facts: _Facts) -> Specials:

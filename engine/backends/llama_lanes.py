@@ -31,8 +31,8 @@ NO_CELLS = 4  # bytes of a stream in which the sequence has none: their number
 
 
 class Lanes:
-    """Implements `engine.backends.base.Memory` over a home and a context with a lane for each of
-    `n_lanes` sequences, which is made when it is first wanted."""
+    """Implements `engine.backends.base.Memory` over a home of cells and a context with a lane
+    for each of `n_lanes` sequences, which is made when it is first wanted."""
 
     def __init__(
         self,
@@ -44,7 +44,9 @@ class Lanes:
         least: int,
     ) -> None:
         self.context: Any | None = None
-        self.is_cells, self.block = home.is_cells, home.block
+        self.is_cells, self.can_mark, self.shares_cells = True, False, True
+        self.block = home.block
+        self.load, self.mark, self.rewind = home.load, home.mark, home.rewind
         self._least = least  # answers, and times more cells in use than each one's own
         self._home = home
         self._n_lanes = n_lanes
@@ -117,9 +119,6 @@ class Lanes:
     def save(self, slot: int, start: int, end: int) -> Saved | None:
         self._want(slot, end)
         return self._home.save(slot, start, end)
-
-    def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
-        return self._home.load(slot, saved, start, end)
 
     def clear(self, slot: int) -> None:
         self._leave(slot)

@@ -17,9 +17,18 @@ class LlamaMemory:
     """Implements `engine.backends.base.Memory`. `scratch` is a sequence of the context that nobody
     else uses, for cells on their way out and in."""
 
-    def __init__(self, context: Any, scratch: int, *, is_cells: bool, block: int) -> None:
+    def __init__(
+        self,
+        context: Any,
+        scratch: int,
+        *,
+        is_cells: bool,
+        can_mark: bool,
+        shares_cells: bool,
+        block: int,
+    ) -> None:
         self.context = context
-        self.is_cells = is_cells
+        self.is_cells, self.can_mark, self.shares_cells = is_cells, can_mark, shares_cells
         self.block = block
         self._memory = lib.llama_get_memory(context)
         self._scratch = scratch

@@ -48,6 +48,13 @@ def load_model(
     return model
 
 
+def meta_text(model: Any, key: str) -> str:
+    """What the file says; nothing where it does not."""
+    buffer = ctypes.create_string_buffer(64)
+    lib.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer))
+    return buffer.value.decode(errors="replace")
+
+
 def has_gpu(spec: WorkerSpec) -> bool:
     return spec.n_gpu_layers != 0 and lib.llama_supports_gpu_offload()
 

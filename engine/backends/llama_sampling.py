@@ -11,6 +11,7 @@ import numpy.typing as npt
 from engine.backends.base import Constraint
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.drawing import RowSampler
+from engine.dry import Dry
 from engine.sampling import Rules, logprobs
 from engine.types import Sampled, SamplingParams
 
@@ -31,17 +32,19 @@ class Samplers:
         self._suppressed: list[int] = suppressed[: n.value] if n.value else []
         self._dry = lru_cache(maxsize=8)(partial(LlamaDry, vocab))
 
-    def new(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler | NumpySampler":
+    def new(self, sampling: SamplingParams, prompt: list[int]) -> "LlamaSampler | RowSampler":
+        """In numpy for Mirostat 1: in llama.cpp the number of candidates overflows where the
+        surprise that it aims at cannot be reached, and one is left for good."""
         ends = self._tokenizer.ends if sampling.ignore_eos or sampling.min_tokens else []
         rules = Rules(sampling, prompt, ends, self._suppressed)
         if sampling.mirostat == 1 and not sampling.is_greedy:
-            return NumpySampler(RowSampler(sampling, prompt, rules, self._tokenizer.piece))
+            return RowSampler(sampling, prompt, rules, self._tokenizer.piece)
         return LlamaSampler(sampling, rules, self._new_chain(sampling, prompt))
 
     def _new_chain(self, sampling: SamplingParams, prompt: list[int]) -> Any:
         """llama.cpp's samplers in the order of its server; None where the likeliest token is all
         that is wanted."""
-        has_dry = sampling.dry_multiplier > 0 and sampling.dry_penalty_last_n != 0
+        has_dry = Dry.wanted(sampling)
         if sampling.is_greedy and not has_dry and sampling.xtc_probability == 0:
             return None
         chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
@@ -106,7 +109,7 @@ class LlamaSampler:
         constraint: Constraint | None,
     ) -> Sampled:
         raw = logits
-        if self._n_logprobs is not None and self._rules.change(constraint):
+        if self._n_logprobs is not None and self._rules.changes(constraint):
             raw = logits.copy()
         self._rules.apply(logits, constraint)
         if self._chain is None:
@@ -123,23 +126,6 @@ class LlamaSampler:
     def __del__(self) -> None:
         if self._chain is not None:
             lib.llama_sampler_free(self._chain)
-
-
-class NumpySampler:
-    """Chooses without llama.cpp, for Mirostat 1: there the number of candidates overflows where the
-    surprise that it aims at cannot be reached, and one is left for good."""
-
-    def __init__(self, sampler: RowSampler) -> None:
-        self._sampler = sampler
-
-    def sample(
-        self,
-        context: Any,
-        index: int,
-        logits: npt.NDArray[np.float32],
-        constraint: Constraint | None,
-    ) -> Sampled:
-        return self._sampler.choose(logits, constraint)
 
 
 class LlamaDry:

@@ -7,8 +7,9 @@ from typing import Any
 
 import llama_cpp as lib
 
-from engine.backends.llama_model import Error
+from engine.backends.llama_model import meta_text
 from engine.deep import in_depth
+from engine.spelling import Spelling
 from errors import BadRequest
 
 # control tokens by the files of gpt-oss and Solar Open, which llama.cpp makes user-defined at load
@@ -49,7 +50,8 @@ class LlamaTokenizer:
 
     def __init__(self, model: Any) -> None:
         self._vocab = lib.llama_model_get_vocab(model)
-        split_by = _text(model, b"tokenizer.ggml.pre") or _text(model, b"tokenizer.ggml.model")
+        named = meta_text(model, "tokenizer.ggml.pre")
+        split_by = named or meta_text(model, "tokenizer.ggml.model")
         is_bpe = lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_BPE
         self._recurses = is_bpe and split_by not in SPLIT_BY_CODE
         self._runs = _LINES if split_by in _WITH_SPACES else _RUNS
@@ -129,30 +131,19 @@ class LlamaTokenizer:
             n_room = -n  # a character can be many tokens: llama.cpp says how many
 
     @cached_property
-    def _ordinary(self) -> dict[bytes, int]:
-        """Ids of ordinary tokens by piece. Those of single bytes are the last resort."""
-        ids: dict[bytes, int] = {}
-        for mask in (lib.LLAMA_TOKEN_ATTR_NORMAL, lib.LLAMA_TOKEN_ATTR_BYTE):
-            for token in range(self.n_vocab):
-                if lib.llama_vocab_get_attr(self._vocab, token) & mask:
-                    ids.setdefault(self.piece(token), token)
-        return ids
-
-    @cached_property
-    def _longest(self) -> int:
-        return max(map(len, self._ordinary))
+    def _spelling(self) -> Spelling:
+        """With ordinary tokens. Those of single bytes are the last resort."""
+        masks = lib.LLAMA_TOKEN_ATTR_NORMAL, lib.LLAMA_TOKEN_ATTR_BYTE
+        tokens = (
+            token
+            for mask in masks
+            for token in range(self.n_vocab)
+            if lib.llama_vocab_get_attr(self._vocab, token) & mask
+        )
+        return Spelling(tokens, self.piece)
 
     def _spell(self, data: bytes) -> list[int]:
-        """Ids of ordinary tokens whose pieces join to exactly `data`, longest first."""
-        ids, at = [], 0
-        while at < len(data):
-            ends = range(min(at + self._longest, len(data)), at, -1)
-            end = next((end for end in ends if data[at:end] in self._ordinary), at)
-            if end == at:
-                raise Error(f"the vocabulary has no token for {data[at : at + 1]!r}")
-            ids.append(self._ordinary[data[at:end]])
-            at = end
-        return ids
+        return self._spelling.spell(data)
 
     def _read_piece(self, token: int, *, with_control: bool) -> bytes:
         n_room = 64
@@ -162,10 +153,3 @@ class LlamaTokenizer:
             if n >= 0:
                 return buffer.raw[:n]
             n_room = -n
-
-
-def _text(model: Any, key: bytes) -> str:
-    """What the file says; nothing where it does not."""
-    buffer = ctypes.create_string_buffer(64)
-    lib.llama_model_meta_val_str(model, key, buffer, len(buffer))
-    return buffer.value.decode(errors="replace")

@@ -11,7 +11,7 @@ import llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
-from engine.backends.base import CacheFull, Engine, ReportProgress, Tokenizer
+from engine.backends.base import CacheFull, Engine, Memory, ReportProgress, Tokenizer
 from engine.backends.llama_lanes import Lanes
 from engine.backends.llama_memory import LlamaMemory
 from engine.backends.llama_model import (
@@ -19,18 +19,20 @@ from engine.backends.llama_model import (
     LlamaLog,
     has_gpu,
     load_model,
+    meta_text,
     name_of,
     pointer,
     reason_of,
 )
-from engine.backends.llama_sampling import LlamaSampler, NumpySampler, Samplers
+from engine.backends.llama_sampling import LlamaSampler, Samplers
 from engine.backends.llama_threads import ABORTED, ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.batch_engine import BatchEngine
-from engine.prefix import Saved
+from engine.drawing import RowSampler
+from engine.llama_limits import LEAST_IN_LANES, LEAST_IN_PLAIN_LANES, PLAIN_TOKENS
 from engine.speculation import MOST
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
-from engine.wire import LEAST_IN_LANES, LEAST_IN_PLAIN_LANES, PLAIN_TOKENS, WorkerSpec
+from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
@@ -84,13 +86,23 @@ class LlamaDecoder:
             or lib.llama_model_is_hybrid(self._model)
             or n_swa > 0
         )
-        block = BLOCK if is_flash else _plain_block(self._model)
         # what is not in cells cannot be taken back, and GPUs are not asked
         breaks_off = is_cells and not self._has_gpu
         self._threads = ContextThreads(self._context, spec.n_threads, breaks_off=breaks_off)
-        home = LlamaMemory(self._context, spec.n_parallel, is_cells=is_cells, block=block)
-        self._home = home
-        self._memory: LlamaMemory | Lanes = home
+        self.n_cells: int = lib.llama_n_ctx(self._context)
+        self.n_batch: int = lib.llama_n_batch(self._context)
+        # slots of DeepSeek V4 can only be copied whole, and in a step of their own
+        architecture = meta_text(self._model, "general.architecture")
+        n_windows = n_swa * (spec.n_parallel + 1) + self.n_batch
+        home = LlamaMemory(
+            self._context,
+            spec.n_parallel,
+            is_cells=is_cells,
+            can_mark=not is_cells and architecture != "deepseek4",
+            shares_cells=n_swa == 0 or n_windows <= self.n_cells,
+            block=BLOCK if is_flash else _plain_block(self._model),
+        )
+        self.memory: Memory = home
         self._lanes: Lanes | None = None
         if spec.lane_tokens and is_cells and not self._has_gpu:
             n_ctx = spec.n_parallel * spec.lane_tokens
@@ -98,16 +110,9 @@ class LlamaDecoder:
                 new_context, n_ctx=n_ctx, n_seq_max=spec.n_parallel, is_unified=False
             )
             least = LEAST_IN_LANES if is_flash else LEAST_IN_PLAIN_LANES
-            self._memory = self._lanes = Lanes(
+            self.memory = self._lanes = Lanes(
                 home, spec.n_parallel, spec.lane_tokens, new_lanes, self._threads, least
             )
-        self.is_cells, self.block = is_cells, block
-        self.n_cells: int = lib.llama_n_ctx(self._context)
-        self.n_batch: int = lib.llama_n_batch(self._context)
-        # slots of DeepSeek V4 can only be copied whole, and in a step of their own
-        self.can_mark = not is_cells and _architecture(self._model) != b"deepseek4"
-        n_windows = n_swa * (spec.n_parallel + 1) + self.n_batch
-        self.shares_cells = n_swa == 0 or n_windows <= self.n_cells
         tokenizer = LlamaTokenizer(self._model)
         self.tokenizer: Tokenizer = tokenizer
         self._samplers = Samplers(self._model, tokenizer, self.n_cells)
@@ -120,31 +125,6 @@ class LlamaDecoder:
             self._lanes.close()
         lib.llama_free(self._context)
         lib.llama_model_free(self._model)
-
-    # memory
-
-    def truncate(self, slot: int, n_tokens: int) -> bool:
-        return self._memory.truncate(slot, n_tokens)
-
-    def share(self, source: int, slot: int, n_tokens: int) -> None:
-        self._memory.share(source, slot, n_tokens)
-
-    def save(self, slot: int, start: int, end: int) -> Saved | None:
-        return self._memory.save(slot, start, end)
-
-    def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
-        return self._memory.load(slot, saved, start, end)
-
-    def mark(self, slot: int, max_bytes: int, *, is_whole: bool = False) -> Saved | None:
-        return self._home.mark(slot, max_bytes, is_whole=is_whole)
-
-    def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
-        return self._home.rewind(slot, saved, n_tokens)
-
-    def clear(self, slot: int) -> None:
-        self._memory.clear(slot)
-
-    # decoding
 
     def decode(self, batch: Batch) -> None:
         # flash attention adds up a long context in as many parts as there are threads, and some
@@ -189,12 +169,15 @@ class LlamaDecoder:
         first = lib.llama_get_logits(context)
         return _rows_at(ctypes.addressof(first.contents), n_rows, self.tokenizer.n_vocab)
 
-    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> LlamaSampler | NumpySampler:
+    def sampler(self, sampling: SamplingParams, prompt: list[int]) -> LlamaSampler | RowSampler:
         return self._samplers.new(sampling, prompt)
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
-        sampler: LlamaSampler | NumpySampler = sequence.sampler
-        return sampler.sample(*self._rows[row], sequence.constraint)
+        context, index, logits = self._rows[row]
+        sampler: LlamaSampler | RowSampler = sequence.sampler
+        if isinstance(sampler, RowSampler):
+            return sampler.choose(logits, sequence.constraint)
+        return sampler.sample(context, index, logits, sequence.constraint)
 
 
 class _BatchArrays:
@@ -239,12 +222,6 @@ def _rows_at(address: int, n_rows: int, n_vocab: int) -> Sequence_[Logits]:
     """Rows of numbers in llama.cpp's memory."""
     numbers: Any = (ctypes.c_float * (n_rows * n_vocab)).from_address(address)
     return tuple(np.frombuffer(numbers, np.float32).reshape(n_rows, n_vocab))
-
-
-def _architecture(model: Any) -> bytes:
-    text = ctypes.create_string_buffer(64)
-    lib.llama_model_meta_val_str(model, b"general.architecture", text, len(text))
-    return text.value
 
 
 def _plain_block(model: Any) -> int:

@@ -16,25 +16,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engine.backends.base import Constraint, Engine, ReportProgress, Tokenizer
+from engine.backends.base import Constraint, Engine, ReportProgress, Tokenizer, install
 from engine.backends.mlx_prompts import Cache, Prompts, beginning, can_cut, n_usable
 from engine.backends.mlx_rows import Rows, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
 from engine.backends.mlx_tokenizer import MlxTokenizer
+from engine.batch_engine import MAX_FAILED_STEPS
 from engine.cells import view
 from engine.chat_folder import read_chat_folder, suppressed_tokens
 from engine.model_file import ModelFile
 from engine.pace import MIN_BESIDE, MIN_TOKENS, Pace
 from engine.prefix import Tokens, n_common
-from engine.types import SamplingParams, StepResult
+from engine.scheduler import WORTH_WAITING_FOR
+from engine.types import Admitted, SamplingParams, StepResult, is_one_steady_job, order
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
 logger = logging.getLogger("worker.mlx")
 
-INSTALL = "./setup.sh --mlx, or pip install -r requirements-mlx.txt"
-MAX_FAILED_STEPS = 3  # in a row; then the model is taken to be broken
-WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
 CPU_PREFILL = 64  # prompt tokens of a step whose pace is not measured, or it may take minutes
 N_LOADS = 16  # parts in which weights are read, to tell how far it is
 _QUIET = {
@@ -63,7 +62,9 @@ def import_mlx(spec: WorkerSpec) -> Any:
             mx.set_default_device(mx.cpu)  # before mlx-lm makes its stream
         import_module("mlx_lm.generate")
     except ImportError as error:
-        raise ModelLoadFailed(f"The backend mlx is not installed ({error}): {INSTALL}.") from None
+        raise ModelLoadFailed(
+            f"The backend mlx is not installed ({error}): {install('mlx')}."
+        ) from None
     if is_on_cpu(mx):
         mx.disable_compile()  # it would compile C++ at the first use, if there is a compiler
     return mx
@@ -110,27 +111,14 @@ def _loaded(mx: Any, facts: ModelFile, progress: ReportProgress) -> Any:
 
 
 @dataclass(slots=True, eq=False)
-class Live:
-    """A sequence that was admitted: its prompt and what was sampled."""
-
-    id: int
-    tokens: "array[int]"
+class Live(Admitted):
     chooser: Chooser  # survives being put off
-    reuses: bool
-    goes_on_from: int | None  # does not reuse, but goes on from this one, the first of its job
-    rank: float
     n_joined: int = 0  # tokens with which it joined the rows
-    has_started: bool = False
 
     @property
     def is_decoding(self) -> bool:
         """Its prompt is computed: a token came after it."""
         return len(self.tokens) > self.n_joined
-
-    @property
-    def first(self) -> int:
-        """The first of its job, by which such are known that do not reuse."""
-        return self.id if self.goes_on_from is None else self.goes_on_from
 
 
 class MlxEngine:
@@ -151,6 +139,7 @@ class MlxEngine:
         self._rows = self._new_rows()
         self.n_parallel = spec.n_parallel
         self._prompts = Prompts(spec.prefix_cache_bytes)
+        self._cell_bytes = facts.kv_bytes_per_token
         self._pace = Pace(spec.max_stall_s, has_tiles=False)
         # a prompt has a pass of its own in every step, which has a price
         self._n_least = MIN_TOKENS if spec.max_stall_s is None else MIN_BESIDE
@@ -176,8 +165,10 @@ class MlxEngine:
         chooser = new_chooser(
             sampling, prompt, constraint, self._ends, self._suppressed, self.tokenizer.piece
         )
-        live = Live(id, array("i", prompt), chooser, reuses, goes_on_from, rank)
-        insort(self._waiting, live, key=_order)
+        live = Live(
+            id, array("i", prompt), chooser, reuses=reuses, goes_on_from=goes_on_from, rank=rank
+        )
+        insort(self._waiting, live, key=order)
 
     def cancel(self, id: int) -> None:
         for live in self._waiting:
@@ -195,10 +186,10 @@ class MlxEngine:
         self._join(result)
         if not self._running:
             return result
+        self._share_cells()
         n_decodes = sum(live.is_decoding for live in self._running)
         n_prefill = self._n_alone
-        # one job that does not reuse has the same chunks every time
-        if self._running[0].reuses or len({live.first for live in self._running}) > 1:
+        if not is_one_steady_job(self._running):  # which has the same chunks every time
             n_allowed = self._pace.n_prefill(n_decodes, self._spec.n_batch)
             n_prefill = min(max(self._n_least, n_allowed), self._spec.n_batch)
         started_at = time.perf_counter()
@@ -277,7 +268,7 @@ class MlxEngine:
         n_cached, cached = self._beginning(wanted, first)
         self._rows.add(live.id, live.tokens.tolist(), cached, n_cached, live.chooser)
         live.n_joined = len(live.tokens)
-        insort(self._running, live, key=_order)
+        insort(self._running, live, key=order)
         if not live.has_started:
             live.has_started = True
             result.started.append((live.id, n_cached))
@@ -286,13 +277,21 @@ class MlxEngine:
         """The first answer of its job that is still there, perhaps itself: the others go on from
         that."""
         job = [other for other in (*self._running, *self._waiting) if other.first == live.first]
-        return min(job, key=_order)
+        return min(job, key=order)
 
     def _is_through(self, first: Live, live: Live) -> bool:
         """The prompt is there for who goes on from it."""
         return first is live or (first in self._running and first.is_decoding)
 
     def _beginning(self, wanted: Tokens, first: Live | None) -> tuple[int, Cache | None]:
+        """None, where it cannot be had."""
+        try:
+            return self._longest_beginning(wanted, first)
+        except Exception as error:
+            self._forget_all(error)
+            return 0, None
+
+    def _longest_beginning(self, wanted: Tokens, first: Live | None) -> tuple[int, Cache | None]:
         """The longest beginning of a prompt that is computed, of one that runs or that ended, or
         only of the first of its job. Never all of the prompt: the last token is computed for what
         follows it."""
@@ -331,6 +330,14 @@ class MlxEngine:
                 break
             self._put_off_last(result)
 
+    def _share_cells(self) -> None:
+        """Those that no row takes are for prompts too: memory is set aside for them, and a long
+        conversation may be more than all of the prompt cache."""
+        if not self._prompts.is_off:
+            longest = max((len(live.tokens) for live in self._running), default=0)
+            n_free = max(self._spec.kv_tokens - len(self._running) * (longest + 1), 0)
+            self._prompts.resize(self._spec.prefix_cache_bytes + n_free * self._cell_bytes)
+
     def _outranks(self, live: Live) -> bool:
         """Somebody who runs comes after it, and can be put off without loss."""
         return bool(self._running) and live.rank < self._running[-1].rank and self._can_cut
@@ -348,20 +355,26 @@ class MlxEngine:
         if sampled is not None:
             last.tokens.append(sampled.token)
             result.tokens.append((last.id, sampled))
-        insort(self._waiting, last, key=_order)
+        insort(self._waiting, last, key=order)
 
     def _leave(self, live: Live) -> None:
         """What is computed of it is remembered."""
-        if not self._prompts.is_off:
-            self._prompts.remember(*self._rows.cache_of(live.id))
-        self._rows.remove(live.id)
         self._running.remove(live)
+        self._share_cells()
+        if not self._prompts.is_off:
+            try:
+                self._prompts.remember(*self._rows.cache_of(live.id))
+            except Exception as error:
+                self._forget_all(error)
+        self._rows.remove(live.id)
         if not self._running:
             self._mx.clear_cache()
 
+    def _forget_all(self, error: Exception) -> None:
+        """Copying a row failed, mostly for want of memory. It would only have saved time."""
+        logger.error("A row cannot be copied; all prompts are forgotten", exc_info=error)
+        self._prompts.clear()
+        self._mx.clear_cache()
+
     def _new_rows(self) -> Rows:
         return new_rows(self._model, self._spec.n_parallel, self._spec.n_batch)
-
-
-def _order(live: Live) -> tuple[float, int]:
-    return live.rank, live.id

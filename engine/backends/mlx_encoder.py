@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from engine.backends.base import Encoder, Floats, ReportProgress
+from engine.backends.base import Encoder, Floats, ReportProgress, install
 from engine.backends.bert_folder import read_shape, read_tokenizer, read_weights
 from engine.backends.padded import Inputs, PaddedEncoder
 from engine.model_folder import read_model_folder
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
-INSTALL = "`./setup.sh --mlx`, or `pip install -r requirements-mlx.txt`"
 CACHE_BYTES = 256 << 20  # of memory that mlx keeps for arrays to come
 
 
@@ -72,5 +71,5 @@ def _libraries() -> tuple[Any, Any, Any]:
         return mx, import_module("engine.backends.mlx_bert"), tokenizers
     except ImportError as error:
         raise ModelLoadFailed(
-            f"The backend mlx needs mlx and tokenizers ({error}): run {INSTALL}."
+            f"The backend mlx needs mlx and tokenizers ({error}): {install('mlx')}."
         ) from error

@@ -75,8 +75,14 @@ class Prompts:
             self._forget(entry)
         self._entries.append(Entry(tokens, cache, n_bytes, self._clock))
         self.n_bytes += n_bytes
-        while self.n_bytes > self._max_bytes:
-            self._forget(min(self._entries, key=lambda entry: entry.last_used))
+        self.resize(self._max_bytes)
+
+    def resize(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        while self.n_bytes > max_bytes:
+            self._forget(
+                min(self._entries, key=lambda entry: (entry.n_bytes <= max_bytes, entry.last_used))
+            )
 
     def _forget(self, entry: Entry) -> None:
         self._entries.remove(entry)

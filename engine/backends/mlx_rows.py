@@ -1,6 +1,6 @@
 """The sequences that a model on MLX computes in one step, each with a cache of its own."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -47,6 +47,15 @@ def _can_merge(layer: Any) -> bool:
     return all(map(_can_merge, parts)) if parts is not None else hasattr(layer, "merge")
 
 
+def _counters(cache: Iterable[Any]) -> Iterator[Any]:
+    """What layers count in each step. Where nothing asks for it, as without RoPE and in a state, it
+    would stay a sum that grows by a term a step, each with a buffer, of which Metal has so many."""
+    for layer in cache:
+        for part in getattr(layer, "caches", [layer]):
+            found = (getattr(part, name, None) for name in ("offset", "left_padding", "lengths"))
+            yield from (counter for counter in found if counter is not None)
+
+
 class BatchRows:
     """Implements Rows over mlx-lm's BatchGenerator, which computes a step ahead: a row's token is
     told when the next one is on its way. So many prompts are computed at once, the others after
@@ -54,6 +63,7 @@ class BatchRows:
 
     def __init__(self, model: Any, n_most: int, n_batch: int, *, n_prompts: int) -> None:
         generator = import_module("mlx_lm.generate").BatchGenerator
+        self._mx = import_module("mlx.core")
         self.n_most = n_most
         self._n_prompts = n_prompts
         self._generator = generator(
@@ -86,6 +96,7 @@ class BatchRows:
         # rounded up: from fewer tokens than are allowed the pace learns nothing
         self._generator.prefill_step_size = -(-n_prefill // n_prompts)
         prompts, told = self._generator.next()
+        self._mx.async_eval(list(_counters(self._generator._generation_batch.prompt_cache)))
         n_prefilled = 0
         for prompt in prompts:
             if prompt.end_of_prompt:
@@ -104,7 +115,7 @@ class BatchRows:
     def cache_of(self, number: int) -> tuple[Tokens, Cache]:
         uid = self._uids[number]
         cache, tokens = self._generator.extract_cache([uid])[uid]
-        mx, tree_map = import_module("mlx.core"), import_module("mlx.utils").tree_map
+        mx, tree_map = self._mx, import_module("mlx.utils").tree_map
 
         def own(part: Any) -> Any:
             """Not a piece of the whole batch's memory, which would stay as long as the piece."""

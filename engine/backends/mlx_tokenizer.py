@@ -9,6 +9,7 @@ from typing import Any
 from engine.backends.hf_tokenizer import BYTES
 from engine.chat_folder import adds_bos, end_tokens, is_byte_level, read_tokenizer
 from engine.model_file import ModelFile
+from engine.spelling import Spelling
 from errors import ModelLoadFailed
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a single byte
@@ -47,9 +48,9 @@ class MlxTokenizer:
     def tokenize(self, text: str, *, parse_special: bool, continues: bool) -> list[int]:
         ids = self._encode(text, parse_special)
         if not parse_special and not self._control.isdisjoint(ids):
-            return self._spell(text.encode())  # merges have put one together
+            return self._spelling.spell(text.encode())  # merges have put one together
         if continues and self._adds_space and ids and self.piece(ids[0])[:1] == b" ":
-            ids = [*self._spell(self.piece(ids[0])[1:]), *ids[1:]]
+            ids = [*self._spelling.spell(self.piece(ids[0])[1:]), *ids[1:]]
         return ids
 
     def piece(self, token: int) -> bytes:
@@ -77,9 +78,9 @@ class MlxTokenizer:
     def _read_piece(self, token: int) -> bytes:
         if token in self._control:
             return b""
-        if token in self._added:
-            return self._added[token].encode()
-        text = self._texts.get(token, "")
+        text = self._added.get(token, self._texts.get(token, ""))
+        if self._is_byte_level and token in self._added:
+            return text.encode()
         if self._is_byte_level:
             return bytes(BYTES[letter] for letter in text if letter in BYTES)
         if byte := _BYTE.fullmatch(text):
@@ -87,26 +88,11 @@ class MlxTokenizer:
         return text.replace("▁", " ").encode()
 
     @cached_property
-    def _ordinary(self) -> dict[bytes, int]:
-        """Ids of ordinary tokens by piece. Those of single bytes are the last resort."""
-        ids: dict[bytes, int] = {}
+    def _spelling(self) -> Spelling:
+        """With ordinary tokens. Those of single bytes are the last resort."""
         usual = [token for token in self._texts if token not in self._added]
-        for token in sorted(usual, key=lambda token: bool(_BYTE.fullmatch(self._texts[token]))):
-            ids.setdefault(self.piece(token), token)
-        return ids
-
-    def _spell(self, data: bytes) -> list[int]:
-        """Ids of ordinary tokens whose pieces join to exactly `data`, longest first."""
-        longest = max(map(len, self._ordinary))
-        ids, at = [], 0
-        while at < len(data):
-            ends = range(min(at + longest, len(data)), at, -1)
-            end = next((end for end in ends if data[at:end] in self._ordinary), at)
-            if end == at:
-                raise ValueError(f"the vocabulary has no token for {data[at : at + 1]!r}")
-            ids.append(self._ordinary[data[at:end]])
-            at = end
-        return ids
+        usual.sort(key=lambda token: bool(_BYTE.fullmatch(self._texts[token])))
+        return Spelling(usual, self.piece)
 
 
 def _read(library: Any, facts: ModelFile) -> Any:

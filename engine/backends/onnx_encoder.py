@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from engine.backends.base import Encoder, Floats, ReportProgress
+from engine.backends.base import Encoder, Floats, ReportProgress, install
 from engine.backends.bert_folder import read_shape, read_tokenizer, read_weights
 from engine.backends.padded import Inputs, PaddedEncoder
 from engine.model_folder import read_model_folder
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
-INSTALL = "`./setup.sh --onnx`, or `pip install -r requirements-onnx.txt`"
 ASK_EVERY_S = 0.05
 # Of padded sequences a layer's attention is in memory as a whole: 64 MB. Longer ones go alone.
 ATTENTION_NUMBERS = 1 << 24
@@ -104,5 +103,5 @@ def _libraries() -> tuple[Any, Any, Any]:
         return runtime, import_module("engine.backends.onnx_bert"), tokenizers
     except ImportError as error:
         raise ModelLoadFailed(
-            f"The backend onnx needs onnxruntime, onnx and tokenizers ({error}): run {INSTALL}."
+            f"The backend onnx needs onnxruntime, onnx and tokenizers ({error}): {install('onnx')}."
         ) from error

@@ -7,17 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import Floats, Ids, Interrupted, Specials, Tokenizer
-from engine.heads import Heads, missing_heads, read_heads
+from engine.heads import heads_of
 from engine.model_file import ModelFile
 from engine.model_folder import pooling_in
 from engine.types import Pooling, Scale
-from engine.wire import EncoderSpec, WorkerSpec
+from engine.wire import WorkerSpec
 
 MAX_SEQUENCES = 64  # of a batch
 CALL_TOKENS = 20  # so many could be computed in the time that a call takes beside its tokens
@@ -44,7 +43,7 @@ class PaddedEncoder(ABC):
     def __init__(self, spec: WorkerSpec, facts: ModelFile) -> None:
         assert spec.encoder is not None
         ranks = spec.encoder.kind == "reranker"
-        self.heads, self.missing_heads = (None, ()) if ranks else _heads(facts, spec.encoder)
+        self.heads, self.missing_heads = heads_of(facts.path, facts.n_embd, spec.encoder)
         self.n_embd = facts.n_embd
         self.n_ctx = min(spec.n_ctx, facts.n_ctx_train)
         self.n_tokens = max(self.n_ctx, spec.encoder.batch_tokens)
@@ -125,10 +124,3 @@ def groups(lengths: Sequence[int]) -> list[list[int]]:
     while cuts[-1]:
         cuts.append(starts[cuts[-1]])
     return [order[start:end] for start, end in pairwise(reversed(cuts))]
-
-
-def _heads(facts: ModelFile, encoder: EncoderSpec) -> tuple[Heads | None, tuple[str, ...]]:
-    sparse = Path(encoder.sparse_head_path) if encoder.sparse_head_path else None
-    colbert = Path(encoder.colbert_head_path) if encoder.colbert_head_path else None
-    heads = read_heads(facts.path, facts.n_embd, sparse, colbert)
-    return heads, missing_heads(facts.path, sparse, colbert) if heads is None else ()

@@ -19,7 +19,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from engine.heads import COLBERT, METADATA_PREFIX, SPARSE, read_heads
+from engine.file_names import COLBERT, SPARSE
+from engine.heads import METADATA_PREFIX, missing_heads, read_heads
 from engine.model_folder import pooling_in
 from engine.tensors import read_tensors
 from engine.torch_file import Floats
@@ -172,19 +173,12 @@ def _gguf_name(name: str) -> str:
 
 def _heads(directory: Path, n_embd: int) -> dict[str, Floats]:
     """BGE-M3's two, flat, by the keys that engine/heads.py looks for; none where there are none."""
-    paths = {
-        name: path
-        for name in (SPARSE, COLBERT)
-        for path in (directory / f"{name}.safetensors", directory / f"{name}.pt")
-        if path.is_file()
-    }
-    if not paths:
+    missing = missing_heads(directory, None, None)
+    if len(missing) == 1:
+        raise ModelLoadFailed(f"{directory.name} has no {missing[0]}; download it too.")
+    heads = read_heads(directory, n_embd, None, None)
+    if heads is None:
         return {}
-    for name in (SPARSE, COLBERT):
-        if name not in paths:
-            raise ModelLoadFailed(f"{directory.name} has no {name}.pt; download it too.")
-    heads = read_heads(directory, n_embd, paths[SPARSE], paths[COLBERT])
-    assert heads is not None  # both were given
     return {
         f"{METADATA_PREFIX}{SPARSE}.weight": heads.sparse_weight,
         f"{METADATA_PREFIX}{SPARSE}.bias": np.array([heads.sparse_bias], np.float32),

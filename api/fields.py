@@ -1,0 +1,119 @@
+"""Types that fields of several endpoints have, and what becomes of fields that are unknown or ask
+for what is not there."""
+
+from collections.abc import Container, Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+
+from errors import BadRequest, UnsupportedParameter
+
+# of OpenAI's API: what is kept for whom, of which there is nothing here
+IGNORED = (
+    "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "store",
+)  # fmt: skip
+REPLACED_BY_MIROSTAT = ("top_k", "typical_p", "top_p", "min_p", "xtc_probability")
+
+
+def whole(text: str) -> str:
+    """The text, if it can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("The text has half of a surrogate pair.") from None
+    return text
+
+
+def _no_truth(value: object) -> object:
+    """To pydantic `true` is a number too."""
+    if isinstance(value, bool):
+        raise ValueError("a token id is a number")
+    return value
+
+
+def as_list(value: Any) -> Any:
+    """A text that may stand for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None else value)]
+WholeText = Annotated[str, AfterValidator(whole)]
+SomeText = Annotated[WholeText, Field(min_length=1)]
+Token = Annotated[int, BeforeValidator(_no_truth), Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+
+
+def kind_of_content(value: Any) -> str:
+    """The tag of what may be a text or a list."""
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+def kind_of_texts(value: Any) -> str:
+    """The tag of what may be a text, token ids, or a list of either."""
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, list):
+        return "<lists of tokens>"
+    if isinstance(first, int):
+        return "<tokens>"
+    return "<texts>" if isinstance(value, list) else "<text>"
+
+
+def each_text(value: Any) -> list[str | list[int]]:
+    """Each of such texts, also where there is one only."""
+    is_one = isinstance(value, str) or isinstance(value[0], int)
+    return [value] if is_one else value
+
+
+def refuse(fields: BaseModel, unsupported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise UnsupportedParameter for a field of OpenAI's API that asks for what is not there.
+
+    `unsupported` has the values of each field that ask for nothing.
+    """
+    for name, neutral in unsupported.items():
+        value = (fields.model_extra or {}).get(name)
+        if value is not None and not any(_is_same(value, n) for n in neutral):
+            raise UnsupportedParameter(
+                f"'{name}' is not supported by this version; leave it out.", param=name
+            )
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # 1 == True in Python
+
+
+def ignored_params(
+    fields: BaseModel,
+    known: Container[str] = (),
+    *,
+    strict: bool,
+    parts: Iterable[tuple[str, BaseModel]] = (),
+    left_out: Iterable[str] = (),
+    also: Iterable[str] = (),
+) -> dict[str, str]:
+    """The header that names what has no effect: the unknown fields of a body and of its `parts`,
+    which come with their places, what is `left_out` of it, known ones, and `also` these. Raises
+    BadRequest for unknown ones and what is left out if `strict`."""
+    extra = fields.model_extra or {}
+    unknown = [name for name in extra if name not in known and name not in IGNORED]
+    inner = ((name, getattr(fields, name, None)) for name in ("stream_options", "response_format"))
+    parts = [*((name, part) for name, part in inner if part is not None), *parts]
+    unknown += [f"{place}.{name}" for place, part in parts for name in part.model_extra or {}]
+    unknown += left_out
+    if unknown and strict:
+        raise BadRequest(
+            f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
+        )
+    ignored = [*also, *(name for name in IGNORED if extra.get(name) not in (None, False))]
+    if getattr(fields, "mirostat", None):
+        ignored += [name for name in REPLACED_BY_MIROSTAT if getattr(fields, name) is not None]
+    return with_ignored({}, unknown + ignored)
+
+
+def with_ignored(headers: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The headers, in which these are named beside what has no effect."""
+    said = headers.get("X-Ignored-Params")
+    text = ",".join([*([said] if said else []), *names])
+    named = text.encode("ascii", "backslashreplace").decode()
+    printable = "".join(c if c.isprintable() else "?" for c in named)
+    return {**headers, "X-Ignored-Params": printable[:1000]} if text else {**headers}
