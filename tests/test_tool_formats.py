@@ -117,6 +117,21 @@ def test_a_template_for_tools_is_taken_where_there_are_tools() -> None:
         assert text(prompt(other, user("Hi"), TOOLS)) == f"{INSTRUCTIONS}\n\nHi alone"
 
 
+def test_where_the_template_for_tools_fails_the_default_one_has_to_do() -> None:
+    raises = "{{ raise_exception('No.') }}"
+    default = chat_format("{{ messages[0].content }} alone")
+    for broken in (
+        f"<tool_call>{{% if tools %}}{raises}{{% endif %}}",
+        "<tool_call>{% if",
+        "<tool_call>",
+    ):
+        format = chat_format("{{ messages[0].content }} alone", tool_template=broken)
+        for tools in ((), TOOLS):
+            assert text(prompt(format, user("Hi"), tools)) == text(
+                prompt(default, user("Hi"), tools)
+            )
+
+
 def test_a_family_may_be_chosen_by_name() -> None:
     for name in BY_NAME:
         raw = {"llama3": '{"name": "get_time", "parameters": {}}',
@@ -864,10 +879,32 @@ def test_neighbours_of_one_role_are_one_turn_where_turns_must_alternate(template
     call = ("call_1", "get_weather", '{"city": "Paris"}')
     said = (*assistant("Let me"), *assistant("look."), *assistant(None, call))
     rest = (*result("call_1", "rain"), *twice)
-    before = assistant("Let me\n\nlook.", call)
-    assert shown(*once, *said, *rest) == shown(*once, *before, *result("call_1", "rain"), *once)
+    shown_at_once = shown(*once, *said, *rest)
+    assert shown_at_once.index("Let me\n\nlook.") < shown_at_once.index('"Paris"')
     continued = shown(*once, *assistant("Let"), *assistant("me"), continues=True)
     assert continued.endswith("Let\n\nme")
+
+
+CALLS_STAND_ALONE = """\
+{%- set others = messages | rejectattr('tool_calls', 'defined') | list %}
+{%- for message in others %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('Turns must alternate.') }}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set call = '[TOOL_CALLS][' + message.tool_calls[0].function.name if message.tool_calls %}
+    {{- message.role + ': ' + (call or message.content) + '\n' }}
+{%- endfor %}"""
+
+
+def test_a_text_before_a_call_is_a_turn_of_its_own_where_it_was_sent_as_one() -> None:
+    call = ("call_1", "get_weather", "{}")
+    messages = [*user("Hi"), *user("Well?"), *assistant("Let me look."), *assistant(None, call)]
+    shown = text(prompt(CALLS_STAND_ALONE, messages))
+    assert (
+        shown == "user: Hi\n\nWell?\nassistant: Let me look.\nassistant: [TOOL_CALLS][get_weather\n"
+    )
 
 
 def test_neighbours_of_one_role_are_turns_of_their_own_where_they_may_be() -> None:
