@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from engine.file_names import HEAD_FILES, HEADS, WEIGHTS
+from engine.file_names import HEAD_FILES, HEADS, TOOL_TEMPLATE, WEIGHTS
 from errors import ModelLoadFailed
 
 FOLDER_BACKENDS = frozenset({"mlx", "onnx", "flag"})  # whose models are directories
@@ -146,8 +146,8 @@ def _folder(model: HubModel, backend: str, names: Collection[str]) -> list[str]:
             "another repo, or for a GGUF set BACKEND=llamacpp."
         )
     rest.remove("config.json")
-    pooling = [_POOLING] if _POOLING in names else []
-    return ["config.json", *rest, *pooling, *_whole(model, weights, names)]
+    inner = [name for name in (_POOLING, TOOL_TEMPLATE) if name in names]
+    return ["config.json", *rest, *inner, *_whole(model, weights, names)]
 
 
 def _whole(model: HubModel, some: list[str], names: Collection[str]) -> list[str]:

@@ -142,6 +142,7 @@ def expect_stream(client: httpx.Client, model: str, *, chat: bool, include_usage
         expect(chunk["object"] == kind, f"object is {chunk['object']!r}")
         same = [chunk[name] == chunks[0][name] for name in ("id", "created", "model")]
         expect(all(same), "id, created or model changes")
+    chunks = [chunk for chunk in chunks if not {"waiting", "headers"} & chunk.keys()]
     usage = {"completion_tokens": 0}
     if include_usage:
         expect(chunks[-1]["choices"] == [], "the last chunk has choices")

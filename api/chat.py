@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -55,12 +54,19 @@ async def create_chat_completion(
     head = generation.head("chatcmpl", kind, tier, body.service_tier)
     if body.stream:
         chunks = Chunks(head, include_usage=body.include_usage)
-        form = Form(partial(chunks.of, _choice(0, {})), last=DONE)
+        deltas = [_Deltas(server.reasoning_field) for _ in range(body.n)]
+
+        def pause(**fields: Any) -> bytes:
+            """Of the first choice that goes on."""
+            index = next((n for n, of_choice in enumerate(deltas) if not of_choice.are_over), 0)
+            return chunks.of(_choice(index, deltas[index].nothing()), **fields)
+
+        form = Form(pause, last=DONE)
 
         async def stream() -> EventStream:
             started = await starting
             chunks.add(system_fingerprint=tier.fingerprint)
-            events = _events(started, chunks, body, server.reasoning_field)
+            events = _events(started, chunks, body, deltas)
             silence_s = server.comment_after_s
             return EventStream(events, form, started.headers(headers), silence_s=silence_s)
 
@@ -114,10 +120,22 @@ class _Deltas:
     """The deltas of one choice."""
 
     def __init__(self, field: ReasoningField) -> None:
+        self.are_over = False
         self._field = field
         self._n_calls = 0
+        self._last: Event | None = None
+
+    def nothing(self) -> dict[str, Any]:
+        """No more of what is open. Without a call in it, Go's SDK takes a call for whole."""
+        if isinstance(self._last, Text | Reasoning):
+            return self._said(type(self._last)(""))
+        return self._call(function={"arguments": ""}) if self._last else {}
 
     def of(self, event: Event) -> dict[str, Any]:
+        self._last = event
+        return self._said(event)
+
+    def _said(self, event: Event) -> dict[str, Any]:
         if isinstance(event, Text):
             return {"content": event.text}
         if isinstance(event, Reasoning):
@@ -133,10 +151,9 @@ class _Deltas:
 
 
 async def _events(
-    started: turn.Turn, chunks: Chunks, body: ChatRequest, field: ReasoningField
+    started: turn.Turn, chunks: Chunks, body: ChatRequest, deltas: Sequence[_Deltas]
 ) -> AsyncGenerator[bytes, None]:
     ends = []
-    deltas = [_Deltas(field) for _ in range(started.n_choices)]
     async with aclosing(started.outs()) as outs:
         for index in range(started.n_choices):
             yield chunks.of(_choice(index, {"role": "assistant", "content": ""}))
@@ -150,6 +167,7 @@ async def _events(
                 yield chunks.of(_choice(out.index, delta, of_text))
             if out.end:
                 ends.append(out.end)
+                deltas[out.index].are_over = True
                 more: dict[str, Any] = {}
                 if body.timings and len(ends) == started.n_choices:
                     n_completion = sum(end.n_tokens for end in ends)

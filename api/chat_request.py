@@ -276,7 +276,9 @@ class Conversation(Extensible):
             schema = _of_objects(schema, place)
             part = schema_part(_closed(schema), place, is_lenient=not function.strict)
             shown = {"name": function.name, "description": function.description or ""}
-            definition = {"type": "function", "function": {**shown, "parameters": schema}}
+            # templates ask for the properties, as for the type
+            parameters = schema | {"properties": schema.get("properties", {})}
+            definition = {"type": "function", "function": {**shown, "parameters": parameters}}
             tools.append(Tool(definition, part))
         return tools
 

@@ -4,7 +4,6 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -122,12 +121,19 @@ async def create_completion(
     head = generation.head("cmpl", "text_completion", tier, body.service_tier)
     if body.stream:
         chunks = Chunks(head, include_usage=body.include_usage)
-        form = Form(partial(chunks.of, _choice(0, "", None, None)), last=DONE)
+        going_on = [*range(len(prompts) * body.n)]
+
+        def pause(**fields: Any) -> bytes:
+            index = going_on[0] if going_on else 0
+            return chunks.of(_choice(index, "", None, None), **fields)
+
+        form = Form(pause, last=DONE)
 
         async def stream() -> EventStream:
             answer = await start()
             chunks.add(system_fingerprint=tier.fingerprint)
-            return EventStream(_events(answer, chunks, body), form, headers, silence_s=patience_s)
+            events = _events(answer, chunks, body, going_on)
+            return EventStream(events, form, headers, silence_s=patience_s)
 
         patience_s = services.settings.server.comment_after_s
         return await begun(stream(), form, waits_for=watch, patience_s=patience_s, headers=headers)
@@ -192,17 +198,17 @@ def _logprobs(
 
 
 async def _events(
-    answer: generation.Answer, chunks: Chunks, body: CompletionRequest
+    answer: generation.Answer, chunks: Chunks, body: CompletionRequest, going_on: list[int]
 ) -> AsyncGenerator[bytes, None]:
-    n_completion = n_done = 0
+    n_completion = 0
     offsets = [0] * answer.n_choices
     async with aclosing(answer.outs) as outs:
         async for index, out in outs:
             more: dict[str, Any] = {}
             if out.done:
-                n_done += 1
+                going_on.remove(index)
                 n_completion += out.done.n_tokens
-                if body.timings and n_done == answer.n_choices:
+                if body.timings and not going_on:
                     more = {"timings": answer.timings(n_completion)}
             if out.text or out.done:
                 logprobs = _logprobs(out.logprobs, offsets[index], body.logprobs)

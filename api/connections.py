@@ -108,7 +108,8 @@ class Limited(asyncio.Protocol):
         """
         now = self.loop.time()
         n_unsent = self.transport.get_write_buffer_size()
-        can_grow = self._is_busy() and not self.flow.write_paused
+        is_writing = self._is_busy() and not self.transport.is_closing()
+        can_grow = is_writing and not self.flow.write_paused
         if not n_unsent or n_unsent < self._n_unsent or can_grow:
             self._read_at = now
         self._n_unsent = n_unsent

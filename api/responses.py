@@ -114,7 +114,10 @@ def _head(body: ResponsesRequest, tier: Tier) -> dict[str, Any]:
         "usage": None,
     }
     # of what clients wrote, halves of surrogate pairs and NaN are no JSON
-    text = json.dumps(head, ensure_ascii=False).encode(errors="replace")
+    try:
+        text = json.dumps(head, ensure_ascii=False).encode(errors="replace")
+    except RecursionError:
+        raise BadRequest("A schema is nested too deeply.", param="tools") from None
     known: dict[str, Any] = json.loads(text, parse_constant=lambda _: None)
     return known
 

@@ -222,6 +222,8 @@ class _Beating:
         self._timer = self._loop.call_later(left_s, self._listen)
 
     async def _say(self) -> None:
+        if self._lock.locked():  # somebody speaks, and the pause would be numbered behind that
+            return
         async with self._lock:
             if not self._is_over:
                 body = self._beat()

@@ -99,18 +99,25 @@ class Client:
                 await reply.aread()
                 self._is_answer(reply)
                 return
-            async for line in reply.aiter_lines():
-                if leaves and text:
-                    self._tally.left += 1
-                    return
-                if line == "data: [DONE]":
-                    is_done = True
-                elif line.startswith("data: "):
-                    event = json.loads(line.removeprefix("data: "))
-                    error = event.get("error", error)
-                    for choice in event.get("choices", ()):
-                        text += choice["delta"].get("content", "")
+            is_cut = False
+            try:
+                async for line in reply.aiter_lines():
+                    if leaves and text:
+                        self._tally.left += 1
+                        return
+                    if line == "data: [DONE]":
+                        is_done = True
+                    elif line.startswith("data: "):
+                        event = json.loads(line.removeprefix("data: "))
+                        error = event.get("error", error)
+                        for choice in event.get("choices", ()):
+                            text += choice["delta"].get("content", "")
+            except httpx.RemoteProtocolError:
+                is_cut = True
+                if error is None:
+                    raise
         if error is not None:
+            self._check(is_cut, f"stream {word}: an error, and a regular end")
             self._count_error(error.get("code"), "stream")
         else:
             self._check(is_done and text == f"You said: {word}", f"stream {word}: {text!r}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from chat.events import Splitter
 from chat.splitter import ReasoningTags
-from chat.template import ChatTemplate, normalised, with_names
+from chat.template import ChatTemplate, in_order, normalised, with_names
 from chat.tools import BY_NAME, FAMILIES
 from chat.tools.base import Function, Parts, Tool, ToolFormat
 from engine.model_file import ModelFile
@@ -55,8 +55,9 @@ class ChatFormat:
         self._with_tools: ChatFormat | None = None
         if model.tool_template and tool_format != "generic":
             only = replace(model, chat_template=model.tool_template, tool_template=None)
-            with_tools = ChatFormat(only, tool_format)
-            self._with_tools = with_tools if with_tools._family.shows_tools else None
+            with suppress(ModelLoadFailed):  # the default one has to do
+                with_tools = ChatFormat(only, tool_format)
+                self._with_tools = with_tools if with_tools._family.shows_tools else None
         self._template = _template_of(model)
         source = self._template.source
         fitting = next(family for family in FAMILIES if family.fits(source))
@@ -95,26 +96,27 @@ class ChatFormat:
         how long the model may think, `extra` goes to the template. With `continues` the answer
         goes on with the last message. Raises BadRequest."""
         if tools and self._with_tools:
-            return self._with_tools.prompt(
-                messages,
-                now=now,
-                tools=tools,
-                choice=choice,
-                answer=answer,
-                effort=effort,
-                budget=budget,
-                continues=continues,
-                extra=extra,
-            )
+            with suppress(BadRequest):  # some of these templates fail on unions of types
+                return self._with_tools.prompt(
+                    messages,
+                    now=now,
+                    tools=tools,
+                    choice=choice,
+                    answer=answer,
+                    effort=effort,
+                    budget=budget,
+                    continues=continues,
+                    extra=extra,
+                )
         callable_ = [tool for tool in tools if tool.name in choice.names]
         self._check(callable_, choice, answer, continues)
         switches, budget = self._effort(effort, budget)
-        messages = with_names([normalised(message) for message in messages])
+        messages = in_order(with_names(normalised(message) for message in messages))
         if not (self._takes_system and self._takes_later_system):
             messages = _without_system(messages, but_first=True)
-        if not self._takes_neighbours:
-            messages = _alternating(messages)
         turns = self._family.history(messages, [tool.definition for tool in tools])
+        if not self._takes_neighbours:
+            turns = _alternating(turns)
         segments = self._template.render(
             turns if self._takes_system else _without_system(turns, but_first=False),
             now=now,
@@ -286,8 +288,7 @@ def _without_system(
         if is_system and not (but_first and last == "system"):
             turn = {**turn, "role": "user"}
         if told and (is_system or was_system) and last == turn["role"]:
-            text = f"{told[-1]['content']}\n\n{turn['content']}"
-            told[-1] = {**turn, **told[-1], "content": text}
+            told[-1] = {**turn, **told[-1], "content": _joined(told[-1], turn)}
         else:
             told.append(turn)
         was_system = is_system
@@ -296,14 +297,23 @@ def _without_system(
 
 def _alternating(turns: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """For templates that refuse two turns of one role: those of users are one, and those of the
-    assistant too, but where thoughts, text and calls would not keep this order."""
+    assistant too, but those with calls, beside which many templates show no text, and those with
+    thoughts behind a text."""
     joined: list[Mapping[str, Any]] = []
     for turn in turns:
         last = joined[-1] if joined else {"role": ""}
         is_same = turn["role"] == last["role"] in ("user", "assistant")
-        if is_same and "tool_calls" not in last and "reasoning_content" not in turn:
-            text = "\n\n".join(filter(None, (last["content"], turn["content"])))
-            joined[-1] = {**turn, **last, "content": text}
+        has_calls = "tool_calls" in last or "tool_calls" in turn
+        if is_same and not has_calls and "reasoning_content" not in turn:
+            joined[-1] = {**turn, **last, "content": _joined(last, turn)}
         else:
             joined.append(turn)
     return joined
+
+
+def _joined(turn: Mapping[str, Any], next_turn: Mapping[str, Any]) -> str | tuple[Any, ...]:
+    """Their contents as one, each a text or a tuple of segments."""
+    contents = [one["content"] for one in (turn, next_turn) if one["content"]]
+    if all(isinstance(content, str) for content in contents):
+        return "\n\n".join(contents)
+    return (contents[0], "\n\n", *contents[1:]) if len(contents) > 1 else contents[0]

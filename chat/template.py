@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -226,9 +227,19 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+class _Environment(ImmutableSandboxedEnvironment):
+    """Templates may add to lists and take from them, as those of Kimi K2 do that are written for
+    llama.cpp: their own, or copies that are made for each prompt."""
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, list) and attr in ("append", "pop"):
+            return True
+        return super().is_safe_attribute(obj, attr, value)
+
+
+def _environment() -> _Environment:
     # As apply_chat_template of transformers sets it up: templates are written for that.
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", _GenerationTag],
@@ -289,6 +300,21 @@ def with_names(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if turn["role"] == "tool" and name and "name" not in turn:
             turn["name"] = name
         turns.append(turn)
+    return turns
+
+
+def in_order(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages; results of tools in the order of their calls, since many templates show with
+    them neither ids nor names."""
+    turns: list[Mapping[str, Any]] = []
+    places: dict[str | None, int] = {}  # of the calls before, by their ids
+    for are_results, group in groupby(messages, lambda message: message["role"] == "tool"):
+        run = list(group)
+        ids = [turn.get("tool_call_id") for turn in run]
+        if are_results and places.keys() >= set(ids):
+            run.sort(key=lambda turn: places[turn.get("tool_call_id")])
+        turns += run
+        places = {call.get("id"): n for n, call in enumerate(run[-1].get("tool_calls", ()))}
     return turns
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
+from engine.file_names import TOOL_TEMPLATE
 from engine.model_file import CONTROL_BY_NAME, ModelFile, name_of
 from errors import ModelLoadFailed
 
@@ -203,9 +204,10 @@ def _template(path: Path, settings: TokenizerConfig) -> str | None:
 
 
 def _tool_template(path: Path, settings: TokenizerConfig) -> str | None:
-    beside = path / "additional_chat_templates" / "tool_use.jinja"
-    if beside.is_file():
+    if (beside := path / TOOL_TEMPLATE).is_file():
         return beside.read_text(encoding="utf-8", errors="replace")
+    if (path / "chat_template.jinja").is_file():  # in place of all that the settings have
+        return None
     named = settings.chat_template
     return _by_name(named).get("tool_use") if isinstance(named, list) else None
 
@@ -269,7 +271,7 @@ def _kept(path: Path, text: dict[str, Any], n_layer: int, n_embd: int) -> tuple[
     head_size = _number(path, text, "head_dim", default=n_embd // n_head)
     n_kept = 2 * _number(path, text, "num_key_value_heads", default=n_head) * head_size
     if text.get("kv_lora_rank"):
-        n_rope = _number(path, text, "qk_rope_head_dim", default=head_size)
+        n_rope = _number(path, text, "qk_rope_head_dim", default=head_size, least=0)
         n_kept = _number(path, text, "kv_lora_rank") + n_rope
         if text.get("index_head_dim"):
             n_kept += 2 * _number(path, text, "index_head_dim")
@@ -278,7 +280,8 @@ def _kept(path: Path, text: dict[str, Any], n_layer: int, n_embd: int) -> tuple[
             n_kept = n_head * (n_key + _number(path, text, "v_head_dim", default=head_size))
     n_attention, n_recurrent = _n_keeping(text, n_layer)
     named = (keys for keys in _STATES if all(isinstance(text.get(key), int) for key in keys))
-    if (keys := next(named, None)) is None:  # not known, and taken for attention
+    keys = next(named, None)
+    if keys is None or not all(text[key] for key in keys):  # not known, and taken for attention
         return min(n_attention + n_recurrent, n_layer) * n_kept * FLOAT_BYTES, 0
     n_state = prod(_number(path, text, key) for key in keys)
     return n_attention * n_kept * FLOAT_BYTES, n_recurrent * n_state * _STATE_FLOAT_BYTES
@@ -305,10 +308,12 @@ def _layers(text: dict[str, Any]) -> str | list[Any]:
     return next((layers for layers in named if isinstance(layers, str | list)), [])
 
 
-def _number(path: Path, config: dict[str, Any], *keys: str, default: int | None = None) -> int:
+def _number(
+    path: Path, config: dict[str, Any], *keys: str, default: int | None = None, least: int = 1
+) -> int:
     """The first of these that is there."""
     found = next((config[key] for key in keys if config.get(key) is not None), default)
-    if not isinstance(found, int) or not 0 < found < 1 << 31:
+    if not isinstance(found, int) or not least <= found < 1 << 31:
         _fail(path, f"has no {keys[0]} in its config.json; download it again")
     return found
 

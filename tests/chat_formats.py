@@ -19,6 +19,10 @@ MISTRAL_TOKENS = (
     "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
     "[/TOOL_RESULTS]", "[TOOL_CALLS]",
 )  # fmt: skip
+KIMI_MARKS = (
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+)  # fmt: skip
 # by the name of the template
 CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
     "qwen2_5": (*CHATML_TOKENS, "<tool_call>", "</tool_call>"),
@@ -28,6 +32,25 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
         "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
         "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
         "<think>", "</think>",
+    ),
+    "seed_oss": (
+        "<seed:bos>", "<seed:eos>", "<seed:think>", "</seed:think>", "<seed:tool_call>",
+        "</seed:tool_call>",
+    ),
+    "minimax_m2": (
+        "]~b]", "[e~[", "<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_call>",
+    ),
+    "minicpm5": (
+        *CHATML_TOKENS, "<think>", "</think>", "<function", "</function>", "<param", "</param>",
+    ),
+    "kimi_k2": (
+        "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>",
+        "<think>", "</think>", *KIMI_MARKS,
+    ),
+    "deepseek_v3_1": (
+        "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<think>", "</think>",
+        "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",
+        "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
     ),
     "llama3_1": (
         "<s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>",
@@ -119,7 +142,8 @@ def tool(
         "required": list(required),
         "additionalProperties": False,
     }
-    function = {"name": name, "description": f"What {name} does", "parameters": schema}
+    parameters = {"properties": {}, **schema}  # as over HTTP
+    function = {"name": name, "description": f"What {name} does", "parameters": parameters}
     part = GrammarPart("json_schema", json.dumps(schema), "tools", is_lenient=not is_strict)
     return Tool({"type": "function", "function": function}, part)
 

@@ -11,7 +11,9 @@ import httpx
 import pytest
 
 from api import turn
+from api.chat import _Deltas
 from api.chat_request import ChatRequest
+from chat.events import CallArguments, CallBegin, Reasoning, Text
 from engine import wire
 from engine.backends import fake as backend
 from tests.serving import Service, events, fake, script, serving, settings, wait_until
@@ -752,6 +754,20 @@ def test_an_answer_ends_at_the_end_of_the_context(service: Service) -> None:
 def test_a_step_that_fails_is_a_500_and_the_next_request_succeeds(service: Service) -> None:
     assert error_of(service.chat("fail"), 500)["code"] == "internal_error"
     assert text_of(service.chat()) == "You said: Hi"
+
+
+def test_a_pause_is_of_what_is_open_and_says_no_more_of_it() -> None:
+    deltas = _Deltas("reasoning_content")
+    assert deltas.nothing() == {}
+    for event, nothing in [
+        (Reasoning("Hm."), {"reasoning_content": ""}),
+        (Text("So."), {"content": ""}),
+        (CallBegin("f"), {"tool_calls": [{"index": 0, "function": {"arguments": ""}}]}),
+        (CallArguments("{}"), {"tool_calls": [{"index": 0, "function": {"arguments": ""}}]}),
+        (CallBegin("g"), {"tool_calls": [{"index": 1, "function": {"arguments": ""}}]}),
+    ]:
+        assert "" not in deltas.of(event).values()
+        assert deltas.nothing() == nothing
 
 
 def test_a_stream_that_breaks_is_cut_off_behind_the_error(service: Service) -> None:

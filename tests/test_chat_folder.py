@@ -172,6 +172,10 @@ def test_a_template_may_be_elsewhere(folder: Path) -> None:
                                   {"name": "default", "template": "D"}])  # fmt: skip
     assert read_chat_folder(folder).chat_template == "D"
     assert read_chat_folder(folder).tool_template == "T"
+    (folder / "chat_template.jinja").write_text("{{ F }}")
+    assert read_chat_folder(folder).chat_template == "{{ F }}"
+    assert read_chat_folder(folder).tool_template is None
+    (folder / "chat_template.jinja").unlink()
     change(config, chat_template=None)
     assert read_chat_folder(folder).chat_template is None
     assert read_chat_folder(folder).tool_template is None
@@ -182,6 +186,16 @@ def test_a_template_may_be_elsewhere(folder: Path) -> None:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ T }}")
     assert read_chat_folder(folder).tool_template == "{{ T }}"
+
+
+def test_what_a_layer_keeps_may_be_nothing(folder: Path) -> None:
+    config = folder / "config.json"
+    plain = read_chat_folder(folder)
+    change(config, mamba_n_heads=0, mamba_d_head=16, mamba_d_state=64)
+    facts = read_chat_folder(folder)
+    assert (facts.kv_bytes_per_token, facts.state_bytes) == (plain.kv_bytes_per_token, 0)
+    change(config, kv_lora_rank=16, qk_rope_head_dim=0)
+    assert read_chat_folder(folder).kv_bytes_per_token == 2 * 16 * 4  # two layers
 
 
 def test_models_that_also_see_say_it_of_their_text_part(folder: Path) -> None:

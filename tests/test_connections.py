@@ -32,12 +32,13 @@ VECTORS: dict[str, Any] = {
     "model": "embedding", "input": ["word " * 250] * 20, "embedding_type": "colbert"
 }  # fmt: skip
 BREAKING = {"match": "break", "answer": "half", "fault": "step", "after": 4}
+LONG_BREAKING = {"match": "long break", "answer": "x" * 300, "fault": "step", "after": 250}
 LONG = {"match": "long", "answer": "0123456789" * 3000}
 
 
 @pytest.fixture(scope="module", params=PARSERS)
 def service(request: Any, tmp_path_factory: Any) -> Iterator[Service]:
-    path = script(tmp_path_factory.mktemp("script"), LONG, BREAKING, step_ms=1)
+    path = script(tmp_path_factory.mktemp("script"), LONG_BREAKING, LONG, BREAKING, step_ms=1)
     tiers = {"light": fake(path, n_parallel=1, n_ctx=32000), "embedding": fake()}
     with serving(settings(QUICK, **tiers), http=request.param) as service:
         assert service.chat().status_code == 200
@@ -132,6 +133,16 @@ def test_a_stream_that_nobody_reads_is_cut_and_its_sequence_freed(service: Servi
         with pytest.raises(ConnectionResetError):  # and no end that looks like one
             read_all(sock)
     assert service.chat().status_code == 200  # there is one sequence only
+
+
+def test_a_broken_stream_that_nobody_reads_is_cut_with_what_was_asked_behind_it(
+    service: Service,
+) -> None:
+    with dial(service) as sock:
+        sock.sendall(chat("long break", stream=True) + chat("Hi"))
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: not n_held(service))
+    assert service.chat().status_code == 200
 
 
 def test_a_whole_reply_that_nobody_reads_is_cut(service: Service) -> None:

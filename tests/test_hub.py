@@ -180,6 +180,13 @@ def test_a_directory_is_what_such_a_model_needs_and_config_json_first() -> None:
     assert sorted(picked) == sorted(BGE_M3)
 
 
+def test_a_template_for_tools_is_a_part_of_a_directory() -> None:
+    of_tools = "additional_chat_templates/tool_use.jinja"
+    others = {"additional_chat_templates/rag.jinja", "chat_template.jinja"}
+    assert of_tools in pick(HubModel("a/b"), "mlx", BGE_M3 | others | {of_tools})
+    assert of_tools not in pick(HubModel("a/b"), "mlx", BGE_M3 | others)
+
+
 def test_a_directory_has_weights_as_pickles_only_where_there_are_no_others() -> None:
     parts = {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
     picked = pick(HubModel("a/b"), "flag", BGE_M3 | parts | {"flax_model.msgpack"})

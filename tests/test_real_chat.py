@@ -94,7 +94,10 @@ def test_a_forced_call_is_valid(client: openai.OpenAI, choice: object, seed: int
     jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
 
 
-@pytest.mark.parametrize("tool_format", ["qwen3-coder", "glm", "gemma4", "lfm2", "command"])
+@pytest.mark.parametrize(
+    "tool_format",
+    ["qwen3-coder", "minimax-m2", "minicpm5", "glm", "gemma4", "kimi-k2", "lfm2", "command"],
+)
 def test_a_call_in_another_form_is_valid(smollm2: Path, tool_format: str) -> None:
     tier = TierSettings(
         model_path=str(smollm2), n_ctx=2048, kv_tokens=4096, tool_format=tool_format

@@ -48,7 +48,9 @@ def inline(make: Make) -> Make:
 
 
 HERMES, LLAMA3, MISTRAL, HARMONY = map(of_family, ["hermes", "llama3", "mistral", "harmony"])
-CODER, GLM, LFM2 = map(of_family, ["qwen3-coder", "glm", "lfm2"])
+CODER, SEED, GLM, LFM2 = map(of_family, ["qwen3-coder", "seed-oss", "glm", "lfm2"])
+MINIMAX, MINICPM, KIMI = map(of_family, ["minimax-m2", "minicpm5", "kimi-k2"])
+DEEPSEEK = of_family("deepseek-v3.1")
 GRANITE, NEMOTRON = map(of_family, ["granite3", "nemotron2"])
 
 
@@ -173,6 +175,29 @@ def coder_call(name: str, *arguments: tuple[str, str]) -> str:
     return f"<tool_call>\n<function={name}>\n{''.join(texts)}</function>\n</tool_call>"
 
 
+def seed_call(name: str, *arguments: tuple[str, str]) -> str:
+    texts = (f"<parameter={key}>{value}</parameter>\n" for key, value in arguments)
+    return f"<seed:tool_call>\n<function={name}>\n{''.join(texts)}</function>\n</seed:tool_call>"
+
+
+def invoke(name: str, *arguments: tuple[str, str]) -> str:
+    texts = (f'<parameter name="{key}">{value}</parameter>\n' for key, value in arguments)
+    return f'<invoke name="{name}">\n{"".join(texts)}</invoke>'
+
+
+def minimax_call(name: str, *arguments: tuple[str, str]) -> str:
+    return minimax_calls(invoke(name, *arguments))
+
+
+def minimax_calls(*invokes: str, between: str = "\n") -> str:
+    return f"<minimax:tool_call>\n{between.join(invokes)}\n</minimax:tool_call>"
+
+
+def minicpm_call(name: str, *arguments: tuple[str, str]) -> str:
+    texts = (f'<param name="{key}">{value}</param>' for key, value in arguments)
+    return f'<function name="{name}">{"".join(texts)}</function>'
+
+
 def glm_call(name: str, *arguments: tuple[str, str], space: str = "\n") -> str:
     texts = (
         f"<arg_key>{key}</arg_key>{space}<arg_value>{value}</arg_value>{space}"
@@ -210,7 +235,7 @@ WRITTEN = [
 TWO = '{"a": "x", "n": 5}'
 
 
-def tagged_rows(call: Callable[..., str]) -> list[tuple[str, Message]]:
+def tagged_rows(call: Callable[..., str], opener: str = "<tool_call>") -> list[tuple[str, Message]]:
     return [
         *(
             (call("f", (key, value)), said("", ("f", f'{{"{key}": {argument}}}')))
@@ -221,9 +246,9 @@ def tagged_rows(call: Callable[..., str]) -> list[tuple[str, Message]]:
         (f"Let me look.\n\n{call('f')}\n", said("Let me look.", ("f", "{}"))),
         (f"{call('f')}\n{call('g', ('a', '1'))}", said("", ("f", "{}"), ("g", '{"a": 1}'))),
         (f"{call('f')} Hello", said("Hello", ("f", "{}"))),
-        (f"A <tool_call> is {call('f')}", said("A <tool_call> is", ("f", "{}"))),
-        ("a <tool_call>", said("a <tool_call>")),
-        ('<tool_call>\n{"name": "f"}', said('<tool_call>\n{"name": "f"}')),
+        (f"A {opener} is {call('f')}", said(f"A {opener} is", ("f", "{}"))),
+        (f"a {opener}", said(f"a {opener}")),
+        (f'{opener}\n{{"name": "f"}}', said(f'{opener}\n{{"name": "f"}}')),
     ]
 
 
@@ -234,6 +259,44 @@ CODER_ROWS = [
     ("<tool_call>\n<function=f>\nHi", said("Hi", ("f", "{}"))),
     ("<tool_call>\n<funct", said("<tool_call>\n<funct")),
     ("<tool_call>\n<function=>", said("<tool_call>\n<function=>")),
+]
+SEED_ROWS = [
+    *tagged_rows(seed_call, "<seed:tool_call>"),
+    (seed_call("f", ("a", "\nx")), said("", ("f", r'{"a": "\nx"}'))),
+    ("<seed:tool_call>\n<function=f>\nHi", said("Hi", ("f", "{}"))),
+    ("<function=f>\n</function>", said("<function=f>\n</function>")),
+]
+MINIMAX_ROWS = [
+    *tagged_rows(minimax_call, "<minimax:tool_call>"),
+    *(
+        (
+            f"Look.\n{minimax_calls(invoke('f'), invoke('g', ('a', '1')), between=between)}{after}",
+            said(f"Look.{after.strip()}", ("f", "{}"), ("g", '{"a": 1}')),
+        )
+        for between in ("\n", "", " \n\n")
+        for after in ("", "\n", "\nSo.")
+    ),
+    (f"<minimax:tool_call>{invoke('f')} Hi", said("Hi", ("f", "{}"))),
+    (f"<minimax:tool_call>{invoke('f')}\n<invoke> Hi", said("<invoke> Hi", ("f", "{}"))),
+    (f"<minimax:tool_call>{invoke('f')}\n<invoke na", said("", ("f", "{}"))),
+    (f"{minimax_call('f')}\n{invoke('f')}", said(invoke("f"), ("f", "{}"))),
+    (invoke("f"), said(invoke("f"))),
+]
+MINICPM_ROWS = [
+    *tagged_rows(minicpm_call, "<function"),
+    *(
+        (minicpm_call("f", (key, written)), said("", ("f", f'{{"{key}": {argument}}}')))
+        for key, written, argument in [
+            ("a", "<![CDATA[<b>]] </param>\n]]>", r'"<b>]] </param>\n"'),
+            ("a", "<![CDATA[]]>", '""'),
+            ("a", "<![CDAT", '"<![CDAT"'),
+            ("a", "\n", r'"\n"'),
+            ("maybe", "<![CDATA[a]]>", '"a"'),
+            ("any", "<![CDATA[<]]>", '"<"'),
+        ]
+    ),
+    ("<functional> and <function>", said("<functional> and <function>")),
+    ('<function name="f"> Hi', said("Hi", ("f", "{}"))),
 ]
 GLM_ROWS = [
     *tagged_rows(glm_call),
@@ -284,6 +347,71 @@ GEMMA_ROWS = [
     *((text, said(text)) for text in ["<|tool_call>", "a <|tool_call>cal", "<|tool_call>call: x",
                                       "<|tool_call>calls:f{}", "<|tool_call>call:{}"]),
 ]  # fmt: skip
+
+SECTION, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+CALL_BEGIN, CALL_ARGS = "<|tool_call_begin|>", "<|tool_call_argument_begin|>"
+CALL_END = "<|tool_call_end|>"
+
+
+def kimi_call(name: str, arguments: str) -> str:
+    return f"{CALL_BEGIN}{name}{CALL_ARGS}{arguments}{CALL_END}"
+
+
+def kimi_calls(*calls: tuple[str, str], between: str = "") -> str:
+    return SECTION + between.join(kimi_call(*call) for call in calls) + SECTION_END
+
+
+KIMI_ROWS = [
+    *(
+        (kimi_calls(("functions.f:0", arguments)), said("", ("f", arguments)))
+        for arguments in ARGUMENTS
+    ),
+    *(
+        (
+            f"Look. {kimi_calls(('functions.f:0', '1'), ('g-2.x:11', '{}'), between=gap)}\n",
+            said("Look.", ("f", "1"), ("g-2.x", "{}")),
+        )
+        for gap in ("", "\n", " \n ")
+    ),
+    (f"{kimi_calls(('f', '{}'))} So.", said("So.", ("f", "{}"))),
+    (kimi_calls(("f:0", "{}")) * 2, said("", ("f", "{}"), ("f", "{}"))),
+    (f"{SECTION} {CALL_BEGIN} functions.f:0 {CALL_ARGS}{{}} {CALL_END} {SECTION_END} ",
+     said("", ("f", "{}"))),
+    (f"{SECTION}{kimi_call('f:0', '{}')} So.", said("So.", ("f", "{}"))),
+    (f"{SECTION}{CALL_BEGIN}f:0{CALL_ARGS}{{}} So.", said("So.", ("f", "{}"))),
+    (f"{SECTION}{kimi_call('f:0', '{}')}{CALL_BEGIN}g", said("", ("f", "{}"))),
+    *(
+        (text, said(text))
+        for text in [
+            f"a {SECTION}",
+            f"a {SECTION}{CALL_BEGIN}functions.f:0",
+            f"a {SECTION}{CALL_BEGIN}f g{CALL_ARGS}{{}} b",
+            f"a {SECTION}{SECTION_END} b",
+            f"a {CALL_BEGIN}f{CALL_ARGS}{{}} b",
+        ]
+    ),
+]  # fmt: skip
+
+DEEPSEEK_BEGIN, DEEPSEEK_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+
+
+def deepseek_call(name: str, arguments: str) -> str:
+    return f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>"
+
+
+def deepseek_calls(*calls: tuple[str, str]) -> str:
+    return DEEPSEEK_BEGIN + "".join(deepseek_call(*call) for call in calls) + DEEPSEEK_END
+
+
+DEEPSEEK_ROWS = [
+    *((deepseek_calls(("f", one)), said("", ("f", one))) for one in ARGUMENTS),
+    (
+        f"Look. {deepseek_calls(('f', '1'), ('g', '{}'))} So.",
+        said("Look.So.", ("f", "1"), ("g", "{}")),
+    ),
+    (f"a {DEEPSEEK_BEGIN}", said(f"a {DEEPSEEK_BEGIN}")),
+    (deepseek_call("f", "{}"), said(deepseek_call("f", "{}"))),
+]
 
 NESTED = '{"a": {"b": "}\\""}}'
 MISTRAL_ROWS = [
@@ -620,7 +748,12 @@ ONLY_FIRST_ROWS = [
         *rows(COMMAND, *COMMAND_ROWS),
         *rows(LLAMA3, *LLAMA3_ROWS),
         *rows(CODER, *CODER_ROWS),
+        *rows(SEED, *SEED_ROWS),
+        *rows(MINIMAX, *MINIMAX_ROWS),
+        *rows(MINICPM, *MINICPM_ROWS),
         *rows(GLM, *GLM_ROWS),
+        *rows(KIMI, *KIMI_ROWS),
+        *rows(DEEPSEEK, *DEEPSEEK_ROWS),
         *rows(GEMMA, *GEMMA_ROWS),
         *rows(HARMONY, *HARMONY_ROWS),
         *rows(thinking(), *THINK_ROWS),
@@ -671,7 +804,9 @@ def test_arguments_come_piece_by_piece_behind_the_name() -> None:
 def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
     for make, opener in (
         (HERMES, "<tool_call>"), (MISTRAL, "[TOOL_CALLS]"), (CODER, "<tool_call>"),
-        (GLM, "<tool_call>"), (GEMMA, "<|tool_call>"), (NEMOTRON, "<TOOLCALL>"),
+        (SEED, "<seed:tool_call>"), (MINIMAX, "<minimax:tool_call>"), (GLM, "<tool_call>"),
+        (MINICPM, "<function"), (GEMMA, "<|tool_call>"), (KIMI, SECTION),
+        (NEMOTRON, "<TOOLCALL>"),
     ):  # fmt: skip
         splitter = make()
         text = f"The tag {opener} is a word,"
@@ -704,6 +839,8 @@ BEFORE_CALLS = {  # with the call that follows
     "mistral": (MISTRAL, f'Look. [TOOL_CALLS] [{{"name": "f", "arguments": {NESTED}}}]'),
     "mistral-v11": (MISTRAL, f"Look. [TOOL_CALLS]f[ARGS]{NESTED}"),
     "gemma4": (GEMMA, 'Look. <|tool_call>call:f{a:{b:<|"|>}"<|"|>}}<tool_call|>'),
+    "deepseek-v3.1": (DEEPSEEK, f"Look. {deepseek_calls(('f', NESTED))}"),
+    "kimi-k2": (KIMI, f"Look. {kimi_calls(('functions.f:0', NESTED))}"),
     "lfm2": (
         LFM2,
         f'Look. <|tool_call_start|>[{{"name": "f", "arguments": {NESTED}}}]<|tool_call_end|>',
@@ -834,13 +971,23 @@ PIECES = {
                 "<|", " to"],
     "qwen3-coder": ["<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=a>\n",
                     "<parameter=n>\n", "\n</parameter>\n", "</", "<fun", "5", '"', "f", "[", "]"],
+    "seed-oss": ["<seed:tool_call>", "</seed:tool_call>", "<function=f>", "</function>",
+                 "<parameter=a>", "<parameter=n>", "</parameter>\n", "</", "<fun", "5", '"', "f"],
+    "minimax-m2": ["<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="', "f", '">',
+                   '<parameter name="a">', '<parameter name="n">', "</parameter>", "</invoke>",
+                   "</", "<inv", "5", '"'],
+    "minicpm5": ["<function", ' name="', "f", '">', '<param name="a">', '<param name="n">', "5",
+                 "</param>", "</function>", "<![CDATA[", "]]>", "<![CD", '"'],
+    "kimi-k2": [SECTION, SECTION_END, CALL_BEGIN, CALL_ARGS, CALL_END, "<|tool_call", "functions.",
+                "f", ":0", "{", "}", '"', "[", "]"],
     "glm": ["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
             "a", "n", "f", "<", "5", '"', "[", "]"],
     "gemma4": ["<|tool_call>", "<tool_call|>", "call:f{", "call:", '<|"|>', "{", "}", "[", "]", ":",
                ",", "f", "5", '"', "<|", "<|channel>", "<channel|>", "thought\n"],
 }  # fmt: skip
 MAKES = {"hermes": HERMES, "mistral": MISTRAL, "llama3": LLAMA3, "harmony": HARMONY,
-         "qwen3-coder": CODER, "glm": GLM, "gemma4": GEMMA, "lfm2": LFM2,
+         "qwen3-coder": CODER, "seed-oss": SEED, "glm": GLM, "gemma4": GEMMA,
+         "lfm2": LFM2, "minimax-m2": MINIMAX, "minicpm5": MINICPM, "kimi-k2": KIMI,
          "granite3": GRANITE, "nemotron2": NEMOTRON, "apriel": APRIEL,
          "command": COMMAND}  # fmt: skip
 MAKES |= {f"{name} in thoughts": thinking(make, is_open=True) for name, make in MAKES.items()}
@@ -880,6 +1027,14 @@ WHOLES = {
                 f"{COMMENTARY} to=functions.f<|message|>{{}}"],
     "qwen3-coder": ["<tool_call>", "</tool_call>", "<tool_", "<function=", coder_call("f"),
                     coder_call("f", ("a", "x"))],
+    "seed-oss": ["<seed:tool_call>", "</seed:tool_call>", "<seed:tool_", "<function=",
+                 seed_call("f"), seed_call("f", ("a", "x"))],
+    "minimax-m2": ["<minimax:tool_call>", "</minimax:tool_call>", "<minimax", "<invoke",
+                   minimax_call("f"), minimax_calls(invoke("f"), invoke("f", ("a", "x")))],
+    "minicpm5": ["<function", "<param", "<fun", minicpm_call("f"),
+                 minicpm_call("f", ("a", "<![CDATA[<]]>"))],
+    "kimi-k2": [SECTION, SECTION_END, CALL_BEGIN, "<|tool", kimi_calls(("f:0", "{}")),
+                kimi_calls(("f:0", "{}"), ("f:1", '{"a": 1}'))],
     "glm": ["<tool_call>", "</tool_call>", "<tool_", "<arg_value>", glm_call("f"),
             glm_call("f", ("a", "x"))],
     "gemma4": ["<|tool_call>", "<tool_call|>", "<|tool_", "call:", gemma_call("f", "{}"),

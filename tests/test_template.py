@@ -269,6 +269,20 @@ def test_the_callers_messages_are_left_as_they_were() -> None:
     assert repr(message) == before
 
 
+def test_a_template_may_keep_a_list() -> None:
+    """As those of Kimi K2 do, for the ids of calls. What it is given it has for itself."""
+    source = "{% set ns = namespace(ids=[]) %}{% for m in messages %}{% set _ = ns.ids.append(m) %}"
+    source += (
+        "{% endfor %}{% set _ = messages.pop() %}{{ ns.ids.pop(0).content }}{{ ns.ids[0].name }}"
+    )
+    messages = [user("Hi"), {**user("Well?"), "name": ["a", "b"]}]
+    shared = template(source)
+    for _ in range(2):
+        shown = joined(shared.render(messages, now=NOW))
+        assert shown == "Hi['a', 'b']"
+    assert len(messages) == 2
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -307,7 +321,8 @@ def test_raise_exception_is_the_clients_fault_in_the_templates_words() -> None:
     [
         "{{ messages[0].content + 1 }}",
         "{{ missing.attribute }}",
-        "{{ messages.append(1) }}",
+        "{{ messages.clear() }}",
+        "{{ messages[0].update({}) }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ messages[0].content[1 // 0] }}",
         "{% for i in range(100001) %}{% endfor %}",

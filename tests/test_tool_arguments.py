@@ -274,7 +274,9 @@ for _ in range(30):
     OBJECTS = {"type": "object", "properties": {"a": OBJECTS, "b": {"type": "string"}}}
 
 
-@pytest.mark.parametrize("family", ["qwen3-coder", "glm", "gemma4"])
+@pytest.mark.parametrize(
+    "family", ["qwen3-coder", "seed-oss", "minimax-m2", "minicpm5", "glm", "gemma4"]
+)
 @pytest.mark.parametrize("schema", [DEEP, UNION, OBJECTS], ids=["lists", "unions", "objects"])
 def test_deep_schemas_are_no_burden(family: str, schema: dict[str, Any]) -> None:
     whole = {"type": "object", "properties": {"a": schema}, "$defs": {"n": UNION}}
@@ -346,6 +348,34 @@ def test_arguments_may_come_in_any_order(template: str, has_tokens: bool) -> Non
         assert not turn.may_begin(model.calls(("f", json.dumps(dict.fromkeys(order, "x")))))
     strict = model.asked([tool("f", schema=schema, is_strict=True)])
     assert not strict.may_begin(model.calls(("f", json.dumps(dict.fromkeys(names[::-1], "x")))))
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_minicpm5_puts_marks_around_texts(has_tokens: bool) -> None:
+    model = MODELS["minicpm5", has_tokens]
+    turn = model.asked([tool("f", schema=FORECAST)])
+    text = "<b>One</b>\n & ]] two ]]"
+    for written, city in (
+        (f"<![CDATA[{text}]]>", text),
+        ("<![CDATA[]]>", ""),
+        ("<![CDAT[]]>", "<![CDAT[]]>"),
+        ("a <![CDATA[]]>", "a <![CDATA[]]>"),
+    ):
+        raw = model.calls(("f", '{"city": "CITY", "unit": ""}')).replace("CITY", written)
+        (call,) = turn.says(raw).calls
+        assert json.loads(call.arguments) == {"city": city, "unit": ""}
+    assert not turn.may_say(raw.replace("a <![CDATA[]]>", "<![CDATA[x"))
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_minicpm5_may_say_what_begins_like_a_call(has_tokens: bool) -> None:
+    model = MODELS["minicpm5", has_tokens]
+    turn = model.asked()
+    for text in ("Use <functional> and <function>.", "<function", "So: <function"):
+        assert turn.says(text) == Message(text)
+    text = "Use <functional>"
+    assert turn.says(f"{text}; {model.calls(CALL)}") == Message(f"{text};", calls=[Call(*CALL)])
+    assert not turn.may_begin(f"{text}; {model.calls(('no_such', CALL[1]))}")
 
 
 @pytest.mark.parametrize("has_tokens", [True, False])

@@ -1,6 +1,7 @@
 """How the families of models are told of tools, calls and thoughts."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -34,9 +35,9 @@ ANSWER = GrammarPart("json_schema", '{"type": "object"}', "response_format")
 LISTED = '[{"name": "get_time", "arguments": {}}]'
 NUMBERED = '[\n    {"tool_call_id": "0", "tool_name": "get_time", "parameters": {}}\n]'
 THINKING = ("qwen3", "gpt_oss", "deepseek_r1")
-ALSO_THINKING = (
-    "qwen3_coder", "glm", "gemma4", "granite3", "nemotron2", "apriel", "command",
-)  # fmt: skip
+NOT_JSON = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4")  # their arguments
+ALSO_THINKING = ("qwen3_coder", "seed_oss", "minimax_m2", "minicpm5", "glm", "gemma4", "kimi_k2",
+                 "deepseek_v3_1", "granite3", "nemotron2", "apriel", "command")  # fmt: skip
 
 
 # which family a template is of
@@ -52,8 +53,13 @@ def family_of(source: str) -> str:
         ("qwen2_5", "hermes"),
         ("qwen3", "hermes"),
         ("qwen3_coder", "qwen3-coder"),
+        ("seed_oss", "seed-oss"),
+        ("minimax_m2", "minimax-m2"),
+        ("minicpm5", "minicpm5"),
         ("glm", "glm"),
         ("gemma4", "gemma4"),
+        ("kimi_k2", "kimi-k2"),
+        ("deepseek_v3_1", "deepseek-v3.1"),
         ("lfm2", "lfm2"),
         ("granite3", "granite3"),
         ("phi4_mini", "phi4-mini"),
@@ -76,7 +82,6 @@ def test_a_family_is_known_by_its_template(template: str, family: str) -> None:
     "source",
     [
         "",
-        "{{ '<seed:tool_call>\n<function=' + name + '>\n<parameter=' }}",
         "{{ ns_token ~ '<tool_call>' }}{{ '<invoke name=\"' + name + '\">' }}",
         "{{ 'use <tool_call></tool_call>: <tool_calls>\n{\"name\": ' }}",
         "{% set tools = [] %}{{ '<|START_ACTION|>[]<|END_ACTION|>' }}{{ '<|START_RESPONSE|>' }}",
@@ -112,6 +117,21 @@ def test_a_template_for_tools_is_taken_where_there_are_tools() -> None:
         assert text(prompt(other, user("Hi"), TOOLS)) == f"{INSTRUCTIONS}\n\nHi alone"
 
 
+def test_where_the_template_for_tools_fails_the_default_one_has_to_do() -> None:
+    raises = "{{ raise_exception('No.') }}"
+    default = chat_format("{{ messages[0].content }} alone")
+    for broken in (
+        f"<tool_call>{{% if tools %}}{raises}{{% endif %}}",
+        "<tool_call>{% if",
+        "<tool_call>",
+    ):
+        format = chat_format("{{ messages[0].content }} alone", tool_template=broken)
+        for tools in ((), TOOLS):
+            assert text(prompt(format, user("Hi"), tools)) == text(
+                prompt(default, user("Hi"), tools)
+            )
+
+
 def test_a_family_may_be_chosen_by_name() -> None:
     for name in BY_NAME:
         raw = {"llama3": '{"name": "get_time", "parameters": {}}',
@@ -119,7 +139,16 @@ def test_a_family_may_be_chosen_by_name() -> None:
                "mistral": '[TOOL_CALLS] [{"name": "get_time", "arguments": {}}]',
                "mistral-v11": "[TOOL_CALLS]get_time[ARGS]{}",
                "qwen3-coder": "<tool_call>\n<function=get_time>\n</function>\n</tool_call>",
+               "seed-oss": "<seed:tool_call>\n<function=get_time>\n</function>\n</seed:tool_call>",
+               "minimax-m2": '<minimax:tool_call>\n<invoke name="get_time">\n</invoke>\n'
+                             "</minimax:tool_call>",
+               "minicpm5": '<function name="get_time"></function>',
                "glm": "<tool_call>get_time</tool_call>",
+               "kimi-k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_time:0"
+                          "<|tool_call_argument_begin|>{}<|tool_call_end|>"
+                          "<|tool_calls_section_end|>",
+               "deepseek-v3.1": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_time"
+                                "<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
                "gemma4": "<|tool_call>call:get_time{}<tool_call|>",
                "lfm2": f"<|tool_call_start|>{LISTED}<|tool_call_end|>",
                "granite3": f"<|tool_call|>{LISTED}",
@@ -272,6 +301,60 @@ Thanks<|eot_id|><|start_header_id|>assistant<|end_header_id|>
     "<arg_value>Rome</arg_value></tool_call><|observation|><tool_response>rain</tool_response>"
     "<tool_response>noon</tool_response><|assistant|></think>Rain at noon.<|user|>Thanks"
     "<|assistant|><think>",
+    "seed_oss": """<seed:eos><seed:bos>assistant
+<seed:tool_call>
+<function=get_weather>
+<parameter=city>Paris</parameter>
+</function>
+</seed:tool_call>
+<seed:tool_call>
+<function=get_time>
+<parameter=city>Rome</parameter>
+</function>
+</seed:tool_call><seed:eos><seed:bos>tool
+rain<seed:eos><seed:bos>tool
+noon<seed:eos><seed:bos>assistant
+Rain at noon.<seed:eos><seed:bos>user
+Thanks<seed:eos><seed:bos>assistant
+""",
+    "minimax_m2": """[e~[
+]~b]ai
+
+<minimax:tool_call>
+<invoke name="get_weather">
+<parameter name="city">Paris</parameter>
+</invoke>
+<invoke name="get_time">
+<parameter name="city">Rome</parameter>
+</invoke>
+</minimax:tool_call>[e~[
+]~b]tool
+<response>rain</response>
+<response>noon</response>[e~[
+]~b]ai
+Rain at noon.[e~[
+]~b]user
+Thanks[e~[
+]~b]ai
+<think>
+""",
+    "minicpm5": """<|im_end|>
+<|im_start|>assistant
+<function name="get_weather"><param name="city">Paris</param></function>
+<function name="get_time"><param name="city">Rome</param></function><|im_end|>
+<|im_start|>user
+<tool_response>
+rain
+</tool_response>
+<tool_response>
+noon
+</tool_response><|im_end|>
+<|im_start|>assistant
+Rain at noon.<|im_end|>
+<|im_start|>user
+Thanks<|im_end|>
+<|im_start|>assistant
+""",
     "gemma4": "<turn|>\n<|turn>model\n"
     '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
     '<|tool_call>call:get_time{city:<|"|>Rome<|"|>}<tool_call|>'
@@ -279,6 +362,22 @@ Thanks<|eot_id|><|start_header_id|>assistant<|end_header_id|>
     '<|tool_response>response:get_time{value:<|"|>noon<|"|>}<tool_response|>'
     "Rain at noon.<turn|>\n<|turn>user\nThanks<turn|>\n<|turn>model\n"
     "<|channel>thought\n<channel|>",
+    "kimi_k2": "<|im_end|><|im_assistant|>assistant<|im_middle|><think></think>"
+    "<|tool_calls_section_begin|>"
+    "<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+    '{"city": "Paris"}<|tool_call_end|>'
+    "<|tool_call_begin|>functions.get_time:1<|tool_call_argument_begin|>"
+    '{"city": "Rome"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+    "<|im_system|>get_weather<|im_middle|>## Return of functions.get_weather:0\nrain<|im_end|>"
+    "<|im_system|>get_time<|im_middle|>## Return of functions.get_time:1\nnoon<|im_end|>"
+    "<|im_assistant|>assistant<|im_middle|><think></think>Rain at noon.<|im_end|>"
+    "<|im_user|>user<|im_middle|>Thanks<|im_end|><|im_assistant|>assistant<|im_middle|>",
+    "deepseek_v3_1": "<｜Assistant｜></think><｜tool▁calls▁begin｜>"
+    '<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Paris"}<｜tool▁call▁end｜>'
+    '<｜tool▁call▁begin｜>get_time<｜tool▁sep｜>{"city": "Rome"}<｜tool▁call▁end｜>'
+    "<｜tool▁calls▁end｜><｜end▁of▁sentence｜>"
+    "<｜tool▁output▁begin｜>rain<｜tool▁output▁end｜><｜tool▁output▁begin｜>noon<｜tool▁output▁end｜>"
+    "Rain at noon.<｜end▁of▁sentence｜><｜User｜>Thanks<｜Assistant｜></think>",
     "lfm2": "<|im_end|>\n<|im_start|>assistant\n<|tool_call_start|>"
     '[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
     '{"name": "get_time", "arguments": {"city": "Rome"}}]<|tool_call_end|><|im_end|>\n'
@@ -359,7 +458,7 @@ def test_whatever_a_conversation_holds_is_in_the_prompt(template: str) -> None:
                 for call in message.get("tool_calls", ()):
                     assert call["function"]["name"] in shown
                     arguments = call["function"]["arguments"]
-                    is_json = template not in ("qwen3_coder", "glm", "gemma4")
+                    is_json = template not in NOT_JSON
                     for said in [arguments] if is_json else json.loads(arguments).values():
                         assert said in shown
             assert ("What get_time does" in shown) == bool(tools)
@@ -373,7 +472,15 @@ def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
     assert "<think>\nHm.\n</think>\n\nI look.\n<tool_call>\n{" in shown["qwen3"]
     assert "<|im_start|>assistant\nI look.\n<tool_call>\n{" in shown["smollm2"]
     assert "<|im_start|>assistant\nI look.\n<tool_call>\n<function=" in shown["qwen3_coder"]
+    said = "<seed:think>Hm.</seed:think>\nI look.\n<seed:tool_call>\n<function=get_weather>"
+    assert said in shown["seed_oss"]
+    said = "\nHm.\n</think>\n\nI look.\n<minimax:tool_call>\n<invoke name"
+    assert said in shown["minimax_m2"]
+    assert '\nHm.\n</think>\n\nI look.\n<function name="get_w' in shown["minicpm5"]
     assert "</think>I look.<tool_call>get_weather<arg_key>" in shown["glm"]
+    assert "<think>Hm.</think>I look.<|tool_calls_section_begin|><|tool_c" in shown["kimi_k2"]
+    said = "<｜Assistant｜></think>I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_w"
+    assert said in shown["deepseek_v3_1"]
     # whose own templates put it behind the result, where the next answer is to begin
     model_turns = "<|turn>model\nI look.<turn|>\n<|turn>model\n<|tool_call>call:get_weather{"
     assert model_turns in shown["gemma4"]
@@ -406,6 +513,32 @@ def test_lfm2_is_asked_for_json_and_past_calls_are_in_its_own_tokens() -> None:
     assert clients == [mark, end, mark]
     ours = "".join(segment.text for segment in segments if segment.parse_special)
     assert (ours.count(mark), ours.count(end)) == (1, 1)
+
+
+def test_deepseek_is_told_of_tools_in_the_words_of_its_authors() -> None:
+    mark = "<｜tool▁calls▁begin｜>"
+    tools = [tool("f", schema={"type": "object", "description": mark})]
+    tools[0].definition["function"]["description"] = mark
+    for before, told in (((), ""), (system(f"Be {mark}."), f"Be {mark}.\n\n")):
+        made = prompt("deepseek_v3_1", [*before, *user("Hi")], tools)
+        begun = (
+            f"<s>{told}## Tools\nYou have access to the following tools:\n\n### f\nDescription: "
+        )
+        assert text(made).startswith(f'{begun}{mark}\n\nParameters: {{"properties": {{}}, "type"')
+        ours = [segment for segment in made.segments if segment.parse_special]
+        assert "".join(segment.text for segment in ours).count(mark) == 1
+        assert len(made.segments) - len(ours) == text(made).count(mark) - 1
+    shown = text(prompt(chat_format(NO_SYSTEM, "deepseek-v3.1"), user("Hi"), tools))
+    assert shown.startswith("user: ## Tools\n")
+    assert shown.endswith("spaces\n\nHi\n")
+
+
+def test_what_ends_thoughts_is_kept_in_the_arguments_of_deepseek() -> None:
+    call = ("1", "f", json.dumps({"a": "x</think>y"}))
+    shown = text(prompt("deepseek_v3_1", [*user("Go"), *assistant("I look.", call)]))
+    assert (
+        r'I look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": "x\u003c' in shown
+    )
 
 
 def test_phi_is_told_of_tools_in_the_system_turn() -> None:
@@ -450,6 +583,11 @@ def test_commands_results_are_numbered_as_their_calls_are(has_ids: bool) -> None
         ("qwen3_coder", '{"a": [1, {"b": "é"}]}', '<parameter=a>\n[1, {"b": "é"}]\n</parameter>'),
         ("qwen3_coder", '{"a": 1.5', '<parameter=arguments>\n{"a": 1.5\n</parameter>'),  # cut
         ("qwen3_coder", "", "<function=f>\n</function>"),
+        ("seed_oss", '{"a": [1, null]}', "<parameter=a>[1, null]</parameter>\n"),
+        ("minimax_m2", '{"a": [1, null]}', '<parameter name="a">[1, null]</parameter>\n'),
+        ("minicpm5", '{"a": [1, null]}', '<param name="a">[1, null]</param>'),
+        ("minicpm5", r'{"a": "x\ny"}', '<param name="a"><![CDATA[x\ny]]></param>'),
+        ("minicpm5", '{"a": "</think>"}', '<param name="a"><![CDATA[</think>]]></param>'),
         ("glm", '{"a": false}', "<arg_key>a</arg_key><arg_value>false</arg_value>"),
         ("gemma4", '{"a": [true, {"b": "x"}], "c": 5}', 'f{a:[true,{b:<|"|>x<|"|>}],c:5}<'),
     ],
@@ -492,6 +630,14 @@ def test_results_stay_with_their_calls_where_ids_are_used_again() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("template", NAMES)
+def test_results_come_in_the_order_of_their_calls(template: str) -> None:
+    """Many templates show neither ids nor names with them."""
+    *before, rain, noon, answer, thanks = TWO_CALLS
+    shown = text(prompt(template, TWO_CALLS, TOOLS))
+    assert text(prompt(template, [*before, noon, rain, answer, thanks], TOOLS)) == shown
+
+
 @pytest.mark.parametrize("has_other_ids", [True, False])
 def test_results_that_name_no_call_are_kept(has_other_ids: bool) -> None:
     calls = [("", "get_weather", "{}"), ("", "get_time", "{}")]
@@ -520,6 +666,25 @@ def test_ids_have_the_nine_characters_that_mistral_wants(id: str) -> None:
     assert called == answered
     assert called.strip('"').isascii()
     assert (called == f'{id}"') == (id == "abcDEF123")
+
+
+def ids_shown(*messages: dict[str, Any]) -> list[list[str]]:
+    """Kimi's, of calls and of results."""
+    shown = text(prompt("kimi_k2", [*user("Go"), *messages], TOOLS))
+    return [re.findall(rf"{mark}([\w.]+:\d+)", shown) for mark in (r"_begin\|>", "Return of ")]
+
+
+def test_ids_of_kimi_count_all_calls() -> None:
+    call = ("call_0", "f", "{}")
+    messages = [*assistant(None, call, ("call_1", "g", "{}")), *result("call_1", "one"),
+                *result("call_0", "two"), *assistant(None, call), *result("call_0", "three"),
+                *result("call_0", "nobody asked")]  # fmt: skip
+    ids = ["functions.f:0", "functions.g:1", "functions.f:2"]
+    assert ids_shown(*messages) == [ids, ids]
+    bare = [{key: messages[n][key] for key in messages[n] if key != "tool_call_id"} for n in (1, 2)]
+    for given in ({}, {"id": ""}):
+        calls = [given | {"function": call["function"]} for call in messages[0]["tool_calls"]]
+        assert ids_shown(messages[0] | {"tool_calls": calls}, *bare) == [ids[:2], ids[:2]]
 
 
 @pytest.mark.parametrize("template", NAMES)
@@ -714,10 +879,32 @@ def test_neighbours_of_one_role_are_one_turn_where_turns_must_alternate(template
     call = ("call_1", "get_weather", '{"city": "Paris"}')
     said = (*assistant("Let me"), *assistant("look."), *assistant(None, call))
     rest = (*result("call_1", "rain"), *twice)
-    before = assistant("Let me\n\nlook.", call)
-    assert shown(*once, *said, *rest) == shown(*once, *before, *result("call_1", "rain"), *once)
+    shown_at_once = shown(*once, *said, *rest)
+    assert shown_at_once.index("Let me\n\nlook.") < shown_at_once.index('"Paris"')
     continued = shown(*once, *assistant("Let"), *assistant("me"), continues=True)
     assert continued.endswith("Let\n\nme")
+
+
+CALLS_STAND_ALONE = """\
+{%- set others = messages | rejectattr('tool_calls', 'defined') | list %}
+{%- for message in others %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('Turns must alternate.') }}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set call = '[TOOL_CALLS][' + message.tool_calls[0].function.name if message.tool_calls %}
+    {{- message.role + ': ' + (call or message.content) + '\n' }}
+{%- endfor %}"""
+
+
+def test_a_text_before_a_call_is_a_turn_of_its_own_where_it_was_sent_as_one() -> None:
+    call = ("call_1", "get_weather", "{}")
+    messages = [*user("Hi"), *user("Well?"), *assistant("Let me look."), *assistant(None, call)]
+    shown = text(prompt(CALLS_STAND_ALONE, messages))
+    assert (
+        shown == "user: Hi\n\nWell?\nassistant: Let me look.\nassistant: [TOOL_CALLS][get_weather\n"
+    )
 
 
 def test_neighbours_of_one_role_are_turns_of_their_own_where_they_may_be() -> None:
@@ -788,7 +975,7 @@ def test_all_tools_are_shown_and_those_that_are_chosen_may_be_called() -> None:
         made = prompt(name, ONE_CALL, TOOLS, choice=choice)
         assert "What get_weather does" in text(made)
         assert made.grammar
-        is_json = name not in ("qwen3_coder", "glm", "gemma4")
+        is_json = name not in NOT_JSON
         assert made.grammar.parts == ((TIME.arguments,) if is_json else ())
         assert "get_weather" not in made.grammar.frame
 
@@ -853,7 +1040,13 @@ def test_an_answer_in_json_may_be_mistaken_for_a_call_of_llama(template: str) ->
         ("deepseek_r1", {"effort": "low"}, "<think>\n", True, 1024),
         ("qwen3_coder", {}, "<think>\n", True, None),
         ("qwen3_coder", {"effort": "low"}, "<think>\n", True, 1024),
+        ("seed_oss", {"effort": "low"}, "assistant\n", False, 1024),
+        ("minimax_m2", {}, "<think>\n", True, None),
+        ("minicpm5", {}, "assistant\n", False, None),
+        ("minicpm5", {"effort": "low"}, "<think>\n", True, 1024),
         ("glm", {}, "<think>", True, None),
+        ("kimi_k2", {}, "<|im_middle|>", False, None),
+        ("deepseek_v3_1", {"effort": "low"}, "<think>", True, 1024),
         ("granite3", {}, "<|end_of_role|>", False, None),
         ("nemotron2", {}, "<think>\n", True, None),
         ("apriel", {}, "Here are my reasoning steps:\n", True, None),

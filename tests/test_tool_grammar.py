@@ -136,6 +136,16 @@ def test_gpt_oss_has_many_heads_of_calls(head: str, thoughts: str | None) -> Non
 
 
 @pytest.mark.parametrize("has_tokens", [True, False])
+def test_kimi_counts_calls_as_it_likes(has_tokens: bool) -> None:
+    model = MODELS["kimi_k2", has_tokens]
+    turn = model.asked()
+    raw = model.calls(CALL, CALL).replace(":0", ":17").replace(":1<", ":18<")
+    assert turn.says(raw).calls == [Call(*CALL)] * 2
+    for wrong in ("functions.get_time", "functions.get_time:x", "get_time:0"):
+        assert not turn.may_begin(raw.replace("functions.get_time:17", wrong))
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
 @pytest.mark.parametrize(
     ("template", "begin", "end"),
     [

@@ -322,7 +322,8 @@ NULLS: list[tuple[Any, Any]] = [
     (of_a({"enum": ["x", None], "default": {"required": None}, "examples": [{"type": None}]}),
      of_a({"enum": ["x", None], "default": {"required": None}, "examples": [{"type": None}]})),
     ({"$defs": {"enum": {"type": "object", "title": None}}, "$ref": "#/$defs/enum"},
-     {"type": "object", "$defs": {"enum": {"type": "object"}}, "$ref": "#/$defs/enum"}),
+     {"type": "object", "properties": {}, "$defs": {"enum": {"type": "object"}},
+      "$ref": "#/$defs/enum"}),
 ]  # fmt: skip
 
 
@@ -388,6 +389,15 @@ def test_arguments_are_an_object_whatever_else_they_may_be(service: Service, str
     response = service.chat(tools=body["tools"], tool_choice="required")
     ((_, arguments),) = called(message_of(response))
     assert json.loads(arguments) == {"a": None}
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "object"}, {"$ref": "#/$defs/a"}])
+def test_templates_find_the_properties_of_every_function(parameters: dict[str, Any] | None) -> None:
+    """Those of Seed and others look for them."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "model": "light",
+            "tools": [tool(parameters=parameters)]}  # fmt: skip
+    (made,) = ChatRequest.model_validate(body).tool_list()
+    assert made.definition["function"]["parameters"]["properties"] == {}
 
 
 @pytest.mark.parametrize(

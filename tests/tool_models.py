@@ -21,9 +21,35 @@ ANSWER_SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "re
                  "additionalProperties": False}  # fmt: skip
 ANSWER = GrammarPart("json_schema", json.dumps(ANSWER_SCHEMA), "response_format")
 REQUIRED = choose(TOOLS, is_required=True)
-TAGGED = {
-    "qwen3_coder": "<tool_call>\n<function=NAME>\nARGUMENTS</function>\n</tool_call>",
-    "glm": "<tool_call>NAME\nARGUMENTS</tool_call>",
+TAGGED = {  # a call by its name and arguments, and one of these by its key and value
+    "qwen3_coder": (
+        "<tool_call>\n<function={}>\n{}</function>\n</tool_call>",
+        "<parameter={}>\n{}\n</parameter>\n",
+    ),
+    "seed_oss": (
+        "<seed:tool_call>\n<function={}>\n{}</function>\n</seed:tool_call>",
+        "<parameter={}>{}</parameter>\n",
+    ),
+    "minimax_m2": (
+        '<invoke name="{}">\n{}</invoke>',
+        '<parameter name="{}">{}</parameter>\n',
+    ),
+    "minicpm5": ('<function name="{}">{}</function>', '<param name="{}">{}</param>'),
+    "glm": (
+        "<tool_call>{}\n{}</tool_call>",
+        "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n",
+    ),
+}
+SECTIONS = {  # of several calls
+    "minimax_m2": "<minimax:tool_call>\n{}\n</minimax:tool_call>",
+    "kimi_k2": "<|tool_calls_section_begin|>{}<|tool_calls_section_end|>",
+    "deepseek_v3_1": "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>",
+}
+IN_SECTIONS = {  # a call by its name, arguments and number
+    "kimi_k2": (
+        "<|tool_call_begin|>functions.{0}:{2}<|tool_call_argument_begin|>{1}<|tool_call_end|>"
+    ),
+    "deepseek_v3_1": "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
 }
 LISTS = {
     "mistral_v3": "[TOOL_CALLS] [LIST]",
@@ -33,7 +59,9 @@ LISTS = {
     "nemotron2": "<TOOLCALL>[LIST]</TOOLCALL>",
     "apriel": "<tool_calls>[LIST]</tool_calls>",
 }
-OPEN_THOUGHTS = ("deepseek_r1", "nemotron2", "apriel", *TAGGED)
+OPEN_THOUGHTS = ("deepseek_r1", "qwen3_coder", "minimax_m2", "glm", "nemotron2", "apriel")
+THINKING = (*OPEN_THOUGHTS, "qwen3", "seed_oss", "minicpm5", "kimi_k2", "gpt_oss", "gemma4",
+            "granite3", "command")  # fmt: skip
 HERMES = ("qwen2_5", "qwen3", "smollm2", "deepseek_r1")
 
 
@@ -46,8 +74,7 @@ class Model:
         self.has_tokens = has_tokens
         self.tokenizer = ByteTokenizer(*(CONTROL_TOKENS[template] if has_tokens else ()))
         self.compiler = Compiler(self.tokenizer)
-        others = ("qwen3", "gpt_oss", "gemma4", "granite3", "command")
-        self.thinks = template in (*OPEN_THOUGHTS, *others)
+        self.thinks = template in THINKING
         self.is_parallel = template not in ("llama3_1", "gpt_oss")  # several calls in a turn
 
     def __repr__(self) -> str:
@@ -63,12 +90,15 @@ class Model:
                 for name, arguments in calls
             )
         if self.template in TAGGED:
-            return "\n".join(
-                TAGGED[self.template]
-                .replace("NAME", name)
-                .replace("ARGUMENTS", self._tagged(arguments))
-                for name, arguments in calls
+            call, argument = TAGGED[self.template]
+            said = "\n".join(
+                call.format(name, tagged(argument, arguments)) for name, arguments in calls
             )
+            return SECTIONS.get(self.template, "{}").format(said)
+        if self.template in IN_SECTIONS:
+            call = IN_SECTIONS[self.template]
+            said = (call.format(name, arguments, n) for n, (name, arguments) in enumerate(calls))
+            return SECTIONS[self.template].format("".join(said))
         if self.template == "gemma4":
             return "".join(
                 f"<|tool_call>call:{name}{noted(json.loads(arguments))}<tool_call|>"
@@ -91,16 +121,6 @@ class Model:
         to = f"<|channel|>commentary to=functions.{name}"
         return f"{to} <|constrain|>json<|message|>{arguments}"
 
-    def _tagged(self, arguments: str) -> str:
-        """Arguments one by one; what is no object, as one of a name that no function knows."""
-        values = json.loads(arguments)
-        values = values if isinstance(values, dict) else {"?": values}
-        form = "<parameter={}>\n{}\n</parameter>\n"
-        if self.template == "glm":
-            form = "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n"
-        texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
-        return "".join(form.format(name, text) for name, text in texts.items())
-
     def answer(self, text: str) -> str:
         if self.template == "command":
             return f"<|START_RESPONSE|>{text}<|END_RESPONSE|>"
@@ -117,6 +137,8 @@ class Model:
             return f"<|channel|>analysis<|message|>{text}<|end|><|start|>assistant"
         if self.template == "gemma4":
             return f"<|channel>thought\n{text}<channel|>"
+        if self.template == "seed_oss":
+            return f"<seed:think>{text}\n</seed:think>\n\n"
         if self.template == "command":
             return f"<|START_THINKING|>{text}<|END_THINKING|>"
         if self.template == "apriel":
@@ -129,6 +151,14 @@ class Model:
         if self.template == "gemma4":  # which thinks if it is asked to
             fields.setdefault("extra", {"enable_thinking": True})
         return Turn(self, prompt(self.template, messages, tools, **fields))
+
+
+def tagged(form: str, arguments: str) -> str:
+    """Arguments one by one; what is no object, as one of a name that no function knows."""
+    values = json.loads(arguments)
+    values = values if isinstance(values, dict) else {"?": values}
+    texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in values.items()}
+    return "".join(form.format(name, text) for name, text in texts.items())
 
 
 def noted(value: Any) -> str:

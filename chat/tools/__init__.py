@@ -8,8 +8,10 @@ from chat.tools.harmony import Harmony
 from chat.tools.hermes import Hermes
 from chat.tools.lists import Apriel, Granite3, Lfm2, Nemotron2, Phi4Mini
 from chat.tools.llama3 import Llama3
+from chat.tools.minicpm5 import MiniCpm5
 from chat.tools.mistral import Mistral, MistralV11
-from chat.tools.tagged import Glm, Qwen3Coder
+from chat.tools.sections import DeepSeekV31, KimiK2
+from chat.tools.tagged import Glm, MiniMaxM2, Qwen3Coder, SeedOss
 
 # the first that fits a template has it
 FAMILIES: tuple[ToolFormat, ...] = (
@@ -17,8 +19,13 @@ FAMILIES: tuple[ToolFormat, ...] = (
     MistralV11(),
     Mistral(),
     Gemma(),
+    SeedOss(),
+    MiniMaxM2(),
+    MiniCpm5(),
     Qwen3Coder(),
     Glm(),
+    KimiK2(),
+    DeepSeekV31(),
     Hermes(),
     Lfm2(),
     Granite3(),

@@ -4,7 +4,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any
 
 from chat.events import CallArguments, CallBegin, Event, Text
 from chat.splitter import JsonSpan, n_held
@@ -197,16 +197,19 @@ class OpenedCalls(ABC):
 
 class HeadedCalls(OpenedCalls):
     """Such in which a call begins with the name of its function, and its arguments are put into
-    JSON as they come."""
+    JSON as they come. Several calls may come in one, each with such a head."""
 
-    HEAD: ClassVar[re.Pattern[str]]  # behind the opener, with the name as its only group
-    HALF_HEAD: ClassVar[re.Pattern[str]]  # what may become one
-    CLOSE: ClassVar[str]  # what closes a call
+    _head: re.Pattern[str]  # behind the opener, with the name as its only group
+    _half_head: re.Pattern[str]  # what may become one
+    _end: str = ""  # what ends a call
+    _close: str = ""  # and closes what was opened
+    _is_section: bool = False  # several calls may come before that
+    _first: str = "{"  # of the JSON of the arguments
 
     def _begin(self) -> None:
         self._raw = ""  # what was not read yet
-        self._name: str | None = None  # None: it is no call yet
-        self._head, self._half_head = self.HEAD, self.HALF_HEAD
+        self._name = ""  # empty: it is no call yet
+        self._said = self._first  # and is to go out
         self._is_whole = False
 
     @property
@@ -214,27 +217,42 @@ class HeadedCalls(OpenedCalls):
         return self._in_call and not self._is_whole
 
     def _unread(self) -> str:
-        return self._opened + self._raw if self._name is None else ""
+        return self._opened + self._raw if not self._name else ""
 
     def _read(self, text: str) -> tuple[list[Event], str | None]:
         self._raw += text
         events: list[Event] = []
-        said = ""
-        if self._name is None:
+        if not self._name:
             if not (head := self._head.match(self._raw)):
                 if self._half_head.fullmatch(self._raw):
                     return [], None
                 text, self._raw = self._raw, ""
                 return [], text
-            self._name = head[1]
-            self._raw = self._raw[head.end() :]
-            events.append(CallBegin(head[1]))
-            said = "{"
+            events += self._take(head)
+        while True:
+            events += self._arguments()
+            rest = after_close(self._raw, self._end) if self._is_whole else None
+            if rest is None:
+                return events, None
+            if not self._is_section:
+                return events, after_close(rest, self._close)
+            if not (head := self._head.match(rest)):
+                is_half = self._half_head.fullmatch(rest)
+                return events, None if is_half else after_close(rest, self._close)
+            self._begin()
+            self._raw = rest
+            events += self._take(head)
+
+    def _take(self, head: re.Match[str]) -> list[Event]:
+        self._name = head[1]
+        self._raw = self._raw[head.end() :]
+        return [CallBegin(head[1])]
+
+    def _arguments(self) -> list[Event]:
+        said, self._said = self._said, ""
         while not self._is_whole and (more := self._next(self._name)) is not None:
             said += more
-        if said:
-            events.append(CallArguments(said))
-        return events, after_close(self._raw, self.CLOSE) if self._is_whole else None
+        return [CallArguments(said)] if said else []
 
     @abstractmethod
     def _next(self, name: str) -> str | None:

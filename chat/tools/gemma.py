@@ -269,9 +269,9 @@ def _listed(begin: str, items: Iterable[str], end: str) -> str:
 class GemmaSplitter(HeadedCalls):
     """Texts go out as they come, all else as soon as it is sure."""
 
-    HEAD = re.compile(r"\s*call:([^\s{]+)\s*\{")
-    HALF_HEAD = re.compile(rf"\s*({begun('call:')}|call:[^\s{{]*\s*)")
-    CLOSE = CLOSE
+    _head = re.compile(r"\s*call:([^\s{]+)\s*\{")
+    _half_head = re.compile(rf"\s*({begun('call:')}|call:[^\s{{]*\s*)")
+    _end = CLOSE
     _MARK = re.compile(rf"{re.escape(QUOTE)}|[{{}}\[\]:,]")
 
     def _begin(self) -> None:

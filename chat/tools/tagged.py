@@ -13,6 +13,22 @@ Qwen3-Coder, Qwen 3.5, Nemotron 3, Step 3.5:
     </function>
     </tool_call>
 
+Seed-OSS:
+
+    <seed:tool_call>
+    <function=get_weather>
+    <parameter=city>Paris</parameter>
+    </function>
+    </seed:tool_call>
+
+MiniMax M2, whose calls stand together between one pair of tags:
+
+    <minimax:tool_call>
+    <invoke name="get_weather">
+    <parameter name="city">Paris</parameter>
+    </invoke>
+    </minimax:tool_call>
+
 GLM 4.5 and later, with or without the line breaks:
 
     <tool_call>get_weather
@@ -42,8 +58,11 @@ MAX_FREE = 4  # required arguments of a function whose order is free: each doubl
 
 class Tagged(ToolFormat):
     opener = OPEN
+    closer: ClassVar[str] = CLOSE
+    is_section: ClassVar[bool] = False  # several calls stand between these, else each has its own
+    key: ClassVar[str]  # what an argument begins with
     value_end: ClassVar[str]
-    splitter_class: ClassVar[type["TaggedSplitter"]]
+    end: ClassVar[str]  # of all arguments
 
     @abstractmethod
     def call(self, functions: Sequence[Function]) -> str:
@@ -52,6 +71,23 @@ class Tagged(ToolFormat):
     @abstractmethod
     def argument(self, name: str, value: str) -> str:
         """Lark of an argument. Both are Lark, and the value has its end in it."""
+
+    @abstractmethod
+    def head(self) -> tuple[str, str]:
+        """Regular expressions of what a call begins with, its name as the only group, and of what
+        may become that."""
+
+    @abstractmethod
+    def key_pattern(self) -> str:
+        """Regular expression of what comes before a value, its name as the first group."""
+
+    def value_end_of(self, key: re.Match[str]) -> str:
+        """What ends the value that comes behind this."""
+        return self.value_end
+
+    def text(self, length: str = "") -> str:
+        """Lark of a text and its end. `length` may be a range."""
+        return f"«inside {length and f'{{{length}}} '}until {self.value_end}»"
 
     def function(self, tool: Tool, number: int, parts: Parts) -> Function:
         found = Parameters(tool.arguments, self.value_end)
@@ -76,7 +112,7 @@ class Tagged(ToolFormat):
             arguments = [_in_any_order(arguments, required, f"a{number}_", rules)]
         if found.others:
             names = "|".join(pattern(parameter.name) for parameter in found.listed)
-            rules.append(f"NAME_{number}: /[^\\n<>=]+/" + (f" & ~/({names})/" if names else ""))
+            rules.append(f'NAME_{number}: /[^\\n<>="]+/' + (f" & ~/({names})/" if names else ""))
             value = self._value(found.others, tool.arguments, parts)
             arguments.append(f"({self.argument(f'NAME_{number}', value)})*")
         return Function(tool.name, " ".join(arguments), rules, found)
@@ -88,25 +124,24 @@ class Tagged(ToolFormat):
             return f"{parts.rule(part)} «{self.value_end}»"
         if parameter.choices:
             return f"({' | '.join(map(literal, parameter.choices))}) «{self.value_end}»"
-        if parameter.length:
-            return f"«inside {{{parameter.length}}} until {self.value_end}»"
-        return "value"
+        return self.text(parameter.length) if parameter.length else "value"
 
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
-        more = f'("\\n"? «{OPEN}» call)*' if is_parallel else ""
+        more = "call*" if self.is_section else f'("\\n"? «{self.opener}» call)*'
+        close = f'"\\n" «{self.closer}»' if self.is_section else ""
         rules = [
-            'calls: call more "\\n"?',  # some end the last one with it too
-            f"more: {more}",
+            f'calls: call more {close} "\\n"?',  # some end the last one with it too
+            f"more: {more if is_parallel else ''}",
             f"call: {self.call(functions)}",
-            f"value: «inside until {self.value_end}»",
+            f"value: {self.text()}",
         ]
         return "\n".join([*rules, *(rule for function in functions for rule in function.rules)])
 
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
-        return self.splitter_class(functions, only_first=only_first)
+        return TaggedSplitter(self, functions, only_first=only_first)
 
     def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
-        """Their templates print each argument by itself, and those that are no texts as Python
+        """Their templates print each argument by itself, and some those that are no texts as Python
         does: past calls have these as JSON, and an object where something else was sent."""
         turns: list[Mapping[str, Any]] = []
         for turn in messages:
@@ -141,57 +176,68 @@ def _in_any_order(
 
 
 def _with_texts(call: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = call["function"].get("arguments", {})
-    if not isinstance(arguments, Mapping):
-        arguments = {"arguments": arguments}
-    texts = {
-        name: value if isinstance(value, str | list | dict) else json.dumps(value)
-        for name, value in arguments.items()
-    }
+    texts = {name: written(value) for name, value in arguments_of(call["function"]).items()}
     return {**call, "function": {**call["function"], "arguments": texts}}
+
+
+def arguments_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of a past call, as an object where something else was sent."""
+    arguments = function.get("arguments", {})
+    return arguments if isinstance(arguments, Mapping) else {"arguments": arguments}
+
+
+def written(value: Any) -> str:
+    """An argument as models write it: a text without quotes, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def marked(text: str, marks: Sequence[str]) -> str:
+    """Lark of a text in which there may be marks."""
+    parts = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+    return " ".join(f"«{part}»" if part in marks else literal(part) for part in parts if part)
 
 
 class TaggedSplitter(HeadedCalls):
     """Texts go out as they come, and so does JSON."""
 
-    CLOSE = CLOSE
-    KEY: ClassVar[re.Pattern[str]]  # of an argument, up to its value
-    VALUE_END: ClassVar[str]
-    END: ClassVar[str]  # of all arguments
-    MARKS: ClassVar[tuple[str, ...]]  # that come next where no value is
-
-    def __init__(self, functions: Sequence[Function], *, only_first: bool) -> None:
-        super().__init__(OPEN, only_first=only_first)
+    def __init__(self, family: Tagged, functions: Sequence[Function], *, only_first: bool) -> None:
+        super().__init__(family.opener, only_first=only_first)
+        self._end, self._close = family.end, family.closer
+        self._is_section = family.is_section
+        self._key = re.compile(family.key_pattern(), re.DOTALL)
+        self._nexts = (family.key, family.end)  # where no value is
         self._parameters = {function.name: function.parameters for function in functions}
+        self._family = family
 
     def _begin(self) -> None:
         super()._begin()
+        self._head, self._half_head = map(re.compile, self._family.head())
         self._parameter: Parameter | None = None  # whose value comes
         self._is_text = False  # and it is one
         self._json = JsonSpan()  # of it
+        self._value_end = ""  # behind it
         self._n_arguments = 0
 
     def _next(self, name: str) -> str | None:
         if self._parameter:
             return self._value(self._parameter)
         self._raw = self._raw.lstrip()
-        if key := self.KEY.match(self._raw):
+        if key := self._key.match(self._raw):
             self._raw = self._raw[key.end() :]
             self._parameter = self._of(name, key[1])
             self._is_text = self._parameter.form == "text"
             self._json = JsonSpan()
+            self._value_end = self._family.value_end_of(key)
             self._n_arguments += 1
             separator = ", " if self._n_arguments > 1 else ""
             quote = '"' if self._is_text else ""
             return f"{separator}{json.dumps(key[1], ensure_ascii=False)}: {quote}"
-        ends = self._raw.startswith(self.END)
+        ends = self._raw.startswith(self._end)
         if not ends and any(
-            self._raw.startswith(mark) or mark.startswith(self._raw) for mark in self.MARKS
+            self._raw.startswith(mark) or mark.startswith(self._raw) for mark in self._nexts
         ):
             return None
         self._is_whole = True
-        if self.END != CLOSE:
-            self._raw = self._raw.removeprefix(self.END)
         return "}"
 
     def _of(self, name: str, key: str) -> Parameter:
@@ -208,7 +254,7 @@ class TaggedSplitter(HeadedCalls):
         if parameter.is_text_or_null and not self._is_text and not self._may_be_null():
             self._is_text = True
             return '"'
-        said, mark, after = self._raw.partition(self.VALUE_END)
+        said, mark, after = self._raw.partition(self._value_end)
         if mark:
             self._raw = after
             self._parameter = None
@@ -217,23 +263,95 @@ class TaggedSplitter(HeadedCalls):
             return f'{inner_json(said)}"' if self._is_text else parameter.value(said)
         if not self._is_text:
             return None
-        n_sure = len(said) - n_held(said, self.VALUE_END)
+        n_sure = len(said) - n_held(said, self._value_end)
         self._raw = said[n_sure:]
         return inner_json(said[:n_sure]) or None
 
     def _may_be_null(self) -> bool:
-        null = f"null{self.VALUE_END}"
+        null = f"null{self._value_end}"
         return null.startswith(self._raw[: len(null)])
 
 
+class NamedTags(Tagged):
+    """Those with the names of functions and arguments in the tags."""
+
+    begin: ClassVar[str] = "<function="  # before the name of a function
+    key = "<parameter="
+    name_end: ClassVar[str] = ">"  # behind a name
+    value_begin: ClassVar[str] = ""  # behind that
+    value_end = "</parameter>"
+    end = "</function>"
+    line: ClassVar[str] = "\n"  # behind what opens, an argument and what closes
+
+    def head(self) -> tuple[str, str]:
+        begin = re.escape(self.begin)
+        return (
+            rf"\s*{begin}(\S+?){re.escape(self.name_end)}",
+            rf"\s*({begun(self.begin)}|{begin}\S*)",
+        )
+
+    def key_pattern(self) -> str:
+        return f"{re.escape(self.key)}(.*?){re.escape(self.name_end + self.value_begin)}"
+
+    def call(self, functions: Sequence[Function]) -> str:
+        close = "" if self.is_section else self._lark(f"{self.line}{self.closer}")
+        names = " | ".join(map(self.function_named, functions))
+        return f"{self._lark(self.line)} {self._lark(self.begin)} ({names}) {close}"
+
+    def function_named(self, function: Function) -> str:
+        """Lark of a function from its name on, to the end of its arguments."""
+        opening = f"{literal(function.name)} {self._lark(f'{self.name_end}{self.line}')}"
+        return f"({opening} {function.arguments} {self._lark(self.end)})"
+
+    def argument(self, name: str, value: str) -> str:
+        opening = (
+            f"{self._lark(self.key)} {name} {self._lark(f'{self.name_end}{self.value_begin}')}"
+        )
+        return f"{opening} {value} {self._lark(self.line)}"
+
+    def _lark(self, text: str) -> str:
+        return marked(text, self.visible)
+
+
+class Qwen3Coder(NamedTags):
+    """Its models leave the opener out at times, and begin a line with the function."""
+
+    name = "qwen3-coder"
+    visible = (OPEN, CLOSE)
+    value_begin = "\n"
+    value_end = "\n</parameter>"
+
+    def fits(self, template: str) -> bool:
+        return OPEN in template and self.key in template
+
+    def body(
+        self, functions: Sequence[Function], *, answer: str | None, is_required: bool, unlike: str
+    ) -> str:
+        body = super().body(functions, answer=answer, is_required=is_required, unlike=unlike)
+        is_free = functions and not (answer or is_required or unlike)
+        return f"{body} | bare" if is_free else body
+
+    def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
+        begin = r"((.|\n)*\n)?[ \t]*"
+        return "\n".join(
+            [
+                super().calls(functions, is_parallel=is_parallel),
+                f"named: {' | '.join(map(self.function_named, functions))}",
+                f'bare: line named ("\\n" «{CLOSE}»)? more "\\n"?',
+                "line[lazy]: LINE",
+                f"LINE: /{begin}{pattern(self.begin)}/ & ~/(.|\\n)*{pattern(OPEN)}(.|\\n)*/",
+            ]
+        )
+
+    def call(self, functions: Sequence[Function]) -> str:
+        return f'"\\n" {literal(self.begin)} named "\\n" «{CLOSE}»'
+
+    def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
+        return Qwen3CoderSplitter(self, functions, only_first=only_first)
+
+
 class Qwen3CoderSplitter(TaggedSplitter):
-    HEAD = re.compile(rf"\s*{BARE}(\S+?)>")
-    HALF_HEAD = re.compile(rf"\s*({begun(BARE)}|{BARE}\S*)")
-    BARE_HEAD, BARE_HALF_HEAD = re.compile(r"(\S+?)>"), re.compile(r"\S*")
-    KEY = re.compile(r"<parameter=(.*?)>\n", re.DOTALL)
-    VALUE_END = "\n</parameter>"
-    END = "</function>"
-    MARKS = ("<parameter=", END)
+    _BARE_HEADS = re.compile(r"(\S+?)>"), re.compile(r"\S*")
     _BARE = re.compile(rf"(?:^|\n)[ \t]*({BARE})")
     _BARE_LATER = re.compile(rf"\n[ \t]*({BARE})")
 
@@ -251,66 +369,47 @@ class Qwen3CoderSplitter(TaggedSplitter):
     def _begin(self) -> None:
         super()._begin()
         if self._opened == BARE:
-            self._head, self._half_head = self.BARE_HEAD, self.BARE_HALF_HEAD
+            self._head, self._half_head = self._BARE_HEADS
 
 
-class Qwen3Coder(Tagged):
-    """Its models leave the opener out at times, and begin a line with the function."""
-
-    name = "qwen3-coder"
-    visible = (OPEN, CLOSE)
-    value_end = Qwen3CoderSplitter.VALUE_END
-    splitter_class = Qwen3CoderSplitter
+class SeedOss(NamedTags):
+    name = "seed-oss"
+    opener, closer = "<seed:tool_call>", "</seed:tool_call>"
+    visible = (opener, closer)
 
     def fits(self, template: str) -> bool:
-        return OPEN in template and "<parameter=" in template
-
-    def body(
-        self, functions: Sequence[Function], *, answer: str | None, is_required: bool, unlike: str
-    ) -> str:
-        body = super().body(functions, answer=answer, is_required=is_required, unlike=unlike)
-        is_free = functions and not (answer or is_required or unlike)
-        return f"{body} | bare" if is_free else body
-
-    def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
-        begin = r"((.|\n)*\n)?[ \t]*"
-        return "\n".join(
-            [
-                super().calls(functions, is_parallel=is_parallel),
-                f"named: {' | '.join(map(self._named, functions))}",
-                f'bare: line named ("\\n" «{CLOSE}»)? more "\\n"?',
-                "line[lazy]: LINE",
-                f"LINE: /{begin}{pattern(BARE)}/ & ~/(.|\\n)*{pattern(OPEN)}(.|\\n)*/",
-            ]
-        )
-
-    def call(self, functions: Sequence[Function]) -> str:
-        return f'"\\n{BARE}" named "\\n" «{CLOSE}»'
-
-    def _named(self, function: Function) -> str:
-        return f'({literal(function.name)} ">\\n" {function.arguments} "</function>")'
-
-    def argument(self, name: str, value: str) -> str:
-        return f'"<parameter=" {name} ">\\n" {value} "\\n"'
+        return self.opener in template
 
 
-class GlmSplitter(TaggedSplitter):
-    HEAD = re.compile(rf"\s*([^\s<]+)\s*(?=<arg_key>|{CLOSE})")
-    HALF_HEAD = re.compile(rf"\s*[^\s<]*\s*({begun('<arg_key>')}|{begun(CLOSE)})")
-    KEY = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>", re.DOTALL)
-    VALUE_END = "</arg_value>"
-    END = CLOSE
-    MARKS = ("<arg_key>", CLOSE)
+class MiniMaxM2(NamedTags):
+    name = "minimax-m2"
+    opener, closer = "<minimax:tool_call>", "</minimax:tool_call>"
+    is_section = True
+    visible = (opener, closer)
+    begin, key, name_end = '<invoke name="', '<parameter name="', '">'
+    end = "</invoke>"
+
+    def fits(self, template: str) -> bool:
+        return self.opener in template
 
 
 class Glm(Tagged):
     name = "glm"
     visible = (OPEN, CLOSE, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-    value_end = GlmSplitter.VALUE_END
-    splitter_class = GlmSplitter
+    closer = ""
+    key, value_end, end = "<arg_key>", "</arg_value>", CLOSE
 
     def fits(self, template: str) -> bool:
-        return OPEN in template and "<arg_key>" in template
+        return OPEN in template and self.key in template
+
+    def head(self) -> tuple[str, str]:
+        return (
+            rf"\s*([^\s<]+)\s*(?={self.key}|{CLOSE})",
+            rf"\s*[^\s<]*\s*({begun(self.key)}|{begun(CLOSE)})",
+        )
+
+    def key_pattern(self) -> str:
+        return r"<arg_key>(.*?)</arg_key>\s*<arg_value>"
 
     def call(self, functions: Sequence[Function]) -> str:
         calls = (f'{literal(one.name)} "\\n"? {one.arguments}' for one in functions)
