@@ -18,7 +18,7 @@ from api.fields import ignored_params, refuse, with_ignored
 from api.keep_alive import not_kept
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
-from api.sampling import validity
+from api.sampling import CONSTRAINTS, validity
 from api.sse import EventStream, Form, begun, event
 from api.tokens import MAX_LENGTH
 from chat.events import CallBegin, Event, Reasoning
@@ -30,10 +30,12 @@ router = APIRouter()
 
 # Anthropic's fields that this version does not have, with the values that ask for nothing
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **CONSTRAINTS,
     "container": (),
     "mcp_servers": ([],),
     "speed": ("standard",),
 }
+INSTEAD = dict.fromkeys(CONSTRAINTS, "send `output_config.format`")
 # the deltas of the kinds of blocks, and the field of each that grows
 DELTAS = {
     "text": ("text_delta", "text"),
@@ -48,7 +50,7 @@ async def create_message(
     body: MessagesRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    refuse(body, UNSUPPORTED)
+    refuse(body, UNSUPPORTED, INSTEAD)
     strict = services.settings.server.strict_params
     headers = ignored_params(
         body,
@@ -87,7 +89,7 @@ async def create_message(
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: PromptRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.chat_tier(body.model)
-    refuse(body, UNSUPPORTED)
+    refuse(body, UNSUPPORTED, INSTEAD)
     strict = services.settings.server.strict_params
     headers = ignored_params(
         body, UNSUPPORTED, strict=strict, parts=body.inner(), left_out=body.left_out

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import dropwhile
 from typing import Any, Literal
 
+import msgspec
 from fastapi import Request
 
 from api import generation
@@ -182,6 +183,7 @@ class _Reader:
     has_calls: bool = False
     n_reasoning: int = 0
     pending: list[wire.TokenLogprob] = field(default_factory=list)  # of text that is held back
+    is_begun: bool = False  # text, since there were thoughts or a call
 
     def read(self, index: int, out: wire.TokenOut) -> Out:
         was_text = self._is_text()
@@ -206,15 +208,17 @@ class _Reader:
         if not was_text:
             return []
         self.pending += out.logprobs
+        logprobs: list[wire.TokenLogprob] = []
         if any(isinstance(event, Text) for event in events):
             logprobs, self.pending = self.pending, []
             said = "".join(event.text for event in events if isinstance(event, Text))
-            if said and not said[0].isspace():  # those behind thoughts are cut
-                logprobs = [*dropwhile(lambda token: token.text.isspace(), logprobs)]
-            return logprobs
+            if not self.is_begun and said and not said[0].isspace():
+                logprobs = _from_text(logprobs)
+            self.is_begun |= bool(said)
         if not self._is_text():
             self.pending = []
-        return []
+            self.is_begun = False
+        return logprobs
 
     def _end(self, done: wire.Done | None) -> End | None:
         if done is None:
@@ -225,6 +229,14 @@ class _Reader:
         is_answer = self.has_client_grammar and not self.has_calls
         is_valid = done.is_valid if is_answer else None
         return End(finish, done.n_tokens, self.n_reasoning, is_valid, done.stop)
+
+
+def _from_text(tokens: Iterable[wire.TokenLogprob]) -> list[wire.TokenLogprob]:
+    """Without the spaces before it, which are no part of a text behind thoughts."""
+    said = [*dropwhile(lambda token: token.text.isspace(), tokens)]
+    if said:
+        said[0] = msgspec.structs.replace(said[0], text=said[0].text.lstrip())
+    return said
 
 
 def _half_character(tokens: Sequence[wire.TokenLogprob]) -> list[wire.TokenLogprob]:

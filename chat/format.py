@@ -61,7 +61,9 @@ class ChatFormat:
         self._template = _template_of(model)
         source = self._template.source
         fitting = next(family for family in FAMILIES if family.fits(source))
-        self._family: ToolFormat = BY_NAME.get(tool_format, fitting)
+        chosen = BY_NAME.get(tool_format, fitting)
+        # the choice was for the template that shows tools
+        self._family: ToolFormat = fitting if model.tool_template and chosen.shows_tools else chosen
         self._tags = self._family.reasoning(source)
         # some write it only before the last user turn
         self._takes_system = all(

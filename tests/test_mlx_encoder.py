@@ -396,7 +396,7 @@ def test_what_is_too_long_is_refused_or_cut(service: Service) -> None:
     refused = service.embed("hello " * 600)
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "context_length_exceeded"
-    assert "602 tokens" in refused.json()["error"]["message"]
+    assert "it has 602 (EMBEDDING_N_CTX)" in refused.json()["error"]["message"]
     cut = service.embed("hello " * 600, truncate="end")
     assert cut.status_code == 200, cut.text
     assert cut.json()["usage"]["prompt_tokens"] == 512

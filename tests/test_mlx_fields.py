@@ -16,7 +16,13 @@ from tests.serving import Service, serving, settings
 pytestmark = [pytest.mark.real, needs_mlx]
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CONSTRAINTS: dict[str, Any] = {
+    "structured_outputs": {"regex": "a"}, "guided_json": {"type": "object"}, "guided_regex": "a",
+    "guided_choice": ["a"], "guided_grammar": "root ::= [a]", "regex": "a", "ebnf": "root ::= [a]",
+    "json_schema": {"type": "object"},
+}  # fmt: skip
 SHARED: dict[str, Any] = {
+    **CONSTRAINTS,
     "frequency_penalty": 0.5, "presence_penalty": 0.5, "logit_bias": {"5": 3}, "n": 2, "seed": 3,
     "service_tier": "priority", "stop": ["x"], "stream": True, "temperature": 0.5, "top_p": 0.5,
     "user": "me", "top_k": 3, "min_p": 0.1, "typical_p": 0.5, "repeat_penalty": 1.1,
@@ -25,10 +31,7 @@ SHARED: dict[str, Any] = {
     "dry_allowed_length": 3, "dry_penalty_last_n": 20, "dry_sequence_breakers": ["\n"],
     "min_tokens": 1, "ignore_eos": True, "grammar": "start: /a+/", "priority": 1,
     "keep_alive": "5m", "cache_prompt": False, "timings": True, "max_tokens": 2,
-    "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"},
-    "guided_json": {"type": "object"}, "guided_regex": "a", "guided_choice": ["a"],
-    "guided_grammar": "root ::= [a]", "regex": "a", "ebnf": "root ::= [a]",
-    "json_schema": {"type": "object"},
+    "response_format": {"type": "json_object"},
 }  # fmt: skip
 CHAT: dict[str, Any] = {
     "max_completion_tokens": 2, "parallel_tool_calls": False, "top_logprobs": 2, "logprobs": True,
@@ -47,6 +50,7 @@ CHAT_BESIDE = {
 # Of Responses and Messages. Above the sampling they are chats, so little is generated.
 RESPONSE_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
 RESPONSE: dict[str, Any] = {
+    **CONSTRAINTS,
     "instructions": "Be short.", "temperature": 0.5, "top_p": 0.5, "parallel_tool_calls": False,
     "service_tier": "flex", "tools": [RESPONSE_TOOL], "tool_choice": "auto", "max_tool_calls": 2,
     "max_output_tokens": 1, "text": {"format": {"type": "json_object"}}, "top_logprobs": 2,
@@ -64,6 +68,7 @@ RESPONSE_BESIDE = {
 }  # fmt: skip
 MESSAGE_TOOL = {"name": "f", "input_schema": {"type": "object"}}
 MESSAGE: dict[str, Any] = {
+    **CONSTRAINTS,
     "system": "Be short.", "stream": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3,
     "stop_sequences": ["x"], "tools": [MESSAGE_TOOL], "tool_choice": {"type": "auto"},
     "thinking": {"type": "disabled"}, "cache_control": {"type": "ephemeral"},

@@ -1,12 +1,17 @@
 """Thoughts over HTTP: apart from the text, counted, bounded, and before every other rule."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
 import pytest
 
+from api.turn import _Reader
+from chat.events import Text
+from chat.tools.base import Tool
+from engine import wire
+from tests import chat_formats
 from tests.serving import Service, events, fake, script, serving, settings
 
 # Of a model that thinks unless it is told not to, and whose past thoughts are shown.
@@ -28,6 +33,7 @@ ANSWERS = [
     {"match": "late", "answer": "A <think>tag</think>."},
     {"match": "endless", "answer": "<think>\n" + "hm " * 100},
 ]  # fmt: skip
+MORE_TOOLS = chat_formats.TOOLS
 TOOLS = [{"type": "function", "function": {"name": "get_weather"}}]
 
 
@@ -211,3 +217,32 @@ def test_the_field_of_the_thoughts_is_a_setting(folder: Any, field: str, stream:
     else:
         assert names == ({"reasoning", "reasoning_content"} if field == "both" else {field})
         assert all(message[name] == "hm, hm" for name in names)
+
+
+@pytest.mark.parametrize(
+    ("template", "tools", "tokens", "said", "told"),
+    [
+        ("qwen3", (), ["Hm", "</think>", "\n\n", " Four", "."], "Four.", ["Four", "."]),
+        ("qwen3", (), ["Hm", "</think>", "\n\nFour", "."], "Four.", ["Four", "."]),
+        ("qwen2_5", MORE_TOOLS, ["cout<<", "\n", "x"], "cout<<\nx", ["cout<<", "\n", "x"]),
+        ("qwen2_5", MORE_TOOLS, ["if (<", " ", "5"], "if (< 5", ["if (<", " ", "5"]),
+        ("mistral_v11", MORE_TOOLS, ["f([", "\n", "1])"], "f([\n1])", ["f([", "\n", "1])"]),
+    ],
+)
+def test_tokens_add_up_to_the_text_wherever_it_is_held_back(
+    template: str, tools: Sequence[Tool], tokens: Sequence[str], said: str, told: Sequence[str]
+) -> None:
+    splitter = chat_formats.prompt(template, chat_formats.user("Hi"), tools).splitter()
+    if "</think>" in tokens:
+        splitter.feed("<think>")
+    reader = _Reader(splitter, splitter, has_client_grammar=False)
+    outs = [
+        reader.read(
+            0, wire.TokenOut(1, one, logprobs=[wire.TokenLogprob(one.encode(), one, -1.0, [])])
+        )
+        for one in tokens
+    ]
+    outs.append(reader.read(0, wire.TokenOut(1, "", wire.Done("stop", 0))))
+    texts = [event.text for out in outs for event in out.events if isinstance(event, Text)]
+    assert "".join(texts) == said
+    assert [one.text for out in outs for one in out.logprobs] == told

@@ -117,6 +117,12 @@ def test_a_template_for_tools_is_taken_where_there_are_tools() -> None:
         assert text(prompt(other, user("Hi"), TOOLS)) == f"{INSTRUCTIONS}\n\nHi alone"
 
 
+def test_a_family_is_chosen_for_the_template_that_shows_tools() -> None:
+    raises = "<tool_call>{% if tools %}{{ raise_exception('No.') }}{% endif %}"
+    format = chat_format("{{ messages[0].content }} alone", "hermes", tool_template=raises)
+    assert text(prompt(format, user("Hi"), TOOLS)) == f"{INSTRUCTIONS}\n\nHi alone"
+
+
 def test_where_the_template_for_tools_fails_the_default_one_has_to_do() -> None:
     raises = "{{ raise_exception('No.') }}"
     default = chat_format("{{ messages[0].content }} alone")
