@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from chat.events import Splitter
 from chat.splitter import PlainText, ReasoningSplitter, ReasoningTags
 from chat.tools.parameters import Parameters
-from engine.wire import MAX_GRAMMAR_BYTES, GrammarPart
+from engine.wire import MAX_GRAMMAR_BYTES, GrammarPart, Segment
 from errors import BadRequest
 
 Messages = Sequence[Mapping[str, Any]]
@@ -172,6 +172,16 @@ class ToolFormat(ABC):
     def thinking_splitter(self, tags: ReasoningTags, rest: Splitter, *, is_open: bool) -> Splitter:
         """A splitter of thoughts, and of the rest by another."""
         return ReasoningSplitter(tags, rest, is_open=is_open)
+
+
+def add_to_system(turns: list[dict[str, Any]], told: str | tuple[Segment, ...]) -> None:
+    """Tell it at the end of the system text, or in one of its own."""
+    if not turns or turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": told})
+    elif isinstance(told, str):
+        turns[0]["content"] += f"\n\n{told}"
+    else:
+        turns[0]["content"] = (turns[0]["content"], "\n\n", *told)
 
 
 def one_call_a_turn(messages: Messages) -> list[Mapping[str, Any]]:

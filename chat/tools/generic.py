@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chat.tools.base import Messages
+from chat.tools.base import Messages, add_to_system
 from chat.tools.hermes import CLOSE, OPEN, Hermes
 
 INSTRUCTIONS = """\
@@ -49,11 +49,7 @@ class Generic(Hermes):
             del turn["is_result"]
         if tools:
             lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
-            text = INSTRUCTIONS.format(tools=lines)
-            if turns and turns[0]["role"] == "system":
-                turns[0]["content"] = f"{turns[0]['content']}\n\n{text}"
-            else:
-                turns.insert(0, {"role": "system", "content": text})
+            add_to_system(turns, INSTRUCTIONS.format(tools=lines))
         return turns
 
 

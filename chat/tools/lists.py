@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from chat.events import Event, Splitter
 from chat.splitter import ReasoningTags, Unwrapped, n_held
-from chat.tools.base import Function, Messages, ToolFormat, literal, named
+from chat.tools.base import Function, Messages, ToolFormat, add_to_system, literal, named
 from chat.tools.calls import CallReader, OpenedCalls, after_close
 from engine.wire import Segment
 
@@ -112,10 +112,7 @@ class Lfm2(InText):
             if "reasoning_content" in turn:
                 turn["thinking"] = turn["reasoning_content"]
         if tools:
-            if turns[0]["role"] == "system":
-                turns[0]["content"] += f"\n\n{AS_JSON}"
-            else:
-                turns.insert(0, {"role": "system", "content": AS_JSON})
+            add_to_system(turns, AS_JSON)
         return turns
 
 

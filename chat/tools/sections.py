@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from chat.events import Splitter
 from chat.splitter import JsonSpan
-from chat.tools.base import Function, Messages, ToolFormat, literal
+from chat.tools.base import Function, Messages, ToolFormat, add_to_system, literal
 from chat.tools.calls import HeadedCalls, begun
 from engine.wire import Segment
 
@@ -144,16 +144,9 @@ class DeepSeekV31(Sections):
                 turn["content"] = (*said, Segment(self.closer, True))
             turns.append(turn)
         if tools:
-            told = (
-                Segment(TOOLS, True),
-                Segment("\n\n".join(_described(tool["function"]) for tool in tools), False),
-                Segment(f"\n\n{FORM}", True),
-            )
-            if turns and turns[0]["role"] == "system":
-                first = Segment(f"{turns[0]['content']}\n\n", False)
-                turns[0]["content"] = (first, *told)
-            else:
-                turns.insert(0, {"role": "system", "content": told})
+            described = "\n\n".join(_described(tool["function"]) for tool in tools)
+            form = Segment(f"\n\n{FORM}", True)
+            add_to_system(turns, (Segment(TOOLS, True), Segment(described, False), form))
         return turns
 
     def _past(self, function: Mapping[str, Any]) -> list[Segment]:
