@@ -2,10 +2,11 @@
 for what is not there."""
 
 from collections.abc import Container, Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
+from engine.types import Truncate
 from errors import BadRequest, UnsupportedParameter
 
 # of OpenAI's API: what is kept for whom, of which there is nothing here
@@ -48,6 +49,7 @@ Switch = Annotated[bool, BeforeValidator(lambda value: False if value is None el
 WholeText = Annotated[str, AfterValidator(whole)]
 SomeText = Annotated[WholeText, Field(min_length=1), BeforeValidator(_not_empty)]
 Token = Annotated[int, BeforeValidator(_no_truth), Field(ge=0, lt=2**31)]
+Direction = Literal["Left", "Right", "left", "right"]
 Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 
 
@@ -70,6 +72,26 @@ def each_text(value: Any) -> list[str | list[int]]:
     """Each of such texts, also where there is one only."""
     is_one = isinstance(value, str) or isinstance(value[0], int)
     return [value] if is_one else value
+
+
+def read_truncate(
+    truncate: Truncate | bool | None, direction: Direction | None, unsaid: Truncate
+) -> Truncate:
+    """Where a text that is too long is cut: `truncate` may say it, or whether, and the side be that
+    of TEI's `truncation_direction`; where nothing is said, `unsaid`. Raises BadRequest."""
+    asked = unsaid if truncate is None else truncate
+    if isinstance(asked, bool):
+        asked = "end" if asked else "none"
+    if asked == "none" or direction is None:
+        return asked
+    side: Truncate = "start" if direction.lower() == "left" else "end"
+    if isinstance(truncate, str) and side != asked:
+        raise BadRequest(
+            f"`truncate` is '{truncate}' and `truncation_direction` '{direction}': send one of "
+            "them.",
+            param="truncation_direction",
+        )
+    return side
 
 
 def refuse(

@@ -12,7 +12,15 @@ from starlette.responses import JSONResponse, Response
 
 from api.deps import Services, ServicesDep, while_connected
 from api.errors import client_names
-from api.fields import SomeText, Switch, WholeText, as_list, ignored_params
+from api.fields import (
+    Direction,
+    SomeText,
+    Switch,
+    WholeText,
+    as_list,
+    ignored_params,
+    read_truncate,
+)
 from api.generation import new_id, queue_headers
 from api.keep_alive import KeepAlive, not_kept
 from api.vectors import truncated_header
@@ -61,24 +69,11 @@ class ScoringFields(BaseModel):
     weights: Weights | None = None
     max_tokens_per_doc: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     truncate: Literal[Truncate, True, False] | None = None  # TEI says yes or no
-    truncation_direction: Literal["Left", "Right", "left", "right"] | None = None  # TEI's
+    truncation_direction: Direction | None = None  # TEI's
 
     def read_truncate(self, unsaid: Truncate = "end") -> Truncate:
-        """Documents are cut unless that is not wanted; as `unsaid` where nothing is said of it.
-        Raises BadRequest."""
-        asked = unsaid if self.truncate is None else self.truncate
-        if isinstance(asked, bool):
-            asked = "end" if asked else "none"
-        if asked == "none" or self.truncation_direction is None:
-            return asked
-        side: Truncate = "start" if self.truncation_direction.lower() == "left" else "end"
-        if isinstance(self.truncate, str) and side != asked:
-            raise BadRequest(
-                f"`truncate` is '{self.truncate}' and `truncation_direction` "
-                f"'{self.truncation_direction}': send one of them.",
-                param="truncation_direction",
-            )
-        return side
+        """Documents are cut unless that is not wanted. Raises BadRequest."""
+        return read_truncate(self.truncate, self.truncation_direction, unsaid)
 
 
 class RerankRequest(ScoringFields):

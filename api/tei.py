@@ -1,7 +1,7 @@
 """Embeddings in the form of text-embeddings-inference: POST /embed, which is POST / too, POST
 /embed_sparse and GET /info. It knows one model: here the embedding tier."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -11,11 +11,11 @@ from starlette.responses import JSONResponse, Response
 from api.deps import Services, ServicesDep, fetched, while_connected
 from api.embeddings import MAX_INPUTS, OneOrMore, cut_of, role_of
 from api.errors import client_names
-from api.fields import ignored_params
+from api.fields import Direction, ignored_params, read_truncate
 from api.generation import queue_headers
 from api.vectors import as_pooled, encoded, of_length_1, sparse, truncated_header
 from engine import wire
-from engine.types import Output, Truncate
+from engine.types import Output
 from settings import InputType
 from tier import Tier
 
@@ -29,16 +29,8 @@ class SparseRequest(BaseModel):
 
     inputs: OneOrMore
     truncate: bool | None = None
-    truncation_direction: Literal["Left", "Right", "left", "right"] | None = None
+    truncation_direction: Direction | None = None
     prompt_name: InputType | None = None  # by which the model's own prompts are called
-
-    def read_truncate(self, setting: Truncate) -> Truncate:
-        """`setting` is for who does not say."""
-        if self.truncate is False or (self.truncate is None and setting == "none"):
-            return "none"
-        if self.truncation_direction is None:
-            return "end" if self.truncate else setting
-        return "start" if self.truncation_direction.lower() == "left" else "end"
 
 
 class EmbedRequest(SparseRequest):
@@ -105,7 +97,7 @@ async def _vectors(
     asked = wire.Embed(
         inputs=[*body.inputs],
         outputs=[output],
-        truncate=body.read_truncate(tier.settings.truncate),
+        truncate=read_truncate(body.truncate, body.truncation_direction, tier.settings.truncate),
         role=role_of(tier, body.prompt_name),
     )
     names = {r"^input$": "inputs", r"^return_sparse$": "inputs"}
