@@ -86,6 +86,12 @@ def test_the_banner_says_what_is_served_and_what_to_try() -> None:
         assert reply.status_code == 200
 
 
+def test_the_server_alone_is_small() -> None:
+    with command("server.py") as process:
+        url_in(process)
+        assert psutil.Process(process.pid).memory_info().rss < 90e6
+
+
 @pytest.mark.parametrize("more", [[], ["--http", "api.connections:Connection"]])
 def test_uvicorn_serves_the_same_application(more: list[str]) -> None:
     with command("-m", "uvicorn", "server:app", "--port", "0", *more) as process:
