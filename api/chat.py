@@ -45,8 +45,7 @@ async def create_chat_completion(
         body,
         UNSUPPORTED,
         strict=server.strict_params,
-        parts=body.inner(),
-        also=not_kept(body, request),
+        also=[*body.replaced, *not_kept(body, request)],
     )
     watch = generation.Watch(tier)
     starting = turn.start(request, services, tier, body, watch)

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -15,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from api.fields import Switch, kind_of_content
+from api.fields import Extensible, Switch, kind_of_content
 from api.sampling import (
     GenerationFields,
     OneChoice,
@@ -38,12 +37,6 @@ MAY_BE_NULL = {"const", "default"}
 
 # what a template gets from us
 RESERVED_KWARGS = {"messages", "now", "continues", "tools", "add_generation_prompt", "self"}
-
-
-class Extensible(BaseModel):
-    """A part of a request that may hold fields which nobody knows."""
-
-    model_config = ConfigDict(extra="allow")
 
 
 class ContentPart(Extensible):
@@ -250,8 +243,8 @@ class Conversation(Extensible):
                 for p, part in enumerate(message.content):
                     yield f"messages[{m}].content[{p}]", part
 
-    def inner(self) -> Iterable[tuple[str, BaseModel]]:
-        """What of the body may hold unknown fields, with its place."""
+    def inner(self) -> Iterator[tuple[str, BaseModel]]:
+        yield from super().inner()
         yield from self.parts()
         for n, tool in enumerate(self.tools or ()):
             yield f"tools[{n}]", tool

@@ -65,7 +65,8 @@ async def create_completion(
     tier = services.chat_tier(body.model)
     strict = services.settings.server.strict_params
     refuse(body, CONSTRAINTS, INSTEAD)
-    headers = ignored_params(body, CONSTRAINTS, strict=strict, also=not_kept(body, request))
+    also = [*body.replaced, *not_kept(body, request)]
+    headers = ignored_params(body, CONSTRAINTS, strict=strict, also=also)
     body.check_stream_options()
     if body.echo and body.logprobs is not None:
         raise UnsupportedParameter(

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from starlette.responses import Response
 
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
 from api.fields import (
+    Extensible,
     SomeText,
     Switch,
     Tokens,
@@ -64,9 +65,7 @@ OutputList = Annotated[
 ]
 
 
-class EmbeddingRequest(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class EmbeddingRequest(Extensible):
     model: str
     input: Input
     encoding_format: Literal["float", "base64"] | None = None

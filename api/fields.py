@@ -4,7 +4,7 @@ for what is not there."""
 from collections.abc import Container, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from engine.types import Truncate
 from errors import BadRequest, UnsupportedParameter
@@ -14,7 +14,16 @@ IGNORED = (
     "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
     "safety_identifier", "store",
 )  # fmt: skip
-REPLACED_BY_MIROSTAT = ("top_k", "typical_p", "top_p", "min_p", "xtc_probability")
+
+
+class Extensible(BaseModel):
+    """A request, or a part of one, that may hold fields which nobody knows."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def inner(self) -> Iterable[tuple[str, BaseModel]]:
+        """What of it may hold such too, with its place."""
+        return ()
 
 
 def whole(text: str) -> str:
@@ -95,7 +104,7 @@ def read_truncate(
 
 
 def refuse(
-    fields: BaseModel,
+    fields: Extensible,
     unsupported: Mapping[str, tuple[Any, ...]],
     instead: Mapping[str, str] | None = None,
 ) -> None:
@@ -118,30 +127,26 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def ignored_params(
-    fields: BaseModel,
+    fields: Extensible,
     known: Container[str] = (),
     *,
     strict: bool,
-    parts: Iterable[tuple[str, BaseModel]] = (),
     left_out: Iterable[str] = (),
     also: Iterable[str] = (),
 ) -> dict[str, str]:
-    """The header that names what has no effect: the unknown fields of a body and of its `parts`,
-    which come with their places, what is `left_out` of it, known ones, and `also` these. Raises
-    BadRequest for unknown ones and what is left out if `strict`."""
+    """The header that names what has no effect: the unknown fields of a body and of its parts, what
+    is `left_out` of it, known ones, and `also` these. Raises BadRequest for unknown ones and what
+    is left out if `strict`."""
     extra = fields.model_extra or {}
     unknown = [name for name in extra if name not in known and name not in IGNORED]
-    inner = ((name, getattr(fields, name, None)) for name in ("stream_options", "response_format"))
-    parts = [*((name, part) for name, part in inner if part is not None), *parts]
-    unknown += [f"{place}.{name}" for place, part in parts for name in part.model_extra or {}]
+    inner = fields.inner()
+    unknown += [f"{place}.{name}" for place, part in inner for name in part.model_extra or {}]
     unknown += left_out
     if unknown and strict:
         raise BadRequest(
             f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
         )
     ignored = [*also, *(name for name in IGNORED if extra.get(name) not in (None, False))]
-    if getattr(fields, "mirostat", None):
-        ignored += [name for name in REPLACED_BY_MIROSTAT if getattr(fields, name) is not None]
     return with_ignored({}, unknown + ignored)
 
 

@@ -56,7 +56,6 @@ async def create_message(
         body,
         UNSUPPORTED,
         strict=strict,
-        parts=body.inner(),
         left_out=body.left_out,
         also=not_kept(body, request),
     )
@@ -91,9 +90,7 @@ async def count_tokens(body: PromptRequest, request: Request, services: Services
     tier = services.chat_tier(body.model)
     refuse(body, UNSUPPORTED, INSTEAD)
     strict = services.settings.server.strict_params
-    headers = ignored_params(
-        body, UNSUPPORTED, strict=strict, parts=body.inner(), left_out=body.left_out
-    )
+    headers = ignored_params(body, UNSUPPORTED, strict=strict, left_out=body.left_out)
     with client_names(body.names):
         chat = await _chat(body, request, services, tier, headers)
         prompt = await asyncio.to_thread(prompt_of, services, tier, chat)

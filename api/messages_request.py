@@ -12,7 +12,6 @@ from api.chat_request import (
     ChatRequest,
     Content,
     ContentPart,
-    Extensible,
     ThinkingBudget,
     ToolName,
     left_out,
@@ -20,7 +19,7 @@ from api.chat_request import (
     read_text,
     tool_names,
 )
-from api.fields import Switch, kind_of_content
+from api.fields import Extensible, Switch, kind_of_content
 from api.keep_alive import KeepAlive
 from api.sampling import StopList, TopK, UnitInterval
 from api.transcript import Transcript
@@ -199,7 +198,6 @@ class PromptRequest(Extensible):
         return self.thinking is not None and self.thinking.type == "enabled"
 
     def inner(self) -> Iterator[tuple[str, BaseModel]]:
-        """What of the body may hold unknown fields, with its place."""
         inner = {
             "tool_choice": self.tool_choice,
             "thinking": self.thinking,

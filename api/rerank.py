@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from starlette.responses import JSONResponse, Response
 
 from api.deps import Services, ServicesDep, while_connected
 from api.errors import client_names
 from api.fields import (
     Direction,
+    Extensible,
     SomeText,
     Switch,
     WholeText,
@@ -59,9 +60,7 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 Weights = Annotated[tuple[Weight, Weight, Weight], AfterValidator(_that_weigh)]
 
 
-class ScoringFields(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class ScoringFields(Extensible):
     model: str = DEFAULT_MODEL  # some clients know only one
     raw_scores: Switch = False
     keep_alive: KeepAlive | None = None

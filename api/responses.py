@@ -56,7 +56,6 @@ async def create_response(
         body,
         UNSUPPORTED,
         strict=services.settings.server.strict_params,
-        parts=body.inner(),
         left_out=body.left_out,
         also=[*body.ignored, *not_kept(body, request)],
     )

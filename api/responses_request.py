@@ -24,7 +24,6 @@ from api.chat_request import (
     Content,
     ContentPart,
     Effort,
-    Extensible,
     FunctionDefinition,
     FunctionName,
     Said,
@@ -34,7 +33,7 @@ from api.chat_request import (
     read_text,
     tool_names,
 )
-from api.fields import Switch, kind_of_content
+from api.fields import Extensible, Switch, kind_of_content
 from api.keep_alive import KeepAlive
 from api.sampling import (
     ServiceTier,
@@ -355,8 +354,12 @@ class ResponsesRequest(Extensible):
         return tools
 
     def inner(self) -> Iterator[tuple[str, BaseModel]]:
-        """What of the body may hold unknown fields, with its place."""
-        inner = {"text": self.text, "text.format": self.format, "reasoning": self.reasoning}
+        inner = {
+            "stream_options": self.stream_options,
+            "text": self.text,
+            "text.format": self.format,
+            "reasoning": self.reasoning,
+        }
         yield from ((name, part) for name, part in inner.items() if part)
         spaces = ((p, tool) for p, tool in placed(self.tools) if isinstance(tool, NamespaceTool))
         yield from spaces

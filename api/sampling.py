@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -10,13 +10,12 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     JsonValue,
     StringConstraints,
 )
 
-from api.fields import SomeText, Switch, WholeText, as_list, whole
+from api.fields import Extensible, SomeText, Switch, WholeText, as_list, whole
 from api.keep_alive import KeepAlive
 from engine import wire
 from engine.types import SamplingParams
@@ -47,6 +46,7 @@ CONSTRAINTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
     ("", [], {}),
 )  # fmt: skip
 INSTEAD = dict.fromkeys(CONSTRAINTS, "send `response_format` or `grammar` (Lark or GBNF)")
+REPLACED_BY_MIROSTAT = ("top_k", "typical_p", "top_p", "min_p", "xtc_probability")
 PRIORITY_OF_SERVICE_TIER = {"flex": 10, "priority": -10, "fast": -10}
 
 
@@ -94,18 +94,14 @@ ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 OneChoice = Annotated[ChoiceCount, BeforeValidator(lambda value: 1 if value is None else value)]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class StreamOptions(Extensible):
     include_usage: Switch = False
     # padding against eavesdroppers: there are none on a loopback
     include_obfuscation: Switch = False
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Extensible):
     """OpenAI's envelope. A schema is always enforced, so `strict` changes nothing."""
-
-    model_config = ConfigDict(extra="allow")
 
     name: str = ""
     description: str | None = None
@@ -113,18 +109,14 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class ResponseFormat(Extensible):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
     schema_: JsonValue = Field(None, alias="schema")  # llama-server's, of a json_object
 
 
-class GenerationFields(BaseModel):
+class GenerationFields(Extensible):
     """Fields of a request for text. None: the tier's own value."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str
     stream: Switch = False
@@ -178,6 +170,19 @@ class GenerationFields(BaseModel):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def replaced(self) -> list[str]:
+        """What has no effect beside Mirostat."""
+        return [n for n in REPLACED_BY_MIROSTAT if self.mirostat and getattr(self, n) is not None]
+
+    def inner(self) -> Iterator[tuple[str, BaseModel]]:
+        if self.stream_options is not None:
+            yield "stream_options", self.stream_options
+        if self.response_format is not None:
+            yield "response_format", self.response_format
+            if self.response_format.json_schema is not None:
+                yield "response_format.json_schema", self.response_format.json_schema
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from starlette.responses import JSONResponse, Response
 
 from api.deps import Services, ServicesDep, fetched, while_connected
 from api.embeddings import MAX_INPUTS, OneOrMore, cut_of, role_of
 from api.errors import client_names
-from api.fields import Direction, ignored_params, read_truncate
+from api.fields import Direction, Extensible, ignored_params, read_truncate
 from api.generation import queue_headers
 from api.vectors import as_pooled, encoded, of_length_1, sparse, truncated_header
 from engine import wire
@@ -24,9 +24,7 @@ router = APIRouter()
 TIER = "embedding"
 
 
-class SparseRequest(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class SparseRequest(Extensible):
     inputs: OneOrMore
     truncate: bool | None = None
     truncation_direction: Direction | None = None

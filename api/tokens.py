@@ -5,13 +5,13 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import Response
 
 from api.chat_request import Conversation
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
-from api.fields import Switch, Token, WholeText, ignored_params
+from api.fields import Extensible, Switch, Token, WholeText, ignored_params
 from api.prompt import prompt_of
 from engine import wire
 
@@ -20,9 +20,7 @@ router = APIRouter()
 MAX_LENGTH = 1 << 20  # characters of a text, ids of a list: it holds up those who ask after it
 
 
-class ModelFields(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class ModelFields(Extensible):
     model: str | None = None  # may be left out where one tier generates text
 
 
@@ -70,7 +68,7 @@ async def apply_template(
     tier = services.chat_tier(body.model)
     await fetched(request.receive, tier)
     strict = services.settings.server.strict_params
-    headers = ignored_params(body, strict=strict, parts=body.inner())
+    headers = ignored_params(body, strict=strict)
     prompt = await asyncio.to_thread(prompt_of, services, tier, body)
     return _reply({"prompt": "".join(segment.text for segment in prompt.segments)}, headers)
 

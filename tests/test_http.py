@@ -189,6 +189,60 @@ def test_a_body_that_is_too_large_is_a_413_whether_it_says_so_or_not(service: Se
         assert "MAX_BODY_BYTES" in error["message"]
 
 
+BODIES: dict[str, dict[str, Any]] = {
+    CHAT: {"model": "light", "messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/completions": {"model": "light", "prompt": "Hi"},
+    "/v1/responses": {"model": "light", "input": "Hi"},
+    "/v1/messages": {
+        "model": "light",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 50,
+    },
+    "/v1/messages/count_tokens": {
+        "model": "light",
+        "messages": [{"role": "user", "content": "Hi"}],
+    },
+    "/tokenize": {"content": "Hi"},
+    "/detokenize": {"tokens": [72]},
+    "/apply-template": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/embeddings": {"model": "embedding", "input": "Hi"},
+    "/embed": {"inputs": "Hi"},
+    "/embed_sparse": {"inputs": "Hi"},
+    "/v1/rerank": {"query": "Hi", "documents": ["Hi"]},
+    "/v1/score": {"text_1": "Hi", "text_2": "Hi"},
+}
+OF_OTHERS: dict[str, Any] = {  # fields that some of them know, and all are sent
+    "stream_options": {"include_usage": True},
+    "response_format": {"type": "json_object"},
+    "mirostat": 2,
+    "tools": [],
+    "reasoning": {},
+    "text": {},
+    "frob": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[Service]:
+    with serving(settings(light=fake(), embedding=fake(), reranker=fake())) as service:
+        yield service
+
+
+@pytest.mark.parametrize("field", OF_OTHERS)
+@pytest.mark.parametrize("path", BODIES)
+def test_a_field_of_another_endpoint_is_named(whole: Service, path: str, field: str) -> None:
+    response = whole.http.post(path, json={**BODIES[path], field: OF_OTHERS[field]})
+    document = whole.http.get("/openapi.json").json()
+    (content,) = document["paths"][path]["post"]["requestBody"]["content"].values()
+    schema = document["components"]["schemas"][content["schema"]["$ref"].rpartition("/")[2]]
+    if field in schema["properties"]:
+        assert response.status_code == 200 or response.json()["error"]["param"] == field
+        assert field not in response.headers.get("X-Ignored-Params", "")
+    else:
+        assert response.status_code == 200, response.text
+        assert field in response.headers["X-Ignored-Params"].split(",")
+
+
 def test_a_fault_of_ours_is_a_500_under_the_requests_id(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
