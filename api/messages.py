@@ -18,7 +18,7 @@ from api.fields import ignored_params, refuse, with_ignored
 from api.keep_alive import not_kept
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
-from api.sampling import CONSTRAINTS, validity
+from api.sampling import ALL_CONSTRAINTS, validity
 from api.sse import EventStream, Form, begun, event
 from api.tokens import MAX_LENGTH
 from chat.events import CallBegin, Event, Reasoning
@@ -30,12 +30,12 @@ router = APIRouter()
 
 # Anthropic's fields that this version does not have, with the values that ask for nothing
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **CONSTRAINTS,
+    **ALL_CONSTRAINTS,
     "container": (),
     "mcp_servers": ([],),
     "speed": ("standard",),
 }
-INSTEAD = dict.fromkeys(CONSTRAINTS, "send `output_config.format`")
+INSTEAD = dict.fromkeys(ALL_CONSTRAINTS, "send `output_config.format`")
 # the deltas of the kinds of blocks, and the field of each that grows
 DELTAS = {
     "text": ("text_delta", "text"),

@@ -15,7 +15,7 @@ from api.errors import client_names
 from api.fields import ignored_params, refuse
 from api.keep_alive import not_kept
 from api.responses_request import ResponsesRequest, packed_thoughts
-from api.sampling import CONSTRAINTS, validity
+from api.sampling import ALL_CONSTRAINTS, validity
 from api.sse import EventStream, Form, begun, event
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
@@ -26,7 +26,7 @@ router = APIRouter()
 
 # OpenAI's fields that this version does not have, with the values that ask for nothing
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **CONSTRAINTS,
+    **ALL_CONSTRAINTS,
     "access_programs": (),
     "background": (False,),
     "background_options": (),
@@ -38,7 +38,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "truncation": ("disabled",),
 }
-INSTEAD = dict.fromkeys(CONSTRAINTS, "send `text.format` or `grammar` (Lark or GBNF)") | (
+INSTEAD = dict.fromkeys(ALL_CONSTRAINTS, "send `text.format`") | (
     dict.fromkeys(
         ("conversation", "previous_response_id"),
         "nothing is kept here: send the whole conversation (`store: false`)",

@@ -45,6 +45,8 @@ CONSTRAINTS: dict[str, tuple[Any, ...]] = dict.fromkeys(
      "regex", "ebnf", "json_schema"),
     ("", [], {}),
 )  # fmt: skip
+# and where an endpoint has a spelling of its own, those of the others
+ALL_CONSTRAINTS = {**CONSTRAINTS, "grammar": ("",), "response_format": ({"type": "text"},)}
 INSTEAD = dict.fromkeys(CONSTRAINTS, "send `response_format` or `grammar` (Lark or GBNF)")
 REPLACED_BY_MIROSTAT = ("top_k", "typical_p", "top_p", "min_p", "xtc_probability")
 PRIORITY_OF_SERVICE_TIER = {"flex": 10, "priority": -10, "fast": -10}

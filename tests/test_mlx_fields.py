@@ -21,6 +21,7 @@ CONSTRAINTS: dict[str, Any] = {
     "guided_choice": ["a"], "guided_grammar": "root ::= [a]", "regex": "a", "ebnf": "root ::= [a]",
     "json_schema": {"type": "object"},
 }  # fmt: skip
+OF_CHATS = {"grammar": "start: /a/", "response_format": {"type": "json_object"}}
 SHARED: dict[str, Any] = {
     **CONSTRAINTS,
     "frequency_penalty": 0.5, "presence_penalty": 0.5, "logit_bias": {"5": 3}, "n": 2, "seed": 3,
@@ -50,7 +51,7 @@ CHAT_BESIDE = {
 # Of Responses and Messages. Above the sampling they are chats, so little is generated.
 RESPONSE_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}}
 RESPONSE: dict[str, Any] = {
-    **CONSTRAINTS,
+    **CONSTRAINTS, **OF_CHATS,
     "instructions": "Be short.", "temperature": 0.5, "top_p": 0.5, "parallel_tool_calls": False,
     "service_tier": "flex", "tools": [RESPONSE_TOOL], "tool_choice": "auto", "max_tool_calls": 2,
     "max_output_tokens": 1, "text": {"format": {"type": "json_object"}}, "top_logprobs": 2,
@@ -68,7 +69,7 @@ RESPONSE_BESIDE = {
 }  # fmt: skip
 MESSAGE_TOOL = {"name": "f", "input_schema": {"type": "object"}}
 MESSAGE: dict[str, Any] = {
-    **CONSTRAINTS,
+    **CONSTRAINTS, **OF_CHATS,
     "system": "Be short.", "stream": True, "temperature": 0.5, "top_p": 0.5, "top_k": 3,
     "stop_sequences": ["x"], "tools": [MESSAGE_TOOL], "tool_choice": {"type": "auto"},
     "thinking": {"type": "disabled"}, "cache_control": {"type": "ephemeral"},
