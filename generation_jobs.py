@@ -35,6 +35,7 @@ class Job:
     visible: dict[int, bytes]  # control tokens that the text shows
     ending: list[int]  # of thoughts that take too long
     has_started: bool = False
+    scored: list[Sampled] = field(default_factory=list)  # the prompt's tokens but the first
     answers: dict[int, "Answer"] = field(default_factory=dict)  # unfinished, by sequence
 
 
@@ -78,6 +79,7 @@ class Answer:
     def __init__(self, job: Job, index: int, tokenizer: Tokenizer) -> None:
         self.job = job
         self._index = index
+        self.owes_prompt = index == 0 and job.request.sampling.prompt_logprobs is not None
         self._tokenizer = tokenizer
         grammar = job.grammar.copy() if job.grammar else None
         thoughts = None
@@ -108,6 +110,8 @@ class Answer:
         if self._progress:
             self._progress.told()
         if self._tokenizer.ends_generation(sampled.token):
+            if self.job.request.sampling.prompt_logprobs is not None:  # then it counts too
+                self._hold(b"", sampled)
             return self._last(self._rest(), "stop")
         piece = self._piece(sampled.token)
         self._hold(piece, sampled)
@@ -117,6 +121,12 @@ class Answer:
         if self._n_tokens >= self.job.max_tokens:
             return self._last(text + self._rest(), "length")
         return self._out(text, None) if text else None
+
+    def with_prompt(self, out: wire.TokenOut | None) -> wire.TokenOut:
+        """What the client gets for the first token, with the log probabilities of the prompt."""
+        self.owes_prompt = False
+        out = out or self._out("", None)
+        return msgspec.structs.replace(out, prompt=_spelt(self.job, self._tokenizer))
 
     def _read(self, progress: Progress, piece: bytes) -> str:
         """Text, in which stop strings count from where the answer begins; spaces there are none."""
@@ -189,6 +199,8 @@ class Jobs:
             number = next(self._ids)
             seed = (sampling.seed + index) % 2**32
             own = msgspec.structs.replace(sampling, seed=seed, logit_bias=job.logit_bias)
+            if index:  # their prompt is that of the first
+                own = msgspec.structs.replace(own, prompt_logprobs=None)
             answer = Answer(job, index, self._engine.tokenizer)
             try:
                 self._engine.admit(
@@ -235,12 +247,17 @@ class Jobs:
         for number in result.right:
             if answer := self._answers.get(number):
                 answer.n_right += 1
+        for number, sampled in result.scored:
+            if answer := self._answers.get(number):
+                answer.job.scored.append(sampled)
         outs = []
         for number, sampled in result.tokens:
             answer = self._answers.get(number)
             if answer is None:
                 continue
             out = answer.accept(sampled)
+            if answer.owes_prompt:
+                out = answer.with_prompt(out)
             if out is not None:
                 outs.append(out)
                 if out.done:
@@ -282,6 +299,27 @@ def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
     if request.thinking and request.thinking.budget is not None:
         ending = tokenizer.tokenize(request.thinking.ending, parse_special=True, continues=True)
     return Job(request, prompt, max_tokens, grammar, bias, visible, ending)
+
+
+def _spelt(job: Job, tokenizer: Tokenizer) -> list[wire.TokenLogprob]:
+    """The tokens of a prompt with their log probabilities. Their texts are that of the prompt: what
+    the tokenizer has put there, BOS and spaces, is none."""
+    asked = "".join(piece.text for piece in job.request.prompt if isinstance(piece, wire.Segment))
+    at = 0  # in it
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    found = []
+    for n, sampled in enumerate([Sampled(job.prompt[0]), *job.scored]):
+        token = tokenizer.literal(sampled.token)
+        text = decoder.decode(token, final=n == len(job.scored))
+        if asked and not asked.startswith(text, at):
+            if n == 0 and sampled.token == tokenizer.bos:
+                text = ""
+            elif asked.startswith(text.removeprefix(" "), at):
+                text = text.removeprefix(" ")
+        at += len(text)
+        top = [(tokenizer.literal(other), logprob) for other, logprob in sampled.top]
+        found.append(wire.TokenLogprob(token, text, sampled.logprob, top))
+    return found
 
 
 def _logit_bias(asked: dict[str, float], tokenizer: Tokenizer) -> dict[int, float]:

@@ -35,6 +35,7 @@ from tier import Tier
 router = APIRouter()
 
 MAX_PROMPTS = 2048
+MAX_SCORED = 1 << 18  # log probabilities of the prompts in one reply, with those of other tokens
 
 Prompt = Annotated[
     Annotated[WholeText, Tag("<text>")]
@@ -68,10 +69,11 @@ async def create_completion(
     also = [*body.replaced, *not_kept(body, request)]
     headers = ignored_params(body, CONSTRAINTS, strict=strict, also=also)
     body.check_stream_options()
-    if body.echo and body.logprobs is not None:
+    is_scored = body.echo and body.logprobs is not None
+    if is_scored and body.suffix:
         raise UnsupportedParameter(
-            "The log probabilities of a prompt are not computed: no `logprobs` with `echo`.",
-            param="logprobs",
+            "With a `suffix` the prompt has no log probabilities: no `echo`, or no `logprobs`.",
+            param="suffix",
         )
     prompts = each_text(body.prompt)
     if len(prompts) > tier.settings.queue_size:
@@ -91,6 +93,9 @@ async def create_completion(
         n_logprobs=n_logprobs,
         grammar=wire.Grammar((part,)) if part else None,
     )
+    if is_scored:
+        sampling = msgspec.structs.replace(asked.sampling, prompt_logprobs=body.logprobs)
+        asked = msgspec.structs.replace(asked, sampling=sampling, reuse=False)
     if body.suffix:
         await fetched(request.receive, tier)
     marks = await asyncio.to_thread(_marks, tier) if body.suffix else None
@@ -107,6 +112,14 @@ async def create_completion(
             priority=body.effective_priority, watch=watch,
         )  # fmt: skip
         tier.keep_alive(body.keep_alive)
+        n_scored = answer.n_prompt * n_sampled * (1 + (body.logprobs or 0))
+        if is_scored and n_scored > MAX_SCORED:
+            await answer.outs.aclose()
+            raise BadRequest(
+                f"The prompts have {answer.n_prompt} tokens, and one reply has up to {MAX_SCORED} "
+                f"log probabilities of them; this one would have {n_scored}.",
+                param="logprobs",
+            )
         if body.echo:
             caching = services.caching(request)
 
@@ -115,7 +128,9 @@ async def create_completion(
                     return prompt
                 return await services.answers.text(prompt, tier, caching)
 
-            answer.outs = _echoed(answer.outs, answer.n_choices, prompts, text_of)
+            answer.outs = _echoed(
+                answer.outs, answer.n_choices, prompts, text_of, is_scored=is_scored
+            )
         headers.update({"X-Seed": str(answer.seed)} | answer.headers())
         return answer
 
@@ -189,13 +204,21 @@ def _logprobs(
         return None
     texts = [token.text for token in tokens]
     lengths = itertools.accumulate(map(len, texts), initial=offset)
-    tops = [{t.decode(errors="replace"): logprob for t, logprob in token.top} for token in tokens]
+    tops = [_by_text(token.top) if token.logprob is not None else None for token in tokens]
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": tops if asked else None,
         "text_offset": [start for start, _ in zip(lengths, texts, strict=False)],
     }
+
+
+def _by_text(top: Sequence[tuple[bytes, float]]) -> dict[str, float]:
+    """The likeliest tokens; of several with one text, such as parts of characters, the first."""
+    found: dict[str, float] = {}
+    for token, logprob in top:
+        found.setdefault(token.decode(errors="replace"), logprob)
+    return found
 
 
 async def _events(
@@ -255,12 +278,19 @@ async def _echoed(
     n_choices: int,
     prompts: Sequence[str | list[int]],
     text_of: Callable[[str | list[int]], Awaitable[str]],
+    *,
+    is_scored: bool,
 ) -> generation.Outs:
-    """What an answer says, each choice after the text of its prompt."""
+    """What an answer says, each choice after the text of its prompt: at once, or where it is scored
+    when it is, before any choice says something."""
     n = n_choices // len(prompts)
     async with aclosing(answer) as outs:
         texts = [await text_of(prompt) for prompt in prompts]
-        for index in range(n_choices):
-            yield index, wire.TokenOut(0, texts[index // n])
-        async for indexed in outs:
-            yield indexed
+        if not is_scored:
+            for index in range(n_choices):
+                yield index, wire.TokenOut(0, texts[index // n])
+        async for index, out in outs:
+            if out.prompt:
+                for choice in range(index, index + n):
+                    yield choice, wire.TokenOut(0, texts[index // n], logprobs=out.prompt)
+            yield index, out

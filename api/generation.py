@@ -199,7 +199,7 @@ def logprobs(tokens: Sequence[wire.TokenLogprob]) -> list[dict[str, Any]]:
     """Log probabilities in OpenAI's form. The tokens are those of the text: of a character that
     took several the last is all of it, and those before are empty."""
 
-    def entry(token: bytes, text: str, logprob: float) -> dict[str, Any]:
+    def entry(token: bytes, text: str, logprob: float | None) -> dict[str, Any]:
         return {"token": text, "logprob": logprob, "bytes": list(token)}
 
     def others(top: Sequence[tuple[bytes, float]]) -> list[dict[str, Any]]:

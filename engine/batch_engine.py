@@ -7,8 +7,8 @@ from array import array
 from engine.backends.base import CacheFull, Constraint, Decoder
 from engine.pace import Pace
 from engine.prefix import PrefixTree
-from engine.scheduler import Scheduler
-from engine.speculation import Speculation
+from engine.scheduler import MOST_SCORED, Scheduler
+from engine.speculation import MOST, Speculation
 from engine.types import Chunk, SamplingParams, Sequence, StepResult
 from engine.wire import WorkerSpec
 
@@ -36,6 +36,8 @@ class BatchEngine:
             pace=Pace(spec.max_stall_s, has_tiles=spec.flash_attention),
             tree=PrefixTree(spec.prefix_cache_bytes),
             speculation=Speculation() if spec.speculates else None,
+            # decoders have room for the rows of as many guesses, which there are none then
+            n_scored=min(MOST_SCORED, spec.n_parallel * MOST),
         )
         self._right: list[tuple[int, Chunk]] = []  # rows after guesses that were right
         self._n_failed_steps = 0
@@ -64,6 +66,7 @@ class BatchEngine:
             reuses=reuses,
             goes_on_from=goes_on_from,
             rank=rank,
+            prompt_logprobs=sampling.prompt_logprobs,
         )
         self._scheduler.add(sequence)
 
@@ -86,7 +89,13 @@ class BatchEngine:
         if not batch.chunks:
             return result
         rows, n_rows = [], 0
+        to_score: list[tuple[int, Sequence, int]] = []  # row, and the token that comes next
         for chunk in batch.chunks:
+            if n_scored := chunk.n_scored:
+                sequence = chunk.sequence
+                ahead = range(sequence.n_scored + 1, sequence.n_scored + n_scored + 1)
+                to_score += [(n_rows + n, sequence, at) for n, at in enumerate(ahead)]
+                n_rows += n_scored
             if chunk.wants_logits:
                 rows.append((n_rows, chunk))
                 n_rows += 1 + len(chunk.guesses)
@@ -108,6 +117,9 @@ class BatchEngine:
         seconds = time.perf_counter() - started_at
         self._scheduler.commit(batch, seconds)
         result.guessed = [(c.sequence.id, len(c.guesses)) for c in batch.chunks if c.guesses]
+        for row, sequence, at in to_score:
+            n_top, token = sequence.prompt_logprobs or 0, sequence.tokens[at]
+            result.scored.append((sequence.id, self._decoder.score(row, token, n_top)))
         for row, chunk in rows:
             self._sample(row, chunk, result)
         return result

@@ -31,6 +31,7 @@ from engine.speculation import Guesses, Speculation
 from engine.types import Batch, Chunk, Sequence, is_one_steady_job, order
 
 WORTH_WAITING_FOR = 32  # tokens that another's prefill would save; fewer are faster computed
+MOST_SCORED = 64  # tokens of prompts in a step whose logits are wanted, each a row to look at
 OF_KEPT = 16  # parts of a slot that is kept, of which more than one must be of use
 NOT_WORTH_RECALLING = 8  # tokens in the prefix tree: they are as fast computed
 RANKING = 256  # tokens that a prompt counts as shorter for each rank (a second) that it is lower
@@ -68,10 +69,12 @@ class Scheduler:
         pace: Pace,
         tree: PrefixTree,
         speculation: Speculation | None = None,
+        n_scored: int = MOST_SCORED,
     ) -> None:
         self._cells = Cells(memory, tree, n_slots=n_slots, n_cells=n_cells)
         self._n_ctx = n_ctx
         self._n_batch = n_batch
+        self._n_scored = n_scored
         self._pace = pace
         self._speculation = speculation if self._cells.can_share else None
         self._slots = [Slot(i) for i in range(n_slots)]
@@ -124,6 +127,7 @@ class Scheduler:
             self._speculation.observe(batch.n_tokens, seconds)
         for chunk in batch.chunks:
             mark = self._next_mark(chunk.sequence)
+            chunk.sequence.n_scored += chunk.n_scored
             self._cells.extend(chunk.slot, chunk.tokens)
             chunk.sequence.n_past = chunk.end
             if chunk.end == mark:
@@ -167,6 +171,8 @@ class Scheduler:
                 break
             wanted = view(sequence.tokens)[:-1]  # the last is decoded for its logits
             reuses = sequence.reuses or sequence.has_started
+            if sequence.n_to_score:
+                wanted = wanted[: sequence.n_scored]
             if not reuses and sequence.goes_on_from is None:
                 wanted = wanted[:0]
                 if not self._running:
@@ -454,13 +460,17 @@ class Scheduler:
         while self._cells.n_free - batch.n_tokens < n_left and self._idle():
             self._make_room()
         n_left = min(n_left, self._cells.n_free - batch.n_tokens)
+        n_rows = self._n_scored
         for sequence in prefilling:
             n_tokens = min(sequence.n_pending, n_left)
+            if sequence.n_to_score:
+                n_tokens = min(n_tokens, max(sequence.n_scored - sequence.n_past, 0) + n_rows)
             if mark := self._next_mark(sequence):
                 n_tokens = min(n_tokens, mark - sequence.n_past)
             if n_tokens <= 0:
-                break
+                continue
             batch.add(sequence, n_tokens)
+            n_rows -= batch.chunks[-1].n_scored
             n_left -= n_tokens
 
     def _next_mark(self, sequence: Sequence) -> int:

@@ -51,6 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}  # added to the logits of these tokens
     # also the log probability of each token, and of so many likeliest ones; None: neither
     n_logprobs: int | None = None
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, which is computed anew
 
     @property
     def is_greedy(self) -> bool:
@@ -67,6 +68,7 @@ class Admitted:
     has_started: bool = False  # was given a place before
     reuses: bool = True  # begins with what others have computed, and so with their rounding
     goes_on_from: int | None = None  # or only with what this one has, the first of its job
+    prompt_logprobs: int | None = None  # of each of its prompt's tokens, with so many likeliest
     rank: float = 0.0  # the least goes first, and puts off others where there is no place
 
     @property
@@ -94,6 +96,7 @@ class Sequence(Admitted):
     slot: int | None = None
     n_past: int = 0
     n_cached: int = 0  # prompt tokens that needed no decoding
+    n_scored: int = 0  # prompt tokens whose logits were wanted
     admitted_at: int = 0  # the plan in which it got its slot
     guesses: Any = None  # engine.speculation.Guesses, made when first wanted
     n_prompt: int = field(init=False)
@@ -104,6 +107,11 @@ class Sequence(Admitted):
     @property
     def n_pending(self) -> int:
         return len(self.tokens) - self.n_past
+
+    @property
+    def n_to_score(self) -> int:
+        """Prompt tokens whose logits are wanted still. Those of the last are the answer's."""
+        return 0 if self.prompt_logprobs is None else self.n_prompt - 1 - self.n_scored
 
 
 @dataclass(slots=True)
@@ -124,6 +132,18 @@ class Chunk:
     def wants_logits(self) -> bool:
         """The chunk reaches the end of what is known, so the next token is to be sampled."""
         return self.end == len(self.sequence.tokens)
+
+    @property
+    def n_scored(self) -> int:
+        """Of its tokens before those, the last ones, whose logits say how likely the prompt is."""
+        if not self.sequence.n_to_score:
+            return 0
+        return max(min(self.end, self.sequence.n_prompt - 1) - self.sequence.n_scored, 0)
+
+    @property
+    def n_wanted(self) -> int:
+        """Its last tokens, whose logits are wanted; those of all guesses are too."""
+        return self.n_scored + self.wants_logits
 
     @property
     def tokens(self) -> "array[int]":
@@ -185,6 +205,7 @@ class StepResult:
 
     started: list[tuple[int, int]] = field(default_factory=list)  # id, prompt tokens reused
     tokens: list[tuple[int, Sampled]] = field(default_factory=list)  # id, token sampled
+    scored: list[tuple[int, Sampled]] = field(default_factory=list)  # id, next token of its prompt
     failed: list[tuple[int, Exception]] = field(default_factory=list)
     guessed: list[tuple[int, int]] = field(default_factory=list)  # id, guesses computed
     right: list[int] = field(default_factory=list)  # ids whose token was guessed

@@ -244,7 +244,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     token: bytes
     text: str  # the characters that it ends, also if they began before it
-    logprob: float
+    logprob: float | None  # None: the first of a prompt, before which there is nothing
     top: list[tuple[bytes, float]]
 
 
@@ -258,6 +258,7 @@ class TokenOut(msgspec.Struct, frozen=True, array_like=True):
     index: int = 0  # of the answer
     n_tokens: int = 0  # of the answer up to here
     logprobs: list[TokenLogprob] = []
+    prompt: list[TokenLogprob] = []  # where asked for: with the first token of the first answer
 
 
 class Step(Message, frozen=True):

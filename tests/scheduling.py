@@ -148,6 +148,7 @@ class Bench:
         n_cells: int = 1000,
         n_batch: int = 100,
         n_prefill: int = 1000,
+        n_scored: int = 64,
         tree_bytes: int = 1 << 20,  # four for each token
         is_cells: bool = True,
         shares_cells: bool = True,
@@ -167,7 +168,10 @@ class Bench:
             pace=FixedPace(n_prefill),
             tree=self.tree,
             speculation=speculation,
+            n_scored=n_scored,
         )
+        self.n_scored = n_scored
+        self.scored: dict[int, list[int]] = {}  # where the next token was scored, by id
         self.tree_bytes = tree_bytes
         self.n_decoded = 0  # prompt tokens
         self.n_guessed = self.n_right = 0
@@ -184,9 +188,15 @@ class Bench:
         rank: float = 0.0,
         reuses: bool = True,
         goes_on_from: int | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Sequence:
         sequence = Sequence(
-            id, array("i", prompt), rank=rank, reuses=reuses, goes_on_from=goes_on_from
+            id,
+            array("i", prompt),
+            rank=rank,
+            reuses=reuses,
+            goes_on_from=goes_on_from,
+            prompt_logprobs=prompt_logprobs,
         )
         self.sequences[id] = sequence
         self.wanted[id] = n_wanted
@@ -208,6 +218,7 @@ class Bench:
         self.started += [sequence.id for sequence in started]
         assert batch.n_tokens == sum(len(chunk.tokens) for chunk in batch.chunks) <= self.n_batch
         assert all(chunk.n_tokens > 0 for chunk in batch.chunks)
+        assert sum(chunk.n_scored for chunk in batch.chunks) <= self.n_scored
         ids = [chunk.sequence.id for chunk in batch.chunks]
         assert len(ids) == len(set(ids)), "one chunk for each sequence"
         return batch
@@ -215,6 +226,12 @@ class Bench:
     def commit(self, batch: Batch, seconds: float = 0.1) -> None:
         self.memory.decode(batch)
         wanting = [chunk for chunk in batch.chunks if chunk.wants_logits]
+        for chunk in batch.chunks:
+            first = chunk.end - chunk.n_wanted
+            if chunk.n_scored:
+                assert first >= chunk.start
+                places = self.scored.setdefault(chunk.sequence.id, [])
+                places += range(first, first + chunk.n_scored)
         self.n_decoded += batch.n_tokens - batch.n_decodes - batch.n_guesses
         self.n_guessed += batch.n_guesses
         self.scheduler.commit(batch, seconds)

@@ -155,7 +155,7 @@ def test_other_forms_of_a_chat_say_so_too(service: Service, path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "fault"),
     [
-        ("/v1/completions", {"prompt": "Hi", "echo": True, "logprobs": 1}),
+        ("/v1/completions", {"prompt": "Hi", "suffix": "a", "echo": True, "logprobs": 1}),
         ("/v1/completions", {"prompt": "x" * 9000}),
         ("/v1/chat/completions", {**WAYS["/v1/chat/completions"], "grammar": "start: ("}),
         ("/v1/responses", {"input": "x" * 9000}),

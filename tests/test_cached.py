@@ -473,6 +473,16 @@ def test_a_vector_of_a_text_that_was_cut_elsewhere_scores_nothing() -> None:
         assert reply.json()["results"] == plain.json()["results"]
 
 
+def test_a_prompt_that_is_scored_is_remembered_with_it(service: Service) -> None:
+    asked = {"echo": True, "logprobs": 1, "max_tokens": 2, "temperature": 0}
+    first, second = (service.complete("remember me", **asked) for _ in range(2))
+    assert [first.headers["X-Cache"], second.headers["X-Cache"]] == ["MISS", "HIT"]
+    assert first.json()["choices"] == second.json()["choices"]
+    plain = service.complete("remember me", **asked | {"echo": False})
+    assert plain.headers["X-Cache"] == "MISS"
+    assert len(plain.json()["choices"][0]["logprobs"]["tokens"]) == 2
+
+
 # over restarts
 
 
@@ -485,6 +495,7 @@ ALL: list[Callable[[Service], httpx.Response]] = [
     lambda s: s.chat("weather?", tools=[TOOL], temperature=0, stream=True),
     lambda s: s.complete(["a", "b"], seed=1),
     lambda s: s.complete([65, 66], seed=1, echo=True),
+    lambda s: s.complete("a", temperature=0, echo=True, logprobs=2),
     lambda s: s.respond("Hello", temperature=0),
     lambda s: s.message("Hello there", temperature=0),
     lambda s: s.chat(

@@ -142,13 +142,69 @@ def test_an_echo_alone_is_the_prompt(service: Service) -> None:
     assert (choice["text"], choice["finish_reason"]) == ("once", "length")
 
 
-@pytest.mark.parametrize("n_logprobs", [0, 3])
-def test_log_probabilities_of_an_echo_are_refused(service: Service, n_logprobs: int) -> None:
-    response = service.complete("once", echo=True, logprobs=n_logprobs)
+def logprob_after(byte: int) -> float:
+    """Of a prompt's token, as the fake model says it."""
+    return -(1 + byte) / 256
+
+
+@pytest.mark.parametrize("prompt", ["know 🙂", list("know 🙂".encode())])
+def test_an_echo_has_log_probabilities_streamed_and_not(service: Service, prompt: Any) -> None:
+    asked = {"echo": True, "logprobs": 2, "max_tokens": 1, "temperature": 0}
+    (choice,) = service.complete(prompt, **asked).json()["choices"]
+    logprobs = choice["logprobs"]
+    data = "know 🙂".encode()
+    assert choice["text"] == "know 🙂Y"
+    assert logprobs["tokens"] == [*"know ", "", "", "", "🙂", "Y"]
+    assert logprobs["text_offset"] == [0, 1, 2, 3, 4, 5, 5, 5, 5, 6]
+    first, *others, last = logprobs["token_logprobs"]
+    assert first is logprobs["top_logprobs"][0] is None
+    assert others == [logprob_after(byte) for byte in data[:-1]]
+    assert last == logprobs["top_logprobs"][-1]["Y"]
+    assert logprobs["top_logprobs"][1] == {
+        "n": logprob_after(ord("k")),
+        "\x01": logprob_after(ord("k")) - 1,
+    }
+    parts = [
+        (piece["text"], piece["logprobs"])
+        for chunk in events(service.complete(prompt, stream=True, **asked))
+        for piece in chunk["choices"]
+    ]
+    assert "".join(text for text, _ in parts) == choice["text"]
+    for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+        assert [item for _, part in parts for item in part[name]] == logprobs[name]
+
+
+def test_each_of_several_choices_has_the_log_probabilities_of_its_prompt(service: Service) -> None:
+    asked = {"echo": True, "logprobs": 0, "n": 2, "max_tokens": 0}
+    choices = service.complete(["choose", "a"], **asked).json()["choices"]
+    assert [c["text"] for c in choices] == ["choose", "choose", "a", "a"]
+    of_choose = [None, *map(logprob_after, b"choos")]
+    found = [c["logprobs"]["token_logprobs"] for c in choices]
+    assert found == [of_choose, of_choose, [None], [None]]
+    assert [c["logprobs"]["top_logprobs"] for c in choices] == [None] * 4
+
+
+def test_the_end_of_an_answer_has_a_log_probability_behind_a_prompt_that_has(
+    service: Service,
+) -> None:
+    asked = {"logprobs": 1, "echo": True, "logit_bias": {"Y": -100}}  # so it ends at once
+    (choice,) = service.complete("a", **asked).json()["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("a", "stop")
+    assert choice["logprobs"]["tokens"] == ["a", ""]
+    assert choice["logprobs"]["token_logprobs"] == [None, pytest.approx(-1 / len("You said: a"))]
+
+
+def test_what_is_too_much_to_score_is_a_400(service: Service) -> None:
+    fields: dict[str, Any] = {"echo": True, "logprobs": 20, "n": 128, "max_tokens": 0}
+    response = service.complete("x" * 98, **fields)
     assert response.status_code == 400
     error = response.json()["error"]
-    assert (error["code"], error["param"]) == ("unsupported_parameter", "logprobs")
-    assert "log probabilities of a prompt are not computed" in error["message"]
+    assert error["param"] == "logprobs"
+    assert "have 98 tokens" in error["message"]
+    assert service.complete("x" * 97, **fields).status_code == 200
+    response = service.complete("a", suffix="b", echo=True, logprobs=1)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "suffix"
 
 
 def test_ids_that_have_no_text_cannot_be_echoed(service: Service) -> None:

@@ -203,6 +203,37 @@ def test_log_probabilities_are_of_the_raw_row_whatever_is_done_to_it(
             assert sampled.token == best[1]
 
 
+def test_a_prompt_is_scored_by_what_comes_after_each_of_its_beginnings(
+    model: Path, tiny: Path, load: Callable[..., Engine]
+) -> None:
+    engine = load(model, n_parallel=2, n_batch=8)
+    prompt = ids(engine, "one two three and the river is long and the city is old " * 2)
+    generate(engine, {1: prompt}, 2)  # so it is known
+    sampling = SamplingParams(temperature=0, n_logprobs=0, prompt_logprobs=3)
+    engine.admit(2, list(prompt), sampling, reuses=False)
+    engine.admit(3, ids(engine, "Beside it"), GREEDY)
+    scored: list[Sampled] = []
+    answer: list[Sampled] = []
+    for n in range(40):
+        if n == 1:
+            engine.admit(4, ids(engine, "One that is urgent"), GREEDY, rank=-1.0)
+        if n == 4:
+            engine.cancel(3)
+            engine.cancel(4)
+        result = engine.step()
+        assert not result.failed
+        assert not (scored and answer and result.scored), "the prompt comes first"
+        scored += (sampled for number, sampled in result.scored if number == 2)
+        answer += (sampled for number, sampled in result.tokens if number == 2)
+    assert [sampled.token for sampled in scored] == prompt[1:]
+    rows = next_logits(tiny, [prompt[:n] for n in range(1, len(prompt) + 1)])
+    for row, sampled in zip(rows, [*scored, answer[0]], strict=True):
+        expected = row - np.log(np.exp(row.astype(np.float64)).sum())
+        assert sampled.logprob == pytest.approx(expected[sampled.token], abs=5e-2)
+    best = np.argsort(-rows[4], kind="stable")[:3]
+    assert [token for token, _ in scored[4].top] == best.tolist()
+
+
 def test_an_answer_does_not_end_before_it_may(model: Path, load: Callable[..., Engine]) -> None:
     engine = load(model)
     prompt = ids(engine, "one two three")

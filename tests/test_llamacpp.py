@@ -40,7 +40,7 @@ from engine.speculation import MOST
 from engine.threads import Lateness
 from engine.types import Batch, Sampled, SamplingParams, Sequence
 from errors import ModelLoadFailed
-from generation_jobs import prepare
+from generation_jobs import Jobs, prepare
 from settings import TierSettings
 from tests import gguf_fixtures
 from tests.engines import (
@@ -674,6 +674,28 @@ def test_a_raw_prompt_begins_with_one_bos_and_ids_are_taken_as_they_are(
     assert (ids[0], ids.count(bos)) == (bos, 1)
     for given in ([bos, 300, 301], [300, 301]):
         assert prompt(given) == given
+
+
+@pytest.mark.parametrize("text", ["hello there", " hello", "<s>hello", "🙂"])
+def test_texts_of_a_prompt_that_is_scored_add_up_to_it(
+    spm: Path, load: Callable[..., Engine], text: str
+) -> None:
+    engine = load(spm)
+    sampling = SamplingParams(temperature=0, n_logprobs=0, prompt_logprobs=0)
+    request = wire.Generate([wire.Segment(text, True)], True, sampling, [], 0, reuse=False)
+    job = prepare(request, engine, Compiler(engine.tokenizer))
+    jobs = Jobs(engine)
+    jobs.admit(job)
+    outs: list[wire.TokenOut] = []
+    while not engine.idle:
+        for message in jobs.report(engine.step()):
+            outs += message.outs if isinstance(message, wire.Step) else ()
+    (out,) = outs
+    assert "".join(token.text for token in out.prompt) == text
+    assert [token.token for token in out.prompt] == list(map(engine.tokenizer.literal, job.prompt))
+    assert [token.logprob is None for token in out.prompt] == [
+        n == 0 for n in range(len(job.prompt))
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])

@@ -135,6 +135,30 @@ def test_only_the_chunk_at_the_end_of_a_prompt_wants_logits() -> None:
     assert (chunk.start, chunk.end, chunk.wants_logits) == (8, 12, True)
 
 
+def test_each_token_of_a_prompt_is_scored_once_whatever_is_known_of_it() -> None:
+    bench = Bench(n_slots=1, n_cells=100, n_batch=8, n_scored=5)
+    prompt = tokens(1000, 12)
+    bench.add(1, prompt, n_wanted=2)
+    bench.run()
+    bench.add(2, prompt, n_wanted=2, prompt_logprobs=0)
+    assert [bench.step() for _ in range(2)] == [{2: 5}, {2: 5}]
+    bench.add(3, prompt, n_wanted=1, rank=-1.0)  # it puts that off, and knows more of it then
+    bench.run()
+    assert bench.scored == {2: [*range(11)]}
+    assert bench.answers == {
+        n: answer_to(prompt, n_wanted) for n, n_wanted in [(1, 2), (2, 2), (3, 1)]
+    }
+
+
+def test_a_prompt_that_is_scored_holds_up_no_other() -> None:
+    bench = Bench(n_batch=20, n_scored=4)
+    for id in (1, 2):
+        bench.add(id, tokens(1000 * id, 6), prompt_logprobs=0)
+    bench.add(3, tokens(3000, 10))
+    assert bench.step() == {1: 4, 3: 10}
+    assert bench.step() == {1: 2, 2: 3, 3: 1}
+
+
 def test_more_decodes_than_a_batch_holds_all_come_to_their_end() -> None:
     bench = Bench(n_slots=4, n_batch=2)
     for id in (1, 2, 3, 4):
@@ -436,6 +460,7 @@ Prompt = st.builds(
     tree_bytes=st.sampled_from([0, 100, 2000, 3000, 100_000]),
     kind=st.sampled_from(["cells", "marked", "marked, each its own"]),
     n_guesses=st.sampled_from([0, 1, 3, 8]),
+    n_scored=st.sampled_from([1, 7, 64]),
     prompts=st.lists(st.tuples(Prompt, st.integers(1, 12)), min_size=1, max_size=12),
     rng=st.randoms(use_true_random=False),
 )
@@ -447,6 +472,7 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
     tree_bytes: int,
     kind: str,
     n_guesses: int,
+    n_scored: int,
     prompts: list[tuple[list[int], int]],
     rng: random.Random,
 ) -> None:
@@ -455,6 +481,7 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
         n_cells=n_cells,
         n_batch=n_batch,
         n_prefill=n_prefill,
+        n_scored=n_scored,
         tree_bytes=tree_bytes,
         is_cells=kind == "cells",
         shares_cells=kind != "marked, each its own",
@@ -467,7 +494,7 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
         action = rng.random()
         if todo and action < 0.4:
             id = min(todo)
-            bench.add(id, *todo.pop(id))
+            bench.add(id, *todo.pop(id), prompt_logprobs=rng.choice([None, None, 0]))
         elif bench.sequences and action < 0.5:
             id = rng.choice(sorted(bench.sequences))
             bench.cancel(id)
@@ -481,3 +508,6 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
             assert bench.scheduler.idle, "while anything is there to do, something is done"
     assert bench.answers == expected
     assert sorted(bench.started) == sorted(set(bench.started))
+    for id, places in bench.scored.items():
+        assert places == [*range(len(places))]
+        assert id not in expected or len(places) == len(prompts[id][0]) - 1

@@ -148,6 +148,10 @@ class Decoder(Protocol):
         """The next token of the sequence whose logits are the batch's `row`-th wanted ones; behind
         guesses only after those were right. An exception is the sequence's own fault."""
 
+    def score(self, row: int, token: int, n_top: int) -> Sampled:
+        """How likely a token of a prompt was by the wanted logits before it, in that order with
+        those to sample from; with so many of the likeliest."""
+
     def close(self) -> None: ...
 
 

@@ -10,7 +10,8 @@ JSON file with a script; every key is optional:
 
 The first rule whose `match` occurs in the last user turn (the whole prompt of a raw completion)
 decides; of a list of answers the seed chooses. Without a rule the answer is `You said: …`. The
-longer an answer, the higher the log probability of its tokens.
+longer an answer, the higher the log probability of its tokens; that of a prompt's token is lower
+the greater the token before it.
 
 A rule's `fault` happens in the first step that decodes the prompt's end, or after `after` bytes of
 the answer: `step` raises, `crash` kills the process, `hang` never returns.
@@ -172,6 +173,7 @@ class FakeDecoder:
         self.tokenizer: Tokenizer = FakeTokenizer()
         self.memory: Memory = self
         self.cells: list[list[list[int]]] = [[] for _ in range(n_slots)]
+        self._before: list[int] = []  # the token of each wanted row
         self._script = script
         self._n_cells = n_cells
         self._sleep = sleep
@@ -219,11 +221,14 @@ class FakeDecoder:
         for chunk in batch.chunks:
             self._maybe_fault(chunk)
         self._sleep(self._script.step_ms / 1e3 + self._script.token_us / 1e6 * batch.n_tokens)
+        self._before = []
         for chunk in batch.chunks:
             cells = self.cells[chunk.slot]
             if len(cells) != chunk.start:
                 raise ValueError(f"slot {chunk.slot} has {len(cells)} cells, not {chunk.start}")
             cells += [[token] for token in chunk.tokens]
+            n_rows = chunk.n_wanted + len(chunk.guesses)
+            self._before += [token for (token,) in cells[len(cells) - n_rows :]]
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
         assert sequence.slot is not None
@@ -247,6 +252,11 @@ class FakeDecoder:
         logprob = -1 / max(len(data), 1)
         others = [(i, logprob - i) for i in range(1, sampling.n_logprobs)]
         return Sampled(token, logprob, [(token, logprob), *others][: sampling.n_logprobs])
+
+    def score(self, row: int, token: int, n_top: int) -> Sampled:
+        logprob = -(1 + self._before[row]) / 256
+        others = [(i, logprob - i) for i in range(1, n_top)]
+        return Sampled(token, logprob, [(token, logprob), *others][:n_top])
 
     def close(self) -> None:
         pass

@@ -30,6 +30,7 @@ from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.batch_engine import BatchEngine
 from engine.drawing import RowSampler
 from engine.llama_limits import LEAST_IN_LANES, LEAST_IN_PLAIN_LANES, PLAIN_TOKENS
+from engine.sampling import logprobs
 from engine.speculation import MOST
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
 from engine.wire import WorkerSpec
@@ -179,6 +180,9 @@ class LlamaDecoder:
             return sampler.choose(logits, sequence.constraint)
         return sampler.sample(context, index, logits, sequence.constraint)
 
+    def score(self, row: int, token: int, n_top: int) -> Sampled:
+        return Sampled(token, *logprobs(self._rows[row][2], token, n_top))
+
 
 class _BatchArrays:
     """The arrays behind a llama_batch, allocated once and filled as slices."""
@@ -206,7 +210,7 @@ class _BatchArrays:
         for sequence, chunk in chunks.items():
             tokens = chunk.tokens
             n, end = len(tokens), at + len(tokens)
-            n_wanted = n - chunk.n_tokens + 1 if chunk.wants_logits else 0
+            n_wanted = chunk.n_wanted + n - chunk.n_tokens
             self._token[at:end] = tokens
             self._pos[at:end] = array("i", range(chunk.start, chunk.start + n))
             self._sequence[at:end] = array("i", [sequence]) * n

@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.backends.base import Constraint, Engine, ReportProgress, Tokenizer, install
 from engine.backends.mlx_prompts import Cache, Prompts, beginning, can_cut, n_usable
-from engine.backends.mlx_rows import Rows, new_rows
+from engine.backends.mlx_rows import Rows, ScoredPrompt, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
 from engine.backends.mlx_tokenizer import MlxTokenizer
 from engine.batch_engine import MAX_FAILED_STEPS
@@ -27,7 +27,7 @@ from engine.chat_folder import read_chat_folder, suppressed_tokens
 from engine.model_file import ModelFile
 from engine.pace import MIN_BESIDE, MIN_TOKENS, Pace
 from engine.prefix import Tokens, n_common
-from engine.scheduler import WORTH_WAITING_FOR
+from engine.scheduler import MOST_SCORED, WORTH_WAITING_FOR
 from engine.types import Admitted, SamplingParams, StepResult, is_one_steady_job, order
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
@@ -114,6 +114,7 @@ def _loaded(mx: Any, facts: ModelFile, progress: ReportProgress) -> Any:
 class Live(Admitted):
     chooser: Chooser  # survives being put off
     n_joined: int = 0  # tokens with which it joined the rows
+    scored: ScoredPrompt | None = None  # what it is before it joins them, if that is asked for
 
     @property
     def is_decoding(self) -> bool:
@@ -166,7 +167,13 @@ class MlxEngine:
             sampling, prompt, constraint, self._ends, self._suppressed, self.tokenizer.piece
         )
         live = Live(
-            id, array("i", prompt), chooser, reuses=reuses, goes_on_from=goes_on_from, rank=rank
+            id,
+            array("i", prompt),
+            chooser,
+            reuses=reuses,
+            goes_on_from=goes_on_from,
+            rank=rank,
+            prompt_logprobs=sampling.prompt_logprobs,
         )
         insort(self._waiting, live, key=order)
 
@@ -194,16 +201,34 @@ class MlxEngine:
             n_prefill = min(max(self._n_least, n_allowed), self._spec.n_batch)
         started_at = time.perf_counter()
         try:
-            told, n_prefilled = self._rows.step(n_prefill)
+            n_scored = self._score(min(n_prefill, MOST_SCORED), result)
+            told: list[tuple[int, int]] = []
+            n_prefilled = 0
+            if any(live.scored is None for live in self._running):
+                told, n_prefilled = self._rows.step(max(n_prefill - n_scored, 1))
         except Exception as error:
             self._fail(result, error)
             return result
         self._n_failed_steps = 0
-        self._pace.observe(n_decodes, n_prefilled, time.perf_counter() - started_at)
+        self._pace.observe(n_decodes, n_scored + n_prefilled, time.perf_counter() - started_at)
         by_id = {live.id: live for live in self._running}
         for number, token in told:
             self._take(by_id[number], token, result)
         return result
+
+    def _score(self, n_tokens: int, result: StepResult) -> int:
+        """Compute so many tokens at most of a prompt that is scored, which joins the rows when that
+        is done."""
+        live = next((live for live in self._running if live.scored), None)
+        if live is None or live.scored is None:
+            return 0
+        n_tokens = live.scored.step(n_tokens)
+        if live.scored.n_left == 0:
+            tokens = live.tokens.tolist()
+            result.scored += [(live.id, sampled) for sampled in live.scored.scored]
+            self._rows.add(live.id, tokens, live.scored.cache, len(tokens) - 1, live.chooser)
+            live.scored = live.prompt_logprobs = None
+        return n_tokens
 
     def _take(self, live: Live, token: int, result: StepResult) -> None:
         try:
@@ -265,8 +290,12 @@ class MlxEngine:
             self._enter(live, wanted, first, result)
 
     def _enter(self, live: Live, wanted: Tokens, first: Live | None, result: StepResult) -> None:
-        n_cached, cached = self._beginning(wanted, first)
-        self._rows.add(live.id, live.tokens.tolist(), cached, n_cached, live.chooser)
+        n_cached, tokens = 0, live.tokens.tolist()
+        if live.prompt_logprobs is not None and len(tokens) > 1:
+            live.scored = ScoredPrompt(self._model, tokens, live.prompt_logprobs)
+        else:
+            n_cached, cached = self._beginning(wanted, first)
+            self._rows.add(live.id, tokens, cached, n_cached, live.chooser)
         live.n_joined = len(live.tokens)
         insort(self._running, live, key=order)
         if not live.has_started:
@@ -361,6 +390,9 @@ class MlxEngine:
         """What is computed of it is remembered."""
         self._running.remove(live)
         self._share_cells()
+        if live.scored is not None:  # no row yet
+            live.scored = None
+            return
         if not self._prompts.is_off:
             try:
                 self._prompts.remember(*self._rows.cache_of(live.id))

@@ -4,9 +4,13 @@ from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any, Protocol
 
+import numpy as np
+
 from engine.backends.mlx_prompts import Cache, as_tokens, can_cut
 from engine.backends.mlx_sampling import Chooser
 from engine.prefix import Tokens
+from engine.sampling import logprobs
+from engine.types import Sampled
 
 GROWTH = 256  # cells that one of mlx-lm's memories gets at a time
 
@@ -125,6 +129,34 @@ class BatchRows:
             layer.state = tree_map(own, layer.state)
         mx.eval([layer.state for layer in cache])
         return as_tokens(tokens), cache
+
+
+class ScoredPrompt:
+    """A prompt whose tokens' log probabilities are wanted, before it joins the rows. All but its
+    last token are computed here."""
+
+    def __init__(self, model: Any, tokens: list[int], n_top: int) -> None:
+        self._mx = import_module("mlx.core")
+        self._model = model
+        self._tokens = tokens
+        self._n_top = n_top
+        self.cache: Cache = import_module("mlx_lm.models.cache").make_prompt_cache(model)
+        self.scored: list[Sampled] = []  # its tokens but the first
+
+    @property
+    def n_left(self) -> int:
+        return len(self._tokens) - 1 - len(self.scored)
+
+    def step(self, n_tokens: int) -> int:
+        """Compute so many more at most, and say how many."""
+        at = len(self.scored)
+        n_tokens = min(n_tokens, self.n_left)
+        part = self._mx.array([self._tokens[at : at + n_tokens]])
+        logits = self._model(part, cache=self.cache)[0].astype(self._mx.float32)
+        self._mx.eval(logits, [layer.state for layer in self.cache])
+        for row, token in zip(np.array(logits), self._tokens[at + 1 :], strict=False):
+            self.scored.append(Sampled(token, *logprobs(row, token, self._n_top)))
+        return n_tokens
 
 
 class SingleRow:
