@@ -88,6 +88,9 @@ class Generation:
             self.fail(error)
         elif isinstance(message, wire.TokenOut):
             self.has_answered = True
+            if message.prompt:
+                self._hear(message)
+                return
             since, n_before = self._heard.get(message.index, (self.handed_at, 0))
             now = time.monotonic()
             self._heard[message.index] = now, message.n_tokens

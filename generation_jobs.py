@@ -21,6 +21,7 @@ from worker_requests import check_ids, failure, tokenize
 
 # The further answers of a job wait for the first ones of jobs that come within so many seconds.
 SECOND_ANSWER_RANK = 10.0
+PROMPT_PART = 512  # tokens of a prompt whose log probabilities are in one frame
 
 
 @dataclass(slots=True)
@@ -34,9 +35,44 @@ class Job:
     logit_bias: dict[int, float]
     visible: dict[int, bytes]  # control tokens that the text shows
     ending: list[int]  # of thoughts that take too long
+    scored: "ScoredPrompt | None" = None  # where its log probabilities are asked for
     has_started: bool = False
-    scored: list[Sampled] = field(default_factory=list)  # the prompt's tokens but the first
     answers: dict[int, "Answer"] = field(default_factory=dict)  # unfinished, by sequence
+
+
+class ScoredPrompt:
+    """A prompt whose tokens have log probabilities. Their texts are that of the prompt: what the
+    tokenizer has put there, BOS and spaces, is none."""
+
+    def __init__(self, request: wire.Generate, prompt: list[int], tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._n_tokens = len(prompt)
+        texts = (piece.text for piece in request.prompt if isinstance(piece, wire.Segment))
+        self._text = "".join(texts)
+        self._at = 0  # in it
+        self._spelling = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._tokens: list[wire.TokenLogprob] = []
+        self.add(Sampled(prompt[0]))
+
+    def add(self, sampled: Sampled) -> None:
+        """The next token."""
+        literal = self._tokenizer.literal
+        token = literal(sampled.token)
+        text = self._spelling.decode(token, final=len(self._tokens) == self._n_tokens - 1)
+        if self._text and not self._text.startswith(text, self._at):
+            if not self._tokens and sampled.token == self._tokenizer.bos:
+                text = ""
+            elif self._text.startswith(text.removeprefix(" "), self._at):
+                text = text.removeprefix(" ")
+        self._at += len(text)
+        top = [(literal(other), logprob) for other, logprob in sampled.top]
+        self._tokens.append(wire.TokenLogprob(token, text, sampled.logprob, top))
+
+    def messages(self, job: int) -> list[wire.Message]:
+        """What the client gets before the answer, in parts: a frame is read in one go."""
+        tokens, n = self._tokens, PROMPT_PART
+        parts = (tokens[at : at + n] for at in range(0, len(tokens), n))
+        return [wire.Step([wire.TokenOut(job, "", prompt=part)]) for part in parts]
 
 
 class Progress:
@@ -79,7 +115,7 @@ class Answer:
     def __init__(self, job: Job, index: int, tokenizer: Tokenizer) -> None:
         self.job = job
         self._index = index
-        self.owes_prompt = index == 0 and job.request.sampling.prompt_logprobs is not None
+        self.owes_prompt = index == 0 and job.scored is not None
         self._tokenizer = tokenizer
         grammar = job.grammar.copy() if job.grammar else None
         thoughts = None
@@ -110,7 +146,7 @@ class Answer:
         if self._progress:
             self._progress.told()
         if self._tokenizer.ends_generation(sampled.token):
-            if self.job.request.sampling.prompt_logprobs is not None:  # then it counts too
+            if self.job.scored:  # then it counts too
                 self._hold(b"", sampled)
             return self._last(self._rest(), "stop")
         piece = self._piece(sampled.token)
@@ -121,12 +157,6 @@ class Answer:
         if self._n_tokens >= self.job.max_tokens:
             return self._last(text + self._rest(), "length")
         return self._out(text, None) if text else None
-
-    def with_prompt(self, out: wire.TokenOut | None) -> wire.TokenOut:
-        """What the client gets for the first token, with the log probabilities of the prompt."""
-        self.owes_prompt = False
-        out = out or self._out("", None)
-        return msgspec.structs.replace(out, prompt=_spelt(self.job, self._tokenizer))
 
     def _read(self, progress: Progress, piece: bytes) -> str:
         """Text, in which stop strings count from where the answer begins; spaces there are none."""
@@ -176,6 +206,8 @@ class Answer:
         logprobs = []
         while self._held and (is_all or self._held[0][0] < self._n_out):
             logprobs.append(self._held.popleft()[1])
+        if done and self.job.scored:  # what a stop string has cut off is told without text
+            logprobs += (msgspec.structs.replace(token, text="") for _, token in self._held)
         return wire.TokenOut(
             self.job.request.job, text, done, self._index, self._n_tokens, logprobs
         )
@@ -248,16 +280,18 @@ class Jobs:
             if answer := self._answers.get(number):
                 answer.n_right += 1
         for number, sampled in result.scored:
-            if answer := self._answers.get(number):
-                answer.job.scored.append(sampled)
+            answer = self._answers.get(number)
+            if answer is not None and answer.job.scored:
+                answer.job.scored.add(sampled)
         outs = []
         for number, sampled in result.tokens:
             answer = self._answers.get(number)
             if answer is None:
                 continue
             out = answer.accept(sampled)
-            if answer.owes_prompt:
-                out = answer.with_prompt(out)
+            if answer.owes_prompt and answer.job.scored:
+                answer.owes_prompt = False
+                messages += answer.job.scored.messages(answer.job.request.job)
             if out is not None:
                 outs.append(out)
                 if out.done:
@@ -298,28 +332,10 @@ def prepare(request: wire.Generate, engine: Engine, compiler: Compiler) -> Job:
     ending: list[int] = []
     if request.thinking and request.thinking.budget is not None:
         ending = tokenizer.tokenize(request.thinking.ending, parse_special=True, continues=True)
-    return Job(request, prompt, max_tokens, grammar, bias, visible, ending)
-
-
-def _spelt(job: Job, tokenizer: Tokenizer) -> list[wire.TokenLogprob]:
-    """The tokens of a prompt with their log probabilities. Their texts are that of the prompt: what
-    the tokenizer has put there, BOS and spaces, is none."""
-    asked = "".join(piece.text for piece in job.request.prompt if isinstance(piece, wire.Segment))
-    at = 0  # in it
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    found = []
-    for n, sampled in enumerate([Sampled(job.prompt[0]), *job.scored]):
-        token = tokenizer.literal(sampled.token)
-        text = decoder.decode(token, final=n == len(job.scored))
-        if asked and not asked.startswith(text, at):
-            if n == 0 and sampled.token == tokenizer.bos:
-                text = ""
-            elif asked.startswith(text.removeprefix(" "), at):
-                text = text.removeprefix(" ")
-        at += len(text)
-        top = [(tokenizer.literal(other), logprob) for other, logprob in sampled.top]
-        found.append(wire.TokenLogprob(token, text, sampled.logprob, top))
-    return found
+    scored = None
+    if request.sampling.prompt_logprobs is not None:
+        scored = ScoredPrompt(request, prompt, tokenizer)
+    return Job(request, prompt, max_tokens, grammar, bias, visible, ending, scored)
 
 
 def _logit_bias(asked: dict[str, float], tokenizer: Tokenizer) -> dict[int, float]:

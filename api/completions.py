@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Request
 from pydantic import Discriminator, Field, Tag
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from api import generation
 from api.deps import ServicesDep, fetched, while_connected
@@ -35,7 +35,7 @@ from tier import Tier
 router = APIRouter()
 
 MAX_PROMPTS = 2048
-MAX_SCORED = 1 << 18  # log probabilities of the prompts in one reply, with those of other tokens
+MAX_SCORED = 1 << 16  # log probabilities of the prompts in one reply, with those of other tokens
 
 Prompt = Annotated[
     Annotated[WholeText, Tag("<text>")]
@@ -95,7 +95,10 @@ async def create_completion(
     )
     if is_scored:
         sampling = msgspec.structs.replace(asked.sampling, prompt_logprobs=body.logprobs)
-        asked = msgspec.structs.replace(asked, sampling=sampling, reuse=False)
+        # several answers go on from the first
+        reuse = asked.reuse and n_sampled == 1
+        asked = msgspec.structs.replace(asked, sampling=sampling, reuse=reuse)
+        _check_scored(body, n_sampled, sum(len(p) for p in prompts if isinstance(p, list)))
     if body.suffix:
         await fetched(request.receive, tier)
     marks = await asyncio.to_thread(_marks, tier) if body.suffix else None
@@ -112,14 +115,6 @@ async def create_completion(
             priority=body.effective_priority, watch=watch,
         )  # fmt: skip
         tier.keep_alive(body.keep_alive)
-        n_scored = answer.n_prompt * n_sampled * (1 + (body.logprobs or 0))
-        if is_scored and n_scored > MAX_SCORED:
-            await answer.outs.aclose()
-            raise BadRequest(
-                f"The prompts have {answer.n_prompt} tokens, and one reply has up to {MAX_SCORED} "
-                f"log probabilities of them; this one would have {n_scored}.",
-                param="logprobs",
-            )
         if body.echo:
             caching = services.caching(request)
 
@@ -131,6 +126,12 @@ async def create_completion(
             answer.outs = _echoed(
                 answer.outs, answer.n_choices, prompts, text_of, is_scored=is_scored
             )
+            if is_scored:
+                try:
+                    _check_scored(body, n_sampled, answer.n_prompt)
+                except BadRequest:
+                    await answer.outs.aclose()
+                    raise
         headers.update({"X-Seed": str(answer.seed)} | answer.headers())
         return answer
 
@@ -157,14 +158,31 @@ async def create_completion(
     head["system_fingerprint"] = tier.fingerprint
     sampled = await while_connected(request.receive, generation.fold(answer))
     usage = generation.usage(answer, sum(choice.done.n_tokens for choice in sampled))
-    choices = [
-        _choice(index, choice.text, choice.done, _logprobs(choice.logprobs, 0, body.logprobs))
-        for index, choice in enumerate(_best(sampled, body.n, n_sampled))
-    ]
-    reply = head | {"choices": choices, "usage": usage}
+    reply = head | {"choices": [], "usage": usage}
     if body.timings:
         reply["timings"] = answer.timings(usage["completion_tokens"])
-    return JSONResponse(reply, headers=headers | answer.whole_headers())
+
+    def encode() -> bytes:
+        choices = [
+            _choice(index, choice.text, choice.done, _logprobs(choice.logprobs, 0, body.logprobs))
+            for index, choice in enumerate(_best(sampled, body.n, n_sampled))
+        ]
+        return msgspec.json.encode(reply | {"choices": choices})
+
+    content = await asyncio.to_thread(encode) if is_scored else encode()
+    headers |= answer.whole_headers()
+    return Response(content, media_type="application/json", headers=headers)
+
+
+def _check_scored(body: CompletionRequest, n_sampled: int, n_tokens: int) -> None:
+    """Raises BadRequest where prompts with so many tokens have too many log probabilities."""
+    n_scored = n_tokens * n_sampled * (1 + (body.logprobs or 0))
+    if n_scored > MAX_SCORED:
+        raise BadRequest(
+            f"One reply has up to {MAX_SCORED:,} log probabilities of prompts; this one would have "
+            f"{n_scored:,} (tokens, times 1 + `logprobs`, times `n`).",
+            param="logprobs",
+        )
 
 
 def _n_sampled(body: CompletionRequest) -> int:
@@ -234,7 +252,7 @@ async def _events(
                 n_completion += out.done.n_tokens
                 if body.timings and not going_on:
                     more = {"timings": answer.timings(n_completion)}
-            if out.text or out.done:
+            if out.text or out.done or out.logprobs:
                 logprobs = _logprobs(out.logprobs, offsets[index], body.logprobs)
                 offsets[index] += sum(len(token.text) for token in out.logprobs)
                 choice = _choice(index, out.text, out.done, logprobs)
@@ -290,7 +308,9 @@ async def _echoed(
             for index in range(n_choices):
                 yield index, wire.TokenOut(0, texts[index // n])
         async for index, out in outs:
-            if out.prompt:
-                for choice in range(index, index + n):
-                    yield choice, wire.TokenOut(0, texts[index // n], logprobs=out.prompt)
-            yield index, out
+            if not out.prompt:
+                yield index, out
+                continue
+            text, texts[index // n] = texts[index // n], ""
+            for choice in range(index, index + n):
+                yield choice, wire.TokenOut(0, text, logprobs=out.prompt)

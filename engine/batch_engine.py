@@ -114,14 +114,22 @@ class BatchEngine:
             result.failed = [(s.id, error) for s in self._scheduler.fail(batch)]
             return result
         self._n_failed_steps = 0
-        seconds = time.perf_counter() - started_at
-        self._scheduler.commit(batch, seconds)
-        result.guessed = [(c.sequence.id, len(c.guesses)) for c in batch.chunks if c.guesses]
+        failed: dict[Sequence, Exception] = {}
         for row, sequence, at in to_score:
             n_top, token = sequence.prompt_logprobs or 0, sequence.tokens[at]
-            result.scored.append((sequence.id, self._decoder.score(row, token, n_top)))
+            try:
+                result.scored.append((sequence.id, self._decoder.score(row, token, n_top)))
+            except Exception as error:
+                failed[sequence] = error
+        seconds = time.perf_counter() - started_at
+        self._scheduler.commit(batch, seconds)
+        result.failed += ((sequence.id, fault) for sequence, fault in failed.items())
+        for sequence in failed:
+            self._scheduler.cancel(sequence.id)
+        result.guessed = [(c.sequence.id, len(c.guesses)) for c in batch.chunks if c.guesses]
         for row, chunk in rows:
-            self._sample(row, chunk, result)
+            if chunk.sequence not in failed:
+                self._sample(row, chunk, result)
         return result
 
     def _sample(self, row: int, chunk: Chunk, result: StepResult) -> None:

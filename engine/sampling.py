@@ -1,5 +1,6 @@
 """What is computed of a row of logits: what changes it, in place, and log probabilities."""
 
+import math
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
@@ -8,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.backends.base import Constraint
-from engine.types import SamplingParams
+from engine.types import Sampled, SamplingParams
 
 
 def logprobs(
@@ -19,11 +20,21 @@ def logprobs(
     highest = logits.max()
     log_sum = highest + np.log(np.exp(logits - highest).sum())
     top: list[tuple[int, float]] = []
-    if n_top:
+    if n_top == 1:
+        top = [(int(logits.argmax()), float(highest - log_sum))]
+    elif n_top:
         likeliest = np.argpartition(logits, -n_top)[-n_top:]
         likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
         top = [(int(i), float(logits[i] - log_sum)) for i in likeliest]
     return float(logits[token] - log_sum), top
+
+
+def scored(logits: npt.NDArray[np.float32], token: int, n_top: int) -> Sampled:
+    """How likely a token was that was given. Raises ValueError where the model has no say in it."""
+    logprob, top = logprobs(logits, token, n_top)
+    if not math.isfinite(logprob):
+        raise ValueError(f"the log probability of token {token} of the prompt is {logprob}")
+    return Sampled(token, logprob, top)
 
 
 class Bias:

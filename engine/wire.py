@@ -258,7 +258,7 @@ class TokenOut(msgspec.Struct, frozen=True, array_like=True):
     index: int = 0  # of the answer
     n_tokens: int = 0  # of the answer up to here
     logprobs: list[TokenLogprob] = []
-    prompt: list[TokenLogprob] = []  # where asked for: with the first token of the first answer
+    prompt: list[TokenLogprob] = []  # where asked for, in parts before what is said, without that
 
 
 class Step(Message, frozen=True):

@@ -18,6 +18,7 @@ class Decoder(FakeDecoder):
         super().__init__(Script(), n_slots=n_slots, n_cells=n_cells, sleep=lambda seconds: None)
         self.decode_errors: list[Exception] = []
         self.sample_errors: list[Exception] = []
+        self.score_errors: list[Exception] = []
         self._rows: list[Sequence] = []
 
     def decode(self, batch: Batch) -> None:
@@ -31,6 +32,11 @@ class Decoder(FakeDecoder):
             raise self.sample_errors.pop()
         assert self._rows[row] is sequence
         return super().sample(row, sequence)
+
+    def score(self, row: int, token: int, n_top: int) -> Sampled:
+        if self.score_errors:
+            raise self.score_errors.pop()
+        return super().score(row, token, n_top)
 
 
 class Answers:
@@ -127,6 +133,16 @@ def test_a_sampler_that_fails_is_a_failed_step() -> None:
     answers.run()
     assert answers.texts == {2: b"You said: second"}
     assert answers.cached[2] == 0
+
+
+def test_a_prompt_that_cannot_be_scored_fails_alone() -> None:
+    answers = Answers()
+    answers.add(1, "first")
+    answers.engine.admit(2, list(b"second"), SamplingParams(prompt_logprobs=0))
+    answers.decoder.score_errors = [ValueError("not a number")]
+    answers.run()
+    assert {id: str(error) for id, error in answers.failed.items()} == {2: "not a number"}
+    assert answers.texts == {1: b"You said: first"}
 
 
 def test_steps_that_fail_in_a_row_mean_that_the_engine_cannot_go_on() -> None:

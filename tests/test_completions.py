@@ -194,14 +194,47 @@ def test_the_end_of_an_answer_has_a_log_probability_behind_a_prompt_that_has(
     assert choice["logprobs"]["token_logprobs"] == [None, pytest.approx(-1 / len("You said: a"))]
 
 
+def test_what_a_stop_string_cuts_off_has_log_probabilities_behind_a_prompt_that_has(
+    service: Service,
+) -> None:
+    asked: dict[str, Any] = {"logprobs": 0, "echo": True, "stop": ["Yo"]}
+    for stream in (False, True):
+        response = service.complete("ab", stream=stream, **asked)
+        replies = events(response) if stream else [response.json()]
+        choices = [choice for reply in replies for choice in reply["choices"]]
+        assert "".join(choice["text"] for choice in choices) == "ab"
+        assert choices[-1]["finish_reason"] == "stop"
+        tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
+        assert tokens == ["a", "b", "", ""]
+
+
+def test_a_long_prompt_comes_in_parts_and_says_the_same(service: Service) -> None:
+    prompt = "0123456789" * 20
+    asked: dict[str, Any] = {"logprobs": 0, "echo": True, "max_tokens": 0, "n": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("generation_jobs.PROMPT_PART", 7)
+        whole = service.complete(prompt, **asked).json()["choices"]
+        streamed = events(service.complete(prompt, stream=True, **asked))
+    for index, choice in enumerate(whole):
+        assert choice["text"] == prompt
+        assert choice["logprobs"]["tokens"] == [*prompt]
+        assert choice["logprobs"]["text_offset"] == [*range(len(prompt))]
+        parts = [c for chunk in streamed for c in chunk["choices"] if c["index"] == index]
+        assert "".join(part["text"] for part in parts) == prompt
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            of_parts = [item for part in parts for item in part["logprobs"][name]]
+            assert of_parts == choice["logprobs"][name]
+
+
 def test_what_is_too_much_to_score_is_a_400(service: Service) -> None:
     fields: dict[str, Any] = {"echo": True, "logprobs": 20, "n": 128, "max_tokens": 0}
-    response = service.complete("x" * 98, **fields)
-    assert response.status_code == 400
-    error = response.json()["error"]
-    assert error["param"] == "logprobs"
-    assert "have 98 tokens" in error["message"]
-    assert service.complete("x" * 97, **fields).status_code == 200
+    for prompt in ("x" * 25, [list(b"x" * 25)]):
+        response = service.complete(prompt, **fields)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == "logprobs"
+        assert "this one would have 67,200 " in error["message"]
+    assert service.complete("x" * 24, **fields).status_code == 200
     response = service.complete("a", suffix="b", echo=True, logprobs=1)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "suffix"

@@ -690,12 +690,11 @@ def test_texts_of_a_prompt_that_is_scored_add_up_to_it(
     while not engine.idle:
         for message in jobs.report(engine.step()):
             outs += message.outs if isinstance(message, wire.Step) else ()
-    (out,) = outs
-    assert "".join(token.text for token in out.prompt) == text
-    assert [token.token for token in out.prompt] == list(map(engine.tokenizer.literal, job.prompt))
-    assert [token.logprob is None for token in out.prompt] == [
-        n == 0 for n in range(len(job.prompt))
-    ]
+    assert outs[-1].done
+    prompt = [token for out in outs for token in out.prompt]
+    assert "".join(token.text for token in prompt) == text
+    assert [token.token for token in prompt] == list(map(engine.tokenizer.literal, job.prompt))
+    assert [token.logprob is None for token in prompt] == [n == 0 for n in range(len(job.prompt))]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family[0])

@@ -14,6 +14,7 @@ import pytest
 
 import generation_jobs
 from engine import wire
+from engine.backends import mlx_rows
 from engine.backends.base import Engine
 from engine.chat_folder import (
     AddedToken,
@@ -24,7 +25,7 @@ from engine.chat_folder import (
     read_chat_folder,
 )
 from engine.grammar import Compiler
-from engine.types import SamplingParams
+from engine.types import SamplingParams, StepResult
 from errors import ModelLoadFailed
 from tests.engines import GREEDY, engine_of, generate, ids, needs_mlx, seeded_answers
 from tests.gguf_fixtures import spm_vocabulary, write_tiny_spm
@@ -483,6 +484,81 @@ def test_one_row_gives_memory_back_as_it_grows(
     while n_told < 8:
         n_told += len(engine.step().tokens)
     assert n_given_back == 4, "after each part of the prompt, and where the cells grew"
+    engine.cancel(1)
+    n_given_back = 0
+    engine.admit(2, [2000 + i for i in range(250)], SCORED)
+    for _ in range(3):
+        engine.step()
+    engine.cancel(2)
+    assert n_given_back == 4, "after each part of what is scored, and at its end"
+
+
+SCORED = SamplingParams(temperature=0, n_logprobs=0, prompt_logprobs=0)
+
+
+def scored_tokens(result: StepResult, number: int) -> list[int]:
+    return [sampled.token for of, sampled in result.scored if of == number]
+
+
+def test_a_prompt_that_cannot_be_scored_fails_alone(
+    tiny_mlx: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_mlx, n_parallel=2)
+    expected = generate(engine, {1: [1000, 1001]}, 8)[1]
+
+    def fails(*_: Any) -> int:
+        raise RuntimeError("there is no room")
+
+    monkeypatch.setattr(mlx_rows.ScoredPrompt, "step", fails)
+    engine.admit(1, [1000, 1001], GREEDY)
+    for number in (2, 3, 4):  # as often as would end the worker
+        engine.admit(number, [1002] * 9, SCORED, reuses=False)
+    said: list[int] = []
+    failed: list[int] = []
+    while len(said) < 8:
+        result = engine.step()
+        failed += (number for number, _ in result.failed)
+        said += (token for number, (token, *_) in result.tokens if number == 1)
+    engine.cancel(1)
+    assert (said, failed) == (expected, [2, 3, 4])
+
+
+def test_a_short_prompt_is_scored_before_a_long_one(tiny_mlx: Path, load: Load) -> None:
+    engine = load(tiny_mlx, n_parallel=3)
+    long, short = [1000 + i for i in range(400)], [2000 + i for i in range(70)]
+    engine.admit(1, long, SCORED)
+    engine.step()
+    engine.admit(2, short, SCORED)
+    engine.admit(3, short, GREEDY)  # does not wait for what that computes
+    scored: dict[int, list[int]] = {1: [], 2: []}
+    said: list[int] = []
+    while len(said) < 2:
+        result = engine.step()
+        said += {number for number, _ in result.tokens} - {*said} - {1}
+        for number, tokens in scored.items():
+            tokens += scored_tokens(result, number)
+    assert scored == {1: [], 2: short[1:]}
+    while len(scored[1]) < len(long) - 1:
+        scored[1] += scored_tokens(engine.step(), 1)
+    assert scored[1] == long[1:]
+    for number in (1, 2, 3):
+        engine.cancel(number)
+
+
+def test_a_prompt_of_one_token_is_not_scored_with_its_answer(tiny_mlx: Path, load: Load) -> None:
+    engine = load(tiny_mlx, n_parallel=1)
+    engine.admit(1, [1000], SCORED)
+    for _ in range(4):
+        assert engine.step().scored == []
+    engine.admit(2, [1001, 1002], GREEDY, rank=-1.0)  # puts that off
+    for _ in range(4):
+        assert engine.step().scored == []
+    engine.cancel(2)
+    n_told = 0
+    while not n_told:
+        result = engine.step()
+        n_told += len(result.tokens)
+        assert result.scored == []
     engine.cancel(1)
 
 

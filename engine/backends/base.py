@@ -150,7 +150,8 @@ class Decoder(Protocol):
 
     def score(self, row: int, token: int, n_top: int) -> Sampled:
         """How likely a token of a prompt was by the wanted logits before it, in that order with
-        those to sample from; with so many of the likeliest."""
+        those to sample from; with so many of the likeliest. An exception is its sequence's own
+        fault."""
 
     def close(self) -> None: ...
 

@@ -30,7 +30,7 @@ from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.batch_engine import BatchEngine
 from engine.drawing import RowSampler
 from engine.llama_limits import LEAST_IN_LANES, LEAST_IN_PLAIN_LANES, PLAIN_TOKENS
-from engine.sampling import logprobs
+from engine.sampling import scored
 from engine.speculation import MOST
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
 from engine.wire import WorkerSpec
@@ -181,7 +181,7 @@ class LlamaDecoder:
         return sampler.sample(context, index, logits, sequence.constraint)
 
     def score(self, row: int, token: int, n_top: int) -> Sampled:
-        return Sampled(token, *logprobs(self._rows[row][2], token, n_top))
+        return scored(self._rows[row][2], token, n_top)
 
 
 class _BatchArrays:

@@ -217,12 +217,19 @@ class MlxEngine:
         return result
 
     def _score(self, n_tokens: int, result: StepResult) -> int:
-        """Compute so many tokens at most of a prompt that is scored, which joins the rows when that
-        is done."""
-        live = next((live for live in self._running if live.scored), None)
-        if live is None or live.scored is None:
+        """Compute so many tokens at most of a prompt that is scored, of that which has the fewest
+        left. It joins the rows when that is done."""
+        scored = [(live.scored.n_left, live) for live in self._running if live.scored]
+        if not scored:
             return 0
-        n_tokens = live.scored.step(n_tokens)
+        _, live = min(scored, key=lambda of: of[0])
+        assert live.scored is not None
+        try:
+            n_tokens = live.scored.step(n_tokens)
+        except Exception as error:  # no row has to do with it
+            result.failed.append((live.id, error))
+            self._leave(live)
+            return 0
         if live.scored.n_left == 0:
             tokens = live.tokens.tolist()
             result.scored += [(live.id, sampled) for sampled in live.scored.scored]
@@ -273,7 +280,8 @@ class MlxEngine:
             if (is_full and not self._outranks(live)) or n_passed_over == self.n_parallel:
                 break
             first = None if live.reuses or live.has_started else self._first_of(live)
-            wanted = view(live.tokens)[: 0 if first is live else len(live.tokens) - 1]
+            is_anew = first is live or live.prompt_logprobs is not None
+            wanted = view(live.tokens)[: 0 if is_anew else len(live.tokens) - 1]
             if self._is_coming(wanted) if first is None else not self._is_through(first, live):
                 n_passed_over += 1
                 continue
@@ -294,6 +302,7 @@ class MlxEngine:
         if live.prompt_logprobs is not None and len(tokens) > 1:
             live.scored = ScoredPrompt(self._model, tokens, live.prompt_logprobs)
         else:
+            live.prompt_logprobs = None
             n_cached, cached = self._beginning(wanted, first)
             self._rows.add(live.id, tokens, cached, n_cached, live.chooser)
         live.n_joined = len(live.tokens)
@@ -337,7 +346,7 @@ class MlxEngine:
 
     def _is_coming(self, wanted: Tokens) -> bool:
         """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
-        prefilling = [live for live in self._running if not live.is_decoding]
+        prefilling = [live for live in self._running if not (live.is_decoding or live.scored)]
         coming = max((n_common(view(live.tokens), wanted) for live in prefilling), default=0)
         if coming < WORTH_WAITING_FOR or not self._can_cut:
             return False
@@ -390,17 +399,20 @@ class MlxEngine:
         """What is computed of it is remembered."""
         self._running.remove(live)
         self._share_cells()
-        if live.scored is not None:  # no row yet
+        if live.scored is not None:
             live.scored = None
-            return
+        else:
+            self._leave_rows(live)
+        if not self._running:
+            self._mx.clear_cache()
+
+    def _leave_rows(self, live: Live) -> None:
         if not self._prompts.is_off:
             try:
                 self._prompts.remember(*self._rows.cache_of(live.id))
             except Exception as error:
                 self._forget_all(error)
         self._rows.remove(live.id)
-        if not self._running:
-            self._mx.clear_cache()
 
     def _forget_all(self, error: Exception) -> None:
         """Copying a row failed, mostly for want of memory. It would only have saved time."""

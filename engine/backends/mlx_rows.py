@@ -9,7 +9,7 @@ import numpy as np
 from engine.backends.mlx_prompts import Cache, as_tokens, can_cut
 from engine.backends.mlx_sampling import Chooser
 from engine.prefix import Tokens
-from engine.sampling import logprobs
+from engine.sampling import scored
 from engine.types import Sampled
 
 GROWTH = 256  # cells that one of mlx-lm's memories gets at a time
@@ -155,7 +155,8 @@ class ScoredPrompt:
         logits = self._model(part, cache=self.cache)[0].astype(self._mx.float32)
         self._mx.eval(logits, [layer.state for layer in self.cache])
         for row, token in zip(np.array(logits), self._tokens[at + 1 :], strict=False):
-            self.scored.append(Sampled(token, *logprobs(row, token, self._n_top)))
+            self.scored.append(scored(row, token, self._n_top))
+        self._mx.clear_cache()  # as a BatchGenerator does after each part of a prompt
         return n_tokens
 
 
