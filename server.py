@@ -38,7 +38,7 @@ from api import (
 )
 from api.connections import Connection
 from api.deps import Services
-from api.middleware import MAX_HEADER_BYTES, Faults, Gate, HeadAsGet, RequestLog, is_loopback
+from api.middleware import Faults, Gate, HeadAsGet, RequestLog, is_loopback
 from cache import Cache
 from cache_disk import DiskStore
 from engine.backends.base import install
@@ -86,8 +86,7 @@ def create_app(settings: Settings, *, launch: Launcher = launch_process) -> Fast
         room = {"max_connections": descriptors.room_for(settings.server.max_connections)}
         async with results or nullcontext(), manager:
             _warn(manager)
-            with descriptors.Spare():
-                yield {"settings": settings.server.model_copy(update=room)}  # for Connection
+            yield {"settings": settings.server.model_copy(update=room)}  # for Connection
 
     app = FastAPI(
         title="Quintet",
@@ -187,8 +186,6 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            for listener in self.servers[0].sockets:
-                descriptors.lengthen_queue(listener.fileno())
             # what is there now stays: a look at all of it for garbage stops every stream for 75 ms
             gc.freeze()
             port = self.servers[0].sockets[0].getsockname()[1]
@@ -327,9 +324,8 @@ def main() -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=1,  # of the event loop; the kernel's is longer
+        loop="uvloop",
         http=Connection,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ws="none",
         timeout_graceful_shutdown=int(server.shutdown_grace_s) + 2,
     )

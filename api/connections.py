@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any, cast
 
-from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from httptools import HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from api.errors import response
 from api.middleware import MAX_HEADER_BYTES, common_headers, new_request_id
@@ -30,19 +30,49 @@ CUT = "cut"  # where a request's state has what ends its connection short of a w
 RESET = struct.pack("ii", 1, 0)  # of SO_LINGER: closing drops what the kernel has not sent
 
 
-class Limited(asyncio.Protocol):
-    """What both parsers share. A timer looks at the connection several times within its limits."""
+class HttpOnly(HttpToolsProtocol):
+    """Ignores wishes for another protocol, which is all right (RFC 9110, 7.8): JDK's HttpClient has
+    one in each request. What follows such a head is no HTTP to httptools, not even the body; so it
+    gets the head once more without the wish, and then the rest."""
 
-    # uvicorn's
-    app_state: dict[str, Any]
-    connections: set[Any]
-    cycle: Any  # the newest request's, or None
-    flow: FlowControl
-    loop: asyncio.AbstractEventLoop
-    timeout_keep_alive: float
-    transport: asyncio.Transport
+    _unread: memoryview  # what follows the head of a wish
+    _again = b""  # that head without it
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def data_received(self, data: bytes) -> None:
+        self._unread = memoryview(data)
+        super().data_received(data)
+        while self._again:
+            head, self._again = self._again, b""
+            super().data_received(head)
+            super().data_received(cast(bytes, self._unread))
+        del self._unread  # nobody needs the packet any more
+
+    def _should_upgrade(self) -> bool:
+        return True  # so uvicorn makes nothing of such a head, and calls the next
+
+    def handle_websocket_upgrade(self) -> None:
+        method = self.parser.get_method()
+        if super()._should_upgrade():  # an application with WebSockets is served with this
+            super().handle_websocket_upgrade()
+        elif method == b"CONNECT":  # which is one by itself
+            self.send_400_response("")
+        else:
+            wish = cast(HttpParserUpgrade, sys.exc_info()[1])
+            self._unread = self._unread[wish.args[0] :]
+            version = self.parser.get_http_version().encode()
+            kept = [field for field in self.headers if field[0] != b"upgrade"]
+            self._again = _head(b"%s %s HTTP/%s" % (method, self.url, version), kept)
+            # this one would pass over all that follows a `Connection: close`
+            self.parser = HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+
+
+class Connection(HttpOnly):
+    """A timer looks at it several times within its limits."""
+
+    _running: RequestResponseCycle | None = None  # of the request that is answered
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app_state = self.app_state | {CUT: self._cut_short}
         self._settings: ServerSettings = self.app_state["settings"]
@@ -68,6 +98,10 @@ class Limited(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        # uvicorn tells the newest request only, which may still wait for this one
+        if self._running and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -78,11 +112,23 @@ class Limited(asyncio.Protocol):
         super().data_received(data)
         if self.cycle is not cycle:
             self._n_head = 0
+        elif self._n_head > MAX_HEADER_BYTES:
+            # httptools keeps all of a head, of trailers and of chunks' extensions
+            error = HeadTooLarge(f"The head of the request is over {MAX_HEADER_BYTES:,} bytes.")
+            self._refuse(error)
+
+    def on_body(self, body: bytes) -> None:
+        self._n_head = 0
+        super().on_body(body)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         self._n_head = 0
         self._asked_at = self.loop.time()
-        super().on_response_complete()  # type: ignore[misc]  # both parsers have it
+        super().on_response_complete()
 
     def resume_writing(self) -> None:
         self._read_at = self.loop.time()
@@ -90,10 +136,7 @@ class Limited(asyncio.Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn says of a request that is not HTTP, in our words."""
-        if getattr(sys.exc_info()[1], "error_status_hint", 400) == 431:  # h11's
-            self._refuse(_too_large())
-        else:
-            self._refuse(BadRequest("The request is not valid HTTP."))
+        self._refuse(BadRequest("The request is not valid HTTP."))
 
     def _is_busy(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -123,12 +166,9 @@ class Limited(asyncio.Protocol):
 
     def _cut_short(self) -> None:
         """Close it behind what was written of a reply that has no end."""
-        self._answering().response_complete = True  # no more is written, nor missed
+        assert self._running is not None
+        self._running.response_complete = True  # no more is written, nor missed
         self.transport.close()
-
-    def _answering(self) -> Any:
-        """The cycle of the request that is answered."""
-        return self.cycle
 
     def _cut(self, why: str) -> None:
         """End it at once, with all that is not sent, so that nobody takes it for a whole reply."""
@@ -157,91 +197,6 @@ class Limited(asyncio.Protocol):
         self.transport.write(_head(status, reply.raw_headers) + cast(bytes, reply.body))
         self.transport.close()
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """To ignore what else a client would rather speak is all right (RFC 9110, 7.8)."""
-
 
 def _head(line: bytes, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return b"\r\n".join([line, *(b"%s: %s" % header for header in headers), b"", b""])
-
-
-def _too_large() -> HeadTooLarge:
-    return HeadTooLarge(f"The head of the request is over {MAX_HEADER_BYTES:,} bytes.")
-
-
-class H11Connection(Limited, H11Protocol):  # type: ignore[misc]
-    """h11 bounds what it keeps of a head by itself."""
-
-
-try:
-    from httptools import HttpParserUpgrade, HttpRequestParser
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-except ImportError:
-    Connection: type[asyncio.Protocol] = H11Connection
-else:
-
-    class HttpOnly(HttpToolsProtocol):
-        """Ignores wishes for another protocol: JDK's HttpClient has one in each request. What
-        follows such a head is no HTTP to httptools, not even the body; so it gets the head once
-        more without the wish, and then the rest."""
-
-        _unread: memoryview  # what follows the head of a wish
-        _again = b""  # that head without it
-
-        def data_received(self, data: bytes) -> None:
-            self._unread = memoryview(data)
-            super().data_received(data)
-            while self._again:
-                head, self._again = self._again, b""
-                super().data_received(head)
-                super().data_received(cast(bytes, self._unread))
-            del self._unread  # nobody needs the packet any more
-
-        def _should_upgrade(self) -> bool:
-            return True  # so uvicorn makes nothing of such a head, and calls the next
-
-        def handle_websocket_upgrade(self) -> None:
-            method = self.parser.get_method()
-            if super()._should_upgrade():  # an application with WebSockets is served with this
-                super().handle_websocket_upgrade()
-            elif method == b"CONNECT":  # which is one by itself
-                self.send_400_response("")
-            else:
-                wish = cast(HttpParserUpgrade, sys.exc_info()[1])
-                self._unread = self._unread[wish.args[0] :]
-                version = self.parser.get_http_version().encode()
-                kept = [field for field in self.headers if field[0] != b"upgrade"]
-                self._again = _head(b"%s %s HTTP/%s" % (method, self.url, version), kept)
-                # this one would pass over all that follows a `Connection: close`
-                self.parser = HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
-
-    class HttpToolsConnection(Limited, HttpOnly):  # type: ignore[misc]
-        """httptools keeps all of a head, of trailers and of chunks' extensions."""
-
-        _running: RequestResponseCycle | None = None
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self._n_head > MAX_HEADER_BYTES:
-                self._refuse(_too_large())
-
-        def on_body(self, body: bytes) -> None:
-            self._n_head = 0
-            super().on_body(body)
-
-        def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-            self._running = cycle
-            super()._start_asgi_task(cycle, app)
-
-        def _answering(self) -> RequestResponseCycle | None:
-            return self._running
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            # uvicorn tells the newest request only, which may still wait for this one
-            if self._running and not self._running.response_complete:
-                self._running.disconnected = True
-                self._running.message_event.set()
-            super().connection_lost(exc)
-
-    Connection = HttpToolsConnection

@@ -98,15 +98,13 @@ def test_no_source_runs_what_it_reads(path: Path) -> None:
     assert offences(path.read_text(encoding="utf-8")) == []
 
 
-ALLOWED = {"api/descriptors.py": ["os"]}  # it opens /dev/null, to have a descriptor to give up
 OF_REQUESTS = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("api", "chat")]
 
 
 @pytest.mark.parametrize("path", OF_REQUESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_reads_requests_knows_no_files(path: Path) -> None:
     """So no path comes out of a request: whoever opens files has them from the settings."""
-    allowed = ALLOWED.get(path.relative_to(ROOT).as_posix(), [])
-    assert opened(path.read_text(encoding="utf-8")) == allowed
+    assert opened(path.read_text(encoding="utf-8")) == []
 
 
 def test_what_opens_a_file_is_found() -> None:
