@@ -99,7 +99,6 @@ class Tier:
         self._waiting: WaitingLine[Job] = WaitingLine()
         self._suspects: deque[Job] = deque()
         self._running: dict[int, Job] = {}  # by job
-        self._encodings: set[Job] = set()  # that have not ended, wherever they are
         self._conversions: dict[int, Conversion] = {}  # that somebody waits for, by job
         self._job_ids = itertools.count(1)
         self._n_leases = 0
@@ -358,7 +357,6 @@ class Tier:
 
     def _queue_texts(self, encoding: Encoding[wire.Vector] | Encoding[wire.Scored]) -> None:
         self._check_room_for_texts()
-        self._encodings.add(encoding)
         encoding.n_before = self._waiting.join(encoding, 0, time.monotonic())
         self._expire(encoding)
         self._wakeup.set()
@@ -366,7 +364,8 @@ class Tier:
     def _check_room_for_texts(self) -> None:
         """A request of any size finds room as long as there is any."""
         self._check_open()
-        n_texts = sum(job.n_open for job in self._encodings if isinstance(job, Encoding))
+        jobs = itertools.chain(self._waiting, self._suspects, self._running.values())
+        n_texts = sum(job.n_open for job in jobs)
         if n_texts >= self.settings.queue_texts:
             raise QueueFull(
                 f"{n_texts} texts are waiting for tier '{self.name}', and it takes no more "
@@ -444,7 +443,6 @@ class Tier:
     def drop(self, generation: Job) -> None:
         """Forget a request that ended or whose client left. Unknown ones are fine."""
         generation.on_end()
-        self._encodings.discard(generation)
         job = generation.request.job
         if job in self._running:
             handed_at = self._running.pop(job).handed_at
@@ -611,7 +609,6 @@ class Tier:
         for generation in self._running.values():
             generation.n_crashes += 1
             if generation.has_answered or generation.n_crashes > 1:
-                self._encodings.discard(generation)
                 generation.fail(guilty if generation.n_crashes > 1 else crashed)
             else:
                 self._suspects.append(generation)
@@ -629,7 +626,6 @@ class Tier:
             failed.append(self._waiting.pop())
         self._suspects.clear()
         for job in failed:
-            self._encodings.discard(job)
             job.fail(error)
         for conversion in self._unsent:
             conversion.fail(error)

@@ -1,6 +1,7 @@
 """Who waits for a tier, in the order in which they are served."""
 
 from bisect import bisect
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -22,6 +23,9 @@ class WaitingLine(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._line)
+
+    def __iter__(self) -> Iterator[T]:
+        return (who for _, _, who in self._line)
 
     @staticmethod
     def place(priority: int, now: float) -> float:

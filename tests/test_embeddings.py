@@ -504,12 +504,12 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(tmp_path: Path) -> No
             body = {"model": "embedding", "input": ["stall", "b"]}
             stalled = threading.Thread(target=_post_and_leave, args=(other, body))
             stalled.start()
-            wait_until(lambda: service.manager.tiers["embedding"]._encodings)
+            wait_until(lambda: service.manager.tiers["embedding"].is_wanted)
             reply = service.embed("a")
             stalled.join()
         assert fault(reply, 429)["code"] == "queue_full"
         assert int(reply.headers["Retry-After"]) >= 1
-        wait_until(lambda: not service.manager.tiers["embedding"]._encodings)
+        wait_until(lambda: not service.manager.tiers["embedding"].is_wanted)
         assert items(service.embed("a"))
 
 
