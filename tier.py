@@ -39,7 +39,6 @@ from engine import wire
 from engine.client import EndReason, Launcher, Worker
 from engine.model_file import ModelFile
 from errors import (
-    BadRequest,
     InsufficientMemory,
     InternalError,
     QueueFull,
@@ -54,7 +53,7 @@ from lengths import Lengths
 from metrics import Metrics
 from progress import ProgressLog
 from room import Occupant, Room
-from settings import ENCODER_TIERS, ServerSettings, TierName, TierSettings
+from settings import ServerSettings, TierName, TierSettings
 from waiting import WaitingLine
 from worker_life import State, WorkerLife, back_off_s
 from worker_spec import effective_n_ctx
@@ -344,14 +343,6 @@ class Tier:
         return encoding
 
     def _with_job(self, request: wire.Embed | wire.Score) -> wire.Embed | wire.Score:
-        if self.name not in ENCODER_TIERS:
-            raise BadRequest(
-                f"The model of tier '{self.name}' neither embeds nor scores.", param="model"
-            )
-        if isinstance(request, wire.Embed) and not request.inputs:
-            raise BadRequest("There is no input.", param="input")
-        if isinstance(request, wire.Score) and not request.pairs:
-            raise BadRequest("There is no document.", param="documents")
         self._lengths().check_texts(request)
         return msgspec.structs.replace(request, job=next(self._job_ids))
 

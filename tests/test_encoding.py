@@ -142,16 +142,13 @@ def test_a_method_that_the_reranker_does_not_know_is_the_embedding_tiers() -> No
     run(alone, light=fake(), reranker=fake())
 
 
-def test_who_asks_the_wrong_tier_is_told_before_anything_is_loaded() -> None:
-    launches = Launches()
-
+def test_a_worker_that_generates_does_not_embed() -> None:
     async def test(manager: ModelManager) -> None:
         with pytest.raises(BadRequest) as caught:
-            manager.tiers["light"].embed(embed("a"))
+            await vectors(manager.tiers["light"], "a")
         assert caught.value.param == "model"
 
-    run(test, launches, light=fake())
-    assert launches.handles == []
+    run(test, light=fake())
 
 
 def test_a_worker_that_embeds_does_not_generate() -> None:
@@ -175,7 +172,6 @@ def test_a_worker_that_embeds_does_not_generate() -> None:
         (embed("a", [-1]), BadRequest, "input"),
         (embed("a", "b " * 50), ContextLengthExceeded, "input"),
         (embed("a", [5] * 50), ContextLengthExceeded, "input"),
-        (embed(), BadRequest, "input"),
     ],
 )
 def test_a_request_that_cannot_be_computed_is_the_clients_error(
