@@ -234,7 +234,13 @@ class Tier:
 
     def occupant(self) -> Occupant | None:
         """What the tier has of the memory, as `room` sees it."""
-        return self.life.occupant()
+        life = self.life
+        if not life.held_bytes:
+            return None
+        return Occupant(
+            self.name, life.held_bytes, self.settings.pin, self.is_wanted, life.used_at,
+            life.stays_until,
+        )  # fmt: skip
 
     @property
     def is_downloaded(self) -> bool:

@@ -18,7 +18,7 @@ from footprint import Footprint, estimate
 from metrics import TierMetrics
 from model_source import ModelSource, Signature
 from progress import ProgressLog
-from room import Occupant, Room, Tenant
+from room import Room, Tenant
 from settings import ServerSettings, TierName, TierSettings
 from worker_spec import worker_spec
 
@@ -63,6 +63,7 @@ class WorkerLife:
         self.needed_bytes = 0  # of the memory, by the worker that was or is to be started last
         self.held_bytes = 0  # of it, from before the start to after the end
         self.used_at = 0.0
+        self.stays_until = 0.0  # as `Occupant` has it
         self.has_stopped = asyncio.Event()  # since somebody has cleared it to wait for that
         self._settings = settings
         self._server = server
@@ -74,7 +75,6 @@ class WorkerLife:
         self._progress_log = progress_log
         self._fetching: asyncio.Task[None] | None = None
         self._footprint: Footprint | None = None  # of the worker that was started last
-        self._stays_until = 0.0
         self._load_began_at = 0.0
         self._n_load_failures = 0
         self._retry_at = 0.0  # unless the file has changed
@@ -124,15 +124,6 @@ class WorkerLife:
         once."""
         has_changed = self._failed_signature != self.source.signature()
         return 0.0 if has_changed else self._retry_at - time.monotonic()
-
-    def occupant(self) -> Occupant | None:
-        """What the tier has of the memory, as `room` sees it."""
-        if not self.held_bytes:
-            return None
-        return Occupant(
-            self.name, self.held_bytes, self._settings.pin, self._tenant.is_wanted, self.used_at,
-            self._stays_until,
-        )  # fmt: skip
 
     def footprint(self) -> Footprint:
         """What the worker takes of the memory, or would take. Raises ModelLoadFailed."""
@@ -259,7 +250,7 @@ class WorkerLife:
         self.encoder = self.worker.ready.encoder
         self.used_at = time.monotonic()
         load_s = self.used_at - self._load_began_at
-        self._stays_until = self.used_at + load_s
+        self.stays_until = self.used_at + load_s
         self._room.changed()
         assert self._footprint is not None
         logger.info(
@@ -279,7 +270,7 @@ class WorkerLife:
             self.state = "waiting"
             if not await self._room.wait_for(self._tenant, self.needed_bytes):
                 return None
-            self.held_bytes, self._stays_until = self.needed_bytes, math.inf
+            self.held_bytes, self.stays_until = self.needed_bytes, math.inf
             if await asyncio.to_thread(self.model) is model:
                 break
             self._free()  # it waited for another file's memory
@@ -325,7 +316,7 @@ class WorkerLife:
             )
 
     def _free(self) -> None:
-        self.held_bytes, self._stays_until = 0, 0.0
+        self.held_bytes, self.stays_until = 0, 0.0
         self.has_stopped.set()
         self._room.changed()
 
