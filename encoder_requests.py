@@ -59,15 +59,28 @@ class Job(ABC):
     @abstractmethod
     def message(self, items: list[Any]) -> wire.Message: ...
 
-    def _fit(self, framed: Framed, n_ctx: int, truncate: Truncate, what: str, at: int) -> Text:
+    def _fit(
+        self,
+        framed: Framed,
+        n_ctx: int,
+        truncate: Truncate,
+        what: str,
+        at: int,
+        *,
+        can_be_cut: bool = True,
+    ) -> Text:
         """The text as long as it may be; `what` is the field of the request that has it `at`."""
         fitting = framed.fit(n_ctx, truncate)
         if fitting is None:
-            always = f" ({self._tier.upper()}_TRUNCATE: always)" if what == "input" else ""
+            tier = self._tier.upper()
+            advice = "Shorten it"
+            if can_be_cut and truncate == "none":
+                advice += ", or send `truncate` to have it cut"
+                if what == "input":
+                    advice += f" (or set {tier}_TRUNCATE=end for all requests)"
             raise ContextLengthExceeded(
                 f"{_named(what, at)} is too long: this model's maximum context length is {n_ctx} "
-                f"tokens, it has {len(framed)} ({self._tier.upper()}_N_CTX). Shorten it, or send "
-                f"`truncate` to have it cut{always}.",
+                f"tokens, it has {len(framed)} ({tier}_N_CTX). {advice}.",
                 param=what,
                 n_prompt_tokens=len(framed),
                 n_ctx=n_ctx,
@@ -184,10 +197,11 @@ class PairJob(ScoreJob):
                 may_cut=request.truncate != "none",
             )
         n_ctx = self._cross_encoder.encoder.n_ctx
-        what, at = "documents", document
+        what, at, can_be_cut = "documents", document, True
         if len(framed) - len(framed.body) > n_ctx:  # without any of it
             what, at = "query", query
-        text = self._fit(framed, n_ctx, request.truncate, what, at)
+            can_be_cut = self._cross_encoder.encoder.template is None
+        text = self._fit(framed, n_ctx, request.truncate, what, at, can_be_cut=can_be_cut)
         text.n_cut += n_cut
         text.n_cut_query = n_cut_query
         text.n_beside = n_cut_query if is_new else 0

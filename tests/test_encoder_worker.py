@@ -16,7 +16,7 @@ from encoder_jobs import MAX_FAILURES, TOKENS_AT_ONCE, WORTH_GIVING_UP, EncoderJ
 from encoder_requests import SimilarityJob
 from engine import wire
 from engine.apart import Apart
-from engine.backends.fake_encoder import BEGIN, END, N_EMBD, N_VOCAB
+from engine.backends.fake_encoder import BEGIN, END, N_EMBD, N_VOCAB, FakeEncoder
 from engine.types import SamplingParams
 from tests.test_worker import Served, spec
 
@@ -423,6 +423,10 @@ def test_a_text_that_is_too_long_fails_its_request_with_the_numbers(serve: Serve
         "input[1] is too long: this model's maximum context length is 16 tokens, it has 17 "
         "(LIGHT_N_CTX)."
     )
+    assert failure.message.endswith(
+        " Shorten it, or send `truncate` to have it cut (or set LIGHT_TRUNCATE=end for all "
+        "requests)."
+    )
     assert vectors(served, embed("a " * 14, job=2))[0].n_tokens == 16, "the longest that fits"
 
 
@@ -441,6 +445,26 @@ def test_a_text_is_cut_where_that_is_asked_for(truncate: Any, kept: str, serve: 
     assert vector.tokens == short.tokens, "prefix and special tokens stay"
     assert vector.tokens is not None
     assert (vector.tokens[0], vector.tokens[-1]) == (BEGIN, END)
+
+
+@pytest.mark.parametrize("template", [None, "{query}? {document}"])
+def test_it_is_said_where_a_cut_would_help(
+    template: str | None, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a pair in a template the query is never cut."""
+    served = serve(kind="reranker", n_ctx=32)
+    served.ready()
+    monkeypatch.setattr(FakeEncoder, "template", template)
+    long = "a " * 40
+    for query, document, param, can_be_cut in (
+        ("a", long, "documents", True), (long, "a", "query", template is None),
+    ):  # fmt: skip
+        failure = failed(served, score(query, document, truncate="none"))
+        assert (failure.code, failure.param) == ("context_length_exceeded", param)
+        assert ("send `truncate`" in failure.message) == can_be_cut
+        assert failure.message.endswith("cut." if can_be_cut else "Shorten it.")
+    if template:
+        assert failed(served, score(long, "a", truncate="end")).message.endswith("Shorten it.")
 
 
 @pytest.mark.parametrize("text", ["", []])
