@@ -44,15 +44,18 @@ TIERS: tuple[TierName, ...] = (*CHAT_TIERS, *ENCODER_TIERS)
 # of a tier that generates text
 GENERATING = {
     "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "max_tokens", "tool_format",
-    "speculation", "flash_attention", "n_parallel", "n_batch", "max_stall_ms", "prefix_cache_mb",
+    "speculation", "flash_attention", "n_parallel", "kv_tokens", "n_batch", "max_stall_ms",
+    "prefix_cache_mb",
 }  # fmt: skip
 # of the one that embeds
 EMBEDDING = {
-    "pooling", "query_prefix", "passage_prefix", "input_type", "token_ids",
-    "matryoshka", "embedding_mode", "embedding_dimension",
+    "pooling", "query_prefix", "passage_prefix", "input_type", "token_ids", "matryoshka",
+    "embedding_mode", "embedding_dimension", "sparse_head_path", "colbert_head_path",
 }  # fmt: skip
 # of encoders
-ENCODING = {"queue_texts", "batch_tokens", "truncate", "sparse_head_path", "colbert_head_path"}
+ENCODING = {"queue_texts", "batch_tokens", "truncate"}
+# of other backends
+IDLE_WITH = {"mlx": {"n_threads", "speculation", "flash_attention"}, "onnx": {"n_gpu_layers"}}
 SECRETS = {"api_keys", "api_keys_file", "admin_api_keys"}  # faults in them quote nothing
 LEAST_LIKENESS = 0.9  # of a variable of the environment to a key, to be taken for it misspelt
 FOREIGN = {"CCACHE_DIR"}  # variables of other programs that are as like
@@ -471,14 +474,18 @@ def _warn_of_idle_keys(name: TierName, tier: TierSettings, *, is_configured: boo
             logger.warning("%s: without %s_MODEL_PATH there is no such tier, so that does nothing",
                            ", ".join(keys), name.upper())  # fmt: skip
         return
-    idle = {"no text is generated there": GENERATING if name in ENCODER_TIERS else set()}
+    why = dict.fromkeys(
+        IDLE_WITH.get(tier.backend, ()), f"the backend {tier.backend} has no use for it"
+    )
     if name in CHAT_TIERS:
-        idle["nothing is embedded or scored there"] = EMBEDDING | ENCODING
-    elif name == "reranker":
-        idle["nothing is embedded there"] = EMBEDDING
-    for reason, fields in idle.items():
-        for key in _keys(name, tier.model_fields_set & fields):
-            logger.warning("The setting %s does nothing: %s", key, reason)
+        why |= dict.fromkeys(EMBEDDING | ENCODING, "nothing is embedded or scored there")
+    else:
+        why |= dict.fromkeys(GENERATING, "no text is generated there")
+        why["queue_size"] = "texts are counted there, by QUEUE_TEXTS"
+    if name == "reranker":
+        why |= dict.fromkeys(EMBEDDING, "nothing is embedded there")
+    for field in sorted(tier.model_fields_set & why.keys()):
+        logger.warning("The setting %s does nothing: %s", f"{name}_{field}".upper(), why[field])
 
 
 def _keys(name: TierName, fields: set[str]) -> list[str]:

@@ -66,8 +66,10 @@ def worker_spec(
 
 
 def effective_n_ctx(settings: TierSettings, model: ModelFile) -> int:
-    """Most tokens of one request: what is set, or else what the cells and the model allow."""
-    n_ctx = settings.n_ctx or min(DEFAULT_N_CTX, settings.kv_tokens or DEFAULT_N_CTX)
+    """Most tokens of one request: what is set, or else what the model allows and, where text is
+    generated, the cells."""
+    n_cells = settings.kv_tokens if model.kind == "chat" else None
+    n_ctx = settings.n_ctx or min(DEFAULT_N_CTX, n_cells or DEFAULT_N_CTX)
     return min(n_ctx, model.n_ctx_train)
 
 

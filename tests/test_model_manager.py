@@ -31,7 +31,13 @@ from model_manager import ModelManager
 from settings import ServerSettings, TierSettings
 from tests.serving import Held, fake, in_threads, script, settings
 from tier import Tier
-from worker_spec import default_kv_tokens, default_n_threads, lane_tokens, worker_spec
+from worker_spec import (
+    default_kv_tokens,
+    default_n_threads,
+    effective_n_ctx,
+    lane_tokens,
+    worker_spec,
+)
 
 T = TypeVar("T")
 LONG = {"match": "long", "answer": "0123456789" * 1000}
@@ -718,6 +724,13 @@ def test_kv_tokens_are_never_less_than_one_request_needs() -> None:
     model = model_file("")
     assert default_kv_tokens(1000, 4, model) == 4000
     assert default_kv_tokens(1000, 4, replace(model, kv_bytes_per_token=1 << 40)) == 1000
+
+
+def test_the_cells_bound_requests_only_where_text_is_generated() -> None:
+    tier = TierSettings(backend="fake", kv_tokens=64)
+    for kind, n_ctx in (("chat", 64), ("embedding", 8192), ("reranker", 8192)):
+        model = replace(model_file(""), kind=kind, n_ctx_train=1 << 17)
+        assert effective_n_ctx(tier, model) == n_ctx
 
 
 def test_where_no_physical_cores_are_told_threads_are_as_many_as_cores(

@@ -528,8 +528,32 @@ def test_ordinary_variables_of_a_shell_are_not_ours(monkeypatch: pytest.MonkeyPa
     [
         (
             "EMBEDDING",
-            "N_PARALLEL=2 N_BATCH=64 MAX_STALL_MS=50 PREFIX_CACHE_MB=1 TOP_K=3",
-            "POOLING=cls BATCH_TOKENS=64 KV_TOKENS=64 N_THREADS=1 QUEUE_SIZE=3",
+            "N_PARALLEL=2 N_BATCH=64 MAX_STALL_MS=50 PREFIX_CACHE_MB=1 TOP_K=3 KV_TOKENS=64",
+            "POOLING=cls BATCH_TOKENS=64 N_THREADS=1 SPARSE_HEAD_PATH=a",
+            "no text is generated there",
+        ),
+        (
+            "RERANKER",
+            "QUEUE_SIZE=3",
+            "QUEUE_TEXTS=9 N_THREADS=1",
+            "texts are counted there, by QUEUE_TEXTS",
+        ),
+        (
+            "LIGHT",
+            "N_THREADS=1 SPECULATION=false FLASH_ATTENTION=false",
+            "BACKEND=mlx KV_TOKENS=64 N_CTX=64 N_GPU_LAYERS=0 QUEUE_SIZE=3",
+            "the backend mlx has no use for it",
+        ),
+        (
+            "EMBEDDING",
+            "N_GPU_LAYERS=0",
+            "BACKEND=onnx N_THREADS=1 BATCH_TOKENS=9",
+            "the backend onnx has no use for it",
+        ),
+        (
+            "EMBEDDING",
+            "SPECULATION=false",
+            "BACKEND=mlx N_GPU_LAYERS=0",
             "no text is generated there",
         ),
         (
@@ -542,7 +566,8 @@ def test_ordinary_variables_of_a_shell_are_not_ours(monkeypatch: pytest.MonkeyPa
         ),
         (
             "RERANKER",
-            "POOLING=cls INPUT_TYPE=query EMBEDDING_DIMENSION=9",
+            "POOLING=cls INPUT_TYPE=query EMBEDDING_DIMENSION=9 SPARSE_HEAD_PATH=a "
+            "COLBERT_HEAD_PATH=a",
             "BATCH_TOKENS=9 QUEUE_TEXTS=9 TRUNCATE=end",
             "nothing is embedded there",
         ),
@@ -551,7 +576,7 @@ def test_ordinary_variables_of_a_shell_are_not_ours(monkeypatch: pytest.MonkeyPa
 def test_what_does_nothing_in_a_tier_is_warned_of(
     load: Load, caplog: pytest.LogCaptureFixture, tier: str, idle: str, used: str, reason: str
 ) -> None:
-    given = ["BACKEND=fake", *idle.split(), *used.split()]
+    given = ["MODEL_PATH=a", "BACKEND=fake", *idle.split(), *used.split()]
     load("\n".join(f"{tier}_{line}" for line in given))
     keys = sorted(line.partition("=")[0] for line in idle.split())
     assert caplog.messages == [f"The setting {tier}_{key} does nothing: {reason}" for key in keys]
