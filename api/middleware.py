@@ -203,13 +203,13 @@ class Gate(HttpMiddleware):
             self._check_network(scope.get("server"))
             key = self._key(headers)
             if key is None:  # which no browser adds of itself
+                if self._keys and scope["path"] not in PUBLIC_PATHS:
+                    raise InvalidApiKey(
+                        "The API key is wrong." if _given_key(headers) else
+                        "An API key is needed: send `Authorization: Bearer KEY`."
+                    )  # fmt: skip
                 self._check_host(headers.get("host", ""))
                 self._check_origin(scope["method"], headers)
-            if self._keys and key is None and scope["path"] not in PUBLIC_PATHS:
-                raise InvalidApiKey(
-                    "The API key is wrong." if _given_key(headers) else
-                    "An API key is needed: send `Authorization: Bearer KEY`."
-                )  # fmt: skip
             self._check_length(headers.get("content-length", ""))
             if scope["method"] not in READING:
                 _check_encoding(headers)

@@ -409,7 +409,9 @@ def test_whoever_has_a_key_may_call_us_by_any_name(locked: Service) -> None:
     """A page whose name was pointed at this machine has none."""
     lines = ["GET /v1/models HTTP/1.1", "Host: host.docker.internal:8000"]
     assert raw(locked, *lines, f"X-Api-Key: {KEY}")[0] == 200
-    assert raw(locked, *lines, "X-Api-Key: wrong")[0] == 403
+    assert raw(locked, *lines, "X-Api-Key: wrong")[0] == 401, "the host is not what is wrong"
+    assert raw(locked, *lines)[0] == 401
+    assert raw(locked, "GET /health HTTP/1.1", lines[1])[0] == 403, "it wants no key"
     assert raw(locked, *lines, "Host: localhost", f"X-Api-Key: {KEY}")[0] == 400
 
 
