@@ -12,7 +12,8 @@ from api.chat_request import ChatRequest
 from api.deps import ServicesDep, while_connected
 from api.fields import ignored_params, refuse
 from api.keep_alive import not_kept
-from api.sampling import CONSTRAINTS, INSTEAD, validity
+from api.sampling import CONSTRAINTS, validity
+from api.sampling import INSTEAD as OF_CONSTRAINTS
 from api.sse import DONE, Chunks, EventStream, Form, begun
 from chat.events import CallBegin, Event, Reasoning, Text
 from engine import wire
@@ -31,6 +32,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
     **CONSTRAINTS,
+}
+INSTEAD = OF_CONSTRAINTS | {
+    "function_call": "send `tool_choice`",
+    "functions": "send `tools`",
 }
 
 
