@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from api.fields import Extensible, Switch, kind_of_content
+from api.fields import Extensible, Switch, kind_of_content, unknown_in
 from api.sampling import (
     GenerationFields,
     OneChoice,
@@ -74,11 +74,13 @@ def placed(tools: Iterable[BaseModel] | None) -> list[tuple[str, BaseModel]]:
     return [(f"tools[{n}]", tool) for n, tool in enumerate(tools or ())]
 
 
-def left_out(tools: Sequence[tuple[str, BaseModel]], kind: type[BaseModel]) -> list[str]:
-    """The places of tools that are not there, beside functions, which are of this kind: clients
-    send what they have, such as `web_search`, and the model goes without."""
-    others = [place for place, tool in tools if not isinstance(tool, kind)]
-    return others if len(others) < len(tools) else []
+def left_out(tools: Sequence[tuple[str, BaseModel]], kind: type[BaseModel]) -> dict[str, str]:
+    """The places and types of tools that are not there, beside functions, which are of this kind:
+    clients send what they have, such as `web_search`, and the model goes without."""
+    others = {place: tool for place, tool in tools if not isinstance(tool, kind)}
+    if len(others) == len(tools):
+        return {}
+    return {place: str(getattr(tool, "type", None)) for place, tool in others.items()}
 
 
 def tool_names(tools: Iterable[tuple[str, BaseModel]], kind: type[BaseModel]) -> dict[str, str]:
@@ -160,23 +162,33 @@ class ToolDefinition(Extensible):
     function: FunctionDefinition
 
 
-class FunctionName(BaseModel):
+class FunctionName(Extensible):
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Extensible):
     type: Literal["function"]
     function: FunctionName
 
+    def unknown_at(self, place: str) -> Iterator[str]:
+        yield from unknown_in(place, self)
+        yield from unknown_in(f"{place}.function", self.function)
 
-class AllowedSet(BaseModel):
+
+class AllowedSet(Extensible):
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1, fail_fast=True)]
 
 
-class AllowedTools(BaseModel):
+class AllowedTools(Extensible):
     type: Literal["allowed_tools"]
     allowed_tools: AllowedSet
+
+    def unknown_at(self, place: str) -> Iterator[str]:
+        yield from unknown_in(place, self)
+        yield from unknown_in(f"{place}.allowed_tools", self.allowed_tools)
+        for n, tool in enumerate(self.allowed_tools.tools):
+            yield from tool.unknown_at(f"{place}.allowed_tools.tools[{n}]")
 
 
 def _choice_kind(value: Any) -> str:
@@ -243,12 +255,15 @@ class Conversation(Extensible):
                 for p, part in enumerate(message.content):
                     yield f"messages[{m}].content[{p}]", part
 
-    def inner(self) -> Iterator[tuple[str, BaseModel]]:
-        yield from super().inner()
-        yield from self.parts()
+    def unknown_inside(self) -> Iterator[str]:
+        yield from super().unknown_inside()
+        for place, part in self.parts():
+            yield from unknown_in(place, part)
         for n, tool in enumerate(self.tools or ()):
-            yield f"tools[{n}]", tool
-            yield f"tools[{n}].function", tool.function
+            yield from unknown_in(f"tools[{n}]", tool)
+            yield from unknown_in(f"tools[{n}].function", tool.function)
+        if isinstance(self.tool_choice, NamedTool | AllowedTools):
+            yield from self.tool_choice.unknown_at("tool_choice")
 
     def tool_list(self) -> list[Tool]:
         """The tools that the model is told of. Raises BadRequest."""

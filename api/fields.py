@@ -1,7 +1,7 @@
 """Types that fields of several endpoints have, and what becomes of fields that are unknown or ask
 for what is not there."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -15,15 +15,25 @@ IGNORED = (
     "safety_identifier", "store",
 )  # fmt: skip
 
+MAX_NAMED_CHARS = 1000  # of what a header names
+
 
 class Extensible(BaseModel):
     """A request, or a part of one, that may hold fields which nobody knows."""
 
     model_config = ConfigDict(extra="allow")
 
-    def inner(self) -> Iterable[tuple[str, BaseModel]]:
-        """What of it may hold such too, with its place."""
+    def unknown_inside(self) -> Iterable[str]:
+        """The places of such fields in its parts."""
         return ()
+
+
+def unknown_in(place: str, part: BaseModel | None, beside: Container[str] = ()) -> Iterator[str]:
+    """The fields of a part that nobody knows, but those that may stand `beside` the others and say
+    nothing to a model. Clients that write all their fields say null where they mean nothing."""
+    for name, value in ((part and part.model_extra) or {}).items():
+        if value is not None and name not in beside:
+            yield f"{place}.{name}"
 
 
 def whole(text: str) -> str:
@@ -131,29 +141,38 @@ def ignored_params(
     known: Container[str] = (),
     *,
     strict: bool,
-    left_out: Iterable[str] = (),
+    left_out: Mapping[str, str] | None = None,
     also: Iterable[str] = (),
 ) -> dict[str, str]:
     """The header that names what has no effect: the unknown fields of a body and of its parts, what
-    is `left_out` of it, known ones, and `also` these. Raises BadRequest for unknown ones and what
-    is left out if `strict`."""
+    is `left_out` of it, which is a type for each place, known ones, and `also` these. Raises
+    BadRequest for unknown ones and what is left out if `strict`."""
     extra = fields.model_extra or {}
     unknown = [name for name in extra if name not in known and name not in IGNORED]
-    inner = fields.inner()
-    unknown += [f"{place}.{name}" for place, part in inner for name in part.model_extra or {}]
-    unknown += left_out
+    unknown += fields.unknown_inside()
     if unknown and strict:
         raise BadRequest(
             f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
         )
+    for place, kind in (left_out or {}).items():
+        if strict:
+            raise UnsupportedParameter(
+                f"'{place}' is of type '{kind}', which is not supported; it would be left out, but "
+                "STRICT_PARAMS is on.",
+                param=place,
+            )
+        unknown.append(place)
     ignored = [*also, *(name for name in IGNORED if extra.get(name) not in (None, False))]
     return with_ignored({}, unknown + ignored)
 
 
 def with_ignored(headers: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """The headers, in which these are named beside what has no effect."""
+    """The headers, in which these are named beside what has no effect; of very many the first."""
     said = headers.get("X-Ignored-Params")
     text = ",".join([*([said] if said else []), *names])
     named = text.encode("ascii", "backslashreplace").decode()
     printable = "".join(c if c.isprintable() else "?" for c in named)
-    return {**headers, "X-Ignored-Params": printable[:1000]} if text else {**headers}
+    if len(printable) > MAX_NAMED_CHARS:
+        end = printable.rfind(",", 0, MAX_NAMED_CHARS + 1)
+        printable = printable[: end if end > 0 else MAX_NAMED_CHARS]
+    return {**headers, "X-Ignored-Params": printable} if text else {**headers}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
+from pydantic import Discriminator, Field, JsonValue, Tag
 
 from api.chat_request import (
     MAX_MESSAGES,
@@ -19,13 +19,15 @@ from api.chat_request import (
     read_text,
     tool_names,
 )
-from api.fields import Extensible, Switch, kind_of_content
+from api.fields import Extensible, Switch, kind_of_content, unknown_in
 from api.keep_alive import KeepAlive
 from api.sampling import StopList, TopK, UnitInterval
 from api.transcript import Transcript
 from errors import BadRequest, UnsupportedParameter
 
 BLOCKS = ("thinking", "redacted_thinking", "tool_use", "tool_result")  # others are text
+# of a block, as it came from the service, or about what is remembered anyway
+BESIDE = ("type", "cache_control", "signature", "caller")
 DEFAULT_EFFORT = "medium"  # where thinking is asked for and an effort is not
 # What Claude Code bills by: other words in each request, so no prompt would begin like another.
 BILLING = "x-anthropic-billing-header:"
@@ -66,6 +68,11 @@ Block = Annotated[
     | Annotated[ContentPart, Tag("<part>")],
     Discriminator(_block_tag),
 ]
+
+
+def _unknown_in_texts(place: str, content: Content) -> Iterator[str]:
+    for n, part in enumerate(content if isinstance(content, list) else ()):
+        yield from unknown_in(f"{place}[{n}]", part, BESIDE)
 
 
 class Message(Extensible):
@@ -172,19 +179,22 @@ class PromptRequest(Extensible):
         return self.thinking is not None and self.thinking.display == "omitted"
 
     @property
-    def left_out(self) -> list[str]:
-        blocks = (
-            f"messages[{n}].content[{b}]"
-            for n, message in enumerate(self.messages)
-            if isinstance(message.content, list)
-            for b, block in enumerate(message.content)
-            if isinstance(block, RedactedBlock)
-        )
-        return [*self._tools_left_out, *blocks]
+    def left_out(self) -> dict[str, str]:
+        """Types by the places where they are."""
+        blocks = self._blocks()
+        redacted = {place: b.type for place, b in blocks if isinstance(b, RedactedBlock)}
+        return self._tools_left_out | redacted
 
     @property
-    def _tools_left_out(self) -> list[str]:
+    def _tools_left_out(self) -> dict[str, str]:
         return left_out(placed(self.tools), ClientTool)
+
+    def _blocks(self) -> Iterator[tuple[str, Block]]:
+        """Each block of a message, with its place."""
+        for n, message in enumerate(self.messages):
+            if isinstance(message.content, list):
+                for b, block in enumerate(message.content):
+                    yield f"messages[{n}].content[{b}]", block
 
     @property
     def hints(self) -> list[str]:
@@ -197,17 +207,23 @@ class PromptRequest(Extensible):
     def asks_for_thoughts(self) -> bool:
         return self.thinking is not None and self.thinking.type == "enabled"
 
-    def inner(self) -> Iterator[tuple[str, BaseModel]]:
-        inner = {
-            "tool_choice": self.tool_choice,
-            "thinking": self.thinking,
-            "output_config": self.output_config,
-            "output_config.format": self.output_config and self.output_config.format,
-        }
-        yield from ((name, part) for name, part in inner.items() if part)
-        for n, tool in enumerate(self.tools or ()):
+    def unknown_inside(self) -> Iterator[str]:
+        wanted = self.output_config
+        yield from unknown_in("tool_choice", self.tool_choice)
+        yield from unknown_in("thinking", self.thinking)
+        yield from unknown_in("output_config", wanted)
+        yield from unknown_in("output_config.format", wanted and wanted.format)
+        for place, tool in placed(self.tools):
             if isinstance(tool, ClientTool):
-                yield f"tools[{n}]", tool
+                yield from unknown_in(place, tool)
+        yield from _unknown_in_texts("system", self.system)
+        for n, message in enumerate(self.messages):
+            yield from unknown_in(f"messages[{n}]", message)
+        for place, block in self._blocks():
+            if not isinstance(block, RedactedBlock):  # of which nothing is read
+                yield from unknown_in(place, block, BESIDE)
+            if isinstance(block, ResultBlock):
+                yield from _unknown_in_texts(f"{place}.content", block.content)
 
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises BadRequest."""

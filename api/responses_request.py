@@ -3,7 +3,7 @@
 from base64 import b64decode, b64encode
 from collections.abc import Container, Iterator
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -33,7 +33,7 @@ from api.chat_request import (
     read_text,
     tool_names,
 )
-from api.fields import Extensible, Switch, kind_of_content
+from api.fields import Extensible, Switch, kind_of_content, unknown_in
 from api.keep_alive import KeepAlive
 from api.sampling import (
     ServiceTier,
@@ -55,6 +55,9 @@ ABOUT_OTHERS = (
     "file_search_call.results", "message.input_image.image_url", "web_search_call.action.sources",
     "web_search_call.results",
 )  # fmt: skip
+# of an item and of its parts, as they came from the service
+BESIDE = ("type", "id", "status", "phase", "caller", "name", "namespace", "async")
+BESIDE_TEXT = ("annotations", "logprobs")
 MESSAGE_TEXT = ("input_text", "output_text", "text")
 REASONING_TEXT = ("reasoning_text", "summary_text")
 
@@ -89,17 +92,20 @@ def thoughts_in(packed: str) -> str | None:
 
 
 class MessageItem(Said):
+    texts: ClassVar = ("content",)  # fields that may be parts
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
 
 
 class ReasoningItem(Extensible):
+    texts: ClassVar = ("summary", "content")
     summary: Parts | None = None
     content: Parts | None = None
     encrypted_content: str | None = None
 
 
 class CallItem(Extensible):
+    texts: ClassVar = ()
     call_id: str
     namespace: str | None = None
     name: str
@@ -107,6 +113,7 @@ class CallItem(Extensible):
 
 
 class ResultItem(Extensible):
+    texts: ClassVar = ("output",)
     call_id: str
     output: Content
 
@@ -126,7 +133,7 @@ class ChosenFunction(FunctionName):
     namespace: str | None = None
 
 
-class AllowedFunctions(BaseModel):
+class AllowedFunctions(Extensible):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[
@@ -315,7 +322,7 @@ class ResponsesRequest(Extensible):
         return NAMES | tool_names(self._placed, FunctionTool)
 
     @property
-    def left_out(self) -> list[str]:
+    def left_out(self) -> dict[str, str]:
         return left_out(self._placed, FunctionTool)
 
     @cached_property
@@ -353,17 +360,30 @@ class ResponsesRequest(Extensible):
                 tools.append((place, tool))
         return tools
 
-    def inner(self) -> Iterator[tuple[str, BaseModel]]:
-        inner = {
-            "stream_options": self.stream_options,
-            "text": self.text,
-            "text.format": self.format,
-            "reasoning": self.reasoning,
-        }
-        yield from ((name, part) for name, part in inner.items() if part)
-        spaces = ((p, tool) for p, tool in placed(self.tools) if isinstance(tool, NamespaceTool))
-        yield from spaces
-        yield from ((p, tool) for p, tool in self._placed if isinstance(tool, FunctionTool))
+    def unknown_inside(self) -> Iterator[str]:
+        yield from unknown_in("stream_options", self.stream_options)
+        yield from unknown_in("text", self.text)
+        yield from unknown_in("text.format", self.format)
+        yield from unknown_in("reasoning", self.reasoning)
+        for place, tool in placed(self.tools):
+            if isinstance(tool, NamespaceTool):
+                yield from unknown_in(place, tool)
+        for place, tool in self._placed:
+            if isinstance(tool, FunctionTool):
+                yield from unknown_in(place, tool)
+        choice = self.tool_choice
+        if isinstance(choice, ChosenFunction | AllowedFunctions):
+            yield from unknown_in("tool_choice", choice)
+        for n, one in enumerate(choice.tools if isinstance(choice, AllowedFunctions) else ()):
+            yield from unknown_in(f"tool_choice.tools[{n}]", one)
+        for n, item in enumerate(self.input if isinstance(self.input, list) else ()):
+            if isinstance(item, Other):  # which is refused
+                continue
+            yield from unknown_in(f"input[{n}]", item, BESIDE)
+            for name in item.texts:
+                parts = getattr(item, name)
+                for p, part in enumerate(parts if isinstance(parts, list) else ()):
+                    yield from unknown_in(f"input[{n}].{name}[{p}]", part, BESIDE_TEXT)
 
     def chat(self) -> ChatRequest:
         """The same as a chat. Raises BadRequest."""

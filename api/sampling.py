@@ -8,14 +8,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     Field,
     JsonValue,
     StringConstraints,
 )
 
-from api.fields import Extensible, SomeText, Switch, WholeText, as_list, whole
+from api.fields import Extensible, SomeText, Switch, WholeText, as_list, unknown_in, whole
 from api.keep_alive import KeepAlive
 from engine import wire
 from engine.types import SamplingParams
@@ -178,13 +177,11 @@ class GenerationFields(Extensible):
         """What has no effect beside Mirostat."""
         return [n for n in REPLACED_BY_MIROSTAT if self.mirostat and getattr(self, n) is not None]
 
-    def inner(self) -> Iterator[tuple[str, BaseModel]]:
-        if self.stream_options is not None:
-            yield "stream_options", self.stream_options
-        if self.response_format is not None:
-            yield "response_format", self.response_format
-            if self.response_format.json_schema is not None:
-                yield "response_format.json_schema", self.response_format.json_schema
+    def unknown_inside(self) -> Iterator[str]:
+        wanted = self.response_format
+        yield from unknown_in("stream_options", self.stream_options)
+        yield from unknown_in("response_format", wanted)
+        yield from unknown_in("response_format.json_schema", wanted and wanted.json_schema)
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:

@@ -638,6 +638,36 @@ def test_unknown_fields_inside_are_named_with_their_place(service: Service) -> N
     )
 
 
+def test_of_very_many_fields_whole_names_are_in_the_header(service: Service) -> None:
+    names = [f"field_{n}" for n in range(500)]
+    named = service.chat(**dict.fromkeys(names, 1)).headers["x-ignored-params"]
+    assert 980 < len(named) <= 1000
+    assert named.split(",") == names[: named.count(",") + 1]
+    assert service.chat(**{"x" * 2000: 1}).headers["x-ignored-params"] == "x" * 1000
+
+
+def test_unknown_fields_of_a_choice_are_named(service: Service) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    odd = {"type": "function", "function": {"name": "f", "a": 1}, "b": 2}
+    for choice, named in (
+        (odd, "tool_choice.b,tool_choice.function.a"),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [odd], "c": 1}},
+            "tool_choice.allowed_tools.c,tool_choice.allowed_tools.tools[0].b,"
+            "tool_choice.allowed_tools.tools[0].function.a",
+        ),
+    ):
+        response = service.chat(tools=tools, tool_choice=choice)
+        assert response.headers["x-ignored-params"] == named
+
+
+@pytest.mark.parametrize(("field", "better"), [("functions", "tools"),
+                                               ("function_call", "tool_choice")])  # fmt: skip
+def test_old_functions_are_told_what_to_send(service: Service, field: str, better: str) -> None:
+    error = error_of(service.chat(**{field: [{"name": "f"}]}), 400)
+    assert error["message"] == f"'{field}' is not supported by this version; send `{better}`."
+
+
 def test_a_prompt_that_is_far_too_long_is_refused_without_tokenising_it(service: Service) -> None:
     started_at = time.process_time()
     error = error_of(service.chat("x" * 8_000_000), 400)

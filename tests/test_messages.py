@@ -553,6 +553,49 @@ def test_what_is_ignored_is_named_in_a_header(service: Service) -> None:
         )
 
 
+def test_unknown_fields_in_messages_are_named_and_what_a_reply_has_is_not(service: Service) -> None:
+    said = body_of(service.message("weather", tools=[WEATHER]))
+    assert [block["type"] for block in said["content"]] == ["thinking", "text", "tool_use"]
+    for block in said["content"]:  # as the SDK writes them
+        block |= {"citations": None, "caller": None, "cache_control": {"type": "ephemeral"}}
+    call_id = said["content"][-1]["id"]
+    result = {"type": "tool_result", "tool_use_id": call_id, "content": [text("12C")],
+              "cache_control": {"type": "ephemeral"}}  # fmt: skip
+    past = [
+        {"role": "assistant", "content": said["content"]},
+        {"role": "user", "content": [result]},
+    ]
+    system = [text("Be brief.") | {"cache_control": {"type": "ephemeral"}}]
+    quiet = service.message("weather", *past, system=system)
+    assert quiet.is_success
+    assert "x-ignored-params" not in quiet.headers
+
+    odd = {"frob": 1}
+    cited = text("Yes.") | {"citations": [{"type": "char_location"}]}
+    response = service.message(
+        {"role": "user", "content": [cited], **odd},
+        past[0],
+        {"role": "user", "content": [result | odd | {"content": [text("12C") | odd]}]},
+        system=[text("Be brief.") | odd],
+    )
+    assert response.headers["x-ignored-params"] == (
+        "system[0].frob,messages[0].frob,messages[0].content[0].citations,"
+        "messages[2].content[0].frob,messages[2].content[0].content[0].frob"
+    )
+
+
+def test_with_strict_params_nothing_is_left_out() -> None:
+    redacted = {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]}
+    with serving(settings({"strict_params": True})) as service:
+        for reply, place, kind in (
+            (service.message("Hi", tools=[WEATHER, SEARCH]), "tools[1]", SEARCH["type"]),
+            (service.message("a", redacted, "b"), "messages[1].content[0]", "redacted_thinking"),
+        ):
+            message = error_of(reply)["message"]
+            assert message.startswith(f"'{place}' is of type '{kind}', which is not supported")
+            assert message.endswith("STRICT_PARAMS is on.")
+
+
 # errors
 
 
@@ -607,6 +650,6 @@ def test_a_key_may_come_in_either_header() -> None:
         for headers in ({"x-api-key": "secret"}, {"Authorization": "Bearer secret"}):
             service.http.headers = httpx.Headers(headers)
             assert text_of(service.message("Hi")) == "You said: Hi"
-        service.http.headers = httpx.Headers()
+    with serving() as service:
         error = error_of(service.http.post("/v1/messages", headers={"Host": "evil.example"}), 403)
         assert error["type"] == "permission_error"

@@ -483,7 +483,7 @@ def test_functions_of_a_namespace_are_shown_by_both_names() -> None:
         function(WEATHER, "mcp__sky__get_weather", ""),
         function(WEATHER, "crm__get_weather", "Of a city"),
     ]
-    assert request.left_out == ["tools[0]", "tools[1].tools[0]"]
+    assert request.left_out == {"tools[0]": "web_search", "tools[1].tools[0]": "custom"}
 
 
 def test_a_call_of_a_namespace_is_told_in_two_fields(service: Service) -> None:
@@ -721,6 +721,37 @@ def test_what_is_ignored_is_named_in_a_header(service: Service, stream: bool) ->
     assert response.headers["x-ignored-params"] == (
         "frob,reasoning.summary,tools[0].defer_loading,include[0],prompt_cache_key,store"
     )
+
+
+def test_unknown_fields_in_items_are_named_and_what_a_reply_has_is_not(service: Service) -> None:
+    asked = {"include": ["message.output_text.logprobs", "reasoning.encrypted_content"]}
+    said = body_of(service.respond("weather", tools=[WEATHER], **asked))["output"]
+    assert [item["type"] for item in said] == ["reasoning", "message", "function_call"]
+    result = {"type": "function_call_output", "call_id": said[-1]["call_id"], "output": "12C",
+              "id": None, "status": "completed"}  # fmt: skip
+    items = [{"role": "user", "content": "weather"}, *said, result]
+    quiet = service.respond(items)
+    assert quiet.status_code == 200
+    assert "x-ignored-params" not in quiet.headers
+
+    part = {"type": "input_text", "text": "Hi", "frob": 1, "none": None}
+    choice = {"type": "function", "name": "get_weather", "frob": 1}
+    response = service.respond(
+        [{"role": "user", "content": [part], "frob": 1}, *said, result | {"output": [part]}],
+        tools=[WEATHER],
+        tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [choice], "frob": 1},
+    )
+    assert response.headers["x-ignored-params"] == (
+        "tool_choice.frob,tool_choice.tools[0].frob,input[0].frob,input[0].content[0].frob,"
+        "input[4].output[0].frob"
+    )
+
+
+def test_with_strict_params_no_tool_is_left_out() -> None:
+    with serving(settings({"strict_params": True})) as service:
+        error = error_of(service.respond("Hi", tools=[WEATHER, {"type": "web_search"}]))
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "tools[1]")
+    assert "is of type 'web_search', which is not supported" in error["message"]
 
 
 def test_what_a_client_wrote_comes_back_as_json_whatever_it_is(service: Service) -> None:
