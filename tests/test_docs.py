@@ -16,7 +16,17 @@ from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params
 
-from api import chat, messages, responses
+from api import (
+    chat,
+    chat_request,
+    completions,
+    embeddings,
+    messages,
+    rerank,
+    responses,
+    sampling,
+    tokens,
+)
 from api.chat_request import ChatRequest
 from api.completions import CompletionRequest
 from api.embeddings import EmbeddingRequest
@@ -24,7 +34,9 @@ from api.messages_request import MessagesRequest, PromptRequest
 from api.rerank import RerankRequest
 from api.responses_request import ResponsesRequest
 from api.sampling import CONSTRAINTS
-from server import create_app
+from engine.wire import MAX_GRAMMAR_BYTES
+from errors import ServiceError
+from server import EXPOSED_HEADERS, create_app
 from settings import (
     ROOT,
     ServerSettings,
@@ -33,7 +45,7 @@ from settings import (
     known_keys,
     unknown_keys,
 )
-from tests.serving import serving, settings
+from tests.serving import remembering, serving, settings
 
 CHAT_PARAMS = (
     chat_params.CompletionCreateParamsNonStreaming,
@@ -236,16 +248,19 @@ def test_the_origins_of_applications_in_the_readme_are_served_where_they_are_nam
                 assert reply.status_code == status
 
 
+def anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
-    text = read(document)
-    headings = re.findall(r"^#+ (.+)$", text, re.M)
-    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            assert ((ROOT / document).parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", read(document)):
+        if not target.startswith("http"):
+            file, _, anchor = target.partition("#")
+            path = (ROOT / document).parent / file if file else ROOT / document
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), target
 
 
 # the tree
@@ -652,3 +667,64 @@ def test_the_fate_of_a_field_is_what_the_code_makes_of_it(
         name: fate for name, fate in known.items() if fate != "ignored"
     }
     assert all(known.get(name, "ignored") == fate for name, fate in written.items())
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """The cells of the table of a section."""
+    _, *rows = table_rows(read("docs/api.md").split(f"\n## {heading}\n")[1].split("\n## ")[0])
+    return rows
+
+
+def kinds_of(error: type[ServiceError]) -> Iterator[type[ServiceError]]:
+    for kind in error.__subclasses__():
+        yield kind
+        yield from kinds_of(kind)
+
+
+def test_the_codes_of_errors_are_all_there_with_their_status() -> None:
+    kinds = {kind.code: kind for kind in kinds_of(ServiceError) if kind.code}
+    rows = {row[0].strip("`"): row[1:] for row in rows_of("Errors")}
+    assert {code: int(row[0]) for code, row in rows.items()} == {
+        code: kind.status for code, kind in kinds.items()
+    }
+    no_use = {code for code, kind in kinds.items() if kind.is_final or 400 <= kind.status < 500}
+    assert {code for code, row in rows.items() if row[2] == "no"} == no_use - {
+        "body_too_slow", "queue_full",
+    }  # fmt: skip
+
+
+def test_the_headers_of_replies_are_those_that_browsers_may_read() -> None:
+    named = [name for row in rows_of("Headers") for name in re.findall(r"`([\w-]+)`", row[0])]
+    assert sorted(named) == sorted(EXPOSED_HEADERS)
+
+
+def test_the_metrics_are_all_there_with_their_labels(tmp_path: Path) -> None:
+    with serving(remembering({"cache_dir": str(tmp_path)})) as service:
+        service.chat(temperature=0)
+        text = service.http.get("/metrics").text
+    found: dict[str, set[str]] = {}
+    for name in re.findall(r"^# TYPE quintet_(\w+) ", text, re.M):
+        (labels, *_) = re.findall(rf"^quintet_{name}(?:_bucket)?(?:{{(.*)}})? ", text, re.M)
+        found[name] = {*re.findall(r"(\w+)=", labels)} - {"le"}
+    rows = rows_of("Metrics")
+    assert {
+        name: {*re.findall(r"`(\w+)`", row[1])}
+        for row in rows
+        for name in re.findall(r"`(\w+)`", row[0])
+    } == {name: labels for name, labels in found.items() if not name.endswith("_created")}
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    limits = {row[0]: [int(n.replace(",", "")) for n in re.findall(r"[\d,]*\d", row[1])]
+              for row in rows_of("Limits")}  # fmt: skip
+    assert [*limits.values()] == [
+        [limit]
+        for limit in (
+            chat_request.MAX_MESSAGES, chat_request.MAX_PARTS, chat_request.MAX_TOOLS,
+            chat_request.MAX_NAME, MAX_GRAMMAR_BYTES, sampling.MAX_CHOICES, sampling.MAX_STOPS,
+            sampling.MAX_BIASES, sampling.MAX_TOP_LOGPROBS, sampling.MAX_BREAKERS,
+            sampling.MAX_BREAKER_BYTES, completions.MAX_PROMPTS, tokens.MAX_LENGTH,
+            embeddings.MAX_INPUTS, rerank.MAX_PAIRS,
+        )
+    ]  # fmt: skip
+    assert embeddings.MAX_INPUTS == rerank.MAX_DOCUMENTS
