@@ -11,9 +11,8 @@ from starlette.responses import JSONResponse, Response
 
 from api import generation, turn
 from api.blocks import BlockReply, Data
-from api.chat_request import ChatRequest
-from api.deps import Services, ServicesDep, fetched, while_connected
-from api.errors import client_names
+from api.deps import ServicesDep, fetched, while_connected
+from api.errors import client_name, client_names
 from api.fields import ignored_params, refuse, with_ignored
 from api.keep_alive import not_kept
 from api.messages_request import MessagesRequest, PromptRequest
@@ -24,7 +23,6 @@ from api.tokens import MAX_LENGTH
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
 from errors import BadRequest
-from tier import Tier
 
 router = APIRouter()
 
@@ -64,8 +62,7 @@ async def create_message(
 
     async def start() -> turn.Turn:
         with client_names(names):
-            chat = await _chat(body, request, services, tier, headers)
-            return await turn.start(request, services, tier, chat, watch)
+            return await turn.start(request, services, tier, body.chat(), watch)
 
     reply = _Reply(tier.name, hides_thoughts=body.hides_thoughts)
     if body.stream:
@@ -92,30 +89,16 @@ async def count_tokens(body: PromptRequest, request: Request, services: Services
     strict = services.settings.server.strict_params
     headers = ignored_params(body, UNSUPPORTED, strict=strict, left_out=body.left_out)
     with client_names(body.names):
-        chat = await _chat(body, request, services, tier, headers)
+        chat = body.chat()
+        await fetched(request.receive, tier)
         prompt = await asyncio.to_thread(prompt_of, services, tier, chat)
+    headers = with_ignored(headers, (client_name(param, body.names) for param in prompt.idle))
     if sum(len(segment.text) for segment in prompt.segments) > MAX_LENGTH:
         raise BadRequest(f"There may be {MAX_LENGTH:,} characters in all.", param="messages")
     work = tier.tokenize(prompt.segments, add_bos=True)
     with client_names({"^prompt$": "messages"}):
         tokens = await while_connected(request.receive, work)
     return JSONResponse({"input_tokens": len(tokens.ids)}, headers=headers)
-
-
-async def _chat(
-    body: PromptRequest, request: Request, services: Services, tier: Tier, headers: dict[str, str]
-) -> ChatRequest:
-    """The request as a chat. Hints are left out for a model that does not think, which `headers`
-    then say; with STRICT_PARAMS only an effort is one. Raises ClientLeft or ServiceError."""
-    chat = body.chat()
-    await fetched(request.receive, tier)
-    is_strict = services.settings.server.strict_params
-    if body.hints and not (is_strict and body.asks_for_thoughts):
-        form = await asyncio.to_thread(services.chat_format, tier)
-        if not form.thinks:
-            headers |= with_ignored(headers, body.hints)
-            chat.reasoning_effort = chat.thinking_budget_tokens = None
-    return chat
 
 
 def _ping(**fields: Any) -> bytes:

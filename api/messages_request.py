@@ -165,10 +165,11 @@ class PromptRequest(Extensible):
     @property
     def names(self) -> dict[str, str]:
         """What fields are called here, by what they are called in a chat."""
+        has_effort = self.output_config is not None and self.output_config.effort is not None
         return {
             r"^continue_final_message$": "messages",
             r"^response_format.*": "output_config.format",
-            r"^reasoning_effort$": "thinking" if self.asks_for_thoughts else "output_config.effort",
+            r"^reasoning_effort$": "output_config.effort" if has_effort else "thinking",
             r"^thinking_budget_tokens$": "thinking.budget_tokens",
             r"\.function\.parameters": ".function.input_schema",
             **tool_names(placed(self.tools), ClientTool),
@@ -195,17 +196,6 @@ class PromptRequest(Extensible):
             if isinstance(message.content, list):
                 for b, block in enumerate(message.content):
                     yield f"messages[{n}].content[{b}]", block
-
-    @property
-    def hints(self) -> list[str]:
-        """The fields that a model which does not think goes without: clients send them to every
-        one, and an effort is in this API about all that the model writes."""
-        has_effort = self.output_config is not None and self.output_config.effort is not None
-        return ["thinking"] * self.asks_for_thoughts + ["output_config.effort"] * has_effort
-
-    @property
-    def asks_for_thoughts(self) -> bool:
-        return self.thinking is not None and self.thinking.type == "enabled"
 
     def unknown_inside(self) -> Iterator[str]:
         wanted = self.output_config

@@ -9,6 +9,7 @@ from api.deps import Services
 from caching import Caching
 from chat.format import Prompt
 from engine import wire
+from errors import UnsupportedParameter
 from tier import Tier
 
 
@@ -18,10 +19,14 @@ def prompt_of(
     conversation: Conversation,
     answer: wire.GrammarPart | None = None,
 ) -> Prompt:
-    """What the tier's model makes of a conversation; it takes a while. Raises ServiceError."""
+    """What the tier's model makes of a conversation; it takes a while. Raises ServiceError.
+
+    A model that does not think is not asked to: clients send an effort to every one. With
+    STRICT_PARAMS a bound on its thoughts is a fault.
+    """
     conversation.check_content(tier.name)
     tools = conversation.tool_list()
-    return services.chat_format(tier).prompt(
+    prompt = services.chat_format(tier).prompt(
         [message.model_dump(exclude_unset=True) for message in conversation.messages],
         now=datetime.now(),
         tools=tools,
@@ -32,6 +37,9 @@ def prompt_of(
         continues=conversation.continue_final_message,
         extra=conversation.chat_template_kwargs,
     )
+    if services.settings.server.strict_params and "thinking_budget_tokens" in prompt.idle:
+        raise UnsupportedParameter("This model does not think.", param="thinking_budget_tokens")
+    return prompt
 
 
 async def n_too_many(services: Services, tier: Tier, body: ChatRequest, caching: Caching) -> int:

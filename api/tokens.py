@@ -11,7 +11,7 @@ from starlette.responses import Response
 from api.chat_request import Conversation
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
-from api.fields import Extensible, Switch, Token, WholeText, ignored_params
+from api.fields import Extensible, Switch, Token, WholeText, ignored_params, with_ignored
 from api.prompt import prompt_of
 from engine import wire
 
@@ -70,6 +70,7 @@ async def apply_template(
     strict = services.settings.server.strict_params
     headers = ignored_params(body, strict=strict)
     prompt = await asyncio.to_thread(prompt_of, services, tier, body)
+    headers = with_ignored(headers, prompt.idle)
     return _reply({"prompt": "".join(segment.text for segment in prompt.segments)}, headers)
 
 

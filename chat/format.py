@@ -44,6 +44,7 @@ class Prompt:
     thinking: Thinking | None
     visible: list[str]
     splitter: Callable[[], Splitter]
+    idle: tuple[str, ...] = ()  # params that this model has no use for
 
 
 class ChatFormat:
@@ -112,6 +113,8 @@ class ChatFormat:
                 )
         callable_ = [tool for tool in tools if tool.name in choice.names]
         self._check(callable_, choice, answer, continues)
+        asked = {"reasoning_effort": effort, "thinking_budget_tokens": budget}
+        idle = () if self.thinks else tuple(n for n in asked if asked[n] not in (None, "none", 0))
         switches, budget = self._effort(effort, budget)
         messages = in_order(with_names(normalised(message) for message in messages))
         if not (self._takes_system and self._takes_later_system):
@@ -157,6 +160,7 @@ class ChatFormat:
             lambda: self._family.splitter(
                 functions, only_first=answer is not None, tags=tags, is_open=is_open
             ),
+            idle,
         )
 
     def _functions(self, tools: Sequence[Tool], parts: Parts) -> list[Function]:
@@ -191,10 +195,7 @@ class ChatFormat:
     def _effort(self, effort: str | None, budget: int | None) -> tuple[dict[str, Any], int | None]:
         """What the template is told of the effort, and the tokens that thoughts may take."""
         source = self._template.source
-        if self._tags is None:
-            for param, value in (("reasoning_effort", effort), ("thinking_budget_tokens", budget)):
-                if value is not None and value not in ("none", 0):
-                    raise UnsupportedParameter("This model does not think.", param=param)
+        if not self.thinks:
             return {}, None
         switches: dict[str, Any] = {}
         if effort is None:

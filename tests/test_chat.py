@@ -566,7 +566,6 @@ UNSUPPORTED = [
     {"functions": [{"name": "f"}]},
     {"modalities": ["audio"]},
     {"prediction": {"type": "content", "content": "x"}},
-    {"reasoning_effort": "high"},
 ]
 
 

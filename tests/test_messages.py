@@ -235,7 +235,8 @@ def test_a_model_that_does_not_think_leaves_thinking_out_and_says_so(
         fields = {"model": "heavy", "thinking": enabled, "stream": stream, **effort}
         response = service.message("Hi", **fields, frob=1)
         assert response.status_code == 200
-        named = ["frob", "thinking", *(["output_config.effort"] if effort else [])]
+        asked = "output_config.effort" if effort else "thinking"
+        named = ["frob", asked, "thinking.budget_tokens"]
         assert response.headers["x-ignored-params"].split(",") == named
     for kind in ("disabled", "adaptive"):
         response = service.message("Hi", model="heavy", thinking={"type": kind})
@@ -252,7 +253,7 @@ def test_where_all_must_be_known_a_model_that_does_not_think_is_not_asked_to(
     tiers = {"heavy": fake(script(tmp_path, *RULES))}
     with serving(settings({"strict_params": True}, **tiers)) as strict:
         error = error_of(strict.message("Hi", model="heavy", thinking=enabled))
-        assert error["message"] == "thinking: This model does not think."
+        assert error["message"] == "thinking.budget_tokens: This model does not think."
         effort = {"output_config": {"effort": "high"}}
         response = strict.message("Hi", model="heavy", **effort)
         assert response.headers["x-ignored-params"] == "output_config.effort"

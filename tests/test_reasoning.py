@@ -155,13 +155,26 @@ def test_an_effort_bounds_the_thoughts_and_changes_no_others(service: Service, e
 @pytest.mark.parametrize(
     "fields", [{"reasoning_effort": "high"}, {"thinking_budget_tokens": 5}], ids=str
 )
-def test_a_model_that_does_not_think_refuses_to_try(
-    service: Service, fields: dict[str, Any]
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_does_not_think_goes_without_and_says_so(
+    service: Service, fields: dict[str, Any], stream: bool
 ) -> None:
-    fault = error(service.chat(model="heavy", **fields))
-    assert fault["param"] in fields
-    assert fault["code"] == "unsupported_parameter"
-    assert service.chat(model="heavy", reasoning_effort="none").status_code == 200
+    reply = service.chat(model="heavy", stream=stream, **fields)
+    assert reply.status_code == 200
+    assert reply.headers["X-Ignored-Params"] == next(iter(fields))
+    messages = [{"role": "user", "content": "Hi"}]
+    body = {"model": "heavy", "messages": messages, **fields}
+    shown = service.http.post("/apply-template", json=body)
+    assert shown.headers["X-Ignored-Params"] == next(iter(fields))
+    reply = service.chat(model="heavy", reasoning_effort="none", thinking_budget_tokens=0)
+    assert "X-Ignored-Params" not in reply.headers
+
+
+def test_where_all_must_be_known_no_bound_is_set_on_thoughts_that_there_are_not() -> None:
+    with serving(settings({"strict_params": True}, light=fake())) as strict:
+        assert error(strict.chat(thinking_budget_tokens=5))["param"] == "thinking_budget_tokens"
+        reply = strict.chat(reasoning_effort="high")
+        assert reply.headers["X-Ignored-Params"] == "reasoning_effort"
 
 
 def test_past_thoughts_are_the_templates_affair_under_both_names(service: Service) -> None:
