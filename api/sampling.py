@@ -25,13 +25,6 @@ T = TypeVar("T")
 
 MAX_STOPS = 64
 MAX_BIASES = 1024
-# sampling fields that have no setting of a tier
-REQUEST_ONLY = (
-    "frequency_penalty", "presence_penalty", "repeat_last_n", "typical_p", "min_tokens",
-    "ignore_eos", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta",
-    "dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
-    "dry_sequence_breakers",
-)  # fmt: skip
 MAX_BREAKERS = 16
 MAX_BREAKER_BYTES = 40  # llama.cpp cuts longer ones
 MAX_TOP_LOGPROBS = 20
@@ -256,15 +249,16 @@ def validity(is_valid: bool | None) -> dict[str, bool]:
 def _sampling_params(
     fields: GenerationFields, tier: TierSettings, n_logprobs: int | None
 ) -> SamplingParams:
-    """How to sample: the request's values over the tier's."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repeat_penalty")
-    values = {name: getattr(tier, name) for name in names}
-    for name in (*names, *REQUEST_ONLY):
-        if (asked := getattr(fields, name)) is not None:
-            values[name] = asked
+    """How to sample: the request's values over the tier's, of which not all are settings."""
+    values = {}
+    for name in SamplingParams.__struct_fields__:
+        if name not in ("seed", "logit_bias", "n_logprobs", "prompt_logprobs"):
+            asked = getattr(fields, name)
+            values[name] = getattr(tier, name, None) if asked is None else asked
+    said = {name: value for name, value in values.items() if value is not None}
     # the sampler takes 32 bits
     seed = random.getrandbits(32) if fields.seed is None else fields.seed % 2**32
-    return SamplingParams(**values, seed=seed, n_logprobs=n_logprobs)
+    return SamplingParams(**said, seed=seed, n_logprobs=n_logprobs)
 
 
 def _max_tokens(tier: TierSettings, limits: Sequence[int | None]) -> int | None:
