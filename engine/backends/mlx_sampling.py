@@ -11,7 +11,7 @@ import numpy as np
 from engine.backends.base import Constraint
 from engine.drawing import RowSampler
 from engine.dry import Dry
-from engine.sampling import Penalties, Rules
+from engine.sampling import Rules
 from engine.types import Sampled, SamplingParams
 
 
@@ -37,21 +37,16 @@ def new_chooser(
     suppressed: list[int],
     piece: Callable[[int], bytes],
 ) -> Chooser:
+    rules = Rules(sampling, prompt, ends, suppressed)
     is_plain = (
-        constraint is None
-        and not suppressed
+        not rules.changes(constraint)
         and sampling.n_logprobs is None
-        and not sampling.logit_bias
-        and not sampling.min_tokens
-        and not sampling.ignore_eos
-        and not Penalties.wanted(sampling)
         and not sampling.mirostat
         and not Dry.wanted(sampling)
         and sampling.typical_p >= 1
         and sampling.xtc_probability <= 0
     )
     if not is_plain:
-        rules = Rules(sampling, prompt, ends, suppressed)
         return RowChooser(RowSampler(sampling, prompt, rules, piece), constraint)
     return Likeliest() if sampling.is_greedy else Drawn(sampling)
 
