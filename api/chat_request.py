@@ -24,7 +24,7 @@ from api.sampling import (
 )
 from chat.format import NO_TOOLS, ToolChoice
 from chat.tools.base import Tool
-from chat.tools.parameters import BY_NAME, DATA, DEFINITIONS
+from engine.grammar_text import BY_NAME, DATA
 from errors import BadRequest, UnsupportedParameter
 
 MAX_TOOLS = 512  # OpenAI's limit is 128, but agents bring those of many servers
@@ -32,7 +32,6 @@ MAX_NAME = 128  # of a function
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # of a message
 SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
-SCHEMAS_BY_NAME = {*BY_NAME, *DEFINITIONS}
 MAY_BE_NULL = {"const", "default"}
 
 # what a template gets from us
@@ -352,7 +351,7 @@ def _with_what_is_said(value: Any, *, is_schema: bool = True) -> Any:
         if key == "properties" and inner in (None, []):
             said[key] = {}
         elif isinstance(inner, (dict, list)) and key not in DATA:
-            said[key] = _with_what_is_said(inner, is_schema=key not in SCHEMAS_BY_NAME)
+            said[key] = _with_what_is_said(inner, is_schema=key not in BY_NAME)
         elif inner is not None or key in MAY_BE_NULL:
             said[key] = inner
     return said

@@ -19,6 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import ASTNode, GrammarParser, RuleRefNode
 
 from engine.backends.base import Tokenizer
+from engine.grammar_text import BY_NAME, DATA, pattern
 from engine.wire import MAX_GRAMMAR_BYTES, Grammar, GrammarPart
 from errors import BadRequest
 
@@ -200,7 +201,7 @@ class Compiler:
         texts = (mark["text"] or mark["until"] for mark in _MARK.finditer(frame))
         tokens = {text: control_token(text, self._tokenizer) for text in texts if text}
         # nobody who reads the text could tell such from one that is spelt in letters
-        spelt = [_escaped(text) for text, token in tokens.items() if token is not None]
+        spelt = [pattern(text) for text, token in tokens.items() if token is not None]
         but_spelt = f" & ~/{_ANYTHING}({'|'.join(spelt)}){_ANYTHING}/" if spelt else ""
         rules: list[str] = []
 
@@ -209,14 +210,14 @@ class Compiler:
             if token is not None:
                 return f"(/{_SPACES}/ <[{token}]>)" if is_spaced else f"<[{token}]>"
             if is_spaced:
-                return f"/{_SPACES}{_escaped(text)}/"
+                return f"/{_SPACES}{pattern(text)}/"
             return json.dumps(text, ensure_ascii=False)
 
         def resolved(mark: re.Match[str]) -> str:
             if mark["text"]:
                 return literal(mark["text"], bool(mark["spaced"]))
             until, n = mark["until"], len(rules)
-            escaped = _escaped(until or "")
+            escaped = pattern(until or "")
             any_text = f"(.|\\n){mark['length'].strip()}" if mark["length"] else _ANYTHING
             but = but_spelt
             if mark["inside"]:
@@ -400,10 +401,10 @@ def _schemas(schema: Any, path: str = "$") -> Iterator[tuple[str, dict[str, Any]
     elif isinstance(schema, dict):
         yield path, schema
         for key, value in schema.items():
-            if key in ("properties", "patternProperties", "$defs", "definitions"):
+            if key in BY_NAME:
                 for name, inner in value.items() if isinstance(value, dict) else ():
                     yield from _schemas(inner, f"{path}.{key}.{name}")
-            elif key not in ("const", "enum", "default", "examples"):
+            elif key not in DATA:
                 yield from _schemas(value, f"{path}.{key}")
 
 
@@ -414,10 +415,6 @@ def _patterns(schema: dict[str, Any]) -> list[tuple[dict[str, Any], str, Any]]:
     if isinstance(names, dict):
         found += ((names, name, name) for name in names)
     return found
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"\W", lambda char: f"\\x{{{ord(char[0]):x}}}", text)
 
 
 def _first_line(error: str) -> str:

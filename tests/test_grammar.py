@@ -104,6 +104,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"if": {"type": "string"}, "then": {"minLength": 3}}, "$: 'if'"),
     ({"items": {"dependentRequired": {"a": ["b"]}}}, "$.items: 'dependentRequired'"),
     ({"type": "object", "minProperties": 2}, "$: 'minProperties'"),
+    ({"type": "object", "dependentSchemas": {"maxProperties": {}}}, "$: 'dependentSchemas'"),
     ({"properties": {"maxProperties": {"maxProperties": 2}}},
      "$.properties.maxProperties: 'maxProperties'"),
     ({"type": "array", "contains": {"type": "string"}}, "'contains'"),

@@ -1,7 +1,6 @@
 """What a family of models has to say about tool calls, and what families share."""
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 from chat.events import Splitter
 from chat.splitter import PlainText, ReasoningSplitter, ReasoningTags
 from chat.tools.parameters import Parameters
+from engine.grammar_text import pattern
 from engine.wire import MAX_GRAMMAR_BYTES, GrammarPart, Segment
 from errors import BadRequest
 
@@ -212,11 +212,6 @@ def literal(text: str) -> str:
     """A text in Lark, in which no mark of a frame is found."""
     quoted = json.dumps(text, ensure_ascii=False)
     return quoted.replace("«", "\\u00ab").replace("»", "\\u00bb")
-
-
-def pattern(text: str) -> str:
-    """A text in a regular expression of Lark."""
-    return re.sub(r"\W", lambda char: f"\\x{{{ord(char[0]):x}}}", text)
 
 
 def named(functions: Sequence[Function], key: str) -> str:

@@ -17,15 +17,8 @@ from chat.events import Event, Reasoning, Splitter
 from chat.splitter import ReasoningTags, n_held
 from chat.tools.base import Function, Messages, Parts, Tool, ToolFormat, literal
 from chat.tools.calls import HeadedCalls, begun, inner_json
-from chat.tools.parameters import (
-    BRANCHES,
-    DEFINITIONS,
-    MAX_DEPTH,
-    SAYS_NOTHING,
-    References,
-    Schema,
-    limits,
-)
+from chat.tools.parameters import BRANCHES, MAX_DEPTH, SAYS_NOTHING, References, Schema, limits
+from engine.grammar_text import DEFINITIONS
 from engine.wire import GrammarPart
 from errors import UnsupportedParameter
 

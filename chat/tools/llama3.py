@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from chat.events import Event, Splitter, Text
-from chat.tools.base import Function, Messages, ToolFormat, one_call_a_turn, pattern
+from chat.tools.base import Function, Messages, ToolFormat, one_call_a_turn
 from chat.tools.calls import CallReader
+from engine.grammar_text import pattern
 
 TAG = "<|python_tag|>"
 

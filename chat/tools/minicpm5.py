@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chat.tools.base import Function, Messages, literal, pattern
+from chat.tools.base import Function, Messages, literal
 from chat.tools.calls import begun
 from chat.tools.tagged import NamedTags, arguments_of, written
+from engine.grammar_text import pattern
 from engine.wire import Segment
 
 CDATA, CDATA_END = "<![CDATA[", "]]>"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import unquote
 
+from engine.grammar_text import BY_NAME, DATA, DEFINITIONS
 from engine.wire import GrammarPart
 from errors import BadRequest
 
@@ -15,10 +16,7 @@ Form = Literal["text", "json", "either"]
 
 TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "object"})
 SAYS_NOTHING = {"title", "description", "default", "examples", "deprecated", "$comment", "$schema"}
-DEFINITIONS = ("$defs", "definitions")
-DATA = {"const", "enum", "default", "examples"}  # keywords whose values are no schemas
 BRANCHES = ("anyOf", "oneOf", "allOf")
-BY_NAME = {"properties", "patternProperties", "dependentSchemas"}  # and whose values hold some
 MAX_DEPTH = 32  # of schemas in one another
 MAX_COPIED = 50_000  # parts of the schemas of a function
 MAX_LIMIT = 1 << 16  # of lengths

@@ -45,10 +45,11 @@ from typing import Any, ClassVar
 
 from chat.events import Splitter
 from chat.splitter import JsonSpan, n_held
-from chat.tools.base import Function, Messages, Parts, Tool, ToolFormat, literal, pattern
+from chat.tools.base import Function, Messages, Parts, Tool, ToolFormat, literal
 from chat.tools.calls import HeadedCalls, begun, inner_json
 from chat.tools.hermes import CLOSE, OPEN
 from chat.tools.parameters import ANY, Parameter, Parameters
+from engine.grammar_text import pattern
 from engine.wire import GrammarPart
 from errors import UnsupportedParameter
 
