@@ -20,6 +20,8 @@ ReportProgress = Callable[[float], None]  # a fraction, 0…1
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
+MAX_SEQUENCES = 64  # of an encoder's batch; llama.cpp takes 256
+
 
 class CacheFull(Exception):
     """The memory had no cells for a batch, which was not computed. The memory is unchanged."""
@@ -197,6 +199,21 @@ class Encoder(Protocol):
         """
 
     def close(self) -> None: ...
+
+
+def check_batch(batch: Sequence_[Ids], encoder: Encoder) -> int:
+    """The number of its tokens. Raises ValueError for a batch that `encode` does not take."""
+    if not 0 < len(batch) <= encoder.n_sequences:
+        raise ValueError(f"a batch of {len(batch)} sequences, not of 1 to {encoder.n_sequences}")
+    if (n_tokens := sum(map(len, batch))) > encoder.n_tokens:
+        raise ValueError(f"a batch of {n_tokens} tokens, more than {encoder.n_tokens}")
+    for ids in batch:
+        if not 0 < len(ids) <= encoder.n_ctx:
+            raise ValueError(f"a sequence of {len(ids)} tokens, not of 1 to {encoder.n_ctx}")
+    every = np.concatenate(batch)
+    if every.min() < 0 or every.max() >= encoder.tokenizer.n_vocab:
+        raise ValueError(f"token ids that are not from 0 to {encoder.tokenizer.n_vocab - 1}")
+    return n_tokens
 
 
 def load_encoder(spec: WorkerSpec, progress: ReportProgress) -> Encoder:

@@ -22,6 +22,7 @@ from functools import lru_cache
 import numpy as np
 
 from engine.backends.base import (
+    MAX_SEQUENCES,
     Encoder,
     Floats,
     Ids,
@@ -29,6 +30,7 @@ from engine.backends.base import (
     ReportProgress,
     Specials,
     Tokenizer,
+    check_batch,
 )
 from engine.backends.fake import N_EMBD, Script, begin_load
 from engine.heads import Heads
@@ -77,7 +79,7 @@ class FakeEncoder:
 
     specials = Specials(BEGIN, END, (END, END), frozenset(range(len(_SPECIALS))))
     n_embd = N_EMBD
-    n_sequences = 64
+    n_sequences = MAX_SEQUENCES
     pooling: Pooling | None = "cls"
     default_pooling: Pooling = "cls"
     template: str | None = None
@@ -105,15 +107,11 @@ class FakeEncoder:
         self._script = script
 
     def encode(self, batch: Sequence[Ids], go_on: Callable[[], bool] = lambda: True) -> Floats:
-        lengths = [len(ids) for ids in batch]
-        if not 0 < len(batch) <= self.n_sequences or sum(lengths) > self.n_tokens:
-            raise ValueError(f"a batch of {len(batch)} sequences with {sum(lengths)} tokens")
-        if not 0 < min(lengths) <= max(lengths) <= self.n_ctx:
-            raise ValueError(f"sequences of {lengths} tokens")
-        self.batches.append(lengths)
+        n_tokens = check_batch(batch, self)
+        self.batches.append([len(ids) for ids in batch])
         faults = [self._script.rule(self._words.text(ids)).fault for ids in batch]
         self._maybe_fail(faults, go_on)
-        time.sleep(self._script.step_ms / 1e3 + self._script.token_us / 1e6 * sum(lengths))
+        time.sleep(self._script.step_ms / 1e3 + self._script.token_us / 1e6 * n_tokens)
         if not go_on():
             raise Interrupted
         bad = {"nan"} if len(batch) == 1 else {"nan", "nan_in_company"}

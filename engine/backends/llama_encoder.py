@@ -17,6 +17,7 @@ import llama_cpp as lib
 import numpy as np
 
 from engine.backends.base import (
+    MAX_SEQUENCES,
     Encoder,
     Floats,
     Ids,
@@ -24,6 +25,7 @@ from engine.backends.base import (
     ReportProgress,
     Specials,
     Tokenizer,
+    check_batch,
 )
 from engine.backends.llama_model import (
     Error,
@@ -46,7 +48,6 @@ from errors import InsufficientMemory, ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
 
-MAX_SEQUENCES = 64  # of a batch; llama.cpp takes 256
 MAX_SPARE_BYTES = 1 << 29  # of room for outputs beyond what a batch needs
 SPARE_TOKENS = 128  # the same where its pages cannot be given back
 MAX_ROW_BYTES = 1 << 24  # then pages are given back
@@ -342,24 +343,15 @@ class LlamaEncoder:
         return np.ctypeslib.as_array(rows, shape=(n_tokens, self.n_embd))
 
     def _fill(self, batch: Sequence[Ids]) -> int:
-        """Raises ValueError for what would end the process, or what makes no sense."""
-        if not 0 < len(batch) <= self.n_sequences:
-            raise ValueError(f"a batch of {len(batch)} sequences, not of 1 to {self.n_sequences}")
-        n_tokens = sum(map(len, batch))
-        if n_tokens > self.n_tokens:
-            raise ValueError(f"a batch of {n_tokens} tokens, more than {self.n_tokens}")
+        """Raises ValueError."""
+        n_tokens = check_batch(batch, self)
         at = 0
         for number, ids in enumerate(batch):
-            if not 0 < len(ids) <= self.n_ctx:
-                raise ValueError(f"a sequence of {len(ids)} tokens, not of 1 to {self.n_ctx}")
             end = at + len(ids)
             self._token[at:end] = ids
             self._pos[at:end] = np.arange(len(ids))
             self._sequence[at:end] = number
             at = end
-        filled = self._token[:n_tokens]
-        if filled.min() < 0 or filled.max() >= self.tokenizer.n_vocab:
-            raise ValueError(f"token ids that are not from 0 to {self.tokenizer.n_vocab - 1}")
         return n_tokens
 
     def _score(self, sequence: int) -> float:

@@ -11,14 +11,21 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Floats, Ids, Interrupted, Specials, Tokenizer
+from engine.backends.base import (
+    MAX_SEQUENCES,
+    Floats,
+    Ids,
+    Interrupted,
+    Specials,
+    Tokenizer,
+    check_batch,
+)
 from engine.heads import heads_of
 from engine.model_file import ModelFile
 from engine.model_folder import pooling_in
 from engine.types import Pooling, Scale
 from engine.wire import WorkerSpec
 
-MAX_SEQUENCES = 64  # of a batch
 CALL_TOKENS = 20  # so many could be computed in the time that a call takes beside its tokens
 
 
@@ -68,7 +75,7 @@ class PaddedEncoder(ABC):
             raise Interrupted
 
     def encode(self, batch: Sequence[Ids], go_on: Callable[[], bool] = lambda: True) -> Floats:
-        self._check(batch)
+        check_batch(batch, self)
         self._go_on = go_on
         lengths = [len(ids) for ids in batch]
         ends = np.cumsum(lengths)
@@ -95,18 +102,6 @@ class PaddedEncoder(ABC):
             is_border = ids == self.specials.end
             types = (np.cumsum(is_border, axis=1) - is_border > 0) * mask
         return Inputs(ids, mask, types)
-
-    def _check(self, batch: Sequence[Ids]) -> None:
-        """Raises ValueError. On a GPU an id that is not there would end the process."""
-        if not 0 < len(batch) <= self.n_sequences:
-            raise ValueError(f"a batch of {len(batch)} sequences, not of 1 to {self.n_sequences}")
-        if (n_tokens := sum(map(len, batch))) > self.n_tokens:
-            raise ValueError(f"a batch of {n_tokens} tokens, more than {self.n_tokens}")
-        for ids in batch:
-            if not 0 < len(ids) <= self.n_ctx:
-                raise ValueError(f"a sequence of {len(ids)} tokens, not of 1 to {self.n_ctx}")
-            if min(ids) < 0 or max(ids) >= self.tokenizer.n_vocab:
-                raise ValueError(f"token ids that are not from 0 to {self.tokenizer.n_vocab - 1}")
 
 
 def groups(lengths: Sequence[int]) -> list[list[int]]:
