@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.file_names import COLBERT, HEAD_SUFFIXES, PACKED_HEADS, SPARSE
-from engine.model_file import open_header
+from engine.model_file import Header, open_header
 from engine.tensors import read_tensors
 from engine.torch_file import Floats
 from engine.wire import EncoderSpec
@@ -41,14 +41,14 @@ def heads_of(
         return None, ()
     sparse = Path(encoder.sparse_head_path) if encoder.sparse_head_path else None
     colbert = Path(encoder.colbert_head_path) if encoder.colbert_head_path else None
-    heads = read_heads(model_path, n_embd, sparse, colbert)
-    return heads, missing_heads(model_path, sparse, colbert) if heads is None else ()
+    return find_heads(model_path, n_embd, sparse, colbert)
 
 
-def read_heads(
+def find_heads(
     model_path: Path, n_embd: int, sparse_path: Path | None, colbert_path: Path | None
-) -> Heads | None:
-    """The heads of a model, or None where one of them is nowhere.
+) -> tuple[Heads | None, tuple[str, ...]]:
+    """The heads of a model, or None where one of them is nowhere, and the names of the files that
+    would have to be put beside the model then: none, where no such file would be taken.
 
     Each is looked for in this order, and the first place that has it counts:
 
@@ -60,39 +60,39 @@ def read_heads(
 
     Raises ModelLoadFailed with one sentence that names the file, for heads that do not fit.
     """
-    sparse = _find(SPARSE, model_path, n_embd, sparse_path)
-    colbert = _find(COLBERT, model_path, n_embd, colbert_path)
-    if sparse is None or colbert is None:
-        return None
+    given = {SPARSE: sparse_path, COLBERT: colbert_path}
+    inside: dict[str, _Layer | None] = {}
+    packed, takes_loose = None, True
+    if not model_path.is_dir():
+        packed = _packed(model_path)
+        with open_header(model_path) as header:
+            takes_loose = _takes_loose(header)
+            inside = {name: _from_metadata(name, header) for name in given if not given[name]}
+    found, missing = [], []
+    for name in given:
+        loose = _loose(name, model_path) if takes_loose else None
+        layer, path = inside.get(name), given[name] or packed or loose
+        if layer is None and path is not None:
+            layer = _from_file(name, path)
+            if path is loose and not model_path.is_dir() and layer.weight.shape[-1:] != (n_embd,):
+                continue  # another model's
+        if layer is not None:
+            found.append(layer)
+        elif takes_loose:
+            missing.append(f"{name}.pt")
+    if len(found) < 2:
+        return None, tuple(missing)
+    sparse, colbert = found
     # In metadata the arrays are flat; their last dimension is the model's.
     sparse_weight = sparse.shaped("weight", (1, n_embd))
     n_colbert = colbert.bias.size
-    return Heads(
+    heads = Heads(
         sparse_weight=sparse_weight[0],
         sparse_bias=float(sparse.shaped("bias", (1,))[0]),
         colbert_weight=colbert.shaped("weight", (n_colbert, n_embd)),
         colbert_bias=colbert.shaped("bias", (n_colbert,)),
     )
-
-
-def missing_heads(
-    model_path: Path, sparse_path: Path | None, colbert_path: Path | None
-) -> tuple[str, ...]:
-    """Names of the files that would have to be put beside the model, for a message.
-
-    Empty where nothing is missing, or no such file would be taken. It reads no weights.
-    """
-    if not _takes_loose(model_path):
-        return ()
-    names = ((SPARSE, sparse_path), (COLBERT, colbert_path))
-    return tuple(
-        f"{name}.pt"
-        for name, given in names
-        if given is None
-        and not _in_metadata(name, model_path)
-        and not _packed(model_path)
-        and not _loose(name, model_path)
-    )
+    return heads, ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +118,6 @@ class _Layer:
         return np.array(values.reshape(shape))  # no view of a file that may be replaced
 
 
-def _find(name: str, model_path: Path, n_embd: int, given: Path | None) -> _Layer | None:
-    if given is not None:
-        return _from_file(name, given)
-    if found := _from_metadata(name, model_path):
-        return found
-    if packed := _packed(model_path):
-        return _from_file(name, packed)
-    path = _loose(name, model_path)
-    if path is None or not _takes_loose(model_path):
-        return None
-    layer = _from_file(name, path)
-    is_others = not model_path.is_dir() and layer.weight.shape[-1:] != (n_embd,)
-    return None if is_others else layer
-
-
 def _from_file(name: str, path: Path) -> _Layer:
     """The layer of a file with one layer, or of that name in a file with several."""
     tensors = read_tensors(path)
@@ -145,29 +130,17 @@ def _from_file(name: str, path: Path) -> _Layer:
         ) from None
 
 
-def _from_metadata(name: str, model_path: Path) -> _Layer | None:
-    if model_path.is_dir():
-        return None
-    with open_header(model_path) as header:
-        weight = header.floats(f"{METADATA_PREFIX}{name}.weight")
-        bias = header.floats(f"{METADATA_PREFIX}{name}.bias")
-    if weight is None or bias is None:
-        return None
-    return _Layer(model_path.name, weight, bias)
-
-
-def _in_metadata(name: str, model_path: Path) -> bool:
-    if model_path.is_dir():
-        return False
-    with open_header(model_path) as header:
-        return f"{METADATA_PREFIX}{name}.weight" in header.metadata
+def _from_metadata(name: str, header: Header) -> _Layer | None:
+    weight = header.floats(f"{METADATA_PREFIX}{name}.weight")
+    bias = header.floats(f"{METADATA_PREFIX}{name}.bias")
+    return None if weight is None or bias is None else _Layer(header.name, weight, bias)
 
 
 def _packed(model_path: Path) -> Path | None:
     """The file beside a GGUF that by its name has the heads of this one."""
     stem = _QUANTIZATION.sub("", model_path.stem)
     path = model_path.with_name(f"{stem}{PACKED_HEADS}")
-    return path if path.is_file() and not model_path.is_dir() else None
+    return path if path.is_file() else None
 
 
 def _loose(name: str, model_path: Path) -> Path | None:
@@ -177,16 +150,14 @@ def _loose(name: str, model_path: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _takes_loose(model_path: Path) -> bool:
-    """Whether loose files can be its heads: a GGUF has to be an XLM-R with the row of CLS."""
-    if model_path.is_dir():
-        return True
-    with open_header(model_path) as header:
-        return (
-            header.text("general.architecture") == "bert"
-            and header.text("tokenizer.ggml.model") == "t5"
-            and header.number("bert.pooling_type", _POOLING_NONE) in (_POOLING_NONE, _POOLING_CLS)
-        )
+def _takes_loose(header: Header) -> bool:
+    """Whether loose files beside a GGUF can be its heads: it has to be an XLM-R with the row of
+    CLS."""
+    return (
+        header.text("general.architecture") == "bert"
+        and header.text("tokenizer.ggml.model") == "t5"
+        and header.number("bert.pooling_type", _POOLING_NONE) in (_POOLING_NONE, _POOLING_CLS)
+    )
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.heads import missing_heads, read_heads
+from engine.heads import find_heads
 from engine.model_file import open_header, read_model_file
 from errors import ModelLoadFailed
 from models.convert.bge_m3 import convert
@@ -60,9 +60,9 @@ def test_an_embedder_gives_all_three_outputs_from_one_file(
 
     file = read_model_file(out)
     assert (file.kind, file.name, file.n_ctx_train) == ("embedding", "bge-m3", 512)
-    assert missing_heads(out, None, None) == ()
-    heads = read_heads(out, model.n_embd, None, None)
+    heads, missing = find_heads(out, model.n_embd, None, None)
     assert heads is not None
+    assert missing == ()
     assert (heads.sparse_weight == model.heads["sparse_linear"].weight[0]).all()
     assert heads.sparse_bias == model.heads["sparse_linear"].bias[0]
     assert (heads.colbert_weight == model.heads["colbert_linear"].weight).all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine.heads import Heads, missing_heads, read_heads
+from engine.heads import Heads, find_heads
 from engine.tensors import read_tensors
 from errors import ModelLoadFailed
 from models.convert.hf_folder import write_safetensors
@@ -44,15 +44,15 @@ def model(tmp_path: Path) -> Path:
 
 
 def heads_of(model: Path, sparse: Path | None = None, colbert: Path | None = None) -> Heads:
-    heads = read_heads(model, N_EMBD, sparse, colbert)
+    heads, missing = find_heads(model, N_EMBD, sparse, colbert)
     assert heads is not None
-    assert missing_heads(model, sparse, colbert) == ()
+    assert missing == ()
     return heads
 
 
 def refused(*args: Any) -> str:
     with pytest.raises(ModelLoadFailed) as error:
-        read_heads(*args)
+        find_heads(*args)
     return error.value.message
 
 
@@ -60,11 +60,10 @@ def refused(*args: Any) -> str:
 
 
 def test_a_model_without_heads_says_which_files_are_missing(model: Path) -> None:
-    assert read_heads(model, N_EMBD, None, None) is None
-    assert missing_heads(model, None, None) == ("sparse_linear.pt", "colbert_linear.pt")
+    missing = "sparse_linear.pt", "colbert_linear.pt"
+    assert find_heads(model, N_EMBD, None, None) == (None, missing)
     write_pt(model.with_name("sparse_linear.pt"), layer(1))
-    assert read_heads(model, N_EMBD, None, None) is None
-    assert missing_heads(model, None, None) == ("colbert_linear.pt",)
+    assert find_heads(model, N_EMBD, None, None) == (None, missing[1:])
 
 
 def test_the_files_of_bge_m3_are_found_beside_the_model(model: Path) -> None:
@@ -118,8 +117,7 @@ def test_heads_beside_another_kind_of_model_are_not_its_own(
     sparse = write_pt(model.with_name("sparse_linear.pt"), layer(1))
     colbert = write_pt(model.with_name("colbert_linear.pt"), layer(6))
     other = bge_m3(model.with_name("other.gguf"), **metadata)
-    assert read_heads(other, N_EMBD, None, None) is None
-    assert missing_heads(other, None, None) == (), "none would be taken"
+    assert find_heads(other, N_EMBD, None, None) == (None, ()), "none would be taken"
     heads_of(model)
     heads_of(other, sparse, colbert)
     both = named("sparse_linear", layer(1)) | named("colbert_linear", layer(6))
@@ -130,8 +128,7 @@ def test_heads_beside_another_kind_of_model_are_not_its_own(
 def test_heads_of_another_width_beside_a_model_are_not_its_own(model: Path) -> None:
     for name, n_out in (("sparse_linear", 1), ("colbert_linear", 6)):
         write_pt(model.with_name(f"{name}.pt"), layer(n_out, n_embd=16))
-    assert read_heads(model, N_EMBD, None, None) is None
-    assert missing_heads(model, None, None) == ()
+    assert find_heads(model, N_EMBD, None, None) == (None, ())
 
 
 @pytest.mark.parametrize(

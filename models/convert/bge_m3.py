@@ -20,7 +20,7 @@ import gguf
 import numpy as np
 
 from engine.file_names import COLBERT, SPARSE
-from engine.heads import METADATA_PREFIX, missing_heads, read_heads
+from engine.heads import METADATA_PREFIX, find_heads
 from engine.model_folder import pooling_in
 from engine.tensors import read_tensors
 from engine.torch_file import Floats
@@ -173,10 +173,9 @@ def _gguf_name(name: str) -> str:
 
 def _heads(directory: Path, n_embd: int) -> dict[str, Floats]:
     """BGE-M3's two, flat, by the keys that engine/heads.py looks for; none where there are none."""
-    missing = missing_heads(directory, None, None)
+    heads, missing = find_heads(directory, n_embd, None, None)
     if len(missing) == 1:
         raise ModelLoadFailed(f"{directory.name} has no {missing[0]}; download it too.")
-    heads = read_heads(directory, n_embd, None, None)
     if heads is None:
         return {}
     return {
