@@ -200,7 +200,7 @@ def test_a_library_that_is_missing_is_told_with_the_line_to_run(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", Any)
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setattr(flag_encoder, "_QUIET", {})
+    monkeypatch.setattr(flag_encoder, "QUIET", {})
     with pytest.raises(ModelLoadFailed, match="needs FlagEmbedding") as caught:
         load(folders / "embedder")
     assert "./setup.sh --flag" in caught.value.message
@@ -330,7 +330,7 @@ def net(monkeypatch: pytest.MonkeyPatch) -> dict[str, Net]:
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "FlagEmbedding", flag)
-    monkeypatch.setattr(flag_encoder, "_QUIET", {})
+    monkeypatch.setattr(flag_encoder, "QUIET", {})
     return nets
 
 

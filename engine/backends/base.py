@@ -20,6 +20,13 @@ ReportProgress = Callable[[float], None]  # a fraction, 0…1
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
+# of libraries of Hugging Face, which look at it when they are imported
+QUIET = {
+    "HF_HUB_OFFLINE": "1",  # what is not in the directory is not fetched either
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 MAX_SEQUENCES = 64  # of an encoder's batch; llama.cpp takes 256
 
 
@@ -246,6 +253,21 @@ def load_engine(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     else:
         raise ModelLoadFailed(f"Backend '{spec.backend}' is not known.")
     return load(spec, progress)
+
+
+@contextmanager
+def importing(backend: str, needed: str) -> Iterator[None]:
+    """Raises ModelLoadFailed where a library that is an extra is not there, or is broken."""
+    try:
+        yield
+    except (ImportError, OSError) as error:
+        raise ModelLoadFailed(
+            f"The backend {backend} needs {needed} ({first_line(error)}): {install(backend)}."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def install(backend: str) -> str:

@@ -12,7 +12,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engine.backends.base import Encoder, Floats, ReportProgress, Specials, install
+from engine.backends.base import (
+    QUIET,
+    Encoder,
+    Floats,
+    ReportProgress,
+    Specials,
+    first_line,
+    importing,
+)
 from engine.backends.bert_folder import check_weights
 from engine.backends.hf_tokenizer import FolderTokenizer
 from engine.backends.padded import Inputs, PaddedEncoder
@@ -22,12 +30,6 @@ from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
 logger = logging.getLogger("worker.flag")
-
-_QUIET = {
-    "HF_HUB_OFFLINE": "1",  # what is not in the directory is not fetched either
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 def load(spec: WorkerSpec, progress: ReportProgress) -> Encoder:
@@ -41,7 +43,9 @@ class FlagEncoder(PaddedEncoder):
         ranks = self.scale is not None
         check_weights(facts, ranks=ranks)
         progress(0.0)
-        self._torch, flag = _libraries()
+        os.environ.update(QUIET)
+        with importing("flag", "FlagEmbedding and torch"):
+            self._torch, flag = import_module("torch"), import_module("FlagEmbedding")
         progress(0.5)
         self._torch.set_num_threads(spec.n_threads)
         has_gpu = spec.n_gpu_layers != 0 and self._torch.cuda.is_available()
@@ -80,17 +84,6 @@ class FlagEncoder(PaddedEncoder):
         self._model = None
 
 
-def _libraries() -> tuple[Any, Any]:
-    os.environ.update(_QUIET)  # they look at it when they are imported
-    try:
-        return import_module("torch"), import_module("FlagEmbedding")
-    except (ImportError, OSError) as error:
-        raise ModelLoadFailed(
-            f"The backend flag needs FlagEmbedding and torch ({_first_line(error)}): "
-            f"{install('flag')}."
-        ) from error
-
-
 def _loaded(flag_class: Any, facts: ModelFile, device: str) -> Any:
     try:
         return flag_class(str(facts.path), use_fp16=device != "cpu", devices=device)
@@ -98,12 +91,8 @@ def _loaded(flag_class: Any, facts: ModelFile, device: str) -> Any:
         raise
     except Exception as error:  # whatever there is in transformers, tokenizers, safetensors, torch
         logger.warning("%s cannot be loaded", facts.name, exc_info=error)
-        reason = _first_line(error).replace(str(facts.path), facts.name)
+        reason = first_line(error).replace(str(facts.path), facts.name)
         raise ModelLoadFailed(f"FlagEmbedding cannot load {facts.name}: {reason}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def _specials(tokenizer: Any, *, is_bert: bool) -> Specials:

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from engine.backends.base import Constraint, Engine, ReportProgress, Tokenizer, install
+from engine.backends.base import QUIET, Constraint, Engine, ReportProgress, Tokenizer, install
 from engine.backends.mlx_prompts import Cache, Prompts, beginning, can_cut, n_usable
 from engine.backends.mlx_rows import Rows, ScoredPrompt, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
@@ -36,12 +36,6 @@ logger = logging.getLogger("worker.mlx")
 
 CPU_PREFILL = 64  # prompt tokens of a step whose pace is not measured, or it may take minutes
 N_LOADS = 16  # parts in which weights are read, to tell how far it is
-_QUIET = {
-    "HF_HUB_OFFLINE": "1",  # what is not in the directory is not fetched either
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
@@ -54,7 +48,7 @@ def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
 
 def import_mlx(spec: WorkerSpec) -> Any:
     """mlx.core, with the device chosen. Raises ModelLoadFailed where it is not installed."""
-    for key, value in _QUIET.items():
+    for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     try:
         mx = import_module("mlx.core")

@@ -7,16 +7,14 @@ less. One thread calls mlx.
 import threading
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from engine.backends.base import Encoder, Floats, ReportProgress, install
+from engine.backends.base import Encoder, Floats, ReportProgress, importing
 from engine.backends.bert_folder import read_shape, read_tokenizer, read_weights
 from engine.backends.padded import Inputs, PaddedEncoder
 from engine.model_folder import read_model_folder
 from engine.wire import WorkerSpec
-from errors import ModelLoadFailed
 
 CACHE_BYTES = 256 << 20  # of memory that mlx keeps for arrays to come
 
@@ -30,7 +28,9 @@ class MlxEncoder(PaddedEncoder):
         facts = read_model_folder(Path(spec.model_path))
         super().__init__(spec, facts)
         progress(0.0)
-        self._mx, bert, tokenizers = _libraries()
+        with importing("mlx", "mlx and tokenizers"):
+            self._mx, tokenizers = import_module("mlx.core"), import_module("tokenizers")
+            bert = import_module("engine.backends.mlx_bert")
         shape = read_shape(facts, ranks=self.scale is not None)
         self.tokenizer, self.specials, self.padding = read_tokenizer(facts, tokenizers)
         tensors = read_weights(facts, shape)
@@ -63,13 +63,3 @@ class MlxEncoder(PaddedEncoder):
         self._mx.clear_cache()
         if threading.current_thread() is not threading.main_thread():
             self._mx.clear_streams()
-
-
-def _libraries() -> tuple[Any, Any, Any]:
-    try:
-        mx, tokenizers = import_module("mlx.core"), import_module("tokenizers")
-        return mx, import_module("engine.backends.mlx_bert"), tokenizers
-    except ImportError as error:
-        raise ModelLoadFailed(
-            f"The backend mlx needs mlx and tokenizers ({error}): {install('mlx')}."
-        ) from error

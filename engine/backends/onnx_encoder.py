@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.backends.base import Encoder, Floats, ReportProgress, install
+from engine.backends.base import Encoder, Floats, ReportProgress, importing
 from engine.backends.bert_folder import read_shape, read_tokenizer, read_weights
 from engine.backends.padded import Inputs, PaddedEncoder
 from engine.model_folder import read_model_folder
 from engine.wire import WorkerSpec
-from errors import ModelLoadFailed
 
 ASK_EVERY_S = 0.05
 # Of padded sequences a layer's attention is in memory as a whole: 64 MB. Longer ones go alone.
@@ -34,7 +33,9 @@ class OnnxEncoder(PaddedEncoder):
         assert spec.encoder is not None
         self._usual_tokens = spec.encoder.batch_tokens
         progress(0.0)
-        self._runtime, bert, tokenizers = _libraries()
+        with importing("onnx", "onnxruntime, onnx and tokenizers"):
+            self._runtime, tokenizers = import_module("onnxruntime"), import_module("tokenizers")
+            bert = import_module("engine.backends.onnx_bert")
         shape = read_shape(facts, ranks=self.scale is not None)
         self._n_head = shape.n_head
         self.tokenizer, self.specials, self.padding = read_tokenizer(facts, tokenizers)
@@ -95,13 +96,3 @@ class OnnxEncoder(PaddedEncoder):
     def close(self) -> None:
         self._thread.shutdown()
         self._session = None
-
-
-def _libraries() -> tuple[Any, Any, Any]:
-    try:
-        runtime, tokenizers = import_module("onnxruntime"), import_module("tokenizers")
-        return runtime, import_module("engine.backends.onnx_bert"), tokenizers
-    except ImportError as error:
-        raise ModelLoadFailed(
-            f"The backend onnx needs onnxruntime, onnx and tokenizers ({error}): {install('onnx')}."
-        ) from error
