@@ -1,5 +1,5 @@
 """What is certainly too long for a model, found without tokenising, which would keep its worker
-busy for nothing."""
+busy for nothing; and for a reply."""
 
 import re
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages."""
 
 import asyncio
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from api.sampling import ALL_CONSTRAINTS, validity
 from api.sse import EventStream, Form, begun, event
 from api.tokens import MAX_LENGTH
 from chat.events import CallBegin, Event, Reasoning
+from chat.tools.parameters import read_json
 from engine import wire
 from errors import BadRequest
 
@@ -187,11 +187,7 @@ def _object(arguments: str) -> str:
     """The arguments as they were written, since no number in them is to lose digits; none where
     they were cut."""
     try:
-        is_object = isinstance(json.loads(arguments, parse_constant=_no_json), dict)
+        is_object = isinstance(read_json(arguments), dict)
     except (ValueError, RecursionError):
         is_object = False
     return arguments if is_object else "{}"
-
-
-def _no_json(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON.")

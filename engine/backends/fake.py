@@ -14,7 +14,8 @@ longer an answer, the higher the log probability of its tokens; that of a prompt
 the greater the token before it.
 
 A rule's `fault` happens in the first step that decodes the prompt's end, or after `after` bytes of
-the answer: `step` raises, `crash` kills the process, `hang` never returns.
+the answer: `step` raises, `crash` kills the process, `hang` never returns. For encoders there are
+`heads` and more faults: see `fake_encoder.py`.
 
 What it answers is read back from the cells that the scheduler filled, so a mistake in slots,
 positions or prefixes shows as a wrong answer.
