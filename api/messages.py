@@ -19,6 +19,7 @@ from api.prompt import prompt_of
 from api.sampling import ALL_CONSTRAINTS, validity
 from api.sse import EventStream, Form, begun, event
 from api.tokens import MAX_LENGTH
+from api.transcript import packed_thoughts
 from chat.events import CallBegin, Event, Reasoning
 from chat.tools.parameters import read_json
 from engine import wire
@@ -113,6 +114,7 @@ class _Reply(BlockReply):
         self._hides_thoughts = hides_thoughts
         self._content: list[dict[str, Any]] = []
         self._arguments = ""  # of the open call
+        self._thoughts = ""  # that are open and hidden
         self.message: dict[str, Any] = {
             "id": generation.new_id("msg_"),
             "type": "message",
@@ -142,6 +144,7 @@ class _Reply(BlockReply):
     def add(self, text: str, logprobs: Sequence[wire.TokenLogprob]) -> Iterable[Data]:
         block = self._content[-1]
         if block["type"] == "thinking" and self._hides_thoughts:
+            self._thoughts += text
             return
         delta, field = DELTAS[block["type"]]
         if block["type"] == "tool_use":
@@ -154,6 +157,10 @@ class _Reply(BlockReply):
         block = self._content[-1]
         if block["type"] == "tool_use":
             block["input"] = msgspec.Raw(_object(self._arguments).encode())
+        if block["type"] == "thinking":  # some clients send back only those that have a signature
+            block["signature"], self._thoughts = packed_thoughts(self._thoughts), ""
+            delta = {"type": "signature_delta", "signature": block["signature"]}
+            yield self._event("content_block_delta", delta=delta)
         yield self._event("content_block_stop")
 
     def end(self, end: turn.End) -> Iterable[Data]:

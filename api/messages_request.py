@@ -22,12 +22,12 @@ from api.chat_request import (
 from api.fields import Extensible, Switch, kind_of_content, unknown_in
 from api.keep_alive import KeepAlive
 from api.sampling import StopList, TopK, UnitInterval
-from api.transcript import Transcript
+from api.transcript import Transcript, thoughts_in
 from errors import BadRequest, UnsupportedParameter
 
 BLOCKS = ("thinking", "redacted_thinking", "tool_use", "tool_result")  # others are text
 # of a block, as it came from the service, or about what is remembered anyway
-BESIDE = ("type", "cache_control", "signature", "caller")
+BESIDE = ("type", "cache_control", "caller")
 DEFAULT_EFFORT = "medium"  # where thinking is asked for and an effort is not
 # What Claude Code bills by: other words in each request, so no prompt would begin like another.
 BILLING = "x-anthropic-billing-header:"
@@ -35,6 +35,7 @@ BILLING = "x-anthropic-billing-header:"
 
 class ThinkingBlock(Extensible):
     thinking: str
+    signature: str | None = None  # where they are hidden
 
 
 class RedactedBlock(Extensible):
@@ -257,7 +258,8 @@ class PromptRequest(Extensible):
                     transcript.text(message.role, text, between=between)
                     between = ""  # blocks of one message are one text
                 elif isinstance(block, ThinkingBlock):
-                    transcript.thoughts(block.thinking)
+                    hidden = "" if block.thinking else thoughts_in(block.signature or "")
+                    transcript.thoughts(block.thinking or hidden or "")
                 elif isinstance(block, CallBlock):
                     transcript.call(block.id, block.name, block.input)
                 elif isinstance(block, ResultBlock):

@@ -14,9 +14,10 @@ from api.deps import ServicesDep, while_connected
 from api.errors import client_names
 from api.fields import ignored_params, refuse
 from api.keep_alive import not_kept
-from api.responses_request import ResponsesRequest, packed_thoughts
+from api.responses_request import ResponsesRequest
 from api.sampling import ALL_CONSTRAINTS, validity
 from api.sse import EventStream, Form, begun, event
+from api.transcript import packed_thoughts
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
 from errors import BadRequest, ContextLengthExceeded, QueueFull, ServiceError

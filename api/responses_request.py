@@ -1,6 +1,5 @@
 """What a client may ask of OpenAI's Responses, and the chat that it comes to."""
 
-from base64 import b64decode, b64encode
 from collections.abc import Container, Iterator
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
@@ -43,12 +42,11 @@ from api.sampling import (
     TopLogprobs,
     UnitInterval,
 )
-from api.transcript import Transcript
+from api.transcript import Transcript, thoughts_in
 from errors import BadRequest, UnsupportedParameter
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
-THOUGHTS_MARK = b"quintet:"
 # of items that there are none of; clients ask for them where they bring such a tool
 ABOUT_OTHERS = (
     "code_interpreter_call.outputs", "computer_call_output.output.image_url",
@@ -73,22 +71,6 @@ NAMES = {
 
 
 Parts = Annotated[list[ContentPart], Field(max_length=MAX_PARTS, fail_fast=True)]
-
-
-def packed_thoughts(text: str) -> str:
-    """Thoughts as `encrypted_content`, which is what many clients send back of them, and all. It is
-    no secret: they come as they are beside it."""
-    return b64encode(THOUGHTS_MARK + text.encode()).decode()
-
-
-def thoughts_in(packed: str) -> str | None:
-    """None where it is another provider's, or broken."""
-    try:
-        content = b64decode(packed, validate=True)
-        is_ours = content.startswith(THOUGHTS_MARK)
-        return content.removeprefix(THOUGHTS_MARK).decode() if is_ours else None
-    except ValueError:
-        return None
 
 
 class MessageItem(Said):

@@ -1,7 +1,10 @@
 """The messages of a chat, put together from the pieces that other formats cut them into."""
 
+from base64 import b64decode, b64encode
 from dataclasses import dataclass, field
 from typing import Any
+
+THOUGHTS_MARK = b"quintet:"
 
 
 @dataclass(slots=True)
@@ -37,3 +40,19 @@ class Transcript:
             last = {"role": role}
             self.messages.append(last)
         return last
+
+
+def packed_thoughts(text: str) -> str:
+    """Thoughts as `encrypted_content` of Responses, which is what many clients send back of them,
+    and all; or as the `signature` of Messages. It is no secret."""
+    return b64encode(THOUGHTS_MARK + text.encode()).decode()
+
+
+def thoughts_in(packed: str) -> str | None:
+    """None where it is another provider's, or broken."""
+    try:
+        content = b64decode(packed, validate=True)
+        is_ours = content.startswith(THOUGHTS_MARK)
+        return content.removeprefix(THOUGHTS_MARK).decode() if is_ours else None
+    except ValueError:
+        return None

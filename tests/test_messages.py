@@ -12,6 +12,7 @@ import pytest
 
 from api.errors import envelope
 from api.messages_request import MessagesRequest
+from api.transcript import packed_thoughts
 from errors import (
     InternalError,
     ModelLoadFailed,
@@ -124,7 +125,7 @@ def test_thoughts_text_and_calls_are_blocks_in_their_order(service: Service) -> 
     body = body_of(service.message("weather", tools=[WEATHER]))
     assert body["content"][2].pop("id").startswith("toolu_")
     assert body["content"] == [
-        {"type": "thinking", "thinking": "Hm.", "signature": ""},
+        {"type": "thinking", "thinking": "Hm.", "signature": packed_thoughts("")},
         {"type": "text", "text": "Let me look."},
         {"type": "tool_use", "name": "get_weather", "input": {"city": "Paris"}},
     ]
@@ -154,6 +155,9 @@ def test_a_stream_tells_how_the_message_grows(service: Service) -> None:
         }[block["type"]]
         assert start["content_block"]["type"] == block["type"]
         assert not start["content_block"].get(field)
+        if block["type"] == "thinking":
+            signed = deltas.pop()["delta"]
+            assert signed == {"type": "signature_delta", "signature": block["signature"]}
         assert {data["delta"]["type"] for data in deltas} == {kind}
         said = "".join(data["delta"][field] for data in deltas)
         assert (json.loads(said) if "input" in block else said) == block.get(
@@ -268,6 +272,24 @@ def test_thoughts_may_be_left_out(service: Service) -> None:
     ]
     assert "text_delta" in kinds
     assert "thinking_delta" not in kinds
+
+
+@pytest.mark.parametrize("display", ["omitted", None])
+def test_thoughts_come_back_to_the_model_whether_they_were_shown_or_not(
+    service: Service, display: str | None
+) -> None:
+    asked = {"type": "adaptive"} | ({"display": display} if display else {})
+    body = body_of(service.message("think", thinking=asked))
+    assert bool(body["content"][0]["thinking"]) == (display is None)
+    assert body["content"][0]["signature"]
+    request = chat(
+        {"role": "user", "content": "think"}, {"role": "assistant", "content": body["content"]},
+        {"role": "user", "content": "Go on."},
+    )  # fmt: skip
+    assert request["messages"][1]["reasoning_content"] == "Well."
+    others = [{"type": "thinking", "thinking": "", "signature": "EqQBCgIYAhIM"}, text("Hi")]
+    past = chat({"role": "user", "content": "Hi"}, {"role": "assistant", "content": others})
+    assert past["messages"][1] == {"role": "assistant", "reasoning_content": "", "content": "Hi"}
 
 
 @pytest.mark.parametrize("stream", [False, True])
