@@ -161,6 +161,7 @@ class PromptRequest(Extensible):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # the same as its `format`, as betas have it
     cache_control: Any = None  # what prompts have in common is remembered anyway
 
     @property
@@ -169,7 +170,9 @@ class PromptRequest(Extensible):
         has_effort = self.output_config is not None and self.output_config.effort is not None
         return {
             r"^continue_final_message$": "messages",
-            r"^response_format.*": "output_config.format",
+            r"^response_format.*": "output_format"
+            if self.output_format
+            else "output_config.format",
             r"^reasoning_effort$": "output_config.effort" if has_effort else "thinking",
             r"^thinking_budget_tokens$": "thinking.budget_tokens",
             r"\.function\.parameters": ".function.input_schema",
@@ -204,6 +207,7 @@ class PromptRequest(Extensible):
         yield from unknown_in("thinking", self.thinking)
         yield from unknown_in("output_config", wanted)
         yield from unknown_in("output_config.format", wanted and wanted.format)
+        yield from unknown_in("output_format", self.output_format)
         for place, tool in placed(self.tools):
             if isinstance(tool, ClientTool):
                 yield from unknown_in(place, tool)
@@ -226,6 +230,11 @@ class PromptRequest(Extensible):
         messages = self._messages()
         choice = self.tool_choice
         wanted = self.output_config and self.output_config.format
+        if wanted and self.output_format:
+            raise BadRequest(
+                "It is `output_config.format`: send one of them.", param="output_format"
+            )
+        wanted = wanted or self.output_format
         schema = wanted and {"type": "json_schema", "json_schema": {"schema": wanted.schema_}}
         return {
             "model": self.model,

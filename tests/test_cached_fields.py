@@ -171,6 +171,7 @@ ROUTES = [
             "tool_choice": {"type": "any"},
             "thinking": {"type": "disabled"},
             "output_config": {"effort": "low"},
+            "output_format": {"type": "json_schema", "schema": {"type": "object"}},
         },
         is_told={
             "stream": True,

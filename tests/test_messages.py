@@ -312,10 +312,12 @@ def test_an_effort_is_a_hint_where_no_thoughts_are_asked_for(
 
 def test_a_text_has_the_form_that_is_asked_for(service: Service) -> None:
     schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    wanted = {"format": {"type": "json_schema", "schema": schema}}
-    response = service.message("as json", output_config=wanted)
-    assert json.loads(text_of(response)) == {"city": "Paris"}
-    assert body_of(response)["schema_valid"] is True
+    wanted = {"type": "json_schema", "schema": schema}
+    for fields in ({"output_config": {"format": wanted}}, {"output_format": wanted}):
+        response = service.message("as json", **fields)
+        assert json.loads(text_of(response)) == {"city": "Paris"}
+        assert body_of(response)["schema_valid"] is True
+        assert "x-ignored-params" not in response.headers
 
 
 # what a chat's messages come to be
@@ -475,6 +477,9 @@ def test_what_cannot_be_read_cannot_be_counted(service: Service) -> None:
         ({"tool_choice": {"type": "must"}}, "tool_choice.type"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
          "output_config.format"),
+        ({"output_format": {"type": "json_schema", "schema": {"not": {}}}}, "output_format"),
+        ({"output_format": {"type": "json_schema", "schema": {}},
+          "output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_format"),
         ({"service_tier": "flex"}, "service_tier"),
     ],
 )  # fmt: skip

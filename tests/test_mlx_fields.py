@@ -84,6 +84,7 @@ MESSAGE: dict[str, Any] = {
     "stop_sequences": ["x"], "tools": [MESSAGE_TOOL], "tool_choice": {"type": "auto"},
     "thinking": {"type": "disabled"}, "cache_control": {"type": "ephemeral"},
     "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+    "output_format": {"type": "json_schema", "schema": {"type": "object"}},
     "service_tier": "auto", "keep_alive": "5m", "metadata": {"user_id": "me"},
     "diagnostics": {"a": 1}, "inference_geo": "eu", "user_profile_id": "u", "workspace_id": "w",
     "container": "c", "mcp_servers": [{"type": "url"}], "speed": "fast",
