@@ -37,7 +37,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "previous_response_id": (),
     "prompt": (),
-    "truncation": ("disabled",),
 }
 INSTEAD = dict.fromkeys(ALL_CONSTRAINTS, "send `text.format`") | (
     dict.fromkeys(
@@ -113,7 +112,7 @@ def _head(body: ResponsesRequest, tier: Tier) -> dict[str, Any]:
         "tools": [tool.model_dump() for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": _or(body.top_p, tier.settings.top_p),
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "usage": None,
     }
     # of what clients wrote, halves of surrogate pairs and NaN are no JSON

@@ -279,6 +279,7 @@ class ResponsesRequest(Extensible):
     stream: Switch = False
     stream_options: StreamOptions | None = None
     service_tier: ServiceTier | None = None
+    truncation: Literal["auto", "disabled"] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     user: Any = None
     keep_alive: KeepAlive | None = None
@@ -380,6 +381,7 @@ class ResponsesRequest(Extensible):
                 "tool_choice": self._tool_choice(),
                 "response_format": self._response_format(),
                 "reasoning_effort": self.reasoning and self.reasoning.effort,
+                "truncate": "middle" if self.truncation == "auto" else None,
             }
         )
 

@@ -142,6 +142,7 @@ ROUTES = [
             **KEPT_ELSEWHERE,
             "max_tool_calls": 3,
             "keep_alive": 60,
+            "truncation": "auto",
             "service_tier": "flex",
             "stream": True,
             "stream_options": {"include_obfuscation": False},

@@ -566,6 +566,26 @@ def test_unknown_fields_in_a_namespace_are_named(service: Service) -> None:
     assert response.headers["x-ignored-params"] == named
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_truncation_leaves_out_the_oldest_turns(service: Service, stream: bool) -> None:
+    turns = [
+        {"role": role, "content": f"{n} of many words"}
+        for n in range(6)
+        for role in ("user", "assistant")
+    ]
+    items = [*turns, {"role": "user", "content": "the last"}]
+    fields = {"model": "heavy", "input": items, "max_output_tokens": 9}  # of 64 tokens
+    for truncation in (None, "disabled"):
+        response = service.respond(**fields, truncation=truncation)
+        assert error_of(response)["code"] == "context_length_exceeded"
+    response = service.respond(**fields, truncation="auto", stream=stream)
+    assert response.status_code == 200
+    assert int(response.headers["X-Truncated-Messages"]) >= 8
+    whole = named_events(response)[-1]["response"] if stream else body_of(response)
+    assert whole["truncation"] == "auto"
+    assert whole["usage"]["input_tokens"] <= 64 - 9
+
+
 # what is not there
 
 FIELDS = [
@@ -573,7 +593,6 @@ FIELDS = [
     ({"conversation": "conv_1"}, "conversation"),
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ({"prompt": {"id": "pmpt_1"}}, "prompt"),
-    ({"truncation": "auto"}, "truncation"),
     ({"include": ["message.output_text.logprobs", "file_search_call.secrets"]}, "include[1]"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
