@@ -50,6 +50,7 @@ async def create_chat_completion(
         body,
         UNSUPPORTED,
         strict=server.strict_params,
+        left_out=body.left_out,
         also=[*body.replaced, *not_kept(body, request)],
     )
     watch = generation.Watch(tier)

@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     field_validator,
     model_validator,
@@ -31,6 +32,7 @@ MAX_TOOLS = 512  # OpenAI's limit is 128, but agents bring those of many servers
 MAX_NAME = 128  # of a function
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # of a message
+TEXTS = ("text", "input_text", "output_text")  # types of parts of a tool's result
 SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 MAY_BE_NULL = {"const", "default"}
 
@@ -41,6 +43,12 @@ RESERVED_KWARGS = {"messages", "now", "continues", "tools", "add_generation_prom
 class ContentPart(Extensible):
     type: str
     text: str | None = None
+    _stands_for: str | None = PrivateAttr(None)
+
+    @property
+    def stands_for(self) -> str | None:
+        """The type of what could not be read, where this is a note of it."""
+        return self._stands_for
 
     def read(self, place: str, model: str, kinds: Container[str] = ("text",)) -> str:
         """Its text, if it is of these kinds. Raises BadRequest."""
@@ -60,6 +68,13 @@ class ContentPart(Extensible):
         if self.type != "refusal" or not isinstance(said, str):
             return self
         return ContentPart.model_validate(more | {"type": "text", "text": said})
+
+    def as_note(self) -> "ContentPart":
+        """A text in place of what cannot be read."""
+        text = f"[Content of type '{self.type}' is left out: this model reads text only.]"
+        note = ContentPart(type="text", text=text)
+        note._stands_for = self.type
+        return note
 
 
 # a pattern that counts to the limit is compiled to 13 MB
@@ -95,6 +110,20 @@ Content = Annotated[
 ]
 
 
+def with_notes(content: Content) -> Content:
+    """The result of a tool, with notes in the place of images and the like: an agent sends on what
+    a tool has found, and would be refused from then on, since it stays in the conversation."""
+    if not isinstance(content, list):
+        return content
+    return [part if part.type in TEXTS else part.as_note() for part in content]
+
+
+def notes_in(content: Content, place: str) -> dict[str, str]:
+    """The places of such notes, and the types of what they stand for."""
+    parts = enumerate(content if isinstance(content, list) else ())
+    return {f"{place}[{n}]": part.stands_for for n, part in parts if part.stands_for}
+
+
 def read_text(content: Content, place: str, model: str, kinds: Container[str] = ("text",)) -> str:
     """The text of a content, each part on a line of its own. Raises BadRequest where it has parts
     that are not of these kinds."""
@@ -127,15 +156,18 @@ class PastCall(Past):
 
 
 class Said(Extensible):
-    """What somebody said. An assistant's refusals are text like the rest."""
+    """What somebody said. An assistant's refusals are text like the rest, and of what a tool found
+    there is a note where it is no text."""
 
     role: str
     content: Content = None
 
     @model_validator(mode="after")
-    def _refusals_are_text(self) -> "Said":
+    def _is_text(self) -> "Said":
         if self.role == "assistant" and isinstance(self.content, list):
             self.content = [part.as_text() for part in self.content]
+        elif self.role == "tool" and isinstance(self.content, list):
+            self.content = with_notes(self.content)
         return self
 
 
@@ -253,6 +285,11 @@ class Conversation(Extensible):
             if isinstance(message.content, list):
                 for p, part in enumerate(message.content):
                     yield f"messages[{m}].content[{p}]", part
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Types by the places where they are."""
+        return {place: part.stands_for for place, part in self.parts() if part.stands_for}
 
     def unknown_inside(self) -> Iterator[str]:
         yield from super().unknown_inside()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, JsonValue, Tag
+from pydantic import AfterValidator, Discriminator, Field, JsonValue, Tag
 
 from api.chat_request import (
     MAX_MESSAGES,
@@ -15,9 +15,11 @@ from api.chat_request import (
     ThinkingBudget,
     ToolName,
     left_out,
+    notes_in,
     placed,
     read_text,
     tool_names,
+    with_notes,
 )
 from api.fields import Extensible, Switch, kind_of_content, unknown_in
 from api.keep_alive import KeepAlive
@@ -52,7 +54,7 @@ class CallBlock(Extensible):
 
 class ResultBlock(Extensible):
     tool_use_id: str
-    content: Content = None
+    content: Annotated[Content, AfterValidator(with_notes)] = None
     is_error: Switch = False
 
 
@@ -186,9 +188,13 @@ class PromptRequest(Extensible):
     @property
     def left_out(self) -> dict[str, str]:
         """Types by the places where they are."""
-        blocks = self._blocks()
-        redacted = {place: b.type for place, b in blocks if isinstance(b, RedactedBlock)}
-        return self._tools_left_out | redacted
+        unread: dict[str, str] = {}
+        for place, block in self._blocks():
+            if isinstance(block, RedactedBlock):
+                unread[place] = block.type
+            elif isinstance(block, ResultBlock):
+                unread |= notes_in(block.content, f"{place}.content")
+        return self._tools_left_out | unread
 
     @property
     def _tools_left_out(self) -> dict[str, str]:

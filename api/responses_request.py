@@ -28,9 +28,11 @@ from api.chat_request import (
     Said,
     ToolName,
     left_out,
+    notes_in,
     placed,
     read_text,
     tool_names,
+    with_notes,
 )
 from api.fields import Extensible, Switch, kind_of_content, unknown_in
 from api.keep_alive import KeepAlive
@@ -97,7 +99,7 @@ class CallItem(Extensible):
 class ResultItem(Extensible):
     texts: ClassVar = ("output",)
     call_id: str
-    output: Content
+    output: Annotated[Content, AfterValidator(with_notes)]
 
 
 class Other(Extensible):
@@ -306,6 +308,14 @@ class ResponsesRequest(Extensible):
 
     @property
     def left_out(self) -> dict[str, str]:
+        notes: dict[str, str] = {}
+        for n, item in enumerate(self.input if isinstance(self.input, list) else ()):
+            if isinstance(item, ResultItem):
+                notes |= notes_in(item.output, f"input[{n}].output")
+        return self._tools_left_out | notes
+
+    @property
+    def _tools_left_out(self) -> dict[str, str]:
         return left_out(self._placed, FunctionTool)
 
     @cached_property
@@ -438,7 +448,7 @@ class ResponsesRequest(Extensible):
         for place, tool in self._placed:
             if isinstance(tool, FunctionTool):
                 yield tool.model_dump(include=set(FunctionDefinition.model_fields))
-            elif isinstance(tool, Other) and not self.left_out:
+            elif isinstance(tool, Other) and not self._tools_left_out:
                 raise UnsupportedParameter(
                     f"Tools of type '{tool.type}' are not supported: only functions.",
                     param=f"{place}.type",

@@ -68,7 +68,7 @@ async def apply_template(
     tier = services.chat_tier(body.model)
     await fetched(request.receive, tier)
     strict = services.settings.server.strict_params
-    headers = ignored_params(body, strict=strict)
+    headers = ignored_params(body, strict=strict, left_out=body.left_out)
     prompt = await asyncio.to_thread(prompt_of, services, tier, body)
     headers = with_ignored(headers, prompt.idle)
     return _reply({"prompt": "".join(segment.text for segment in prompt.segments)}, headers)

@@ -602,6 +602,26 @@ def test_a_constraint_in_anothers_spelling_is_not_taken_for_kept(
             assert "x-ignored-params" not in reply.headers
 
 
+def test_an_image_that_a_tool_found_is_a_note(service: Service) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "shoot", "arguments": "{}"}}
+    found = [{"type": "text", "text": "Here."}, {"type": "image_url", "image_url": {"url": "x"}}]
+    turns = [
+        USER, {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": found},
+    ]  # fmt: skip
+    response = ask(service, *turns)
+    assert response.status_code == 200
+    assert response.headers["x-ignored-params"] == "messages[2].content[1]"
+    shown = service.http.post("/apply-template", json={"model": "light", "messages": turns})
+    assert "Here.\n[Content of type 'image_url' is left out" in shown.json()["prompt"]
+    with serving(settings({"strict_params": True}, light=fake())) as strict:
+        error = error_of(ask(strict, *turns), 400)
+        assert (error["code"], error["param"]) == (
+            "unsupported_parameter",
+            "messages[2].content[1]",
+        )
+
+
 def test_an_image_is_refused_by_its_place(service: Service) -> None:
     parts = [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:"}}]
     error = error_of(ask(service, USER, {"role": "user", "content": parts}), 400)

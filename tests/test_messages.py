@@ -519,9 +519,6 @@ def test_arguments_are_told_as_they_were_written(service: Service) -> None:
     [
         ({"role": "user", "content": [text("x"), {"type": "image", "source": {}}]}, "content[1]"),
         ({"role": "user", "content": [{"type": "document", "source": {}}]}, "content[0]"),
-        ({"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1",
-                                       "content": [text("x"), {"type": "image"}]}]},
-         "content[0].content[1]"),
     ],
 )  # fmt: skip
 def test_a_block_that_cannot_be_read_is_refused_by_its_place(
@@ -530,6 +527,18 @@ def test_a_block_that_cannot_be_read_is_refused_by_its_place(
     error = error_of(service.message("Hi", message))
     assert error["message"].startswith(f"messages[1].{place}.type: Content of type")
     assert "model 'light' reads text only" in error["message"]
+
+
+def test_an_image_that_a_tool_found_is_a_note(service: Service) -> None:
+    use = {"type": "tool_use", "id": "1", "name": "shoot", "input": {}}
+    found = [text("Here."), {"type": "image", "source": {}}]
+    result = {"type": "tool_result", "tool_use_id": "1", "content": found}
+    turns = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    response = service.message("Go", *turns)
+    assert response.status_code == 200
+    assert response.headers["x-ignored-params"] == "messages[2].content[0].content[1]"
+    told = chat({"role": "user", "content": "Go"}, *turns)["messages"][-1]["content"]
+    assert told.startswith("Here.\n[Content of type 'image' is left out")
 
 
 def test_thoughts_that_nobody_can_read_are_left_out_and_named(service: Service) -> None:

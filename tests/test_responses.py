@@ -586,6 +586,17 @@ def test_truncation_leaves_out_the_oldest_turns(service: Service, stream: bool) 
     assert whole["usage"]["input_tokens"] <= 64 - 9
 
 
+def test_an_image_that_a_tool_found_is_a_note(service: Service) -> None:
+    call = {"type": "function_call", "call_id": "x", "name": "shoot", "arguments": "{}"}
+    found = [{"type": "input_text", "text": "Here."}, PNG]
+    result = {"type": "function_call_output", "call_id": "x", "output": found}
+    response = service.respond([{"role": "user", "content": "Go"}, call, result])
+    assert response.status_code == 200
+    assert response.headers["X-Ignored-Params"] == "input[2].output[1]"
+    told = messages({"role": "user", "content": "Go"}, call, result)[-1]["content"]
+    assert told.startswith("Here.\n[Content of type 'input_image' is left out")
+
+
 # what is not there
 
 FIELDS = [
@@ -608,7 +619,6 @@ INPUTS = [
     ({"role": "user", "content": [{"type": "input_file", "file_id": "x"}]},
      "input[1].content[0].type"),
     ({"role": "user", "content": [{"type": "input_audio"}]}, "input[1].content[0].type"),
-    ({"type": "function_call_output", "call_id": "x", "output": [PNG]}, "input[1].output[0].type"),
 ]  # fmt: skip
 
 
