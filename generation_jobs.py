@@ -123,7 +123,7 @@ class Answer:
             thoughts = Thoughts(thinking, self._piece, job.ending, grammar)
         own = thoughts or grammar
         self._progress = Progress(own, grammar, thoughts) if own else None
-        self._text = TextStream([] if thoughts else job.request.stop)
+        self._text = TextStream([] if thoughts else job.request.stop, job.request.calls)
         self._late = b""  # of which it is not known yet whether stop strings count in it
         self._is_answer = thoughts is None  # they count now
         self.n_guessed = self.n_right = 0
@@ -174,7 +174,7 @@ class Answer:
         return text
 
     def _rest(self) -> str:
-        """What was held back, now that it is no stop string."""
+        """What was held back, now that nothing comes behind it."""
         late, self._late = self._late, b""
         return self._text.push(late) + self._text.finish()
 
@@ -193,7 +193,8 @@ class Answer:
         mean = None
         if self.job.request.sampling.n_logprobs is not None:
             mean = self._logprob / max(self._n_tokens, 1)
-        stop = self._text.stop
+        stop = self._text.stop  # it may have been in what was held back
+        finish = finish if stop is None else "stop"
         is_valid = self._progress.is_complete if self._progress else None
         if is_valid and stop is not None:  # it was cut out of what the grammar saw
             is_valid = False

@@ -192,6 +192,7 @@ def generate_request(
     grammar: wire.Grammar | None,
     thinking: wire.Thinking | None = None,
     visible: Sequence[str] = (),
+    calls: wire.Calls | None = None,
 ) -> wire.Generate:
     """What the tier is asked for. `limits` are the fields that bound the answer, under all the
     names that they have in this request. Raises BadRequest."""
@@ -206,6 +207,7 @@ def generate_request(
         grammar=grammar,
         thinking=thinking,
         visible=[*visible],
+        calls=calls,
         logit_bias=fields.logit_bias or {},
         max_tokens=_max_tokens(tier, limits),
         reuse=fields.seed is None if fields.cache_prompt is None else fields.cache_prompt,

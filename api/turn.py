@@ -84,6 +84,7 @@ async def start(
         grammar=prompt.grammar,
         thinking=prompt.thinking,
         visible=prompt.visible,
+        calls=prompt.calls,
     )
     with client_names({"^prompt$": "messages"}):
         answer = await generation.start(

@@ -13,7 +13,7 @@ from chat.template import ChatTemplate, in_order, normalised, with_names
 from chat.tools import BY_NAME, FAMILIES
 from chat.tools.base import Function, Parts, Tool, ToolFormat
 from engine.model_file import ModelFile
-from engine.wire import Grammar, GrammarPart, Segment, Thinking
+from engine.wire import Calls, Grammar, GrammarPart, Segment, Thinking
 from errors import BadRequest, ModelLoadFailed, UnsupportedParameter
 
 # what templates call the switch of thinking, and how far it goes
@@ -43,6 +43,7 @@ class Prompt:
     grammar: Grammar | None
     thinking: Thinking | None
     visible: list[str]
+    calls: Calls | None
     splitter: Callable[[], Splitter]
     idle: tuple[str, ...] = ()  # params that this model has no use for
 
@@ -148,15 +149,21 @@ class ChatFormat:
         thinking = None
         if tags:
             ending = self._family.ending(tags, functions)
+            call = tags.call if functions else ""
             thinking = Thinking(
-                tags.open, tags.close, is_open, budget, ending, tags.heads, tags.body
+                tags.open, tags.close, is_open, budget, ending, tags.heads, tags.body, call
             )
+        calls = None
+        if functions and (openers := self._family.openers(functions)):
+            only_first = answer is not None or not self._family.calls_after_text
+            calls = Calls(tuple(openers), only_first)
         is_split = tags or functions
         return Prompt(
             segments,
             grammar,
             thinking,
             [*self._family.visible, *([tags.open, tags.close] if tags else [])] if is_split else [],
+            calls,
             lambda: self._family.splitter(
                 functions, only_first=answer is not None, tags=tags, is_open=is_open
             ),

@@ -10,12 +10,13 @@ from chat.events import Event, Reasoning, Splitter, Text
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
     """The texts or control tokens that a model's thoughts stand between. Where an answer is several
-    messages: what their heads begin with, and what ends each head."""
+    messages: what their heads begin with, what ends each head, and what those of calls have."""
 
     open: str
     close: str
     heads: tuple[str, ...] = ()
     body: str = ""
+    call: str = ""
 
 
 class PlainText:

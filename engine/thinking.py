@@ -18,6 +18,7 @@ class Thoughts:
 
     Thoughts end with the first `close`. They begin in the prompt, or where the answer begins with
     `open`, after spaces; where an answer is several messages, in those with `open` in their heads.
+    A message that is a call is the last one.
     When they have taken `budget` tokens, and the last character is whole, the tokens of the
     `ending` are all that is allowed, one after the other.
     """
@@ -29,13 +30,14 @@ class Thoughts:
         ending: Sequence[int],
         grammar: Constraint | None,
     ) -> None:
-        self._state: Literal["before", "open", "after", "over"]
+        self._state: Literal["before", "open", "after", "over", "call"]
         self._state = "open" if thinking.is_open else "before"
         self._close = thinking.close.encode()
         self._has_messages = bool(thinking.heads)
         self._heads = [head.encode() for head in thinking.heads or [thinking.open]]
         self._body = (thinking.body or thinking.open).encode()
         self._open = thinking.open.removesuffix(thinking.body).encode()
+        self._call = thinking.call.encode()
         self._text_of = text_of
         self._n_left = sys.maxsize if thinking.budget is None else thinking.budget
         self._ending = self._to_say = ending
@@ -66,7 +68,7 @@ class Thoughts:
             self._forced.popleft()
         elif self._state == "open":
             self._n_left -= 1
-        if self._state != "over" or self._has_messages:
+        if self._state != "call" and (self._state != "over" or self._has_messages):
             self._follow(self._text_of(token))
             self._force_end()
 
@@ -79,7 +81,7 @@ class Thoughts:
             self._state = "before" if self._has_messages else "after"
         if self._state == "after" and self._tail.strip():
             self._state = "over"
-        self.n_begun = 0 if self._state == "open" else len(self._tail)
+        self.n_begun = 0 if self._state in ("open", "call") else len(self._tail)
         if self._state == "over" and self._has_messages and self._has_ended():
             self._state = "before"
             self.n_begun = len(self._tail)
@@ -92,6 +94,8 @@ class Thoughts:
         head, body, rest = text.partition(self._body)
         if body:
             self._state = "open" if self._open in head + body else "after"
+            if self._call and self._call in head:
+                self._state = "call"
             self._tail = rest
             self._to_say = self._ending  # again, where there are thoughts again
 

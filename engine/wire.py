@@ -106,7 +106,8 @@ class Thinking(msgspec.Struct, frozen=True):
 
     An answer that is several messages has `heads`, what those of messages begin with, and `body`,
     which ends each head. Then every message ends with `close`, those with `open` in their heads are
-    thoughts, and stop strings count in the others' bodies."""
+    thoughts, the first with `call` in its head is a call and the rest of the answer, and stop
+    strings count in the others' bodies."""
 
     open: str
     close: str
@@ -115,6 +116,15 @@ class Thinking(msgspec.Struct, frozen=True):
     ending: str
     heads: tuple[str, ...] = ()
     body: str = ""
+    call: str = ""
+
+
+class Calls(msgspec.Struct, frozen=True):
+    """What tool calls begin with. The grammar lets nothing else be, so with the first of them the
+    text is over, and stop strings count no more."""
+
+    openers: tuple[str, ...]
+    only_first: bool = False  # behind other text they are text too
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -137,6 +147,7 @@ class Generate(Message, frozen=True):
     grammar: Grammar | None = None
     thinking: Thinking | None = None
     visible: list[str] = []  # control tokens that the answer's text shows; the others are no text
+    calls: Calls | None = None  # that may come; of an answer in messages `thinking` tells them
     logit_bias: dict[str, float] = {}  # by token id in decimal, or by text: for each of its tokens
     reuse: bool = True  # of what other requests have computed
     n: int = 1  # answers to the one prompt; the i-th is sampled with seed + i

@@ -188,6 +188,20 @@ def test_a_message_says_why_it_ended(
     assert delta["delta"] == {"stop_reason": reason, "stop_sequence": stop}
 
 
+@pytest.mark.parametrize("stop", ["Paris", "}", "\n", "<"])
+def test_a_stop_sequence_cuts_no_call(service: Service, stop: str) -> None:
+    fields = {"tools": [WEATHER], "stop_sequences": [stop]}
+    body = body_of(service.message("weather", **fields))
+    _, text, call = body["content"]
+    assert (text["text"], call["input"]) == ("Let me look.", {"city": "Paris"})
+    assert (body["stop_reason"], body["stop_sequence"]) == ("tool_use", None)
+    told = named_events(service.message("weather", stream=True, **fields))
+    said = "".join(data["delta"].get("partial_json", "") for data in told if "index" in data
+                   and "delta" in data)  # fmt: skip
+    assert json.loads(said) == {"city": "Paris"}
+    assert told[-2]["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
+
+
 def test_a_call_that_is_cut_has_no_input(service: Service) -> None:
     fields = {"tools": [WEATHER], "tool_choice": {"type": "any"}, "max_tokens": 60}
     body = body_of(service.message("Hi", thinking={"type": "disabled"}, **fields))

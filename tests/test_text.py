@@ -1,5 +1,6 @@
 """Token bytes to text: whole characters, and no stop string."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -7,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.text import TextStream
+from engine.wire import Calls
 
 
-def said(chunks: list[bytes], *stops: str) -> str:
+def said(chunks: list[bytes], *stops: str, calls: Calls | None = None) -> str:
     """All that comes out of a stream, up to where it stops or ends."""
-    stream = TextStream(stops)
+    stream = TextStream(stops, calls)
     text = ""
     for chunk in chunks:
         text += stream.push(chunk)
@@ -20,8 +22,8 @@ def said(chunks: list[bytes], *stops: str) -> str:
     return text + stream.finish()
 
 
-def pushes(chunks: list[bytes], *stops: str) -> list[str]:
-    stream = TextStream(stops)
+def pushes(chunks: list[bytes], *stops: str, calls: Calls | None = None) -> list[str]:
+    stream = TextStream(stops, calls)
     return [stream.push(chunk) for chunk in chunks]
 
 
@@ -109,6 +111,50 @@ def test_a_stop_that_ends_another_takes_the_longer_one() -> None:
     assert said(in_bytes("xabc"), "bc", "abc") == "x"
 
 
+# calls
+
+CALLS = Calls(("<a>", "<b>"))
+
+
+@pytest.mark.parametrize("stop", ["<", "\n", "\n<a", "1", "y\n", "y\n<", "a>1"])
+def test_no_stop_string_is_in_a_call_or_in_what_leads_to_it(stop: str) -> None:
+    assert said(in_bytes("xy\n<a>1\n<"), stop, calls=CALLS) == "xy\n<a>1\n<"
+    assert said([b"xy\n<a>1\n<"], stop, calls=CALLS) == "xy\n<a>1\n<"
+
+
+def test_what_begins_like_a_call_is_text_once_it_is_none() -> None:
+    assert pushes(in_bytes("x <a "), "<", calls=CALLS) == ["x", "", "", "", " "]
+    assert pushes(in_bytes("x\n\ny"), "z", calls=CALLS) == ["x", "", "", "\n\ny"]
+
+
+@pytest.mark.parametrize(("text", "stop"), [("x\n", "\n"), ("x <", "<"), ("x\n<a", "\n")])
+def test_what_begins_like_a_call_is_text_at_the_end(text: str, stop: str) -> None:
+    for chunks in (in_bytes(text), [text.encode()]):
+        stream = TextStream([stop], CALLS)
+        out = "".join(map(stream.push, chunks))
+        assert stream.stop is None
+        assert out + stream.finish() == text.partition(stop)[0]
+        assert stream.stop == stop
+
+
+def test_text_before_calls_comes_as_without_calls() -> None:
+    chunks = [b"Let", b" me", b" look", b".\n", b"<a", b">1", b"2"]
+    assert pushes(chunks, "STOP", calls=CALLS) == ["Let", " me", " look", ".", "", "\n<a>1", "2"]
+
+
+def test_text_that_waited_comes_before_the_call() -> None:
+    chunks = [b"x", b".", b"\n<", b"a>", b"1", b"2"]
+    assert pushes(chunks, ".\n", calls=CALLS) == ["x", "", "", ".", "\n<a>1", "2"]
+    assert said(chunks[:4], ".\n", calls=CALLS) == "x.\n<a>"
+
+
+def test_calls_that_come_first_or_never_are_text_behind_text() -> None:
+    first = Calls(CALLS.openers, only_first=True)
+    assert said(in_bytes("\n<a>1 x"), "1", "<", "\n", calls=first) == "\n<a>1 x"
+    assert said(in_bytes("x <a>1 x"), "1", calls=first) == "x <a>"
+    assert pushes([b"x ", b"<"], "1", calls=first) == ["x ", "<"]
+
+
 # any text, any cuts
 
 Texts = st.text(alphabet="abc é世🎉", max_size=30)
@@ -133,6 +179,27 @@ def test_cuts_between_tokens_change_nothing(text: str, stops: list[str], cuts: l
     assert said(chunks, *stops) == expected
     assert said(in_bytes(text), *stops) == expected
     assert not any(stop in expected for stop in stops)
+
+
+@settings(max_examples=200)
+@given(
+    text=st.text(alphabet="<ab> é", max_size=20),
+    stops=st.lists(st.text(alphabet="<ab> ", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 30), max_size=6),
+)
+def test_cuts_change_nothing_where_calls_may_come(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    data = text.encode()
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    chunks = [data[start:end] for start, end in pairwise(edges)]
+    begin = re.search("<[ab]>", text)
+    before = text[: begin.start()].rstrip() if begin else text
+    expected = before_first_stop(before, stops)
+    if begin and expected == before:
+        expected = text
+    assert said(chunks, *stops, calls=CALLS) == expected
+    assert said(in_bytes(text), *stops, calls=CALLS) == expected
 
 
 @settings(max_examples=100)

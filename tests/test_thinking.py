@@ -290,12 +290,13 @@ def test_stop_strings_count_in_no_thoughts_of_several() -> None:
 @pytest.mark.parametrize("before", ["", ANALYSIS.format("Hm.")])
 @pytest.mark.parametrize("head", [" to=functions.get_time<|channel|>commentary json",
                                   "<|channel|>commentary to=functions.get_time "])  # fmt: skip
-def test_a_stop_string_is_not_looked_for_in_the_head_of_a_call(before: str, head: str) -> None:
+def test_a_stop_string_is_looked_for_neither_in_a_call_nor_in_its_head(
+    before: str, head: str
+) -> None:
     call = f'{before}{head}<|message|>{{"city": "Rome"}}'
-    for stop in ("json", "get_time", "functions", "to=", "|"):
+    for stop in ("json", "get_time", "functions", "to=", "|", "Rome", "}"):
         message = harmony(call, stop, tools=TOOLS)
         assert message.calls == [Call("get_time", '{"city": "Rome"}')]
-    assert harmony(call, "Rome", tools=TOOLS).calls == [Call("get_time", '{"city": "')]
 
 
 def test_stop_strings_count_where_a_model_leaves_the_form_of_messages() -> None:

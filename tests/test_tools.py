@@ -166,8 +166,24 @@ def test_a_call_that_is_cut_ends_with_length(service: Service) -> None:
     assert response.json()["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_stop_string_inside_of_a_call_is_no_whole_call(service: Service) -> None:
-    response = service.chat("weather", tools=TOOLS, stop="Paris")
+@pytest.mark.parametrize("stop", ["Paris", '"', "}", "\n", "<", "\n<tool", "tool_call>"])
+def test_a_stop_string_cuts_no_call(service: Service, stop: str) -> None:
+    response = service.chat("weather", tools=TOOLS, stop=stop)
+    message = message_of(response)
+    assert (message["content"], called(message)) == ("Let me look.", [("get_weather", PARIS)])
+    assert response.json()["choices"][0]["finish_reason"] == "tool_calls"
+    chunks = events(service.chat("weather", tools=TOOLS, stop=stop, stream=True))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Let me look."
+    arguments = [call["function"]["arguments"] for d in deltas for call in d.get("tool_calls", ())]
+    assert "".join(arguments) == PARIS
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_no_call_comes_behind_a_stop_string(service: Service) -> None:
+    response = service.chat("weather", tools=TOOLS, stop=[" look", "Paris"])
+    message = message_of(response)
+    assert (message["content"], called(message)) == ("Let me", [])
     assert response.json()["choices"][0]["finish_reason"] == "stop"
 
 
@@ -194,8 +210,10 @@ def test_tools_and_a_form_of_the_answer_go_together(service: Service) -> None:
     assert "schema_valid" not in call
 
 
-def test_log_probabilities_are_those_of_the_text_alone(service: Service) -> None:
-    choice = service.chat("weather", tools=TOOLS, logprobs=True).json()["choices"][0]
+@pytest.mark.parametrize("stop", [None, ".\n", "look.\nNo", "<", "\n"])
+def test_log_probabilities_are_those_of_the_text_alone(service: Service, stop: str | None) -> None:
+    response = service.chat("weather", tools=TOOLS, logprobs=True, stop=stop)
+    choice = response.json()["choices"][0]
     assert "".join(t["token"] for t in choice["logprobs"]["content"]).strip() == "Let me look."
 
 

@@ -96,6 +96,10 @@ class ToolFormat(ABC):
         Raises BadRequest."""
         return Function(tool.name, parts.rule(tool.arguments))
 
+    def openers(self, functions: Sequence[Function]) -> Sequence[str]:
+        """What is always the beginning of a call; none where heads of messages tell."""
+        return [self.opener]
+
     @abstractmethod
     def calls(self, functions: Sequence[Function], *, is_parallel: bool) -> str:
         """Lark of the rule `calls`: one or more calls, from behind the first opener."""

@@ -18,7 +18,7 @@ START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 CONSTRAIN, END, CALL, RETURN = "<|constrain|>", "<|end|>", "<|call|>", "<|return|>"
 KIND = f'(" "? «{CONSTRAIN}» "json" | " json")?'  # of what follows
 HEADS = (START, CHANNEL, " to=functions.")  # behind the prompt's own beginning of a header
-TAGS = ReasoningTags(f"{CHANNEL}analysis{MESSAGE}", END, HEADS, MESSAGE)
+TAGS = ReasoningTags(f"{CHANNEL}analysis{MESSAGE}", END, HEADS, MESSAGE, HEADS[-1])
 
 
 class Harmony(ToolFormat):
@@ -35,6 +35,9 @@ class Harmony(ToolFormat):
 
     def ending(self, tags: ReasoningTags, functions: Sequence[Function]) -> str:
         return f"{END}{START}assistant" + ("" if functions else f"{CHANNEL}final{MESSAGE}")
+
+    def openers(self, functions: Sequence[Function]) -> Sequence[str]:
+        return []
 
     def history(self, messages: Messages, tools: Sequence[Any]) -> Messages:
         """Its template has a name of its own for the thoughts that led to a call, takes what was

@@ -58,8 +58,11 @@ class Listed(ToolFormat):
             body += f" | «{unlike}until {self.wraps[1]}» SPACE? («{self.opener}» calls)?"
         return f"{begin}? ({body})" if begin else body
 
+    def openers(self, functions: Sequence[Function]) -> Sequence[str]:
+        return [self.opener, self.other_opener] if self.other_opener else [self.opener]
+
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
-        openers = [self.opener, self.other_opener] if self.other_opener else [self.opener]
+        openers = self.openers(functions)
         return ListSplitter(*openers, closer=self.closer, only_first=only_first)
 
     def splitter(

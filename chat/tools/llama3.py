@@ -49,6 +49,9 @@ class Llama3(ToolFormat):
         call = rf'\s*({pattern(TAG)}|\{{("type": "function", )?"name": ({names}))'
         return f"{calls} | «unlike {unlike and f'{unlike}|'}{call}»"
 
+    def openers(self, functions: Sequence[Function]) -> Sequence[str]:
+        return [TAG, *(opening for one in functions for opening in _openings(one.name))]
+
     def call_splitter(self, functions: Sequence[Function], *, only_first: bool) -> Splitter:
         return Llama3Splitter([function.name for function in functions])
 

@@ -29,6 +29,9 @@ class MiniCpm5(NamedTags):
     def fits(self, template: str) -> bool:
         return f"{self.opener}{self.begin}" in template and self.key in template
 
+    def openers(self, functions: Sequence[Function]) -> Sequence[str]:
+        return [self.opener + self.begin]
+
     def key_pattern(self) -> str:
         return rf"{super().key_pattern()}(?:({re.escape(CDATA)})|(?!{begun(CDATA)}\Z))"
 

@@ -325,6 +325,9 @@ class Qwen3Coder(NamedTags):
     def fits(self, template: str) -> bool:
         return OPEN in template and self.key in template
 
+    def openers(self, functions: Sequence[Function]) -> Sequence[str]:
+        return [self.opener, BARE]  # this also in a line, where it is text and seldom stands
+
     def body(
         self, functions: Sequence[Function], *, answer: str | None, is_required: bool, unlike: str
     ) -> str:
