@@ -41,10 +41,14 @@ class Caching:
         return caching
 
     def headers(self) -> dict[str, str]:
-        """What the reply says of it."""
+        """What the reply says of it, and of the wait for its place."""
         headers: dict[str, str] = {"X-Cache": self.outcome}
         if self.outcome == "HIT":
             headers["Age"] = str(int(self.age_s))
         if self.n_cached is not None:
             headers["X-Cached-Inputs"] = str(self.n_cached)
-        return headers
+        queue_ms = 1e3 * (self.handed_at - self.queued_at)
+        return headers | {
+            "X-Queue-Position": str(self.n_before),
+            "X-Queue-Time-Ms": f"{queue_ms:.1f}",
+        }

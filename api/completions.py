@@ -128,11 +128,11 @@ async def create_completion(
             )
             if is_scored:
                 try:
-                    _check_scored(body, n_sampled, answer.n_prompt)
+                    _check_scored(body, n_sampled, answer.begun.n_prompt)
                 except BadRequest:
                     await answer.outs.aclose()
                     raise
-        headers.update({"X-Seed": str(answer.seed)} | answer.headers())
+        headers.update({"X-Seed": str(answer.begun.seed)} | answer.headers())
         return answer
 
     head = generation.head("cmpl", "text_completion", tier, body.service_tier)

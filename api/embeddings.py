@@ -23,7 +23,6 @@ from api.fields import (
     ignored_params,
     kind_of_texts,
 )
-from api.generation import queue_headers
 from api.keep_alive import KeepAlive, not_kept
 from api.vectors import Cut, Form, encoded, item
 from engine import wire
@@ -119,7 +118,7 @@ async def create_embeddings(
         found = await while_connected(request.receive, work)
     tier.keep_alive(body.keep_alive)
     vectors = [vector.item for vector in found]
-    headers |= caching.headers() | queue_headers(caching)
+    headers |= caching.headers()
     n_tokens = sum(vector.n_tokens for vector in vectors)
     reply: dict[str, Any] = {
         "model": tier.name,

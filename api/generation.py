@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import Request
 
@@ -38,25 +38,20 @@ class Answer:
         self._watch = watch
         self._caching = caching
         self.n_choices = n_choices
-        self.n_before = 0  # requests that were to be served before it when it came
-        self.n_prompt = 0
-        self.n_cached = 0  # of these tokens
-        self.seed = 0
-        self.unenforced: tuple[str, ...] = ()  # schemas of which no more than a type can be used
+        self.begun = Begun(0, 0, 0)
         self.n_guessed = self.n_right = 0  # tokens of the answers; those that were right
         # by the monotonic clock; of several prompts the last time counts
-        self.queued_at = self.handed_at = self.first_at = self.last_at = time.monotonic()
+        caching.queued_at = caching.handed_at = self.first_at = self.last_at = time.monotonic()
         self.outs: Outs = self._read(items)
 
     async def _read(self, items: Items) -> Outs:
         async with aclosing(items):
             async for item in items:
                 if isinstance(item, Begun):
-                    self.n_before, self.seed = item.n_before, item.seed
-                    self.n_prompt, self.n_cached = item.n_prompt, item.n_cached
-                    self.unenforced = item.unenforced
-                    self.handed_at = max(self.queued_at, item.handed_at)
-                    self.first_at = self.last_at = self.handed_at
+                    self.begun, caching = item, self._caching
+                    caching.n_before = item.n_before
+                    caching.handed_at = max(caching.queued_at, item.handed_at)
+                    self.first_at = self.last_at = caching.handed_at
                     yield -1, wire.TokenOut(0, "")  # the handshake that `start` waits for
                     self.first_at = 0.0
                 elif isinstance(item, Generation):
@@ -71,41 +66,28 @@ class Answer:
 
     def headers(self) -> dict[str, str]:
         """How long it waited for its place, and whether it was remembered."""
-        return self._caching.headers() | queue_headers(self)
+        return self._caching.headers()
 
     def whole_headers(self) -> dict[str, str]:
         """All times, once it is whole."""
         return self.headers() | {
-            "X-Prompt-Time-Ms": f"{1e3 * (self.first_at - self.handed_at):.1f}",
+            "X-Prompt-Time-Ms": f"{1e3 * self._prompt_s():.1f}",
             "X-Generation-Time-Ms": f"{1e3 * (self.last_at - self.first_at):.1f}",
         }
 
     def timings(self, n_completion: int) -> dict[str, float]:
         """What llama-server says of a whole answer. Of the first token only the prompt is timed."""
-        n_prompt, n_predicted = self.n_prompt - self.n_cached, max(n_completion - 1, 0)
+        n_cached, n_predicted = self.begun.n_cached, max(n_completion - 1, 0)
         return {
-            "cache_n": self.n_cached,
-            **_rates("prompt", n_prompt, self.first_at - self.handed_at),
+            "cache_n": n_cached,
+            **_rates("prompt", self.begun.n_prompt - n_cached, self._prompt_s()),
             **_rates("predicted", n_predicted, self.last_at - self.first_at),
             "draft_n": self.n_guessed,
             "draft_n_accepted": self.n_right,
         }
 
-
-class Waiter(Protocol):
-    """A request that has been in a queue; times by the monotonic clock."""
-
-    n_before: int  # requests that were to be served before it when it came
-    queued_at: float
-    handed_at: float
-
-
-def queue_headers(of: Waiter) -> dict[str, str]:
-    """How long it waited for its place."""
-    return {
-        "X-Queue-Position": str(of.n_before),
-        "X-Queue-Time-Ms": f"{1e3 * (of.handed_at - of.queued_at):.1f}",
-    }
+    def _prompt_s(self) -> float:
+        return self.first_at - self._caching.handed_at
 
 
 def _rates(kind: str, n: int, seconds: float) -> dict[str, float]:
@@ -187,11 +169,12 @@ async def fold(answer: Answer) -> list[Choice]:
 def usage(answer: Answer, n_completion: int) -> dict[str, Any]:
     """OpenAI's usage object. A prompt counts once for all its choices; of it `cached_tokens`
     needed no prefill."""
+    begun = answer.begun
     return {
-        "prompt_tokens": answer.n_prompt,
+        "prompt_tokens": begun.n_prompt,
         "completion_tokens": n_completion,
-        "total_tokens": answer.n_prompt + n_completion,
-        "prompt_tokens_details": {"cached_tokens": answer.n_cached},
+        "total_tokens": begun.n_prompt + n_completion,
+        "prompt_tokens_details": {"cached_tokens": begun.n_cached},
     }
 
 

@@ -22,7 +22,7 @@ from api.fields import (
     ignored_params,
     read_truncate,
 )
-from api.generation import new_id, queue_headers
+from api.generation import new_id
 from api.keep_alive import KeepAlive, not_kept
 from api.vectors import truncated_header
 from caching import Caching
@@ -109,7 +109,7 @@ async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -
     with client_names(names):
         work = _score(services, caching, tier, body, [body.query], documents, pairs, truncate)
         scores = await while_connected(request.receive, work)
-    headers |= caching.headers() | queue_headers(caching)
+    headers |= caching.headers()
     # by the score before it is rounded; the first come first where they are equal
     best = sorted(scores.items, key=lambda item: (-item.score, item.index))[: body.top_n]
     wants_text = body.return_documents or body.return_text
@@ -198,7 +198,7 @@ async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> 
     with client_names(names):
         work = _score(services, caching, tier, body, left, right, pairs, body.read_truncate())
         scores = await while_connected(request.receive, work)
-    headers |= caching.headers() | queue_headers(caching)
+    headers |= caching.headers()
     data = [
         {"index": item.index, "object": "score", "score": scores.shown(item)}
         for item in scores.items

@@ -12,7 +12,6 @@ from api.deps import Services, ServicesDep, fetched, while_connected
 from api.embeddings import MAX_INPUTS, OneOrMore, cut_of, role_of
 from api.errors import client_names
 from api.fields import Direction, Extensible, ignored_params, read_truncate
-from api.generation import queue_headers
 from api.vectors import as_pooled, encoded, of_length_1, sparse, truncated_header
 from engine import wire
 from engine.types import Output
@@ -104,6 +103,6 @@ async def _vectors(
         work = services.lookups.vectors(tier, asked, caching)
         found = await while_connected(request.receive, work)
     vectors = [vector.item for vector in found]
-    headers |= caching.headers() | queue_headers(caching)
+    headers |= caching.headers()
     headers |= truncated_header((str(vector.index), vector.n_cut) for vector in vectors)
     return vectors

@@ -152,9 +152,9 @@ class Turn:
     ) -> dict[str, str]:
         """What a stream says beside its body, with what was `known` before. `names` has what fields
         are called by the client, if that sent no chat."""
-        idle = (*self._prompt.idle, *self.answer.unenforced)
+        idle = (*self._prompt.idle, *self.answer.begun.unenforced)
         headers = with_ignored(known, (client_name(param, names or {}) for param in idle))
-        headers |= {"X-Seed": str(self.answer.seed)} | self.answer.headers()
+        headers |= {"X-Seed": str(self.answer.begun.seed)} | self.answer.headers()
         if self._n_left_out:
             headers["X-Truncated-Messages"] = str(self._n_left_out)
         return headers
