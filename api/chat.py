@@ -10,8 +10,7 @@ from starlette.responses import JSONResponse, Response
 from api import generation, turn
 from api.chat_request import ChatRequest
 from api.deps import ServicesDep, while_connected
-from api.fields import ignored_params, refuse
-from api.keep_alive import not_kept
+from api.fields import accepted
 from api.sampling import CONSTRAINTS, validity
 from api.sampling import INSTEAD as OF_CONSTRAINTS
 from api.sse import DONE, Chunks, EventStream, Form, begun
@@ -44,15 +43,8 @@ async def create_chat_completion(
     body: ChatRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    refuse(body, UNSUPPORTED, INSTEAD)
+    headers = accepted(body, request, services, UNSUPPORTED, INSTEAD)
     server = services.settings.server
-    headers = ignored_params(
-        body,
-        UNSUPPORTED,
-        strict=server.strict_params,
-        left_out=body.left_out,
-        also=[*body.replaced, *not_kept(body, request)],
-    )
     watch = generation.Watch(tier)
     starting = turn.start(request, services, tier, body, watch)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"

@@ -13,8 +13,7 @@ from starlette.responses import Response
 
 from api import generation
 from api.deps import ServicesDep, fetched, while_connected
-from api.fields import Switch, Tokens, WholeText, each_text, ignored_params, kind_of_texts, refuse
-from api.keep_alive import not_kept
+from api.fields import Switch, Tokens, WholeText, accepted, each_text, kind_of_texts
 from api.sampling import (
     CONSTRAINTS,
     INSTEAD,
@@ -64,10 +63,7 @@ async def create_completion(
     body: CompletionRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    strict = services.settings.server.strict_params
-    refuse(body, CONSTRAINTS, INSTEAD)
-    also = [*body.replaced, *not_kept(body, request)]
-    headers = ignored_params(body, CONSTRAINTS, strict=strict, also=also)
+    headers = accepted(body, request, services, CONSTRAINTS, INSTEAD)
     body.check_stream_options()
     is_scored = body.echo and body.logprobs is not None
     if is_scored and body.suffix:

@@ -18,12 +18,12 @@ from api.fields import (
     SomeText,
     Switch,
     Tokens,
+    accepted,
     as_list,
     each_text,
-    ignored_params,
     kind_of_texts,
 )
-from api.keep_alive import KeepAlive, not_kept
+from api.keep_alive import KeepAlive
 from api.vectors import Cut, Form, encoded, item
 from engine import wire
 from engine.model_file import name_of
@@ -97,8 +97,7 @@ async def create_embeddings(
     body: EmbeddingRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.embedding_tier(body.model)
-    strict = services.settings.server.strict_params
-    headers = ignored_params(body, strict=strict, also=not_kept(body, request))
+    headers = accepted(body, request, services)
     await fetched(request.receive, tier)
     outputs = body.outputs()
     cut_to = cut_of(tier, body.dimensions, outputs)

@@ -1,11 +1,14 @@
 """Types that fields of several endpoints have, and what becomes of fields that are unknown or ask
 for what is not there."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from fastapi import Request
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from api.deps import Services
+from api.keep_alive import drop_unless_admins
 from engine.types import Truncate
 from errors import BadRequest, UnsupportedParameter
 
@@ -15,6 +18,7 @@ IGNORED = (
     "safety_identifier", "store",
 )  # fmt: skip
 
+NOTHING: Mapping[str, Any] = {}
 MAX_NAMED_CHARS = 1000  # of what a header names
 
 
@@ -22,6 +26,16 @@ class Extensible(BaseModel):
     """A request, or a part of one, that may hold fields which nobody knows."""
 
     model_config = ConfigDict(extra="allow")
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Known fields that have no effect in it."""
+        return ()
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """The types of what it goes without, by the places where they are."""
+        return {}
 
     def unknown_inside(self) -> Iterable[str]:
         """The places of such fields in its parts."""
@@ -113,57 +127,49 @@ def read_truncate(
     return side
 
 
-def refuse(
-    fields: Extensible,
-    unsupported: Mapping[str, tuple[Any, ...]],
-    instead: Mapping[str, str] | None = None,
-) -> None:
-    """Raise UnsupportedParameter for a field that asks for what is not there.
+def accepted(
+    body: Extensible,
+    request: Request,
+    services: Services,
+    unsupported: Mapping[str, tuple[Any, ...]] = NOTHING,
+    instead: Mapping[str, str] = NOTHING,
+) -> dict[str, str]:
+    """The header that names what has no effect: unknown fields of a body and of its parts, what is
+    left out of it, and what is ignored. Raises BadRequest for a field that asks for what is not
+    there; with STRICT_PARAMS also for unknown ones and what is left out. A `keep_alive` that is no
+    admin's is taken out of the body.
 
     `unsupported` has the values of each field that ask for nothing, and `instead` what to do about
     some of them, in place of leaving them out.
     """
+    extra = body.model_extra or {}
     for name, neutral in unsupported.items():
-        value = (fields.model_extra or {}).get(name)
+        value = extra.get(name)
         if value is not None and not any(_is_same(value, n) for n in neutral):
-            advice = (instead or {}).get(name, "leave it out")
+            advice = instead.get(name, "leave it out")
             raise UnsupportedParameter(
                 f"'{name}' is not supported by this version; {advice}.", param=name
             )
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # 1 == True in Python
-
-
-def ignored_params(
-    fields: Extensible,
-    known: Container[str] = (),
-    *,
-    strict: bool,
-    left_out: Mapping[str, str] | None = None,
-    also: Iterable[str] = (),
-) -> dict[str, str]:
-    """The header that names what has no effect: the unknown fields of a body and of its parts, what
-    is `left_out` of it, which is a type for each place, known ones, and `also` these. Raises
-    BadRequest for unknown ones and what is left out if `strict`."""
-    extra = fields.model_extra or {}
-    unknown = [name for name in extra if name not in known and name not in IGNORED]
-    unknown += fields.unknown_inside()
-    if unknown and strict:
-        raise BadRequest(
-            f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
-        )
-    for place, kind in (left_out or {}).items():
-        if strict:
+    unknown = [name for name in extra if name not in unsupported and name not in IGNORED]
+    unknown += body.unknown_inside()
+    if services.settings.server.strict_params:
+        if unknown:
+            raise BadRequest(
+                f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
+            )
+        for place, kind in body.left_out.items():
             raise UnsupportedParameter(
                 f"'{place}' is of type '{kind}', which is not supported; it would be left out, but "
                 "STRICT_PARAMS is on.",
                 param=place,
             )
-        unknown.append(place)
-    ignored = [*also, *(name for name in IGNORED if extra.get(name) not in (None, False))]
-    return with_ignored({}, unknown + ignored)
+    ignored = [*body.ignored, *drop_unless_admins(body, request)]
+    ignored += (name for name in IGNORED if extra.get(name) not in (None, False))
+    return with_ignored({}, [*unknown, *body.left_out, *ignored])
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)  # 1 == True in Python
 
 
 def with_ignored(headers: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

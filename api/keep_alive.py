@@ -2,10 +2,10 @@
 
 import math
 import re
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from fastapi import Request
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 MAX_CHARS = 40
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)")
@@ -33,14 +33,11 @@ def _seconds(value: Any) -> Any:
 KeepAlive = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_seconds)]
 
 
-class HasKeepAlive(Protocol):
-    keep_alive: float | None
-
-
-def not_kept(body: HasKeepAlive, request: Request) -> list[str]:
-    """Its field, which is taken out of the body, where only an admin may say such a thing: who may
+def drop_unless_admins(body: BaseModel, request: Request) -> list[str]:
+    """The field, which is taken out of the body, where only an admin may say such a thing: who may
     not unload a model may not ask that it leaves at once, or never."""
-    if body.keep_alive is None or request.scope["is_admin"]:
+    known = vars(body)  # without unknown fields
+    if known.get("keep_alive") is None or request.scope["is_admin"]:
         return []
-    body.keep_alive = None
+    known["keep_alive"] = None
     return ["keep_alive"]

@@ -12,8 +12,7 @@ from api import generation, turn
 from api.blocks import BlockReply, Data
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_name, client_names
-from api.fields import ignored_params, refuse, with_ignored
-from api.keep_alive import not_kept
+from api.fields import accepted, with_ignored
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
 from api.sampling import ALL_CONSTRAINTS, validity
@@ -49,15 +48,7 @@ async def create_message(
     body: MessagesRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    refuse(body, UNSUPPORTED, INSTEAD)
-    strict = services.settings.server.strict_params
-    headers = ignored_params(
-        body,
-        UNSUPPORTED,
-        strict=strict,
-        left_out=body.left_out,
-        also=not_kept(body, request),
-    )
+    headers = accepted(body, request, services, UNSUPPORTED, INSTEAD)
     watch = generation.Watch(tier)
     names = body.names
 
@@ -86,9 +77,7 @@ async def create_message(
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: PromptRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.chat_tier(body.model)
-    refuse(body, UNSUPPORTED, INSTEAD)
-    strict = services.settings.server.strict_params
-    headers = ignored_params(body, UNSUPPORTED, strict=strict, left_out=body.left_out)
+    headers = accepted(body, request, services, UNSUPPORTED, INSTEAD)
     with client_names(body.names):
         chat = body.chat()
         await fetched(request.receive, tier)

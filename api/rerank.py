@@ -18,12 +18,12 @@ from api.fields import (
     SomeText,
     Switch,
     WholeText,
+    accepted,
     as_list,
-    ignored_params,
     read_truncate,
 )
 from api.generation import new_id
-from api.keep_alive import KeepAlive, not_kept
+from api.keep_alive import KeepAlive
 from api.vectors import truncated_header
 from caching import Caching
 from engine import wire
@@ -99,8 +99,7 @@ class RerankRequest(ScoringFields):
 async def rerank(body: RerankRequest, request: Request, services: ServicesDep) -> Response:
     documents = body.read_documents()
     tier = services.scoring_tier(body.model, body.method)
-    strict = services.settings.server.strict_params
-    headers = ignored_params(body, strict=strict, also=not_kept(body, request))
+    headers = accepted(body, request, services)
     pairs = [(0, n) for n in range(len(documents))]
     names = {} if body.texts is None else {r"^documents": "texts"}
     caching = services.caching(request)
@@ -189,8 +188,7 @@ class ScoreRequest(ScoringFields):
 async def score(body: ScoreRequest, request: Request, services: ServicesDep) -> Response:
     left, right, pairs = body.read_pairs()
     tier = services.scoring_tier(body.model, body.method)
-    strict = services.settings.server.strict_params
-    headers = ignored_params(body, strict=strict, also=not_kept(body, request))
+    headers = accepted(body, request, services)
     caching = services.caching(request)
     names = {r"^query$": "queries"}
     if body.text_1 is not None:

@@ -12,8 +12,7 @@ from api import generation, turn
 from api.blocks import BlockReply, Data
 from api.deps import ServicesDep, while_connected
 from api.errors import client_names
-from api.fields import ignored_params, refuse
-from api.keep_alive import not_kept
+from api.fields import accepted
 from api.responses_request import ResponsesRequest
 from api.sampling import ALL_CONSTRAINTS, validity
 from api.sse import EventStream, Form, begun, event
@@ -51,14 +50,7 @@ async def create_response(
     body: ResponsesRequest, request: Request, services: ServicesDep
 ) -> Response:
     tier = services.chat_tier(body.model)
-    refuse(body, UNSUPPORTED, INSTEAD)
-    headers = ignored_params(
-        body,
-        UNSUPPORTED,
-        strict=services.settings.server.strict_params,
-        left_out=body.left_out,
-        also=[*body.ignored, *not_kept(body, request)],
-    )
+    headers = accepted(body, request, services, UNSUPPORTED, INSTEAD)
     watch = generation.Watch(tier)
     names = body.names
 

@@ -166,7 +166,7 @@ class GenerationFields(Extensible):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
-    def replaced(self) -> list[str]:
+    def ignored(self) -> list[str]:
         """What has no effect beside Mirostat."""
         return [n for n in REPLACED_BY_MIROSTAT if self.mirostat and getattr(self, n) is not None]
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from api.deps import Services, ServicesDep, fetched, while_connected
 from api.embeddings import MAX_INPUTS, OneOrMore, cut_of, role_of
 from api.errors import client_names
-from api.fields import Direction, Extensible, ignored_params, read_truncate
+from api.fields import Direction, Extensible, accepted, read_truncate
 from api.vectors import as_pooled, encoded, of_length_1, sparse, truncated_header
 from engine import wire
 from engine.types import Output
@@ -39,7 +39,7 @@ class EmbedRequest(SparseRequest):
 @router.post("/embed")
 async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.embedding_tier(TIER)
-    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    headers = accepted(body, request, services)
     await fetched(request.receive, tier)
     cut = cut_of(tier, body.dimensions, ["dense"])
     vectors = await _vectors(services, tier, body, "dense", request, headers)
@@ -56,7 +56,7 @@ async def embed(body: EmbedRequest, request: Request, services: ServicesDep) -> 
 @router.post("/embed_sparse")
 async def embed_sparse(body: SparseRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.embedding_tier(TIER)
-    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    headers = accepted(body, request, services)
     await fetched(request.receive, tier)
     vectors = await _vectors(services, tier, body, "sparse", request, headers)
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from api.chat_request import Conversation
 from api.deps import ServicesDep, fetched, while_connected
 from api.errors import client_names
-from api.fields import Extensible, Switch, Token, WholeText, ignored_params, with_ignored
+from api.fields import Extensible, Switch, Token, WholeText, accepted, with_ignored
 from api.prompt import prompt_of
 from engine import wire
 
@@ -42,7 +42,7 @@ class ApplyTemplateRequest(Conversation, ModelFields):
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.chat_tier(body.model)
-    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    headers = accepted(body, request, services)
     segment = wire.Segment(body.content, parse_special=body.parse_special is not False)
     work = tier.tokenize([segment], add_bos=body.add_special)
     with client_names({"^prompt$": "content"}):
@@ -56,7 +56,7 @@ async def tokenize(body: TokenizeRequest, request: Request, services: ServicesDe
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request, services: ServicesDep) -> Response:
     tier = services.chat_tier(body.model)
-    headers = ignored_params(body, strict=services.settings.server.strict_params)
+    headers = accepted(body, request, services)
     text = await while_connected(request.receive, tier.detokenize(body.tokens))
     return _reply({"content": text}, headers)
 
@@ -67,8 +67,7 @@ async def apply_template(
 ) -> Response:
     tier = services.chat_tier(body.model)
     await fetched(request.receive, tier)
-    strict = services.settings.server.strict_params
-    headers = ignored_params(body, strict=strict, left_out=body.left_out)
+    headers = accepted(body, request, services)
     prompt = await asyncio.to_thread(prompt_of, services, tier, body)
     headers = with_ignored(headers, prompt.idle)
     return _reply({"prompt": "".join(segment.text for segment in prompt.segments)}, headers)
