@@ -1,12 +1,12 @@
 """Replies that are a list of blocks (thoughts, text, calls), and the events that tell of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from api import turn
-from api.sse import event
+from api.sse import Started, event
 from chat.events import CallArguments, CallBegin, Event, Text
 from engine import wire
 
@@ -46,8 +46,17 @@ class BlockReply(ABC):
             async for _ in events:
                 pass
 
-    async def stream(self, started: turn.Turn) -> AsyncGenerator[bytes, None]:
-        """The events, as they come. Closing it cancels the rest."""
+    async def stream(
+        self,
+        starting: Coroutine[Any, Any, turn.Turn],
+        headers: Mapping[str, str],
+        names: Mapping[str, str],
+    ) -> Started:
+        """The events, as they come, and the turn's headers. Closing them cancels the rest."""
+        started = await starting
+        return self._stream(started), started.headers(headers, names)
+
+    async def _stream(self, started: turn.Turn) -> AsyncGenerator[bytes, None]:
         async with aclosing(self._events(started)) as events:
             async for data in events:
                 yield event(data)

@@ -13,7 +13,7 @@ from api.deps import ServicesDep, while_connected
 from api.fields import accepted
 from api.sampling import CONSTRAINTS, validity
 from api.sampling import INSTEAD as OF_CONSTRAINTS
-from api.sse import DONE, Chunks, EventStream, Form, begun
+from api.sse import DONE, Chunks, Form, Started, begun
 from chat.events import CallBegin, Event, Reasoning, Text
 from engine import wire
 from settings import ReasoningField
@@ -58,18 +58,15 @@ async def create_chat_completion(
             index = next((n for n, of_choice in enumerate(deltas) if not of_choice.are_over), 0)
             return chunks.of(_choice(index, deltas[index].nothing()), **fields)
 
-        form = Form(pause, last=DONE)
-
-        async def stream() -> EventStream:
+        async def stream() -> Started:
             started = await starting
             chunks.add(system_fingerprint=tier.fingerprint)
-            events = _events(started, chunks, body, deltas)
-            silence_s = server.comment_after_s
-            return EventStream(events, form, started.headers(headers), silence_s=silence_s)
+            return _events(started, chunks, body, deltas), started.headers(headers)
 
         return await begun(
-            stream(), form, waits_for=watch, patience_s=server.comment_after_s, headers=headers
-        )
+            stream(), Form(pause, last=DONE), waits_for=watch, headers=headers,
+            comment_after_s=server.comment_after_s,
+        )  # fmt: skip
     started = await starting
     head["system_fingerprint"] = tier.fingerprint
     choices = await while_connected(request.receive, started.fold())

@@ -25,7 +25,7 @@ from api.sampling import (
     generate_request,
     validity,
 )
-from api.sse import DONE, Chunks, EventStream, Form, begun
+from api.sse import DONE, Chunks, Form, Started, begun
 from chat.infill import Marks, infill, marks_of
 from engine import wire
 from errors import BadRequest, UnsupportedParameter
@@ -140,16 +140,15 @@ async def create_completion(
             index = going_on[0] if going_on else 0
             return chunks.of(_choice(index, "", None, None), **fields)
 
-        form = Form(pause, last=DONE)
-
-        async def stream() -> EventStream:
+        async def stream() -> Started:
             answer = await start()
             chunks.add(system_fingerprint=tier.fingerprint)
-            events = _events(answer, chunks, body, going_on)
-            return EventStream(events, form, headers, silence_s=patience_s)
+            return _events(answer, chunks, body, going_on), headers
 
-        patience_s = services.settings.server.comment_after_s
-        return await begun(stream(), form, waits_for=watch, patience_s=patience_s, headers=headers)
+        return await begun(
+            stream(), Form(pause, last=DONE), waits_for=watch, headers=headers,
+            comment_after_s=services.settings.server.comment_after_s,
+        )  # fmt: skip
     answer = await start()
     head["system_fingerprint"] = tier.fingerprint
     sampled = await while_connected(request.receive, generation.fold(answer))

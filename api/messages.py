@@ -16,7 +16,7 @@ from api.fields import accepted, with_ignored
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
 from api.sampling import ALL_CONSTRAINTS, validity
-from api.sse import EventStream, Form, begun, event
+from api.sse import Form, begun, event
 from api.tokens import MAX_LENGTH
 from api.transcript import packed_thoughts
 from chat.events import CallBegin, Event, Reasoning
@@ -58,15 +58,10 @@ async def create_message(
 
     reply = _Reply(tier.name, hides_thoughts=body.hides_thoughts)
     if body.stream:
-
-        async def stream() -> EventStream:
-            started = await start()
-            all_headers = started.headers(headers, names)
-            return EventStream(reply.stream(started), form, all_headers, silence_s=patience_s)
-
-        form = Form(_ping)
-        patience_s = services.settings.server.comment_after_s
-        return await begun(stream(), form, waits_for=watch, patience_s=patience_s, headers=headers)
+        return await begun(
+            reply.stream(start(), headers, names), Form(_ping), waits_for=watch,
+            headers=headers, comment_after_s=services.settings.server.comment_after_s,
+        )  # fmt: skip
     started = await start()
     await while_connected(request.receive, reply.finish(started))
     content = msgspec.json.encode(reply.message)

@@ -15,7 +15,7 @@ from api.errors import client_names
 from api.fields import accepted
 from api.responses_request import ResponsesRequest
 from api.sampling import ALL_CONSTRAINTS, validity
-from api.sse import EventStream, Form, begun, event
+from api.sse import Form, begun, event
 from api.transcript import packed_thoughts
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
@@ -60,15 +60,10 @@ async def create_response(
 
     reply = _Reply(_head(body, tier), body.namespaces, packs_thoughts=body.packs_thoughts)
     if body.stream:
-
-        async def stream() -> EventStream:
-            started = await start()
-            all_headers = started.headers(headers, names)
-            return EventStream(reply.stream(started), form, all_headers, silence_s=patience_s)
-
-        form = Form(reply.pause, reply.failed)
-        patience_s = services.settings.server.comment_after_s
-        return await begun(stream(), form, waits_for=watch, patience_s=patience_s, headers=headers)
+        return await begun(
+            reply.stream(start(), headers, names), Form(reply.pause, reply.failed), waits_for=watch,
+            headers=headers, comment_after_s=services.settings.server.comment_after_s,
+        )  # fmt: skip
     started = await start()
     await while_connected(request.receive, reply.finish(started))
     headers = started.whole_headers(headers, names)

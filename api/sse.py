@@ -73,26 +73,58 @@ class Form:
             cut()
 
 
-class LateStream(Response):
-    """The reply to a stream that takes long to start: pauses that say what it waits for, then its
-    events. Its status and `headers` are sent already: what goes wrong now is an event, and headers
-    that are known only now are in one more pause."""
+Started = tuple[AsyncGenerator[bytes, None], Mapping[str, str]]  # events, and the reply's headers
+
+
+async def begun(
+    starting: Coroutine[Any, Any, Started],
+    form: Form,
+    *,
+    waits_for: Callable[[], str],
+    headers: Mapping[str, str],
+    comment_after_s: float,
+) -> Response:
+    """The stream, once it has started. What goes wrong until `comment_after_s` are over is an HTTP
+    status; from then on the client hears what its request waits for, and has the `headers` that
+    are known by then, the others in an event."""
+    task = asyncio.ensure_future(starting)
+    try:
+        await asyncio.wait({task}, timeout=comment_after_s)
+    except BaseException:
+        task.cancel()
+        raise
+    known = task.result()[1] if task.done() else headers
+    return EventStream(task, form, waits_for, known, silence_s=comment_after_s)
+
+
+class EventStream(Response):
+    """Sends events as they come, then the form's last one; until there are any, pauses that say
+    what it waits for. Its status and `headers` are sent before: what goes wrong later is an event,
+    and headers that are known only later are in one more pause.
+
+    The generator is closed when the client has left, so what it holds is released at once.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        starting: "asyncio.Future[EventStream]",
+        starting: "asyncio.Future[Started]",
         form: Form,
         waits_for: Callable[[], str],
         headers: Mapping[str, str],
+        *,
+        silence_s: float,
     ) -> None:
+        """Where no event comes for `silence_s`, as while a long prompt is computed, there is a
+        pause: proxies and clients take a stream that says nothing for a dead one."""
         super().__init__(headers=HEADERS | dict(headers))
         del self.headers["content-length"]
-        self._said = dict(headers)
         self._starting = starting
         self._form = form
         self._waits_for = waits_for
+        self._said = dict(headers)  # beside those of all streams
+        self._silence_s = silence_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def pause(**fields: Any) -> None:
@@ -105,90 +137,22 @@ class LateStream(Response):
             while not self._starting.done():
                 await pause(waiting=self._waits_for())
                 await asyncio.wait({self._starting}, timeout=WAIT_SAID_S)
-            stream = self._starting.result()
-            said = self._said.items()
-            late = {name: value for name, value in stream.said.items() if (name, value) not in said}
-            if late:
-                await pause(headers=late)
-            await stream.send_events(scope, receive, send)
-        except ClientLeft:
-            scope["client_left"] = True
-        except Exception as exception:
-            await self._form.fail(exception, scope, send)
-        finally:
-            self._starting.cancel()
-
-
-async def begun(
-    starting: Coroutine[Any, Any, "EventStream"],
-    form: Form,
-    *,
-    waits_for: Callable[[], str],
-    patience_s: float,
-    headers: Mapping[str, str],
-) -> Response:
-    """The stream, once it has started. What goes wrong until `patience_s` are over is an HTTP
-    status; from then on the client hears what its request waits for, and has the `headers` that
-    are known by then, the others in an event."""
-    task = asyncio.ensure_future(starting)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=patience_s)
-    except BaseException:
-        task.cancel()
-        raise
-    if done:
-        return task.result()
-    return LateStream(task, form, waits_for, headers)
-
-
-class EventStream(Response):
-    """Sends events as they come, then the form's last one.
-
-    The generator is closed when the client has left, so what it holds is released at once.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        form: Form,
-        headers: Mapping[str, str],
-        *,
-        silence_s: float,
-    ) -> None:
-        """Where no event comes for `silence_s`, as while a long prompt is computed, there is a
-        pause: proxies and clients take a stream that says nothing for a dead one."""
-        super().__init__(headers=HEADERS | dict(headers))
-        del self.headers["content-length"]
-        self.said = headers  # beside those of all streams
-        self._events = events
-        self._form = form
-        self._silence_s = silence_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start = {
-            "type": "http.response.start",
-            "status": self.status_code,
-            "headers": self.raw_headers,
-        }
-        async with aclosing(self._events):
-            await send(start)
-            await self.send_events(scope, receive, send)
-
-    async def send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """All but the head."""
-        beating = _Beating(send, self._form.pause, self._silence_s)
-        try:
-            async with aclosing(self._events), aclosing(beating):
-                await while_connected(receive, self._send_all(beating))
+            events, headers = self._starting.result()
+            async with aclosing(events):
+                late = {n: value for n, value in headers.items() if self._said.get(n) != value}
+                if late:
+                    await pause(headers=late)
+                async with aclosing(_Beating(send, self._form.pause, self._silence_s)) as beating:
+                    await while_connected(receive, self._send_all(events, beating))
         except ClientLeft:
             scope["client_left"] = True  # for the access log: the status is sent already
         except Exception as exception:  # also of the end of its time
             await self._form.fail(exception, scope, send)
+        finally:
+            self._starting.cancel()
 
-    async def _send_all(self, send: Send) -> None:
-        async for data in self._events:
+    async def _send_all(self, events: AsyncGenerator[bytes, None], send: Send) -> None:
+        async for data in events:
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": self._form.last, "more_body": False})
 

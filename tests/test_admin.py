@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from api.middleware import Gate
-from api.sse import EventStream, Form
+from api.sse import Form, Started, begun
 from model_manager import ModelManager
 from server import banner, check_config
 from settings import ServerSettings, TierSettings
@@ -516,8 +516,15 @@ def test_a_pause_overtakes_no_event_that_has_its_number_already() -> None:
     async def receive() -> Message:
         return await asyncio.Event().wait() and {}
 
-    stream = EventStream(events(), Form(numbered), {}, silence_s=0.01)
-    asyncio.run(stream({"request_id": "r"}, receive, send))
+    async def started() -> Started:
+        return events(), {}
+
+    async def run() -> None:
+        form = Form(numbered)
+        stream = await begun(started(), form, waits_for=str, headers={}, comment_after_s=0.01)
+        await stream({"request_id": "r"}, receive, send)
+
+    asyncio.run(run())
     assert told.split()[:3] == [b"0", b"1", b"2"]
 
 
