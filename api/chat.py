@@ -149,7 +149,7 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     ends = []
     async with aclosing(started.outs()) as outs:
-        for index in range(started.n_choices):
+        for index in range(started.answer.n_choices):
             yield chunks.of(_choice(index, {"role": "assistant", "content": ""}))
         async for out in outs:
             logprobs = _logprobs(out.logprobs) if out.logprobs else None
@@ -163,7 +163,7 @@ async def _events(
                 ends.append(out.end)
                 deltas[out.index].are_over = True
                 more: dict[str, Any] = {}
-                if body.timings and len(ends) == started.n_choices:
+                if body.timings and len(ends) == started.answer.n_choices:
                     n_completion = sum(end.n_tokens for end in ends)
                     more = {"timings": started.answer.timings(n_completion)}
                 end = _choice(out.index, {}, finish=out.end.finish) | validity(out.end.is_valid)

@@ -106,11 +106,7 @@ async def create_completion(
 
     async def start() -> generation.Answer:
         await fetched(request.receive, tier)
-        answer = await generation.start(
-            request, services, tier, requests, is_seeded=body.seed is not None,
-            priority=body.effective_priority, watch=watch,
-        )  # fmt: skip
-        tier.keep_alive(body.keep_alive)
+        answer = await generation.start(request, services, tier, body, requests, watch)
         if body.echo:
             caching = services.caching(request)
 
@@ -128,7 +124,7 @@ async def create_completion(
                 except BadRequest:
                     await answer.outs.aclose()
                     raise
-        headers.update({"X-Seed": str(answer.begun.seed)} | answer.headers())
+        headers.update(answer.headers())
         return answer
 
     head = generation.head("cmpl", "text_completion", tier, body.service_tier)

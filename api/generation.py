@@ -11,6 +11,7 @@ from fastapi import Request
 
 from answers import Begun, Items
 from api.deps import Services, while_connected
+from api.sampling import GenerationFields
 from caching import Caching
 from engine import wire
 from generating import Generation
@@ -65,8 +66,8 @@ class Answer:
                     yield item
 
     def headers(self) -> dict[str, str]:
-        """How long it waited for its place, and whether it was remembered."""
-        return self._caching.headers()
+        """Its seed, how long it waited for its place, and whether it was remembered."""
+        return {"X-Seed": str(self.begun.seed)} | self._caching.headers()
 
     def whole_headers(self) -> dict[str, str]:
         """All times, once it is whole."""
@@ -124,20 +125,20 @@ async def start(
     request: Request,
     services: Services,
     tier: Tier,
+    body: GenerationFields,
     asked: Sequence[wire.Generate],
-    *,
-    is_seeded: bool,
-    priority: int,
     watch: Watch,
 ) -> Answer:
     """Ask for answers and wait until all have begun: from here on nothing that is wrong with the
     request can come up. Raises ClientLeft or ServiceError."""
     caching = services.caching(request)
     items = services.answers.to(
-        asked, tier, priority=priority, is_seeded=is_seeded, caching=caching
-    )
+        asked, tier, priority=body.effective_priority, is_seeded=body.seed is not None,
+        caching=caching,
+    )  # fmt: skip
     answer = Answer(sum(one.n for one in asked), items, caching, watch)
     await while_connected(request.receive, anext(answer.outs))
+    tier.keep_alive(body.keep_alive)
     return answer
 
 

@@ -279,9 +279,8 @@ class PromptRequest(Extensible):
                     transcript.call(block.id, block.name, block.input)
                 elif isinstance(block, ResultBlock):
                     text = read_text(block.content, f"{place}.content", self.model)
-                    text = (
-                        f"Error: {text}" if block.is_error else text
-                    )  # templates know no other way
+                    if block.is_error:  # templates know no other way
+                        text = f"Error: {text}"
                     transcript.result(block.tool_use_id, text)
         return transcript.messages
 

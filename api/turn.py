@@ -87,50 +87,31 @@ async def start(
         calls=prompt.calls,
     )
     with client_names({"^prompt$": "messages"}):
-        answer = await generation.start(
-            request, services, tier, [asked], is_seeded=body.seed is not None,
-            priority=body.effective_priority, watch=watch,
-        )  # fmt: skip
-    tier.keep_alive(body.keep_alive)
+        answer = await generation.start(request, services, tier, body, [asked], watch)
     is_inline = services.settings.server.reasoning_field == "none"
-    return Turn(
-        answer,
-        prompt,
-        n_left_out,
-        is_inline=is_inline,
-        has_client_grammar=answer_must is not None,
-    )
+    return Turn(answer, prompt, n_left_out, is_inline, has_client_grammar=answer_must is not None)
 
 
+@dataclass(frozen=True, slots=True)
 class Turn:
     """A turn that has started. Read it by `outs` or `fold`, once."""
 
-    def __init__(
-        self,
-        answer: generation.Answer,
-        prompt: Prompt,
-        n_left_out: int,
-        *,
-        is_inline: bool,
-        has_client_grammar: bool,
-    ) -> None:
-        self.answer = answer
-        self._n_left_out = n_left_out
-        self.n_choices = answer.n_choices
-        self._prompt = prompt
-        self._is_inline = is_inline
-        self._has_client_grammar = has_client_grammar
+    answer: generation.Answer
+    prompt: Prompt
+    n_left_out: int  # messages
+    is_inline: bool  # its thoughts are in its text
+    has_client_grammar: bool
 
     async def outs(self) -> AsyncGenerator[Out, None]:
         """What each choice says, as it comes. Closing it cancels the rest."""
-        readers = [self._reader() for _ in range(self.n_choices)]
+        readers = [self._reader() for _ in range(self.answer.n_choices)]
         async with aclosing(self.answer.outs) as outs:
             async for index, out in outs:
                 yield readers[index].read(index, out)
 
     async def fold(self) -> list[Choice]:
         """The whole answers, by choice."""
-        choices = [Choice(Message(), [], _NO_END) for _ in range(self.n_choices)]
+        choices = [Choice(Message(), [], _NO_END) for _ in range(self.answer.n_choices)]
         async with aclosing(self.outs()) as outs:
             async for out in outs:
                 choice = choices[out.index]
@@ -152,11 +133,11 @@ class Turn:
     ) -> dict[str, str]:
         """What a stream says beside its body, with what was `known` before. `names` has what fields
         are called by the client, if that sent no chat."""
-        idle = (*self._prompt.idle, *self.answer.begun.unenforced)
+        idle = (*self.prompt.idle, *self.answer.begun.unenforced)
         headers = with_ignored(known, (client_name(param, names or {}) for param in idle))
-        headers |= {"X-Seed": str(self.answer.begun.seed)} | self.answer.headers()
-        if self._n_left_out:
-            headers["X-Truncated-Messages"] = str(self._n_left_out)
+        headers |= self.answer.headers()
+        if self.n_left_out:
+            headers["X-Truncated-Messages"] = str(self.n_left_out)
         return headers
 
     def whole_headers(
@@ -166,9 +147,9 @@ class Turn:
         return self.headers(known, names) | self.answer.whole_headers()
 
     def _reader(self) -> "_Reader":
-        splitter = self._prompt.splitter()
-        shown = InlineReasoning(splitter) if self._is_inline else splitter
-        return _Reader(splitter, shown, self._has_client_grammar)
+        splitter = self.prompt.splitter()
+        shown = InlineReasoning(splitter) if self.is_inline else splitter
+        return _Reader(splitter, shown, self.has_client_grammar)
 
 
 _NO_END = End("stop", 0, 0, None)
