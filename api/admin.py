@@ -84,6 +84,5 @@ class TierGauges(Collector):
             "worker_memory_estimated_bytes", "Memory set aside for it, as estimated at its start",
             ((t.name, occupant.n_bytes if (occupant := t.occupant()) else 0) for t in tiers),
         )  # fmt: skip
-        limit = GaugeMetricFamily("quintet_memory_limit_bytes", "MEMORY_LIMIT")
-        limit.add_metric([], self._manager.room.limit_bytes)
-        yield limit
+        n_bytes = self._manager.room.limit_bytes
+        yield GaugeMetricFamily("quintet_memory_limit_bytes", "MEMORY_LIMIT", n_bytes)

@@ -94,12 +94,8 @@ class _Counted(Collector):
                 gauge.add_metric([kind, "memory"], getattr(of_kind, name))
                 gauge.add_metric([kind, "disk"], getattr(of_kind.disk, name))
             yield gauge
-        if self._stats.disk is not None:
-            dropped = CounterMetricFamily(
-                "quintet_cache_dropped_writes", "Results that were not written to the disk"
-            )
-            dropped.add_metric([], self._stats.disk.dropped)
-            yield dropped
-            size = GaugeMetricFamily("quintet_cache_file_bytes", "The cache's file, with its log")
-            size.add_metric([], self._stats.disk.file_bytes)
-            yield size
+        if (store := self._stats.disk) is not None:
+            about = "Results that were not written to the disk"
+            yield CounterMetricFamily("quintet_cache_dropped_writes", about, store.dropped)
+            about = "The cache's file, with its log"
+            yield GaugeMetricFamily("quintet_cache_file_bytes", about, store.file_bytes)
