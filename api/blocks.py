@@ -1,14 +1,23 @@
 """Replies that are a list of blocks (thoughts, text, calls), and the events that tell of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from api import turn
-from api.sse import Started, event
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from api import generation, turn
+from api.deps import Services, while_connected
+from api.errors import client_names
+from api.messages_request import MessagesRequest
+from api.responses_request import ResponsesRequest
+from api.sse import Form, Started, begun, event
 from chat.events import CallArguments, CallBegin, Event, Text
 from engine import wire
+from tier import Tier
 
 Data = dict[str, Any]
 
@@ -19,7 +28,8 @@ class BlockReply(ABC):
 
     _started: turn.Turn  # from `begin` on
 
-    def __init__(self) -> None:
+    def __init__(self, whole: Data) -> None:
+        self.whole = whole  # at the end
         self._kind: type[Event] | None = None  # of the open block
 
     @abstractmethod
@@ -40,21 +50,42 @@ class BlockReply(ABC):
     @abstractmethod
     def end(self, end: turn.End) -> Iterable[Data]: ...
 
-    async def finish(self, started: turn.Turn) -> None:
-        """Wait for all of it."""
+    async def answer(
+        self,
+        body: MessagesRequest | ResponsesRequest,
+        request: Request,
+        services: Services,
+        tier: Tier,
+        headers: Mapping[str, str],
+        form: Form,
+    ) -> Response:
+        """The reply to a request, whole or as it comes, with the headers that are known before.
+        Raises ClientLeft or ServiceError."""
+        watch, names = generation.Watch(tier), body.names
+
+        async def start() -> turn.Turn:
+            with client_names(names):
+                return await turn.start(request, services, tier, body.chat(), watch)
+
+        async def stream() -> Started:
+            started = await start()
+            return self._stream(started), started.headers(headers, names)
+
+        if body.stream:
+            return await begun(
+                stream(), form, waits_for=watch, headers=headers,
+                comment_after_s=services.settings.server.comment_after_s,
+            )  # fmt: skip
+        started = await start()
+        await while_connected(request.receive, self._finish(started))
+        content = msgspec.json.encode(self.whole)
+        headers = started.whole_headers(headers, names)
+        return Response(content, media_type="application/json", headers=headers)
+
+    async def _finish(self, started: turn.Turn) -> None:
         async with aclosing(self._events(started)) as events:
             async for _ in events:
                 pass
-
-    async def stream(
-        self,
-        starting: Coroutine[Any, Any, turn.Turn],
-        headers: Mapping[str, str],
-        names: Mapping[str, str],
-    ) -> Started:
-        """The events, as they come, and the turn's headers. Closing them cancels the rest."""
-        started = await starting
-        return self._stream(started), started.headers(headers, names)
 
     async def _stream(self, started: turn.Turn) -> AsyncGenerator[bytes, None]:
         async with aclosing(self._events(started)) as events:

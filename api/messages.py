@@ -16,7 +16,7 @@ from api.fields import accepted, with_ignored
 from api.messages_request import MessagesRequest, PromptRequest
 from api.prompt import prompt_of
 from api.sampling import ALL_CONSTRAINTS, validity
-from api.sse import Form, begun, event
+from api.sse import Form, event
 from api.tokens import MAX_LENGTH
 from api.transcript import packed_thoughts
 from chat.events import CallBegin, Event, Reasoning
@@ -49,24 +49,8 @@ async def create_message(
 ) -> Response:
     tier = services.chat_tier(body.model)
     headers = accepted(body, request, services, UNSUPPORTED, INSTEAD)
-    watch = generation.Watch(tier)
-    names = body.names
-
-    async def start() -> turn.Turn:
-        with client_names(names):
-            return await turn.start(request, services, tier, body.chat(), watch)
-
     reply = _Reply(tier.name, hides_thoughts=body.hides_thoughts)
-    if body.stream:
-        return await begun(
-            reply.stream(start(), headers, names), Form(_ping), waits_for=watch,
-            headers=headers, comment_after_s=services.settings.server.comment_after_s,
-        )  # fmt: skip
-    started = await start()
-    await while_connected(request.receive, reply.finish(started))
-    content = msgspec.json.encode(reply.message)
-    headers = started.whole_headers(headers, names)
-    return Response(content, media_type="application/json", headers=headers)
+    return await reply.answer(body, request, services, tier, headers, Form(_ping))
 
 
 @router.post("/v1/messages/count_tokens")
@@ -94,12 +78,11 @@ class _Reply(BlockReply):
     """A message."""
 
     def __init__(self, model: str, *, hides_thoughts: bool) -> None:
-        super().__init__()
         self._hides_thoughts = hides_thoughts
         self._content: list[dict[str, Any]] = []
         self._arguments = ""  # of the open call
         self._thoughts = ""  # that are open and hidden
-        self.message: dict[str, Any] = {
+        message = {
             "id": generation.new_id("msg_"),
             "type": "message",
             "role": "assistant",
@@ -108,10 +91,11 @@ class _Reply(BlockReply):
             "stop_reason": None,
             "stop_sequence": None,
         }
+        super().__init__(message)
 
     def begin(self) -> Iterable[Data]:
-        self.message["usage"] = self._usage(turn.End("stop", 0, 0, None))
-        yield {"type": "message_start", "message": self.message}
+        self.whole["usage"] = self._usage(turn.End("stop", 0, 0, None))
+        yield {"type": "message_start", "message": self.whole}
 
     def open(self, first: Event) -> Iterable[Data]:
         if isinstance(first, CallBegin):
@@ -155,7 +139,7 @@ class _Reply(BlockReply):
             **validity(end.is_valid),
         }
         usage = self._usage(end)
-        self.message |= delta | {"usage": usage}
+        self.whole |= delta | {"usage": usage}
         yield {"type": "message_delta", "delta": delta, "usage": usage}
         yield {"type": "message_stop"}
 

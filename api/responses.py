@@ -6,16 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from api import generation, turn
 from api.blocks import BlockReply, Data
-from api.deps import ServicesDep, while_connected
-from api.errors import client_names
+from api.deps import ServicesDep
 from api.fields import accepted
 from api.responses_request import ResponsesRequest
 from api.sampling import ALL_CONSTRAINTS, validity
-from api.sse import Form, begun, event
+from api.sse import Form, event
 from api.transcript import packed_thoughts
 from chat.events import CallBegin, Event, Reasoning
 from engine import wire
@@ -51,23 +50,9 @@ async def create_response(
 ) -> Response:
     tier = services.chat_tier(body.model)
     headers = accepted(body, request, services, UNSUPPORTED, INSTEAD)
-    watch = generation.Watch(tier)
-    names = body.names
-
-    async def start() -> turn.Turn:
-        with client_names(names):
-            return await turn.start(request, services, tier, body.chat(), watch)
-
     reply = _Reply(_head(body, tier), body.namespaces, packs_thoughts=body.packs_thoughts)
-    if body.stream:
-        return await begun(
-            reply.stream(start(), headers, names), Form(reply.pause, reply.failed), waits_for=watch,
-            headers=headers, comment_after_s=services.settings.server.comment_after_s,
-        )  # fmt: skip
-    started = await start()
-    await while_connected(request.receive, reply.finish(started))
-    headers = started.whole_headers(headers, names)
-    return JSONResponse(reply.response, headers=headers)
+    form = Form(reply.pause, reply.failed)
+    return await reply.answer(body, request, services, tier, headers, form)
 
 
 def _head(body: ResponsesRequest, tier: Tier) -> dict[str, Any]:
@@ -125,18 +110,17 @@ class _Reply(BlockReply):
         *,
         packs_thoughts: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(head)
         self._namespaces = namespaces
         self._packs_thoughts = packs_thoughts
-        self.response = head
         self._output: list[dict[str, Any]] = head["output"]
         self._n_events = 0
         self._key = generation.new_id("")  # of the items' ids, by which clients may sort them
 
     def begin(self) -> Iterable[Data]:
         if not self._n_events:  # no pause has told of it
-            yield self._event("response.created", response=self.response)
-            yield self._event("response.in_progress", response=self.response)
+            yield self._event("response.created", response=self.whole)
+            yield self._event("response.in_progress", response=self.whole)
 
     def open(self, first: Event) -> Iterable[Data]:
         if isinstance(first, CallBegin):
@@ -193,14 +177,14 @@ class _Reply(BlockReply):
 
     def end(self, end: turn.End) -> Iterable[Data]:
         is_whole = end.finish != "length"
-        self.response |= {
+        self.whole |= {
             "status": _status(is_whole),
             "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
             "completed_at": int(time.time()) if is_whole else None,
             "usage": self._usage(end),
             **validity(end.is_valid),
         }
-        yield self._event(f"response.{_status(is_whole)}", response=self.response)
+        yield self._event(f"response.{_status(is_whole)}", response=self.whole)
 
     def pause(self, **fields: Any) -> bytes:
         """Events that say nothing, of which the first there is must be that of a beginning."""
@@ -209,11 +193,11 @@ class _Reply(BlockReply):
     def failed(self, error: ServiceError) -> bytes:
         """The events of a reply that breaks off: OpenAI's last one, and one that its SDK raises."""
         begin = b"".join(map(event, self.begin()))
-        self.response |= {
+        self.whole |= {
             "status": "failed",
             "error": {"code": _code(error), "message": error.message},
         }
-        last = self._event("response.failed", response=self.response)
+        last = self._event("response.failed", response=self.whole)
         fault = error.body()["error"]
         told = {name: fault[name] for name in ("code", "message", "param")}
         return begin + event(last) + event(self._event("error", **told, error=fault))
