@@ -2,7 +2,7 @@
 into these."""
 
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -44,6 +44,11 @@ class ContentPart(Extensible):
     type: str
     text: str | None = None
     _stands_for: str | None = PrivateAttr(None)
+
+    @property
+    def unknown(self) -> Mapping[str, Any]:
+        """None where it is refused by its type, which says more."""
+        return super().unknown if self.type in TEXTS else {}
 
     @property
     def stands_for(self) -> str | None:
@@ -121,7 +126,7 @@ def with_notes(content: Content) -> Content:
 def notes_in(content: Content, place: str) -> dict[str, str]:
     """The places of such notes, and the types of what they stand for."""
     parts = enumerate(content if isinstance(content, list) else ())
-    return {f"{place}[{n}]": part.stands_for for n, part in parts if part.stands_for}
+    return {f"{place}[{n}]": part.stands_for for n, part in parts if part.stands_for is not None}
 
 
 def read_text(content: Content, place: str, model: str, kinds: Container[str] = ("text",)) -> str:
@@ -289,7 +294,9 @@ class Conversation(Extensible):
     @property
     def left_out(self) -> dict[str, str]:
         """Types by the places where they are."""
-        return {place: part.stands_for for place, part in self.parts() if part.stands_for}
+        return {
+            place: part.stands_for for place, part in self.parts() if part.stands_for is not None
+        }
 
     def unknown_inside(self) -> Iterator[str]:
         yield from super().unknown_inside()

@@ -2,6 +2,7 @@
 for what is not there."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
@@ -37,15 +38,20 @@ class Extensible(BaseModel):
         """The types of what it goes without, by the places where they are."""
         return {}
 
+    @property
+    def unknown(self) -> Mapping[str, Any]:
+        """Such fields that it has."""
+        return self.model_extra or {}
+
     def unknown_inside(self) -> Iterable[str]:
         """The places of such fields in its parts."""
         return ()
 
 
-def unknown_in(place: str, part: BaseModel | None, beside: Container[str] = ()) -> Iterator[str]:
+def unknown_in(place: str, part: Extensible | None, beside: Container[str] = ()) -> Iterator[str]:
     """The fields of a part that nobody knows, but those that may stand `beside` the others and say
     nothing to a model. Clients that write all their fields say null where they mean nothing."""
-    for name, value in ((part and part.model_extra) or {}).items():
+    for name, value in (part.unknown if part else {}).items():
         if value is not None and name not in beside:
             yield f"{place}.{name}"
 
@@ -142,7 +148,7 @@ def accepted(
     `unsupported` has the values of each field that ask for nothing, and `instead` what to do about
     some of them, in place of leaving them out.
     """
-    extra = body.model_extra or {}
+    extra = body.unknown
     for name, neutral in unsupported.items():
         value = extra.get(name)
         if value is not None and not any(_is_same(value, n) for n in neutral):
@@ -150,13 +156,13 @@ def accepted(
             raise UnsupportedParameter(
                 f"'{name}' is not supported by this version; {advice}.", param=name
             )
-    unknown = [name for name in extra if name not in unsupported and name not in IGNORED]
-    unknown += body.unknown_inside()
+    unknown = chain(
+        (name for name in extra if name not in unsupported and name not in IGNORED),
+        body.unknown_inside(),
+    )
     if services.settings.server.strict_params:
-        if unknown:
-            raise BadRequest(
-                f"The field '{unknown[0]}' is not known (STRICT_PARAMS is on).", param=unknown[0]
-            )
+        for name in unknown:
+            raise BadRequest(f"The field '{name}' is not known (STRICT_PARAMS is on).", param=name)
         for place, kind in body.left_out.items():
             raise UnsupportedParameter(
                 f"'{place}' is of type '{kind}', which is not supported; it would be left out, but "
@@ -165,7 +171,7 @@ def accepted(
             )
     ignored = [*body.ignored, *drop_unless_admins(body, request)]
     ignored += (name for name in IGNORED if extra.get(name) not in (None, False))
-    return with_ignored({}, [*unknown, *body.left_out, *ignored])
+    return with_ignored({}, chain(body.left_out, ignored, unknown))
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -173,12 +179,16 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def with_ignored(headers: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """The headers, in which these are named beside what has no effect; of very many the first."""
+    """The headers, in which these are named before what else has no effect; of very many the
+    first."""
     said = headers.get("X-Ignored-Params")
-    text = ",".join([*([said] if said else []), *names])
-    named = text.encode("ascii", "backslashreplace").decode()
-    printable = "".join(c if c.isprintable() else "?" for c in named)
-    if len(printable) > MAX_NAMED_CHARS:
-        end = printable.rfind(",", 0, MAX_NAMED_CHARS + 1)
-        printable = printable[: end if end > 0 else MAX_NAMED_CHARS]
-    return {**headers, "X-Ignored-Params": printable} if text else {**headers}
+    told: list[str] = []
+    n_left = MAX_NAMED_CHARS
+    for name in chain(names, said.split(",") if said else ()):
+        ascii_ = name[:n_left].encode("ascii", "backslashreplace").decode()
+        printable = "".join(c if c.isprintable() else "?" for c in ascii_)
+        if told and len(printable) >= n_left:
+            break
+        told.append(printable[:n_left])
+        n_left -= len(printable) + 1
+    return {**headers, "X-Ignored-Params": ",".join(told)} if told else {**headers}

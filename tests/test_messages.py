@@ -254,7 +254,7 @@ def test_a_model_that_does_not_think_leaves_thinking_out_and_says_so(
         response = service.message("Hi", **fields, frob=1)
         assert response.status_code == 200
         asked = "output_config.effort" if effort else "thinking"
-        named = ["frob", asked, "thinking.budget_tokens"]
+        named = [asked, "thinking.budget_tokens", "frob"]
         assert response.headers["x-ignored-params"].split(",") == named
     for kind in ("disabled", "adaptive"):
         response = service.message("Hi", model="heavy", thinking={"type": kind})
@@ -314,7 +314,7 @@ def test_an_effort_is_a_hint_where_no_thoughts_are_asked_for(
     for thinking in ({}, {"thinking": {"type": "adaptive"}}):
         response = service.message("Hi", **fields, **thinking)
         assert response.status_code == 200
-        assert response.headers["x-ignored-params"] == "frob,output_config.effort"
+        assert response.headers["x-ignored-params"] == "output_config.effort,frob"
     body = {"model": "heavy", "messages": [{"role": "user", "content": "Hi"}]}
     body["output_config"] = {"effort": "low"}
     counted = service.http.post("/v1/messages/count_tokens", json=body)
@@ -520,7 +520,7 @@ def test_tools_that_are_not_there_are_left_out_beside_others_and_named(service: 
 def test_a_schema_that_means_nothing_is_named_as_here(service: Service, stream: bool) -> None:
     odd = {"name": "odd", "input_schema": {"properties": {"a": {"type": "float"}}}}
     response = service.message("Hi", tools=[SEARCH, odd, WEATHER], stream=stream)
-    assert response.headers["x-ignored-params"] == "tools[0],tools[1].input_schema"
+    assert response.headers["x-ignored-params"] == "tools[1].input_schema,tools[0]"
 
 
 def test_arguments_are_told_as_they_were_written(service: Service) -> None:
@@ -553,6 +553,26 @@ def test_an_image_that_a_tool_found_is_a_note(service: Service) -> None:
     assert response.headers["x-ignored-params"] == "messages[2].content[0].content[1]"
     told = chat({"role": "user", "content": "Go"}, *turns)["messages"][-1]["content"]
     assert told.startswith("Here.\n[Content of type 'image' is left out")
+
+
+def test_what_a_model_goes_without_is_named_before_the_many_fields_that_nobody_knows(
+    service: Service,
+) -> None:
+    noise = [{"type": "text", "text": "Hi", "citations": []} for _ in range(60)]
+    found = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": ""}]}
+    turns = [{"role": "user", "content": noise}, {"role": "user", "content": [found]}]
+    response = service.message(*turns, model="heavy", output_config={"effort": "high"})
+    named = response.headers["x-ignored-params"].split(",")
+    assert named[:2] == ["output_config.effort", "messages[1].content[0].content[0]"]
+    assert 20 < len(named) < 60
+    assert named[-1].endswith(".citations")
+
+
+def test_where_all_must_be_known_an_image_is_refused_as_such(tmp_path: Path) -> None:
+    image = {"type": "image", "source": {"type": "url", "url": "x"}}
+    with serving(settings({"strict_params": True}, light=fake())) as strict:
+        error = error_of(strict.message({"role": "user", "content": [image]}))
+        assert error["message"].startswith("messages[0].content[0].type: Content of type 'image'")
 
 
 def test_thoughts_that_nobody_can_read_are_left_out_and_named(service: Service) -> None:
@@ -600,7 +620,7 @@ def test_what_is_ignored_is_named_in_a_header(service: Service) -> None:
     for stream in (False, True):
         response = service.message("Hi", stream=stream, **fields)
         assert response.headers["x-ignored-params"] == (
-            "context_management,tools[0].input_examples,metadata"
+            "metadata,context_management,tools[0].input_examples"
         )
 
 
