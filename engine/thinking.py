@@ -79,8 +79,11 @@ class Thoughts:
             self._begin()
         if self._state == "open" and self._has_ended():
             self._state = "before" if self._has_messages else "after"
-        if self._state == "after" and self._tail.strip():
-            self._state = "over"
+        if self._state == "after":
+            if not self._has_messages:  # spaces behind thoughts are left out of the answer
+                self._tail = self._tail.lstrip()
+            if self._tail.strip():
+                self._state = "over"
         self.n_begun = 0 if self._state in ("open", "call") else len(self._tail)
         if self._state == "over" and self._has_messages and self._has_ended():
             self._state = "before"

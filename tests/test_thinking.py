@@ -344,8 +344,7 @@ def test_stop_strings_count_from_the_start_where_nothing_is_thought(
         ("<b>x", "<b>", ""),  # which might have become the tag
         ("<think>Hm.</think><b>x", "<b>", "<think>Hm.</think>"),
         ("\n\nUser: x", "\n\nUser:", ""),
-        ("<think>Hm.</think>\n\nUser: x", "\n\nUser:", "<think>Hm.</think>"),
-        ("<think>Hm.</think>\n\n\nUser: x", "\n\nUser:", "<think>Hm.</think>\n"),
+        (" \n\nUser: x", "\n\nUser:", " "),
         ("<think>Hm.</think>x>>y", ">>", "<think>Hm.</think>x"),
         ("<think>Hm.</think>>y>>", ">>", "<think>Hm.</think>>y"),
     ],
@@ -354,6 +353,21 @@ def test_a_stop_string_may_begin_an_answer(said: str, stop: str, text: str) -> N
     found = answer_text(said, thinking=think(is_open=False), stop=[stop])
     assert found == (text, "stop")
     assert answer_text(said, thinking=think(is_open=False))[0] == said
+
+
+@BOTH
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize("stop", ["\n```", "\n\n```", "\n", "\n\n", "\n\n`"])
+def test_no_stop_string_begins_in_the_spaces_behind_thoughts(
+    tokenizer: ByteTokenizer, is_open: bool, stop: str
+) -> None:
+    """Which no client sees: it would be cut at a text that is not in its own."""
+    said = ("" if is_open else "<think>") + "Hm.</think>\n\n```\nx```"
+    thinking = think(is_open=is_open)
+    for end in ("", f"{stop} y"):
+        found, _ = answer_text(said + end, tokenizer=tokenizer, thinking=thinking, stop=[stop])
+        thoughts, close, text = (said + end).partition("</think>\n\n")
+        assert found == thoughts + close + text.partition(stop)[0]
 
 
 def test_spaces_are_no_stop_string_while_another_one_may_have_begun() -> None:
