@@ -168,13 +168,20 @@ class Answer:
         self._text.stops = ()
         text = self._text.push(data[:n_before])
         if self._is_answer:
-            data, self._late = self._late, b""
-            self._text.stops = tuple(self.job.request.stop)
-            text += self._text.push(data, len(data) - len(data.lstrip()))
+            text += self._begin()
         return text
+
+    def _begin(self) -> str:
+        """What the answer begins with, now that this is known."""
+        late, self._late = self._late, b""
+        self._text.stops = tuple(self.job.request.stop)
+        return self._text.push(late, len(late) - len(late.lstrip()))
 
     def _rest(self) -> str:
         """What was held back, now that nothing comes behind it."""
+        thinking = self.job.request.thinking
+        if self._late and not (thinking and thinking.heads):  # no tag has come of it
+            return self._begin() + self._text.finish()
         late, self._late = self._late, b""
         return self._text.push(late) + self._text.finish()
 

@@ -410,6 +410,37 @@ def test_an_answer_that_ends_before_it_has_begun_is_whole() -> None:
             assert found[0] == said
 
 
+@pytest.mark.parametrize(
+    ("said", "stop", "text"),
+    [
+        ("<", "<", ""),
+        ("<t", "<", ""),
+        ("<t", "t", "<"),
+        (" \n<thin", "<thi", " \n"),
+        ("\n<", "\n<", ""),
+        ("\n<", "\n", None),
+        (" \n", "\n", None),
+        ("<think>Hm.</think> \n", "\n", None),
+        ("<think>", "<think", None),
+        ("<thi", "<think", None),
+    ],
+)
+def test_an_answer_that_ends_like_a_tag_begins_may_have_a_stop_string(
+    said: str, stop: str, text: str | None
+) -> None:
+    thinking = think(is_open=False)
+    for limit in (None, len(said)):
+        found = answer_text(said, thinking=thinking, stop=[stop], max_tokens=limit)
+        is_cut = text is not None
+        assert found == (text if is_cut else said, "stop" if is_cut or not limit else "length")
+
+
+def test_an_answer_that_ends_in_the_head_of_a_message_has_no_stop_string() -> None:
+    thinking = prompt("gpt_oss", user("Hi"), TOOLS).thinking
+    for said in ("<|chan", ANALYSIS.format("Hm.") + "<|channel|>fin"):
+        assert answer_text(said, thinking=thinking, stop=["<"])[0] == said
+
+
 @BOTH
 def test_thoughts_that_take_too_long_are_ended_in_the_text(tokenizer: ByteTokenizer) -> None:
     said, _ = answer_text("Hm, oh.", tokenizer=tokenizer, thinking=think(3), stop=["\n\n"])
