@@ -156,7 +156,7 @@ class ChatFormat:
         calls = None
         if functions and (openers := self._family.openers(functions)):
             only_first = answer is not None or not self._family.calls_after_text
-            calls = Calls(tuple(openers), only_first)
+            calls = Calls(tuple(openers), only_first, self._family.line_openers)
         is_split = tags or functions
         return Prompt(
             segments,

@@ -1,6 +1,7 @@
 """Token bytes to text that is safe to send: whole characters, and no stop string."""
 
 import codecs
+import re
 from collections.abc import Sequence
 
 from engine.wire import Calls
@@ -18,6 +19,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self._n_blank = 0  # characters of it that are no stop string by themselves
+        self._has_text = False  # in which they count
 
     def push(self, data: bytes, n_blank: int = 0) -> str:
         """The text that `data` makes certain, without the stop string and what follows it. Its
@@ -44,6 +46,7 @@ class TextStream:
             begun = [len(text) - _overlap(text, stop) for stop in self.stops]
             n_sure = min(n_text, *begun, *(at for _, at, _ in found))
         self._held, self._n_blank = text[n_sure:], max(n_blank - n_sure, 0)
+        self._has_text = self._has_text or n_sure > 0
         return text[:n_sure]
 
     def finish(self) -> str:
@@ -58,11 +61,15 @@ class TextStream:
         """How many characters are sure to come before any call, and whether one has begun."""
         if self._calls is None:
             return len(text), False
-        openers = self._calls.openers
-        found = [at for opener in openers if (at := text.find(opener)) >= 0]
+        calls = self._calls
+        found = [at for opener in calls.openers if (at := text.find(opener)) >= 0]
+        front = r"\n[ \t]*" if self._has_text else r"(?:^|\n)[ \t]*"
+        lines = (re.search(f"{front}({re.escape(one)})", text) for one in calls.line_openers)
+        found += [line.start(1) for line in lines if line]
+        openers = (*calls.openers, *calls.line_openers)
         begin = min(found or [len(text) - _overlap(text, opener) for opener in openers])
         n_text = len(text[:begin].rstrip())
-        if self._calls.only_first and n_text:
+        if calls.only_first and n_text:
             self._calls = None
             return len(text), False
         return n_text, bool(found)

@@ -125,6 +125,7 @@ class Calls(msgspec.Struct, frozen=True):
 
     openers: tuple[str, ...]
     only_first: bool = False  # behind other text they are text too
+    line_openers: tuple[str, ...] = ()  # which count only at the beginning of a line
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):

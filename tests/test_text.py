@@ -155,6 +155,27 @@ def test_calls_that_come_first_or_never_are_text_behind_text() -> None:
     assert pushes([b"x ", b"<"], "1", calls=first) == ["x ", "<"]
 
 
+LINES = Calls(("<a>",), line_openers=("<b>",))
+
+
+@pytest.mark.parametrize("before", ["", " \t", "x\n", "x\n\n \t", "x <b>\n"])
+def test_what_begins_a_call_only_in_front_of_a_line(before: str) -> None:
+    text = f"{before}<b>1"
+    for stop in ("1", "<b>1", " ", "\t"):
+        if stop not in before.rstrip():
+            assert said(in_bytes(text), stop, calls=LINES) == text
+            assert said([text.encode()], stop, calls=LINES) == text
+
+
+@pytest.mark.parametrize("before", ["x", "x ", "x\ny", "<c> ", "x\n<", "<"])
+@pytest.mark.parametrize("stop", ["1", "<b>", ">1", "b"])
+def test_it_is_text_in_the_midst_of_one(before: str, stop: str) -> None:
+    text = f"{before}<b>1"
+    assert said(in_bytes(text), stop, calls=LINES) == text.partition(stop)[0]
+    assert said([text.encode()], stop, calls=LINES) == text.partition(stop)[0]
+    assert said(in_bytes(f"{text} <a>2"), "2", calls=LINES) == f"{text} <a>2"
+
+
 # any text, any cuts
 
 Texts = st.text(alphabet="abc é世🎉", max_size=30)
@@ -183,23 +204,25 @@ def test_cuts_between_tokens_change_nothing(text: str, stops: list[str], cuts: l
 
 @settings(max_examples=200)
 @given(
-    text=st.text(alphabet="<ab> é", max_size=20),
-    stops=st.lists(st.text(alphabet="<ab> ", min_size=1, max_size=4), max_size=3),
+    text=st.lists(st.sampled_from([*"<ab> \né", "<a>", "<b>"]), max_size=12).map("".join),
+    stops=st.lists(st.text(alphabet="<ab> \n", min_size=1, max_size=4), max_size=3),
     cuts=st.lists(st.integers(0, 30), max_size=6),
+    begins=st.sampled_from([(CALLS, "<[ab]>"), (LINES, "<a>|(?:^|(?<=\n))[ ]*<b>")]),
 )
 def test_cuts_change_nothing_where_calls_may_come(
-    text: str, stops: list[str], cuts: list[int]
+    text: str, stops: list[str], cuts: list[int], begins: tuple[Calls, str]
 ) -> None:
+    calls, pattern = begins
     data = text.encode()
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     chunks = [data[start:end] for start, end in pairwise(edges)]
-    begin = re.search("<[ab]>", text)
+    begin = re.search(pattern, text)
     before = text[: begin.start()].rstrip() if begin else text
     expected = before_first_stop(before, stops)
     if begin and expected == before:
         expected = text
-    assert said(chunks, *stops, calls=CALLS) == expected
-    assert said(in_bytes(text), *stops, calls=CALLS) == expected
+    assert said(chunks, *stops, calls=calls) == expected
+    assert said(in_bytes(text), *stops, calls=calls) == expected
 
 
 @settings(max_examples=100)

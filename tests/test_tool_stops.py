@@ -145,6 +145,23 @@ def test_stop_strings_count_in_no_call_without_its_opener(has_tokens: bool) -> N
 
 
 @pytest.mark.parametrize("has_tokens", [True, False])
+@pytest.mark.parametrize("stop", ["STOP", "STOP it", ".\n", ";", "<", "<f", "<function=", "=a"])
+def test_a_call_without_its_opener_is_text_in_the_midst_of_a_line(
+    has_tokens: bool, stop: str
+) -> None:
+    model = MODELS["qwen3_coder", has_tokens]
+    turn = model.asked()
+    text = "Use <function=a>; STOP it.\n\tSo <function=a"
+    message, done = told(turn, turn.raw(text), stop)
+    assert (message, done.stop) == (Message(text.partition(stop)[0]), stop)
+    bare = model.calls(CALL).removeprefix("<tool_call>\n")
+    for before in ("", "Use <function=a>\n", "Use <function=a>\n\n \t", " \t"):
+        message, done = told(turn, turn.raw(f"{before}{bare}"), "Oslo", "get_time", "\n", "param")
+        assert message == Message(before.rstrip(), calls=[Call(*CALL)])
+        assert done.stop is None
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
 def test_a_call_in_the_midst_of_what_llama_says_is_text(has_tokens: bool) -> None:
     model = MODELS["llama3_1", has_tokens]
     turn = model.asked()

@@ -35,7 +35,7 @@ TO_WORKER: list[wire.ToWorker] = [
         wire.Grammar((wire.GrammarPart("json_schema", '{"type": "object"}', "response_format"),)),
         wire.Thinking("<think>", "</think>", False, 5, "</think>"),
         ["[TOOL_CALLS]"],
-        wire.Calls(("[TOOL_CALLS]",), True),
+        wire.Calls(("[TOOL_CALLS]",), True, ("<function=",)),
         {"5": -100.0},
         False,
         2,

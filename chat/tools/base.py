@@ -81,6 +81,7 @@ class ToolFormat(ABC):
 
     name: ClassVar[str]
     opener: ClassVar[str]  # what the first call begins with
+    line_openers: ClassVar[tuple[str, ...]] = ()  # others, at the beginning of a line
     visible: ClassVar[tuple[str, ...]] = ()  # control tokens that its splitter looks for
     shows_tools: ClassVar[bool] = True  # the template prints the tools that it is given
     calls_after_text: ClassVar[bool] = True

@@ -318,15 +318,13 @@ class Qwen3Coder(NamedTags):
     """Its models leave the opener out at times, and begin a line with the function."""
 
     name = "qwen3-coder"
+    line_openers = (BARE,)
     visible = (OPEN, CLOSE)
     value_begin = "\n"
     value_end = "\n</parameter>"
 
     def fits(self, template: str) -> bool:
         return OPEN in template and self.key in template
-
-    def openers(self, functions: Sequence[Function]) -> Sequence[str]:
-        return [self.opener, BARE]  # this also in a line, where it is text and seldom stands
 
     def body(
         self, functions: Sequence[Function], *, answer: str | None, is_required: bool, unlike: str
