@@ -86,8 +86,8 @@ class Progress:
         self._own = own
         self._grammar = grammar
         self._thoughts = thoughts
-        self._ahead: deque[tuple[bool, int, bool | None]] = deque()
-        self.is_over, self.n_begun, self.is_complete = self._now()
+        self._ahead: deque[tuple[bool, int, int, bool | None]] = deque()
+        self.is_over, self.n_begun, self.n_held, self.is_complete = self._now()
 
     def apply(self, logits: npt.NDArray[np.float32]) -> None:
         self._own.apply(logits)
@@ -98,15 +98,16 @@ class Progress:
 
     def told(self) -> None:
         """The next token was told: from here on all is as it was after that."""
-        self.is_over, self.n_begun, self.is_complete = self._ahead.popleft()
+        self.is_over, self.n_begun, self.n_held, self.is_complete = self._ahead.popleft()
 
-    def _now(self) -> tuple[bool, int, bool | None]:
-        """Whether thoughts are over, with how many bytes an answer begins or may, and whether it is
-        a whole one by its grammar."""
+    def _now(self) -> tuple[bool, int, int, bool | None]:
+        """Whether thoughts are over, with how many bytes an answer begins or may, how many of these
+        are not known to be of it, and whether it is a whole one by its grammar."""
         is_complete = self._grammar.is_complete if self._grammar else None
         if self._thoughts is None:
-            return True, 0, is_complete
-        return self._thoughts.is_over, self._thoughts.n_begun, is_complete
+            return True, 0, 0, is_complete
+        thoughts = self._thoughts
+        return thoughts.is_over, thoughts.n_begun, thoughts.n_held, is_complete
 
 
 class Answer:
@@ -160,30 +161,32 @@ class Answer:
 
     def _read(self, progress: Progress, piece: bytes) -> str:
         """Text, in which stop strings count from where the answer begins; spaces there are none."""
-        if self._is_answer and progress.is_over:
-            return self._text.push(piece)
-        data = self._late + piece
-        n_before = len(data) - progress.n_begun
-        self._late, self._is_answer = data[n_before:], progress.is_over
+        was_answer, self._is_answer = self._is_answer, progress.is_over
+        self._late += piece
+        if was_answer and self._is_answer:
+            return self._text.push(self._taken(progress.n_held))
         self._text.stops = ()
-        text = self._text.push(data[:n_before])
-        if self._is_answer:
-            text += self._begin()
-        return text
+        text = self._text.push(self._taken(progress.n_begun))
+        return text + self._begin(progress.n_held) if self._is_answer else text
 
-    def _begin(self) -> str:
+    def _begin(self, n_held: int = 0) -> str:
         """What the answer begins with, now that this is known."""
-        late, self._late = self._late, b""
+        data = self._taken(n_held)
         self._text.stops = tuple(self.job.request.stop)
-        return self._text.push(late, len(late) - len(late.lstrip()))
+        return self._text.push(data, len(data) - len(data.lstrip()))
 
     def _rest(self) -> str:
         """What was held back, now that nothing comes behind it."""
         thinking = self.job.request.thinking
         if self._late and not (thinking and thinking.heads):  # no tag has come of it
             return self._begin() + self._text.finish()
-        late, self._late = self._late, b""
-        return self._text.push(late) + self._text.finish()
+        return self._text.push(self._taken()) + self._text.finish()
+
+    def _taken(self, n_late: int = 0) -> bytes:
+        """What was late, but for so many bytes that are so still."""
+        n_sure = len(self._late) - n_late
+        taken, self._late = self._late[:n_sure], self._late[n_sure:]
+        return taken
 
     def _piece(self, token: int) -> bytes:
         return self.job.visible.get(token) or self._tokenizer.piece(token)

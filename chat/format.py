@@ -150,8 +150,9 @@ class ChatFormat:
         if tags:
             ending = self._family.ending(tags, functions)
             call = tags.call if functions else ""
+            again = self._family.thinks_again and grammar is None  # it has them once
             thinking = Thinking(
-                tags.open, tags.close, is_open, budget, ending, tags.heads, tags.body, call
+                tags.open, tags.close, is_open, budget, ending, tags.heads, tags.body, call, again
             )
         calls = None
         if functions and (openers := self._family.openers(functions)):

@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Sequence
+from typing import AnyStr
 
 from engine.wire import Calls
 
@@ -43,7 +44,7 @@ class TextStream:
             self.stops = ()
             n_sure = n_text or len(text)  # text and call come one after the other
         else:
-            begun = [len(text) - _overlap(text, stop) for stop in self.stops]
+            begun = [len(text) - overlap(text, stop) for stop in self.stops]
             n_sure = min(n_text, *begun, *(at for _, at, _ in found))
         self._held, self._n_blank = text[n_sure:], max(n_blank - n_sure, 0)
         self._has_text = self._has_text or n_sure > 0
@@ -67,7 +68,7 @@ class TextStream:
         lines = (re.search(f"{front}({re.escape(one)})", text) for one in calls.line_openers)
         found += [line.start(1) for line in lines if line]
         openers = (*calls.openers, *calls.line_openers)
-        begin = min(found or [len(text) - _overlap(text, opener) for opener in openers])
+        begin = min(found or [len(text) - overlap(text, opener) for opener in openers])
         n_text = len(text[:begin].rstrip())
         if calls.only_first and n_text:
             self._calls = None
@@ -75,9 +76,9 @@ class TextStream:
         return n_text, bool(found)
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop` without completing it."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
+def overlap(text: AnyStr, mark: AnyStr) -> int:
+    """Length of the longest end of `text` that begins `mark` without completing it."""
+    for n in range(min(len(text), len(mark) - 1), 0, -1):
+        if text.endswith(mark[:n]):
             return n
     return 0

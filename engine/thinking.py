@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.backends.base import Constraint
+from engine.text import overlap
 from engine.wire import Thinking
 
 
@@ -18,7 +19,7 @@ class Thoughts:
 
     Thoughts end with the first `close`. They begin in the prompt, or where the answer begins with
     `open`, after spaces; where an answer is several messages, in those with `open` in their heads.
-    A message that is a call is the last one.
+    A message that is a call is the last one. Those that come `again` begin anywhere.
     When they have taken `budget` tokens, and the last character is whole, the tokens of the
     `ending` are all that is allowed, one after the other.
     """
@@ -38,6 +39,7 @@ class Thoughts:
         self._body = (thinking.body or thinking.open).encode()
         self._open = thinking.open.removesuffix(thinking.body).encode()
         self._call = thinking.call.encode()
+        self._again = thinking.again
         self._text_of = text_of
         self._n_left = sys.maxsize if thinking.budget is None else thinking.budget
         self._ending = self._to_say = ending
@@ -45,6 +47,7 @@ class Thoughts:
         self._grammar = grammar
         self._tail = b""
         self.n_begun = 0  # bytes at the end that begin the answer, or will unless thoughts do
+        self.n_held = 0  # of which this is not known yet
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._force_end()
 
@@ -68,7 +71,7 @@ class Thoughts:
             self._forced.popleft()
         elif self._state == "open":
             self._n_left -= 1
-        if self._state != "call" and (self._state != "over" or self._has_messages):
+        if self._state != "call" and (self._state != "over" or self._has_messages or self._again):
             self._follow(self._text_of(token))
             self._force_end()
 
@@ -88,6 +91,9 @@ class Thoughts:
         if self._state == "over" and self._has_messages and self._has_ended():
             self._state = "before"
             self.n_begun = len(self._tail)
+        self.n_held = 0 if self._state == "over" else self.n_begun
+        if self._state == "over" and self._again:
+            self._open_again()
 
     def _begin(self) -> None:
         text = self._tail if self._has_messages else self._tail.lstrip()
@@ -101,6 +107,14 @@ class Thoughts:
                 self._state = "call"
             self._tail = rest
             self._to_say = self._ending  # again, where there are thoughts again
+
+    def _open_again(self) -> None:
+        _, opened, rest = self._tail.partition(self._open)
+        if opened:
+            self._state, self._tail, self.n_begun = "open", rest, 0
+        else:
+            self.n_held = overlap(self._tail, self._open)
+            self._tail = self._tail[len(self._tail) - self.n_held :]
 
     def _has_ended(self) -> bool:
         _, close, after = self._tail.partition(self._close)

@@ -102,7 +102,8 @@ class Grammar(msgspec.Struct, frozen=True):
 
 class Thinking(msgspec.Struct, frozen=True):
     """A model's thoughts: what comes before the first `close`, if the prompt ends inside them or
-    the answer begins with `open`. Stop strings count after them.
+    the answer begins with `open`. Stop strings count after them. With `again` another `open`
+    anywhere begins more of them.
 
     An answer that is several messages has `heads`, what those of messages begin with, and `body`,
     which ends each head. Then every message ends with `close`, those with `open` in their heads are
@@ -117,6 +118,7 @@ class Thinking(msgspec.Struct, frozen=True):
     heads: tuple[str, ...] = ()
     body: str = ""
     call: str = ""
+    again: bool = False
 
 
 class Calls(msgspec.Struct, frozen=True):

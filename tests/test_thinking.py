@@ -329,6 +329,12 @@ def test_a_budget_is_that_of_all_thoughts_of_an_answer() -> None:
     assert said == f"{head}abcde{end}{head}{end}{head}{end}xy"
 
 
+def test_a_budget_is_that_of_thoughts_that_open_again_too() -> None:
+    thinking = wire.Thinking("<think>", "</think>", True, 4, "</think>", again=True)
+    said = play(thoughts(thinking, TOKENS), TOKENS, "ab</think>c<think>defg</think>h")
+    assert said == "ab</think>c<think>d</think>efg</think>h"
+
+
 @BOTH
 def test_stop_strings_count_from_the_start_where_nothing_is_thought(
     tokenizer: ByteTokenizer,

@@ -9,6 +9,7 @@ import pytest
 import generation_jobs
 from chat.events import Call, Message
 from engine import wire
+from engine.thinking import Thoughts
 from engine.types import Sampled, SamplingParams
 from engine.wire import GrammarPart
 from tests.byte_tokenizer import END, sampled
@@ -169,6 +170,56 @@ def test_a_call_in_the_midst_of_what_llama_says_is_text(has_tokens: bool) -> Non
     assert (message, done.stop) == (Message(f"I call {model.calls(CALL)}\n"), "Observation:")
     message, _ = told(turn, '{"name": "Bob"}', '"')
     assert message == Message("{")
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+@pytest.mark.parametrize(
+    ("raw", "stop", "text"),
+    [
+        ("{1}{2}Hello.", "\n", "Hello."),
+        ("{1}\n\n{2}\nHello.\nBye", "\n", "Hello."),
+        ("{1}Hello.{2} Bye", "thought", "Hello.Bye"),
+        ("Hello.{1} Bye", "STOP", "Hello.Bye"),
+        ("Hello.{1} Bye STOP", "STOP", "Hello.Bye "),
+        ("Hello.{1}STOP", "STOP", "Hello."),
+        ("Hello STOP{1}Bye", "STOP", "Hello "),
+        ("Hello.{1}So,{1}\n\nB<|ye", "|", "Hello.So,B<"),
+        ("Hello.{1}", "<", "Hello."),
+        ("{2}Hello.{1}x<|channel", "<|ch", "Hello.x"),
+        ("Hello.<|channel>a STOP", "STOP", "Hello."),
+    ],
+)
+def test_stop_strings_count_in_no_thoughts_of_gemma(
+    has_tokens: bool, raw: str, stop: str, text: str
+) -> None:
+    channels = "<|channel>thought\nHm. STOP\n<channel|>", "<|channel>thought\n<channel|>"
+    turn = MODELS["gemma4", has_tokens].asked(tools=[])
+    raw = raw.replace("{1}", channels[0]).replace("{2}", channels[1])
+    message, done = told(turn, raw, stop)
+    plain, _ = told(turn, raw)
+    assert message.text == text
+    assert done.stop == (None if plain.text == text else stop)
+    assert plain.reasoning.startswith(message.reasoning)
+
+
+def test_no_thoughts_open_in_a_call_of_gemma() -> None:
+    """They would be ended there, if they may take no tokens."""
+    turn = MODELS["gemma4", False].asked(budget=0)
+    call = ("get_time", '{"city": "<|channel>"}')
+    message, _ = told(turn, turn.raw(turn.model.calls(call)), "channel")
+    assert message == Message(calls=[Call(*call)])
+
+
+def test_text_of_gemma_waits_only_where_thoughts_may_begin() -> None:
+    thinking = MODELS["gemma4", False].asked(tools=[]).made.thinking
+    assert thinking
+    follower = Thoughts(thinking, lambda token: bytes([token]), [], None)
+    waits = []
+    for byte in b"Hi <|c, <<|channel>a<channel|>b":
+        follower.accept(byte)
+        waits.append(follower.n_held)
+    assert waits[:12] == [0, 0, 0, 1, 2, 3, 0, 0, 1, 1, 2, 3]
+    assert (waits[-1], follower.is_over) == (0, True)
 
 
 @every(has_tokens=False)
