@@ -121,7 +121,9 @@ def test_elsewhere_steps_beside_streams_stay_short(
 ) -> None:
     pace = taught(0.04, 0.005, max_stall_s=max_stall_s, has_tiles=has_tiles)
     costs = {"token_s": token_s, "wide_token_s": wide_token_s}
-    later = beside_streams(pace, decode_s=0.04, n_steps=200, **costs)[50:]
+    steps = beside_streams(pace, decode_s=0.04, n_steps=200, **costs)
+    later = steps[50:]
+    assert max(n for n, _ in steps) < WIDE
     assert max(seconds for _, seconds in later) < most_s * 1.01
     assert sum(n for n, _ in later) > MIN_BESIDE * 75
 
@@ -186,6 +188,7 @@ def test_without_streams_nothing_is_owed() -> None:
     [
         (1, [100] * 10, None, 800),  # as many as end in a step alone
         (2, [30, 300, 400, 500], None, 730),
+        (2, [300, 400, 500], None, 700),  # as many end as streams wait
         (2, [30, 20], None, 100),  # what prompts get in any case
         (2, [300, 600], None, 100),  # one would end, and two streams wait
         (9, [100] * 10, None, 100),

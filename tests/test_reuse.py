@@ -122,6 +122,17 @@ def test_those_who_wait_for_a_prefill_hold_nobody_up() -> None:
     assert bench.step() == {3: 4, 1: 12}
 
 
+def test_when_as_many_wait_for_a_prefill_as_there_are_slots_the_rest_waits_too() -> None:
+    bench = Bench(n_slots=2, n_batch=10, n_prefill=10)
+    bench.add(1, tokens(1000, 200))
+    bench.step()
+    for id in (2, 3):
+        bench.add(id, tokens(1000, 190) + tokens(1000 * id, 5))
+    bench.add(4, tokens(9000, 10))
+    bench.step()
+    assert bench.started == [1]
+
+
 def test_who_waits_for_a_prefill_that_is_cancelled_goes_on_with_it() -> None:
     bench = Bench(n_slots=4, n_batch=16)
     bench.add(1, tokens(1000, 100))
@@ -250,6 +261,38 @@ def test_nor_for_a_longer_one_while_a_slot_is_empty() -> None:
     first = conversation(bench, 1, tokens(1000, 600))
     bench.talk(2, tokens(1000, 530) + tokens(5000, 30))
     assert bench.talk(3, first).n_cached == 600 - TAIL
+
+
+def test_nor_where_each_needs_cells_of_its_own_and_these_are_free() -> None:
+    bench = Bench(is_cells=False, shares_cells=False, n_slots=3, n_cells=2000)
+    first = conversation(bench, 1, tokens(1000, 600))
+    bench.talk(2, tokens(1000, 260) + tokens(5000, 30))
+    assert bench.talk(3, first).n_cached == 600 - TAIL
+
+
+def test_a_conversation_goes_on_in_its_slot_if_only_its_last_answer_is_lost() -> None:
+    bench = Bench(is_cells=False, n_slots=2)
+    bench.talk(2, conversation(bench, 1, tokens(1000, 150)))
+    assert [len(cells) > 0 for cells in bench.memory.slots] == [True, False]
+
+
+def test_who_shares_a_beginning_can_be_cut_where_that_was_marked() -> None:
+    bench = Bench(is_cells=False, n_slots=2, n_cells=3000, tree_bytes=2500)
+    first = tokens(1000, 300)
+    bench.talk(1, first)
+    assert bench.talk(2, first[:260] + tokens(5000, 20)).n_cached == 256
+    bench.talk(3, tokens(8000, 40))  # in the place of the first
+    assert bench.talk(4, first[:258] + tokens(6000, 20)).n_cached == 256
+
+
+def test_what_is_cut_off_takes_its_marks_along() -> None:
+    bench = Bench(is_cells=False, n_slots=1, n_cells=3000, n_ctx=3000, n_batch=600)
+    bench.talk(1, tokens(1000, 600))
+    second = tokens(1000, 256) + tokens(5000, 200)
+    bench.talk(2, second, n_wanted=200)
+    third = [*second, *bench.answers[2][:190], 7, 8]  # cut where the first had a mark
+    bench.talk(3, third, n_wanted=3)
+    assert bench.answers[3] == answer_to(third, 3)
 
 
 def test_where_each_needs_cells_of_its_own_a_newcomer_waits_until_there_are() -> None:

@@ -76,6 +76,14 @@ def test_nobody_is_put_off_for_who_would_not_fit_all_the_same(n_slots: int) -> N
     assert bench.step() == {2: 1, 3: 350}
 
 
+def test_nobody_is_put_off_whose_cells_could_not_be_remembered() -> None:
+    bench = Bench(is_cells=False, n_slots=1)
+    bench.add(1, tokens(1000, 10), rank=5.0)
+    bench.step()
+    bench.add(2, tokens(2000, 10))
+    assert bench.step() == {1: 1}
+
+
 def test_a_newcomer_waits_while_its_prompt_does_not_fit_and_nobody_overtakes_it() -> None:
     bench = Bench(n_slots=4, n_cells=20)
     bench.add(1, tokens(1000, 10))

@@ -16,7 +16,7 @@ from engine import speculation, wire
 from engine.backends.fake import FakeDecoder, Script
 from engine.batch_engine import BatchEngine
 from engine.grammar import Compiler
-from engine.speculation import BESIDE, LEAST, MEMORY, MOST, Guesses, Speculation
+from engine.speculation import BESIDE, LEAST, LONGEST, MEMORY, MOST, UNKNOWN, Guesses, Speculation
 from engine.types import Batch, SamplingParams
 from tests.engines import lanes_of, open_lanes
 from tests.scheduling import Bench, FixedSpeculation, answer_to, repetitive_token, tokens
@@ -47,6 +47,8 @@ def test_what_is_new_has_no_guess() -> None:
 def test_the_longest_match_is_taken_and_of_equal_ones_the_last() -> None:
     assert guesses_after([7, 1, 2, 50, 8, 1, 2, 60, 7, 1, 2], 1) == [50]
     assert guesses_after([7, 1, 2, 50, 7, 1, 2, 60, 7, 1, 2], 1) == [60]
+    long = tokens(1000, LONGEST)  # as far as they are looked at
+    assert guesses_after([7, *long, 50, 8, *long, 60, 7, *long], 1) == [60]
 
 
 def test_a_loop_goes_round() -> None:
@@ -106,6 +108,11 @@ def test_the_price_of_guesses_is_found_out_where_they_are_likely_right() -> None
     assert n > 0
     found.observe(1 + n, 1.0 + n)
     assert found.plan([0.95], 0, 100) < [n]
+
+
+def test_a_price_that_is_not_known_lies_between_its_neighbours_or_a_little_above_the_last() -> None:
+    assert taught({4: 1.0, 12: 3.0})._seconds(8) == 2.0
+    assert taught({4: 1.0})._seconds(8) == 1.0 + UNKNOWN
 
 
 def test_cheap_guesses_are_many_and_dear_ones_are_none() -> None:
