@@ -1,5 +1,6 @@
 """A scheduler on cells that are lists of tokens, for tests that are lists of calls."""
 
+import random
 from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
@@ -19,10 +20,17 @@ BLOCK = 256  # tokens that are saved at once
 
 class Memory:
     """What a decoder remembers: cells with a token each, which slots may share. `is_cells=False`
-    is a memory that cannot be saved, and cut and shared only where it was marked."""
+    is a memory that cannot be saved, and cut and shared only where it was marked. It refuses what
+    it may refuse in so many cases of one."""
 
     def __init__(
-        self, n_slots: int, n_cells: int, *, is_cells: bool = True, shares_cells: bool = True
+        self,
+        n_slots: int,
+        n_cells: int,
+        *,
+        is_cells: bool = True,
+        shares_cells: bool = True,
+        refuses: float = 0.0,
     ) -> None:
         self.slots: list[list[list[int]]] = [[] for _ in range(n_slots)]
         self.n_cells = n_cells
@@ -31,9 +39,15 @@ class Memory:
         self.n_loaded = 0
         self.n_rewound = 0  # times
         self._uncut: set[int] = set()  # slots that share what must be cut first
+        self.refuses, self._dice = refuses, random.Random(1)
+
+    def accepts(self) -> bool:
+        return self._dice.random() >= self.refuses
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
         assert self.is_cells
+        if not self.accepts():
+            return False
         del self.slots[slot][n_tokens:]
         return True
 
@@ -47,24 +61,28 @@ class Memory:
 
     def save(self, slot: int, start: int, end: int) -> Any:
         assert self.is_cells
-        return np.array(self.tokens(slot)[start:end], np.int32)
+        return np.array(self.tokens(slot)[start:end], np.int32) if self.accepts() else None
 
     def load(self, slot: int, saved: Any, start: int, end: int) -> bool:
         assert self.n_used + len(saved) <= self.n_cells
         assert len(self.slots[slot]) == start
+        if not self.accepts():
+            return False
         self.n_loaded += len(saved)
         self.slots[slot] += [[int(token)] for token in saved[: end - start]]
         return True
 
     def mark(self, slot: int, max_bytes: int, *, is_whole: bool = False) -> Any:
         assert not self.is_cells
-        if 4 * len(self.slots[slot]) > max_bytes:
+        if 4 * len(self.slots[slot]) > max_bytes or not self.accepts():
             return None
         return np.array(self.tokens(slot), np.int32)
 
     def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
         assert not self.is_cells
         assert self.tokens(slot)[:n_tokens] == saved.tolist(), "a mark is of what is before it"
+        if not self.accepts():
+            return False
         del self.slots[slot][n_tokens:]
         self._uncut.discard(slot)
         self.n_rewound += 1
@@ -152,11 +170,14 @@ class Bench:
         tree_bytes: int = 1 << 20,  # four for each token
         is_cells: bool = True,
         shares_cells: bool = True,
+        refuses: float = 0.0,
         speculation: Speculation | None = None,
         next_token: Callable[[list[int]], int] = next_token,
     ) -> None:
         self.next_token = next_token
-        self.memory = Memory(n_slots, n_cells, is_cells=is_cells, shares_cells=shares_cells)
+        self.memory = Memory(
+            n_slots, n_cells, is_cells=is_cells, shares_cells=shares_cells, refuses=refuses
+        )
         self.n_batch = n_batch
         self.tree = PrefixTree(tree_bytes)
         self.scheduler = Scheduler(

@@ -335,6 +335,16 @@ def test_one_that_is_given_up_for_the_slot_that_makes_way_is_computed_anew() -> 
     assert bench.answers[3] == answer_to(first, 3)
 
 
+@pytest.mark.parametrize(("is_cells", "n_slots"), [(True, 1), (False, 1), (False, 2)])
+def test_what_a_memory_refuses_to_bring_back_is_computed_anew(is_cells: bool, n_slots: int) -> None:
+    bench = Bench(is_cells=is_cells, n_slots=n_slots, n_cells=3000)
+    again = conversation(bench, 1, tokens(1000, 300))
+    bench.talk(2, tokens(5000, 50))
+    bench.memory.refuses = 1.0
+    assert bench.talk(3, again, n_wanted=3).n_cached == 0
+    assert bench.answers[3] == answer_to(again, 3)
+
+
 def test_idle_slots_do_not_stay_in_the_memory_beside_prompts_alone() -> None:
     bench = Bench(is_cells=False, n_cells=3000, n_batch=50, tree_bytes=100_000)
     for id in (1, 2, 3):

@@ -452,11 +452,10 @@ def test_a_failed_batch_spares_who_was_not_in_it() -> None:
 
 # anything, in any order
 
-Prompt = st.builds(
-    lambda common, rest: [0] * common + rest,
-    st.sampled_from([0, 0, 3, 40, 300, 700]),
-    st.lists(st.integers(0, 2), min_size=1, max_size=12),
-)
+
+def any_prompt(rng: random.Random) -> list[int]:
+    common = [rng.randint(0, 1)] * rng.choice([0, 3, 40, 300, 600])
+    return common + rng.choices([0, 1, 2], k=rng.randint(1, 60))
 
 
 @settings(max_examples=120)
@@ -467,10 +466,12 @@ Prompt = st.builds(
     n_prefill=st.integers(5, 300),
     tree_bytes=st.sampled_from([0, 100, 2000, 3000, 100_000]),
     kind=st.sampled_from(["cells", "marked", "marked, each its own"]),
+    refuses=st.sampled_from([0.0, 0.2]),
+    ranks=st.sampled_from([[0.0], [0.0, 1.0, 2.0]]),
     n_guesses=st.sampled_from([0, 1, 3, 8]),
     n_scored=st.sampled_from([1, 7, 64]),
-    prompts=st.lists(st.tuples(Prompt, st.integers(1, 12)), min_size=1, max_size=12),
-    rng=st.randoms(use_true_random=False),
+    n_prompts=st.integers(1, 12),
+    rng=st.randoms(use_true_random=True),
 )
 def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_alone(
     n_slots: int,
@@ -479,9 +480,11 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
     n_prefill: int,
     tree_bytes: int,
     kind: str,
+    refuses: float,
+    ranks: list[float],
     n_guesses: int,
     n_scored: int,
-    prompts: list[tuple[list[int], int]],
+    n_prompts: int,
     rng: random.Random,
 ) -> None:
     bench = Bench(
@@ -493,25 +496,28 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
         tree_bytes=tree_bytes,
         is_cells=kind == "cells",
         shares_cells=kind != "marked, each its own",
+        refuses=refuses,
         speculation=FixedSpeculation(n_guesses),
         next_token=repetitive_token,
     )
+    prompts = [(any_prompt(rng), rng.randint(1, 40)) for _ in range(n_prompts)]
     todo = dict(enumerate(prompts))
     expected = {id: answer_to(*asked, repetitive_token) for id, asked in todo.items()}
     while todo or not bench.scheduler.idle:
         action = rng.random()
-        if todo and action < 0.4:
-            id = min(todo)
-            bench.add(id, *todo.pop(id), prompt_logprobs=rng.choice([None, None, 0]))
-        elif bench.sequences and action < 0.5:
+        if bench.sequences and action < 0.04:
             id = rng.choice(sorted(bench.sequences))
             bench.cancel(id)
             del expected[id]
-        elif action < 0.52:
+        elif action < 0.06:
             bench.scheduler.lack_cells(Batch())
-        elif action < 0.55:
+        elif action < 0.07:
             for sequence in bench.scheduler.fail(bench.plan()):
                 del bench.sequences[sequence.id], expected[sequence.id]
+        elif todo and action < 0.4:
+            id = min(todo)
+            n_logprobs = rng.choice([None, None, 0])
+            bench.add(id, *todo.pop(id), rank=rng.choice(ranks), prompt_logprobs=n_logprobs)
         elif not bench.step():
             assert bench.scheduler.idle, "while anything is there to do, something is done"
     assert bench.answers == expected
