@@ -166,6 +166,63 @@ def test_an_entry_has_its_age_and_is_a_miss_when_that_is_too_much() -> None:
     run(main())
 
 
+def test_what_the_disk_has_is_as_old_as_it_was_and_comes_to_memory_unless_it_has_expired(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+
+    def cache(max_bytes: int) -> Cache:
+        disk = DiskStore(tmp_path, max_bytes=MIN_BYTES, clock=clock)
+        return Cache(max_bytes=max_bytes, ttl_s=60, disk=disk, clock=clock)
+
+    async def main() -> None:
+        async with cache(0) as before:
+            before.put("k", b"a", b"1")
+        clock.now += 50
+        async with cache(10_000) as after:
+            assert await after.get("k", b"a", max_age_s=50) is None
+            assert (await after.stats()).kinds["k"].entries == 1
+            assert await after.get("k", b"a", max_age_s=51) == Entry(b"1", 50)
+        clock.now += 10
+        async with cache(10_000) as late:
+            assert await late.get("k", b"a") is None
+            assert (await late.stats()).kinds["k"].entries == 0
+
+    run(main())
+
+
+def test_what_is_put_while_the_disk_is_asked_is_not_replaced_by_what_it_had(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Cache(max_bytes=0, disk=DiskStore(tmp_path, max_bytes=MIN_BYTES)) as before:
+            before.put("k", b"a", b"old")
+        disk = DiskStore(tmp_path, max_bytes=MIN_BYTES)
+        async with Cache(max_bytes=10_000, disk=disk) as cache:
+            reading = asyncio.create_task(cache.get("k", b"a"))
+            await asyncio.sleep(0)  # it is on its way
+            cache.put("k", b"a", b"new")
+            await reading
+            found = await cache.get("k", b"a")
+            assert found
+            assert found.value == b"new"
+
+    run(main())
+
+
+def test_the_disk_hears_of_each_use_also_of_what_memory_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        disk = DiskStore(tmp_path, max_bytes=MIN_BYTES)
+        used: list[bytes] = []
+        monkeypatch.setattr(disk, "touch", used.extend)
+        async with Cache(max_bytes=10_000, disk=disk) as cache:
+            cache.put("k", b"a", b"1")
+            await cache.get_many("k", [b"a", b"b"])
+        assert used == [b"a"]
+
+    run(main())
+
+
 def test_an_entry_from_the_future_is_a_miss_and_a_small_step_back_does_no_harm() -> None:
     async def main() -> None:
         for ttl_s in (None, 0, 1000):

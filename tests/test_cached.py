@@ -17,9 +17,12 @@ import httpx
 import numpy as np
 import pytest
 
+import answers
+import lookups
 import model_source
 from api.vectors import Cut, shortened
 from bench import own_service
+from caching import Caching
 from engine.client import Handle
 from settings import Settings
 from tests.serving import (
@@ -237,6 +240,17 @@ def test_an_answer_that_its_limit_cuts_is_that_of_the_limit(service: Service) ->
         assert reply.json()["usage"]["completion_tokens"] == (n if n > 0 else 16)
 
 
+def test_what_is_large_is_remembered_like_the_rest_but_for_very_long_answers(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "LARGE_BYTES", 10)
+    first, second = (service.chat("a text of some length", temperature=0) for _ in range(2))
+    assert (outcome(first), outcome(second)) == ("MISS", "HIT")
+    assert same(first.json()) == same(second.json())
+    monkeypatch.setattr(answers, "MAX_ITEMS", 10)
+    assert [outcome(service.chat("Hello", temperature=0)) for _ in range(2)] == ["MISS", "MISS"]
+
+
 def test_half_a_json_is_not_remembered(service: Service) -> None:
     form = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
     for n, expected in [(1, "MISS"), (1, "MISS"), (500, "MISS"), (500, "HIT")]:
@@ -248,7 +262,14 @@ def test_half_a_json_is_not_remembered(service: Service) -> None:
 # what clients want of it
 
 
-@pytest.mark.parametrize("ask", [lambda s, **_: s.chat(temperature=0), lambda s, **_: s.embed()])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda s: s.chat(temperature=0),
+        lambda s: s.embed(),
+        lambda s: s.complete([65, 66], temperature=0, echo=True),
+    ],
+)
 def test_cache_control_is_obeyed(service: Service, ask: Callable[..., httpx.Response]) -> None:
     def asked(control: str | None = None) -> str:
         headers = {"Cache-Control": control} if control else {}
@@ -266,6 +287,11 @@ def test_cache_control_is_obeyed(service: Service, ask: Callable[..., httpx.Resp
     assert asked("max-age=00007") == "HIT"
 
 
+def test_an_age_may_be_quoted_and_other_digits_than_ours_are_no_number() -> None:
+    assert Caching.of('max-age="5"', None).max_age_s == 5
+    assert Caching.of("max-age=²", None).max_age_s == 0
+
+
 def test_a_hit_without_a_model_does_not_say_how_long_the_next_one_stays(service: Service) -> None:
     tiers = service.manager.tiers
     for ask, name in (
@@ -278,7 +304,12 @@ def test_a_hit_without_a_model_does_not_say_how_long_the_next_one_stays(service:
         assert tiers[name]._keep_alive_s is None
 
 
-def test_clients_with_different_keys_have_results_of_their_own() -> None:
+@pytest.mark.parametrize("large", [0, 1 << 18])  # more is hashed elsewhere
+def test_clients_with_different_keys_have_results_of_their_own(
+    large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "LARGE_BYTES", large)
+    monkeypatch.setattr(lookups, "LARGE_CHARS", large)
     for is_shared, expected in [(False, "MISS"), (True, "HIT")]:
         of = {"api_keys": "one,two", "cache_shared": is_shared}
         with serving(remembering(of, light=fake(), embedding=fake(), reranker=fake())) as service:
@@ -424,6 +455,14 @@ def test_a_document_of_blanks_is_like_nothing_by_vectors_that_are_known(service:
     assert (outcome(reply), reply.headers["x-cached-inputs"]) == ("HIT", "2")
     low, high = (item["score"] for item in reply.json()["data"])
     assert low == 0.0 < high
+
+
+def test_a_pair_of_which_one_vector_alone_is_known_is_computed(service: Service) -> None:
+    service.embed("fog", input_type="query")
+    service.embed("a", input_type="document")
+    asked = {"model": "embedding", "text_1": "fog", "text_2": ["a", "b"], "method": "dense"}
+    reply = service.http.post("/v1/score", json=asked)
+    assert (outcome(reply), reply.headers["x-cached-inputs"]) == ("MISS", "1")
 
 
 def test_each_pair_of_a_rerank_is_remembered(service: Service) -> None:
@@ -808,6 +847,14 @@ def test_what_has_come_is_remembered_though_the_rest_fails(tmp_path: Path) -> No
         service.http.post("/v1/models/embedding/unload", json={"force": True})
         assert asked.result().status_code == 503
         assert outcome(service.embed(texts[0])) == "HIT"
+
+
+def test_a_fault_is_not_remembered(tmp_path: Path) -> None:
+    path = script(tmp_path, {"match": "poison", "fault": "nan"})
+    with serving(remembering(reranker=fake(path))) as service:
+        for n in (1, 2):
+            assert service.rerank("a", ["poison"]).status_code == 500
+            assert n_jobs(service, "reranker") == n
 
 
 def test_identical_vectors_on_their_way_are_computed_once(
