@@ -22,6 +22,7 @@ import hub as hub_module
 import hub_download
 from errors import ModelLoadFailed
 from hub import Hub
+from hub_download import HubFile, Progress, download
 from hub_model import HubModel, parse, pick
 from model_manager import ModelManager
 from model_source import ModelSource
@@ -370,6 +371,53 @@ def test_a_damaged_beginning_is_noticed_at_the_end_and_deleted(
     part.with_suffix(".incomplete").write_bytes(b"x" * 1000)
     assert "came damaged" in refusal(near)
     assert names_in(part.parent) == set()
+
+
+def test_a_beginning_that_is_longer_than_the_file_is_thrown_away(
+    far: HubImitation, near: Hub
+) -> None:
+    part = near.cache / "models--owner--small-GGUF/blobs" / far.repos[REPO].hash(GGUF)
+    part.parent.mkdir(parents=True)
+    part.with_suffix(".incomplete").write_bytes(CONTENT + b"x")
+    assert near.fetch(MODEL, "llamacpp").read_bytes() == CONTENT
+
+
+def test_a_file_that_goes_on_beyond_its_size_is_not_read_to_its_end(
+    far: HubImitation, tmp_path: Path
+) -> None:
+    file, seen = HubFile(GGUF, 1000, "0" * 64), Progress(REPO, 1000, lambda _: None, lambda: True)
+    url = f"{far.endpoint}/{REPO}/resolve/{far.repos[REPO].commit}/{GGUF}"
+    with pytest.raises(ModelLoadFailed, match="came damaged"):
+        download(url, {}, file, tmp_path / "part", seen)
+    assert seen.percent < 100 * len(CONTENT) / 1000 / 2
+
+
+def test_what_another_writes_counts_once_however_often_it_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(b"x" * 30)
+    seen: list[float] = []
+    progress = Progress(REPO, 100, seen.append, lambda: True)
+    for name in ("none", "part", "part"):
+        progress.beside(tmp_path / name)
+    assert seen == [0.0, 0.0, 0.3, 0.3]
+
+
+def test_a_pause_ends_when_nobody_wants_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(hub_download.time, "sleep", slept.append)
+    wanted = iter([True, True, False])
+    with pytest.raises(ModelLoadFailed, match="was stopped at 0 %"):
+        Progress(REPO, 100, lambda _: None, lambda: next(wanted)).pause(60)
+    assert slept == [0.1, 0.1]
+
+
+def test_where_there_are_no_links_a_file_gets_its_name_itself(
+    near: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    path = near.fetch(MODEL, "llamacpp")
+    assert path.read_bytes() == CONTENT
+    assert near.cached(MODEL, "llamacpp") == path
+    assert names_in(near.cache / "models--owner--small-GGUF/blobs") == set()
 
 
 def test_the_hash_of_a_file_that_is_in_git_is_checked_too(far: HubImitation, near: Hub) -> None:
