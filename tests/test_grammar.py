@@ -65,6 +65,7 @@ ENFORCED: list[Any] = [
     {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     {"type": "number", "multipleOf": 5},
     {"enum": ["red", 1, None, {"a": [1]}]},
+    {"enum": [{"format": "x", "$schema": "y", "minProperties": 1}]},  # which is no schema
     {"type": ["string", "null"], "maxLength": 4},
     {"type": "string", "minLength": 2, "maxLength": 5},
     {"type": "string", "format": "date"},

@@ -50,6 +50,7 @@ def test_whoever_is_wanted_or_was_just_loaded_stays_for_a_while() -> None:
     assert decided(20, of("a", 20, is_wanted=True)) == Wait(130)
     assert decided(20, of("a", 20, stays_until=105)) == Wait(105)
     assert decided(20, of("a", 20, stays_until=105), now=105) == Stop(["a"])
+    assert decided(20, of("a", stays_until=110), of("b", stays_until=105)) == Wait(105)
 
 
 def test_patience_ends_also_with_those_that_are_wanted() -> None:
