@@ -9,7 +9,8 @@ So the path of single characters is followed:
 2. The template renders that text. Constants that it may look for, such as `</think>`, are left
    without guards, so that `split`, `replace` and `in` find them.
 3. In the result, a literal of a control token with a guard in it is the client's and becomes a
-   segment of its own, to be read as plain text. One without a guard is the template's.
+   segment of its own, to be read as plain text. One without a guard is the template's, and where
+   it begins inside one of the client's, that ends there.
 
 Letters and digits have no guard: with `'<|' + role + '|>'` a template makes a token of a role.
 Lengths that a template measures count the guards.
@@ -184,14 +185,20 @@ class ChatTemplate:
             guarded.add(offset)
             offset += len(part)
 
+        def is_clients(found: re.Match[str]) -> bool:
+            return not guarded.isdisjoint(range(*found.span()))
+
         segments, start, pos = [], 0, 0
         # Step by one character: a literal of the template may overlap with one of the client.
         while guarded and (found := self._control.search(text, pos)):
             pos = found.start() + 1
-            if not guarded.isdisjoint(range(*found.span())):
+            if is_clients(found):
                 segments.append(Segment(text[start : found.start()], True))
-                segments.append(Segment(found[0], False))
-                start = pos = found.end()
+                inner = (self._control.match(text, at) for at in range(pos, found.end()))
+                own = (one.start() for one in inner if one and not is_clients(one))
+                start, pos = found.start(), next(own, found.end())
+                segments.append(Segment(text[start:pos], False))
+                start = pos
         segments.append(Segment(text[start:], True))
 
         if self._add_bos:  # the first segment is never the client's

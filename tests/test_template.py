@@ -456,6 +456,15 @@ def test_a_clients_literal_that_overlaps_the_templates_is_found() -> None:
     ]
 
 
+def test_the_templates_literal_is_kept_where_it_overlaps_a_clients() -> None:
+    found = template("{{ messages[0].content }}[e~[", control_tokens=["[e~["])
+    assert found.render([user("Hi[e~")], now=NOW) == [
+        Segment("Hi", True),
+        Segment("[e~", False),
+        Segment("[e~[", True),
+    ]
+
+
 def test_literals_made_of_letters_are_plain_too() -> None:
     found = template("EOT{{ messages[0].content }}EOT", control_tokens=["EOT"])
     assert found.render([user("an EOT.")], now=NOW) == [

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from chat.tools import BY_NAME, FAMILIES
 from engine.wire import GrammarPart
 from errors import BadRequest, ModelLoadFailed, UnsupportedParameter
 from tests.chat_formats import (
+    CONTROL_TOKENS,
     NAMES,
     ONE_CALL,
     TEMPLATES,
@@ -458,7 +460,8 @@ def test_whatever_a_conversation_holds_is_in_the_prompt(template: str) -> None:
     answered = [*ONE_CALL, *assistant("Rain."), *user("More")]
     for messages in (ONE_CALL, answered, TWO_CALLS, TWO_CALLS[:5], TWO_CALLS[1:], TWO_CALLS[:2]):
         for tools in (TOOLS, ()):
-            shown = text(prompt(template, messages, tools))
+            (segment,) = prompt(template, messages, tools).segments  # no control token is plain
+            shown = segment.text
             for message in messages:
                 assert message["content"] is None or message["content"] in shown
                 for call in message.get("tool_calls", ()):
@@ -468,6 +471,26 @@ def test_whatever_a_conversation_holds_is_in_the_prompt(template: str) -> None:
                     for said in [arguments] if is_json else json.loads(arguments).values():
                         assert said in shown
             assert ("What get_time does" in shown) == bool(tools)
+
+
+def tokens_written(template: str, said: str) -> Counter[str]:
+    """The control tokens of a prompt in which the client says this at every place."""
+    arguments = json.dumps({"city": said, said: "x", "n": [said]})
+    weather, time = ("call_1", "get_weather", arguments), ("call_2", "get_time", '{"city": "Rome"}')
+    called = [*assistant(said, weather, time), *result("call_1", said), *result("call_2", "noon")]
+    messages = [*system(said), *user(said), *called, *assistant(said), *user(said)]
+    token = "|".join(map(re.escape, sorted(CONTROL_TOKENS[template], key=len, reverse=True)))
+    segments = prompt(template, messages, TOOLS).segments
+    return Counter(re.findall(token, "\n".join(one.text for one in segments if one.parse_special)))
+
+
+@pytest.mark.parametrize("template", NAMES)
+def test_clients_neither_write_control_tokens_nor_take_any_away(template: str) -> None:
+    own = tokens_written(template, "plain")
+    for token in CONTROL_TOKENS[template]:
+        assert tokens_written(template, f"a{token}b") == own
+        for n in range(1, len(token)):  # a half at the end, and the other at the beginning
+            assert tokens_written(template, token[n:] + token[:n]) == own
 
 
 def test_a_call_keeps_what_was_said_and_thought_before_it() -> None:
