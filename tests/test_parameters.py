@@ -83,6 +83,7 @@ def test_choices_are_listed_as_they_are_written() -> None:
     assert choices(optional) == ["blue", "null", "red"]
     assert choices({"enum": ["auto", 5, None, True]}) == ["5", "auto", "null", "true"]
     assert choices({"enum": ["auto", 5], "type": "string"}) == ["auto"]
+    assert choices({"enum": ["auto", 5, 0.5], "type": ["string", "number"]}) == ["0.5", "5", "auto"]
     assert choices({"enum": ["a", "ab"], "minLength": 2}, strict=True) == []
     assert choices({"anyOf": [COLOUR, {"type": "string"}]}) == []
     assert choices({"enum": [1, 2]}) == []  # JSON, which knows them
@@ -172,6 +173,7 @@ def test_a_schema_by_itself_has_what_it_refers_to_and_no_more() -> None:
     assert alone(union)["$defs"] == {"d0": {"type": "string"}}
     named = {"type": "object", "properties": {"$defs": {}, "$ref": {}, "enum": {}}}
     assert alone(named) == named
+    assert alone({"type": "object", "$defs": {"own": {}}}) == {"type": "object"}
     data = {"type": "array", "const": [{"$ref": "#/$defs/colour"}]}
     assert alone(data) == data
     assert alone({"type": "array", "items": {"$ref": "#/no"}})["items"] == {"$ref": "#/no"}

@@ -813,21 +813,31 @@ def test_a_tag_in_prose_does_not_hold_back_what_follows() -> None:
         assert message_of(splitter.feed(text)).text == text
 
 
-def test_thoughts_are_told_as_such_while_they_come() -> None:
-    splitter = thinking()()
+def reasons_at(splitter: Splitter, *pieces: str) -> list[bool]:
     states = []
-    for piece in ["<thi", "nk>", "Hm.", "</think>", "\n\n", "Hello"]:
+    for piece in pieces:
         splitter.feed(piece)
         states.append(splitter.is_reasoning)
+    return states
+
+
+def test_thoughts_are_told_as_such_while_they_come() -> None:
+    states = reasons_at(thinking()(), "<thi", "nk>", "Hm.", "</think>", "\n\n", "Hello")
     assert states == [False, True, True, False, False, False]
 
 
+@pytest.mark.parametrize("family", sorted(BY_NAME.keys() - {"harmony"}))
+def test_every_family_tells_when_it_thinks(family: str) -> None:
+    tags = BY_NAME[family].reasoning("<think></think> <|channel> <channel|>")
+    assert tags
+    splitter = BY_NAME[family].splitter(FUNCTIONS, only_first=False, tags=tags, is_open=False)
+    states = reasons_at(splitter, tags.open, "Hm.", tags.close, "Hello")
+    assert states == [True, True, False, False]
+
+
 def test_a_harmony_answer_thinks_until_its_next_message_has_begun() -> None:
-    splitter = HARMONY()
-    states = []
-    for piece in [ANALYSIS, "Hm.", "<|end|>", "<|start|>assistant", FINAL, "Hi"]:
-        splitter.feed(piece)
-        states.append(splitter.is_reasoning)
+    pieces = [ANALYSIS, "Hm.", "<|end|>", "<|start|>assistant", FINAL, "Hi"]
+    states = reasons_at(HARMONY(), *pieces)
     assert states == [True, True, True, True, False, False]
 
 

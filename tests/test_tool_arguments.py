@@ -9,7 +9,7 @@ from api.chat_request import Conversation
 from chat.events import Call, Message
 from chat.tools import BY_NAME
 from chat.tools.base import Parts, Tool
-from engine.wire import GrammarPart
+from engine.wire import MAX_GRAMMAR_BYTES, GrammarPart
 from errors import BadRequest, UnsupportedParameter
 from tests.byte_tokenizer import END
 from tests.chat_formats import prompt, tool, user
@@ -133,6 +133,7 @@ def test_a_strict_schema_is_kept_to_the_letter(model: Model) -> None:
         ("glm", {"properties": {"a": {}}, "anyOf": [{"required": ["a"]}]}, "anyOf"),
         ("gemma4", {"properties": {"a": {"type": "string", "pattern": "x"}}}, "pattern"),
         ("gemma4", {"properties": {"a": {"type": "array", "uniqueItems": True}}}, "uniqueItems"),
+        ("gemma4", {"properties": {"a": {"enum": []}}}, "empty 'enum'"),
         ("gemma4", {"properties": {"a": {"oneOf": [{"type": "string"}]}}}, "oneOf"),
         ("gemma4", {"properties": {"a": {"type": "array", "items": False}}}, "that is none"),
         ("gemma4", {"required": ["a"]}, "required"),
@@ -147,6 +148,41 @@ def test_what_of_a_strict_schema_cannot_be_enforced_is_refused(
         prompt(template, user("Hi"), [tool("f", schema=schema, is_strict=True)])
     assert caught.value.param == "tools"
     assert prompt(template, user("Hi"), [tool("f", schema=schema)])
+
+
+NOTED = {
+    "$ref": "#/$defs/whole",
+    "$defs": {"whole": {"type": "object", "properties": {
+        "one": {"enum": [1, 2.5, None, True, "x", [], [1, 2]]},
+        "same": {"const": {"a b": [1, "z", {"c d": False}]}},
+        "some": {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3},
+        "none": {"type": "array", "maxItems": 0},
+        "no such": {"type": "integer"},
+        "not": False,
+    }, "required": ["one"]}},
+}  # fmt: skip
+NOTES: Any = [
+    *({"one": one} for one in (1, 2.5, None, True, "x", [], [1, 2])),
+    {"one": 1, "same": {"a b": [1, "z", {"c d": False}]}},
+    {"one": 1, "some": [1, 2]}, {"one": 1, "some": [1, 2, 3]},
+    {"one": 1, "none": []}, {"one": 1, "no such": 3},
+]  # fmt: skip
+NO_NOTES: Any = [
+    {}, *({"one": one} for one in (3, "1", [1])), {"one": 1, "same": {"a b": []}},
+    {"one": 1, "some": [1]}, {"one": 1, "some": [1, 2, 3, 4]},
+    {"one": 1, "none": [1]}, {"one": 1, "no such": "x"}, {"one": 1, "not": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+def test_gemma_keeps_what_can_be_enforced(is_strict: bool) -> None:
+    model = MODELS["gemma4", True]
+    turn = model.asked([tool("f", schema=NOTED, is_strict=is_strict)])
+    for arguments in NOTES:
+        (call,) = turn.says(model.calls(("f", json.dumps(arguments)))).calls
+        assert json.loads(call.arguments) == arguments
+    for arguments in NO_NOTES:
+        assert not turn.may_begin(model.calls(("f", json.dumps(arguments))))
 
 
 @NOT_JSON
@@ -292,6 +328,14 @@ def test_a_schema_that_is_too_deep_is_refused() -> None:
     deep = Tool({"type": "function", "function": function}, part)
     with pytest.raises(BadRequest, match="too deeply") as caught:
         prompt("qwen3_coder", user("Hi"), [deep])
+    assert caught.value.param == "tools"
+
+
+def test_schemas_that_are_too_large_in_all_are_refused() -> None:
+    parts = Parts()
+    parts.rule(GrammarPart("json_schema", "x" * (MAX_GRAMMAR_BYTES - 1), "tools"))
+    with pytest.raises(BadRequest, match="in all") as caught:
+        parts.rule(GrammarPart("json_schema", "é", "tools"))
     assert caught.value.param == "tools"
 
 

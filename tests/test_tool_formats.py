@@ -544,6 +544,12 @@ def test_lfm2_is_asked_for_json_and_past_calls_are_in_its_own_tokens() -> None:
     assert (ours.count(mark), ours.count(end)) == (1, 1)
 
 
+def test_lfm2_is_told_of_thoughts_by_its_own_name_for_them() -> None:
+    source = "List of tools: {% for m in messages %}{{ m.thinking }} {{ m.content }}{% endfor %}"
+    thought = assistant("Rain.", reasoning_content="Hm.")
+    assert text(prompt(source, thought)) == "List of tools: Hm. Rain."
+
+
 def test_deepseek_is_told_of_tools_in_the_words_of_its_authors() -> None:
     mark = "<｜tool▁calls▁begin｜>"
     tools = [tool("f", schema={"type": "object", "description": mark})]

@@ -166,7 +166,8 @@ def noted(value: Any) -> str:
     if isinstance(value, str):
         return f'<|"|>{value}<|"|>'
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{noted(value[key])}' for key in sorted(value))}}}"
+        keys = {key: noted(key) if " " in key else key for key in sorted(value)}
+        return f"{{{','.join(f'{keys[key]}:{noted(value[key])}' for key in keys)}}}"
     if isinstance(value, list):
         return f"[{','.join(map(noted, value))}]"
     return json.dumps(value)
