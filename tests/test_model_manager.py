@@ -399,6 +399,20 @@ def test_a_request_that_cannot_be_sent_fails_alone(tmp_path: Path) -> None:
     run(test, light=fake(n_parallel=1))
 
 
+def test_a_fault_of_ours_fails_who_waits_and_the_tier_goes_on() -> None:
+    async def fails(sock: socket.socket) -> Handle:
+        raise ZeroDivisionError
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        with pytest.raises(InternalError, match="The log has the reason"):
+            await ask(tier)
+        with pytest.raises(TierUnavailable, match="tried again"):
+            await ask(tier)
+
+    run(test, fails)
+
+
 def test_a_load_that_gets_no_further_is_ended(tmp_path: Path) -> None:
     launches = Launches(launch_process)
 
@@ -479,6 +493,19 @@ def test_a_lease_keeps_the_worker(tmp_path: Path) -> None:
         await until(lambda: tier.state == "stopped")
 
     run(test, light=fake(idle_ttl_s=0.02))
+
+
+def test_a_lease_keeps_the_worker_also_when_its_time_runs_already() -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        await ask(tier)
+        await until(lambda: not tier._wakeup.is_set())
+        with tier.lease():
+            await asyncio.sleep(0.3)
+            assert tier.state == "ready"
+        await until(lambda: tier.state == "stopped")
+
+    run(test, light=fake(idle_ttl_s=0.15))
 
 
 def test_a_pinned_tier_stays_and_a_preloaded_one_needs_no_request() -> None:
@@ -600,6 +627,40 @@ def test_those_that_wait_for_tokens_are_bounded_and_told_when_the_service_stops(
         await until(lambda: launches.handles)  # then closing ends a worker, not a launch
 
     run(test, launches, light=fake(queue_size=3))
+
+
+def test_who_waits_for_tokens_of_a_worker_is_told_when_the_service_stops() -> None:
+    launches = Launches(launch_process)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        await ask(tier)
+        psutil.Process(launches.pids[0]).suspend()
+        question = asyncio.create_task(tier.detokenize([72]))
+        await until(lambda: any(c.worker for c in tier._conversions.values()))
+        manager.abandon()
+        with pytest.raises(TierUnavailable):
+            await asyncio.wait_for(question, 5)
+        psutil.Process(launches.pids[0]).kill()
+
+    run(test, launches)
+
+
+def test_tokens_that_a_worker_counts_are_in_no_queue() -> None:
+    launches = Launches(launch_process)
+
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        await ask(tier)
+        tier._server = tier._server.model_copy(update={"queue_timeout_s": 0.2})
+        worker = psutil.Process(launches.pids[0])
+        worker.suspend()
+        question = asyncio.create_task(tier.detokenize([72]))
+        await asyncio.wait({question}, timeout=0.3)
+        worker.resume()
+        assert await question == "H"
+
+    run(test, launches)
 
 
 def test_a_text_that_cannot_be_sent_fails_alone() -> None:
