@@ -571,9 +571,7 @@ class Tier:
         """
         if any(generation.n_crashes for generation in self._running.values()):
             return None
-        if self._suspects:
-            if self._running:
-                return None
+        if self._suspects:  # since these were in the worker that died, nobody is in this one
             # the least of them first: nobody waits for the longest
             job = min(self._suspects, key=lambda job: job.n_open)
             self._suspects.remove(job)

@@ -294,13 +294,13 @@ class WorkerLife:
         self._n_deaths = 0
 
     async def stop(self) -> None:
-        """End the worker, if there is one. Its memory is free when this returns."""
-        if self.worker is not None:
-            self.state = "stopping"
-            await self.worker.stop()
-            self.worker = None  # not before: who cancels this must find it
-            self.state = "stopped"
-            self._free()
+        """End the worker. Its memory is free when this returns."""
+        assert self.worker is not None
+        self.state = "stopping"
+        await self.worker.stop()
+        self.worker = None  # not before: who cancels this must find it
+        self.state = "stopped"
+        self._free()
 
     def _lost(self, worker: Worker, end: EndReason) -> None:
         self.worker = None

@@ -126,7 +126,7 @@ class ChatTemplate:
         guard = ""
         try:
             client = {"messages": [*messages], "extra": extra}
-            text = json.dumps(client, ensure_ascii=False, default=_text_of)
+            text = json.dumps(client, ensure_ascii=False, default=lambda segment: segment.text)
             text.encode()
             unused = (c for c in map(chr, _GUARDS) if c not in text and c not in self.source)
             guard, end = next(unused), next(unused)
@@ -334,10 +334,6 @@ def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         return dict(call)
     return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _text_of(value: Any) -> str:
-    return value.text if isinstance(value, Segment) else str(value)
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:

@@ -127,10 +127,10 @@ class Cells:
         self._n_holders[view(self.held[slot])] += 1
 
     def truncate(self, slot: int, n_tokens: int) -> None:
-        """Drop all but the first cells of a slot; all, where the memory refuses."""
+        """Drop all but the first cells of a slot, one at least; all, where the memory refuses."""
         if n_tokens == len(self.held[slot]):
             return
-        if n_tokens == 0 or not self._cut(slot, n_tokens):
+        if not self._cut(slot, n_tokens):
             self.clear(slot)
             return
         self._marks.forget(slot, n_tokens)
@@ -206,9 +206,9 @@ class Cells:
         self._marks.touch(kept)
 
     def take_back(self, slot: int, kept: Kept, n_tokens: int) -> None:
-        """Bring the first tokens of one that is kept into an empty slot, if it still is and there
-        is room for all of it."""
-        if not self._marks.has(kept) or len(kept.tokens) > self.n_free:
+        """Bring the first tokens of one that is kept into an empty slot, if it still is. There
+        must be room for all of it."""
+        if not self._marks.has(kept):
             return
         if not self._memory.load(slot, kept.saved, 0, len(kept.tokens)):
             self._memory.clear(slot)

@@ -438,7 +438,5 @@ class _Vocabulary:
         self.tokens = [piece or b"<%d>" % token for token, piece in enumerate(pieces)]
         self._tokenizer = tokenizer
 
-    def __call__(self, text: str | bytes) -> list[int]:
-        if isinstance(text, bytes):
-            text = text.decode(errors="replace")
-        return self._tokenizer.tokenize(text, parse_special=False, continues=True)
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.tokenize(text.decode(), parse_special=False, continues=True)

@@ -34,10 +34,6 @@ class Node:
     last_used: int = 0
     branches: dict[tuple[int, int], "Node"] = field(default_factory=dict)  # by (position, token)
 
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
-
 
 @dataclass(frozen=True, slots=True)
 class Match:

@@ -202,8 +202,7 @@ class Scheduler:
 
     def _outranks(self, sequence: Sequence) -> bool:
         """Somebody who runs comes after it, and can be put off without loss."""
-        last = self._running[-1] if self._running else None
-        return last is not None and sequence.rank < last.rank and self._cells.can_share
+        return sequence.rank < self._running[-1].rank and self._cells.can_share
 
     def _put_off_last(self) -> None:
         last = self._running[-1]

@@ -119,14 +119,11 @@ class Speculation:
         return n_guesses
 
     def _seconds(self, n_tokens: int) -> float:
-        """Of a step with so many tokens."""
+        """Of a step with so many tokens, of which one with as many or fewer was measured."""
         if n_tokens in self._measured:
             return self._measured[n_tokens][0]
-        below = max((n for n in self._measured if n < n_tokens), default=None)
+        below = max(n for n in self._measured if n < n_tokens)
         above = min((n for n in self._measured if n > n_tokens), default=None)
-        if below is None:
-            assert above is not None
-            return self._measured[above][0]
         below_s = self._measured[below][0]
         if above is None:
             return below_s * (1 + UNKNOWN * (n_tokens - below) / below)

@@ -45,7 +45,7 @@ class Parameter:
         """JSON of what was written in another form."""
         if written in self.choices:
             return self.choices[written]
-        if self.form == "either" and self._fits(written):
+        if self._fits(written):
             return written.strip()
         return json.dumps(written, ensure_ascii=False)
 
