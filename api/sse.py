@@ -177,8 +177,12 @@ class _Beating:
             await self._send(message)
         self._sent_at = self._loop.time()
 
+    def _left_s(self) -> float:
+        """Until a beat is due."""
+        return self._sent_at + self._silence_s - self._loop.time()
+
     def _listen(self) -> None:
-        left_s = self._sent_at + self._silence_s - self._loop.time()
+        left_s = self._left_s()
         if left_s <= 0:
             left_s = self._silence_s
             if self._beating is None or self._beating.done():
@@ -189,7 +193,7 @@ class _Beating:
         if self._lock.locked():  # somebody speaks, and the pause would be numbered behind that
             return
         async with self._lock:
-            if not self._is_over:
+            if not self._is_over and self._left_s() <= 0:  # still: events came meanwhile, perhaps
                 body = self._beat()
                 await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
