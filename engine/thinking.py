@@ -112,6 +112,7 @@ class Thoughts:
         _, opened, rest = self._tail.partition(self._open)
         if opened:
             self._state, self._tail, self.n_begun = "open", rest, 0
+            self._to_say = self._ending
         else:
             self.n_held = overlap(self._tail, self._open)
             self._tail = self._tail[len(self._tail) - self.n_held :]

@@ -333,6 +333,8 @@ def test_a_budget_is_that_of_thoughts_that_open_again_too() -> None:
     thinking = wire.Thinking("<think>", "</think>", True, 4, "</think>", again=True)
     said = play(thoughts(thinking, TOKENS), TOKENS, "ab</think>c<think>defg</think>h")
     assert said == "ab</think>c<think>d</think>efg</think>h"
+    said = play(thoughts(thinking, TOKENS), TOKENS, "abcdefX<think>gh</think>Y")
+    assert said == "abcd</think>efX<think></think>gh</think>Y"
 
 
 @BOTH
