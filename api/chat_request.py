@@ -33,6 +33,7 @@ MAX_NAME = 128  # of a function
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # of a message
 TEXTS = ("text", "input_text", "output_text")  # types of parts of a tool's result
+THOUGHTS = ("reasoning_text", "summary_text")
 SAYS_MORE = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 MAY_BE_NULL = {"const", "default"}
 
@@ -48,7 +49,7 @@ class ContentPart(Extensible):
     @property
     def unknown(self) -> Mapping[str, Any]:
         """None where it is refused by its type, which says more."""
-        return super().unknown if self.type in TEXTS else {}
+        return super().unknown if self.type in (*TEXTS, *THOUGHTS) else {}
 
     @property
     def stands_for(self) -> str | None:

@@ -19,6 +19,7 @@ from api.chat_request import (
     MAX_NAME,
     MAX_PARTS,
     MAX_TOOLS,
+    THOUGHTS,
     ChatRequest,
     Content,
     ContentPart,
@@ -59,7 +60,6 @@ ABOUT_OTHERS = (
 BESIDE = ("type", "id", "status", "phase", "caller", "name", "namespace", "async")
 BESIDE_TEXT = ("annotations", "logprobs")
 MESSAGE_TEXT = ("input_text", "output_text", "text")
-REASONING_TEXT = ("reasoning_text", "summary_text")
 
 # fields that are the same in a chat
 SAME = ("model", "stream", "stream_options", "temperature", "top_p", "top_logprobs",
@@ -434,7 +434,7 @@ class ResponsesRequest(Extensible):
         elif isinstance(item, ReasoningItem):
             packed = None if item.content else thoughts_in(item.encrypted_content or "")
             name = "content" if item.content else "summary"
-            transcript.thoughts(packed or text(getattr(item, name), name, REASONING_TEXT))
+            transcript.thoughts(packed or text(getattr(item, name), name, THOUGHTS))
         else:
             kind = item.type or "item_reference"
             message = f"Items of type '{kind}' are not supported."

@@ -775,6 +775,9 @@ def test_unknown_fields_in_items_are_named_and_what_a_reply_has_is_not(service: 
         "tool_choice.frob,tool_choice.tools[0].frob,input[0].frob,input[0].content[0].frob,"
         "input[4].output[0].frob"
     )
+    thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "x", "frob": 1}]}
+    response = service.respond([{"role": "user", "content": "Hi"}, thought])
+    assert response.headers["x-ignored-params"] == "input[1].summary[0].frob"
 
 
 def test_with_strict_params_no_tool_is_left_out() -> None:
