@@ -178,9 +178,12 @@ def test_a_stream_goes_on_when_its_reader_does(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pause, has_paused = Connection.pause_writing, threading.Event()
+    paused_at = 0.0
 
     def told(connection: Connection) -> None:
+        nonlocal paused_at
         pause(connection)
+        paused_at = time.monotonic()
         has_paused.set()
 
     monkeypatch.setattr(Connection, "pause_writing", told)
@@ -190,7 +193,7 @@ def test_a_stream_goes_on_when_its_reader_does(
         with dial(service) as sock:
             sock.sendall(long_stream(max_tokens=400))
             assert has_paused.wait(10)
-            steps_at[:] = [time.monotonic()]
+            steps_at[:] = [paused_at, time.monotonic()]
             data = sock.recv(1 << 16)
             while b"data: [DONE]" not in data[-100:]:
                 steps_at.append(time.monotonic())
