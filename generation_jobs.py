@@ -68,9 +68,10 @@ class ScoredPrompt:
         top = [(literal(other), logprob) for other, logprob in sampled.top]
         self._tokens.append(wire.TokenLogprob(token, text, sampled.logprob, top))
 
-    def messages(self, job: int) -> list[wire.Message]:
-        """What the client gets before the answer, in parts: a frame is read in one go."""
-        tokens, n = self._tokens, PROMPT_PART
+    def take(self, job: int) -> list[wire.Message]:
+        """What the client gets before the answer, and once: in parts, since a frame is read in one
+        go."""
+        tokens, self._tokens, n = self._tokens, [], PROMPT_PART
         parts = (tokens[at : at + n] for at in range(0, len(tokens), n))
         return [wire.Step([wire.TokenOut(job, "", prompt=part)]) for part in parts]
 
@@ -116,7 +117,6 @@ class Answer:
     def __init__(self, job: Job, index: int, tokenizer: Tokenizer) -> None:
         self.job = job
         self._index = index
-        self.owes_prompt = index == 0 and job.scored is not None
         self._tokenizer = tokenizer
         grammar = job.grammar.copy() if job.grammar else None
         thoughts = None
@@ -241,9 +241,13 @@ class Jobs:
         for index in range(job.request.n):
             number = next(self._ids)
             seed = (sampling.seed + index) % 2**32
-            own = msgspec.structs.replace(sampling, seed=seed, logit_bias=job.logit_bias)
-            if index:  # their prompt is that of the first
-                own = msgspec.structs.replace(own, prompt_logprobs=None)
+            own = msgspec.structs.replace(
+                sampling,
+                seed=seed,
+                logit_bias=job.logit_bias,
+                # the prompt of the others is that of the first
+                prompt_logprobs=None if index else sampling.prompt_logprobs,
+            )
             answer = Answer(job, index, self._engine.tokenizer)
             try:
                 self._engine.admit(
@@ -300,9 +304,8 @@ class Jobs:
             if answer is None:
                 continue
             out = answer.accept(sampled)
-            if answer.owes_prompt and answer.job.scored:
-                answer.owes_prompt = False
-                messages += answer.job.scored.messages(answer.job.request.job)
+            if answer.job.scored:
+                messages += answer.job.scored.take(answer.job.request.job)
             if out is not None:
                 outs.append(out)
                 if out.done:
