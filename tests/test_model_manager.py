@@ -629,19 +629,28 @@ def test_those_that_wait_for_tokens_are_bounded_and_told_when_the_service_stops(
     run(test, launches, light=fake(queue_size=3))
 
 
+async def asked_in_vain(
+    tier: Tier, launches: Launches
+) -> tuple[psutil.Process, "asyncio.Task[str]"]:
+    """A worker that does nothing, and who waits for a text of it."""
+    worker = psutil.Process(launches.pids[0])
+    worker.suspend()
+    question = asyncio.create_task(tier.detokenize([72]))
+    await until(lambda: any(c.worker for c in tier._conversions.values()))
+    return worker, question
+
+
 def test_who_waits_for_tokens_of_a_worker_is_told_when_the_service_stops() -> None:
     launches = Launches(launch_process)
 
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         await ask(tier)
-        psutil.Process(launches.pids[0]).suspend()
-        question = asyncio.create_task(tier.detokenize([72]))
-        await until(lambda: any(c.worker for c in tier._conversions.values()))
+        worker, question = await asked_in_vain(tier, launches)
         manager.abandon()
         with pytest.raises(TierUnavailable):
             await asyncio.wait_for(question, 5)
-        psutil.Process(launches.pids[0]).kill()
+        worker.kill()
 
     run(test, launches)
 
@@ -653,9 +662,7 @@ def test_tokens_that_a_worker_counts_are_in_no_queue() -> None:
         tier = manager.tiers["light"]
         await ask(tier)
         tier._server = tier._server.model_copy(update={"queue_timeout_s": 0.2})
-        worker = psutil.Process(launches.pids[0])
-        worker.suspend()
-        question = asyncio.create_task(tier.detokenize([72]))
+        worker, question = await asked_in_vain(tier, launches)
         await asyncio.wait({question}, timeout=0.3)
         worker.resume()
         assert await question == "H"
@@ -680,10 +687,8 @@ def test_who_waits_for_tokens_when_the_worker_dies_is_told(tmp_path: Path) -> No
     async def test(manager: ModelManager) -> None:
         tier = manager.tiers["light"]
         await ask(tier)
-        psutil.Process(launches.pids[0]).suspend()
-        question = asyncio.create_task(tier.detokenize([72]))
-        await until(lambda: any(c.worker for c in tier._conversions.values()))
-        psutil.Process(launches.pids[0]).kill()
+        worker, question = await asked_in_vain(tier, launches)
+        worker.kill()
         with pytest.raises(WorkerCrashed, match="died"):
             await question
         assert await tier.detokenize([72]) == "H"
