@@ -8,6 +8,7 @@ import ctypes
 import logging
 import mmap
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,7 @@ from engine.heads import heads_of
 from engine.llama_limits import DECODER_STEP
 from engine.machine import available_bytes
 from engine.model_file import ENCODERS, Header, open_header
+from engine.rounding import Rounding
 from engine.types import Pooling, Scale
 from engine.wire import EncoderSpec, WorkerSpec
 from errors import InsufficientMemory, ModelLoadFailed
@@ -143,6 +145,7 @@ class LlamaEncoder:
         self.n_sequences = min(MAX_SEQUENCES, self._step)
         self._context = self._new_context(spec, encoder, facts)
         self._threads = ContextThreads(self._context, spec.n_threads)
+        self._rounding = Rounding()
         self._memory = lib.llama_get_memory(self._context)
         # of cells nothing is seen that is not the text's own; a state goes on from what it was
         self._is_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(
@@ -215,17 +218,24 @@ class LlamaEncoder:
         return context
 
     def encode(self, batch: Sequence[Ids], go_on: Callable[[], bool] = lambda: True) -> Floats:
-        n_tokens = self._fill(batch)
+        n_wanted = check_batch(batch, self)
+        has_spare = len(batch) < self.n_sequences and not self._is_state
+        n_most = min(self._step, n_wanted + self.n_ctx) if has_spare else n_wanted
+        n_threads = self._threads.n
+        n_tokens = self._rounding.n_rows(n_wanted, n_most, n_threads)
         if self._memory:
             lib.llama_memory_clear(self._memory, self._is_state or self._has_no_numbers)
         elif min(n_tokens, self._step) > self._room:
             self._make_room(min(n_tokens, self._step))
-            self._fill(batch)
+        spare = np.zeros(n_tokens - n_wanted, np.int32)
+        self._fill([*batch, spare] if n_tokens > n_wanted else batch)
         self._go_on = go_on
         self._has_no_numbers = bool(self._memory)  # unless it comes to its end, and has
+        started_at = time.perf_counter()
         found = self._all_rows(n_tokens) if self.scale is None else self._scores(batch, n_tokens)
+        self._rounding.took(n_wanted, n_tokens, n_threads, time.perf_counter() - started_at)
         self._has_no_numbers = self._has_no_numbers and not np.isfinite(found).all()
-        return found
+        return found if self.scale is not None else found[:n_wanted]
 
     def _all_rows(self, n_tokens: int) -> Floats:
         if self._step >= n_tokens:
@@ -342,9 +352,7 @@ class LlamaEncoder:
         self._row_bytes += n_tokens * self.n_embd * 4
         return np.ctypeslib.as_array(rows, shape=(n_tokens, self.n_embd))
 
-    def _fill(self, batch: Sequence[Ids]) -> int:
-        """Raises ValueError."""
-        n_tokens = check_batch(batch, self)
+    def _fill(self, batch: Sequence[Ids]) -> None:
         at = 0
         for number, ids in enumerate(batch):
             end = at + len(ids)
@@ -352,7 +360,6 @@ class LlamaEncoder:
             self._pos[at:end] = np.arange(len(ids))
             self._sequence[at:end] = number
             at = end
-        return n_tokens
 
     def _score(self, sequence: int) -> float:
         scores = lib.llama_get_embeddings_seq(self._context, sequence)

@@ -104,6 +104,13 @@ class Lanes:
     def _fits(self, chunk: Chunk) -> bool:
         return len(chunk.sequence.tokens) + MOST <= self._n_cells
 
+    def spare(self, chunks: dict[int, Chunk]) -> list[tuple[int, int]]:
+        """Lanes for rows that nobody wants in a step of these, and positions there: only
+        neighbours with as many tokens are computed together."""
+        n = len(chunks)
+        is_even = n == len(self._lanes) and all(len(c.tokens) == 1 for c in chunks.values())
+        return [(lane, 0) for lane in range(n, self._n_lanes)] if is_even else []
+
     # a memory
 
     def truncate(self, slot: int, n_tokens: int) -> bool:

@@ -35,6 +35,10 @@ class ContextThreads:
         if self._timer:
             self._timer.watch(context)
 
+    @property
+    def n(self) -> int:
+        return self._n_set
+
     def close(self) -> None:
         if self._timer:
             self._timer.close()

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import time
 from array import array
 from collections.abc import Sequence as Sequence_
 from functools import lru_cache, partial
@@ -30,6 +31,7 @@ from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.batch_engine import BatchEngine
 from engine.drawing import RowSampler
 from engine.llama_limits import LEAST_IN_LANES, LEAST_IN_PLAIN_LANES, PLAIN_TOKENS
+from engine.rounding import Rounding
 from engine.sampling import scored
 from engine.speculation import MOST
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
@@ -38,9 +40,11 @@ from errors import ModelLoadFailed
 
 logger = logging.getLogger("llama.cpp")
 
+NO_ROOM = 1  # what llama_decode returns without cells for a batch
 BLOCK, MIN_BLOCK = 256, 16  # cells that are saved at once. Without flash attention values lie
 PLAIN_VALUES = 400_000  # transposed, and each is copied by itself where streams ran together
 Logits = npt.NDArray[np.float32]  # of a token, for each that may follow
+Place = tuple[int, int]  # a sequence of a context, and a position in it
 Row = tuple[Any, int, Logits]  # a context, a token's index in its batch, and what came of it
 
 
@@ -82,11 +86,9 @@ class LlamaDecoder:
         # behind a sliding window llama.cpp uses cells again, and does not tell; parts of a
         # recurrent memory it takes for cells: answers would be wrong
         n_swa: int = lib.llama_model_n_swa(self._model)
-        is_cells = not (
-            lib.llama_model_is_recurrent(self._model)
-            or lib.llama_model_is_hybrid(self._model)
-            or n_swa > 0
-        )
+        has_states = lib.llama_model_is_recurrent(self._model)
+        has_states = has_states or lib.llama_model_is_hybrid(self._model)
+        is_cells = not (has_states or n_swa > 0)
         # what is not in cells cannot be taken back, and GPUs are not asked
         breaks_off = is_cells and not self._has_gpu
         self._threads = ContextThreads(self._context, spec.n_threads, breaks_off=breaks_off)
@@ -118,6 +120,11 @@ class LlamaDecoder:
         self.tokenizer: Tokenizer = tokenizer
         self._samplers = Samplers(self._model, tokenizer, self.n_cells)
         self._batch = _BatchArrays(self.n_batch)
+        self._can_round = not has_states and architecture != "deepseek4"
+        self._at_home, self._in_lanes = Rounding(), Rounding()
+        self._n_rows = min(self.n_batch, spec.n_parallel * (MOST + 1))  # with logits, at most
+        scratch = spec.n_parallel
+        self._spare = [(scratch, at) for at in range(self._n_rows)]
         self._rows: list[Row] = []  # of the last batch
 
     def close(self) -> None:
@@ -134,34 +141,61 @@ class LlamaDecoder:
         slots = {chunk.slot for chunk in in_lanes.values()}
         at_home = {chunk.slot: chunk for chunk in batch.chunks if chunk.slot not in slots}
         rows: dict[int, list[Row]] = {}
+        can_round = self._can_round and not batch.is_steady
         with self._threads.step(batch.n_tokens, batch.n_held, is_steady=batch.is_steady):
             if at_home:  # first: only there may cells be missing, and then nothing is computed
-                rows |= self._compute(self._context, at_home)
+                spare = self._spare if can_round and _are_alike(at_home) else ()
+                rows |= self._compute(self._context, at_home, self._at_home, spare)
             if self._lanes and in_lanes:
-                rows |= self._compute(self._lanes.context, in_lanes)
+                spare = self._lanes.spare(in_lanes) if can_round else ()
+                rows |= self._compute(self._lanes.context, in_lanes, self._in_lanes, spare)
         self._rows = [row for chunk in batch.chunks for row in rows[chunk.slot]]
 
-    def _compute(self, context: Any, chunks: dict[int, Chunk]) -> dict[int, list[Row]]:
-        """Compute chunks by sequence of a context. Rows by slot."""
+    def _compute(
+        self, context: Any, chunks: dict[int, Chunk], rounding: Rounding, spare: Sequence_[Place]
+    ) -> dict[int, list[Row]]:
+        """Compute chunks by sequence of a context, and as many of the spare places beside them as
+        make it faster. Rows by slot."""
         wanted = self._batch.fill(chunks)
-        status = lib.llama_decode(context, self._batch.batch)
-        while status == ABORTED:
-            self._threads.fewer()
-            logger.info("a step waits for a core that others use, and is computed anew")
-            for sequence, chunk in chunks.items():  # what was computed of it
-                lib.llama_memory_seq_rm(lib.llama_get_memory(context), sequence, chunk.start, -1)
-            status = lib.llama_decode(context, self._batch.batch)
-        if status == 1 and context is self._context:
+        n, n_threads = self._batch.batch.n_tokens, self._threads.n
+        n_rows = rounding.n_rows(n, min(n + len(spare), self._n_rows), n_threads) if spare else n
+        started_at = time.perf_counter()
+        status = self._run(context, chunks, spare[: n_rows - n])
+        if status == NO_ROOM and context is self._context:
             raise CacheFull
         if status != 0:
             raise Error(f"llama_decode returned {status}")
         if self._has_gpu:  # or its work would be missing in the step's time
             lib.llama_synchronize(context)
+        if spare:
+            seconds = time.perf_counter() - started_at
+            rounding.took(n, self._batch.batch.n_tokens, n_threads, seconds)
         logits = iter(self._logits(context, sum(map(len, wanted))))
         return {
             chunk.slot: [(context, index, next(logits)) for index in indices]
             for chunk, indices in zip(chunks.values(), wanted, strict=True)
         }
+
+    def _run(self, context: Any, chunks: dict[int, Chunk], spare: Sequence_[Place]) -> int:
+        """Compute the batch and rows in spare places; where that fails it is computed without
+        them. What llama_decode returned."""
+        memory, batch = lib.llama_get_memory(context), self._batch.batch
+        self._batch.add(spare)
+        status: int = lib.llama_decode(context, batch)
+        if spare:
+            for sequence in dict(spare):
+                lib.llama_memory_seq_rm(memory, sequence, -1, -1)
+            if status != 0:
+                batch.n_tokens -= len(spare)
+            if status == NO_ROOM:
+                status = lib.llama_decode(context, batch)
+        while status == ABORTED:
+            self._threads.fewer()
+            logger.info("a step waits for a core that others use, and is computed anew")
+            for sequence, chunk in chunks.items():  # what was computed of it
+                lib.llama_memory_seq_rm(memory, sequence, chunk.start, -1)
+            status = lib.llama_decode(context, batch)
+        return status
 
     def _logits(self, context: Any, n_rows: int) -> Sequence_[Logits]:
         """All that the last batch wanted, in its order, until the next one is computed."""
@@ -219,6 +253,21 @@ class _BatchArrays:
             at = end
         self.batch.n_tokens = at
         return wanted
+
+    def add(self, spare: Sequence_[Place]) -> None:
+        """Rows that nobody wants, behind all others. Their logits are computed, for the same
+        reason."""
+        for at, (sequence, position) in enumerate(spare, self.batch.n_tokens):
+            self._token[at] = 0
+            self._pos[at] = position
+            self._sequence[at] = sequence
+            self._wanted[at] = 1
+        self.batch.n_tokens += len(spare)
+
+
+def _are_alike(chunks: dict[int, Chunk]) -> bool:
+    """None of them has a prompt, so other steps with as many tokens take as long."""
+    return all(chunk.n_tokens == 1 for chunk in chunks.values())
 
 
 @lru_cache(maxsize=64)  # most steps have as many as those before, at the same place
