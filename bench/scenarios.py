@@ -13,6 +13,7 @@ from bench.plain_client import Client, Message, Reply
 
 Found = dict[str, float]  # by the metric's name
 LEVELS = (1, 4, 8, 16)  # of streams at once, and of sequences
+UNEVEN = (3, 7, 15)
 Run = Callable[[Client, str, "Sizes"], Awaitable[Found]]
 
 
@@ -80,6 +81,16 @@ async def answers(client: Client, seed: str, sizes: Sizes) -> Found:
     """As many with longer answers."""
     n = LEVELS[-1]
     return {f"answers_{n}": await _tokens_per_s(client, seed, n, sizes.n_long_answer)}
+
+
+def uneven(n: int) -> Run:
+    """So many that kernels take some of their rows one by one."""
+
+    async def run(client: Client, seed: str, sizes: Sizes) -> Found:
+        speed = await _tokens_per_s(client, f"{seed}/{n}", n, sizes.n_long_answer)
+        return {f"uneven_{n}": speed}
+
+    return run
 
 
 async def _tokens_per_s(client: Client, seed: str, n: int, n_answer: int) -> float:
@@ -193,6 +204,13 @@ SCENARIOS = {
     "answers": Scenario(
         (answers,),
         {"answers_16": Metric("16 streams of 200 tokens each, tokens/s", 1.1, True, 1)},
+    ),
+    "uneven": Scenario(
+        tuple(map(uneven, UNEVEN)),
+        {
+            f"uneven_{n}": Metric(f"{n} streams of 200 tokens each, tokens/s", None, True, 1)
+            for n in UNEVEN
+        },
     ),
     "cold": Scenario(
         (cold,), {"cold_first_token_ms": Metric("600-token prompt, first token, ms", 1.05)}

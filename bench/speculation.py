@@ -121,14 +121,13 @@ class Runner:
         return Sampled(self._script[n_done]) if n_done < len(self._script) else sampled
 
 
-def as_type(model: str, name: str, folder: str) -> str:
+def as_type(model: str, name: str, path: Path) -> str:
     """A model whose weights are of another type, made of those of this one."""
     params = lib.llama_model_quantize_default_params()
     params.allow_requantize = True
     params.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{name.upper()}")
-    path = str(Path(folder) / f"{name}.gguf")
-    assert lib.llama_model_quantize(model.encode(), path.encode(), params) == 0
-    return path
+    assert lib.llama_model_quantize(model.encode(), str(path).encode(), params) == 0
+    return str(path)
 
 
 def edit(path: str, n_lines: int, old: str, new: str) -> tuple[str, str]:
@@ -174,7 +173,9 @@ def main() -> None:
     parser.add_argument("--as", dest="type", help="of the weights, such as q8_0")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = as_type(options.model, options.type, folder) if options.type else options.model
+        model = options.model
+        if options.type:
+            model = as_type(model, options.type, Path(folder) / f"{options.type}.gguf")
         new = partial(Runner, model, options.threads, flash_attention=not options.plain)
         runners = new(speculates=False), new(speculates=True)
     print(json.dumps({"what": "prices of steps", **runners[0].prices()}), flush=True)

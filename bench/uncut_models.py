@@ -29,13 +29,16 @@ TOKENIZER = ("model", "pre", "bos_token_id", "eos_token_id", "unknown_token_id",
 class Model:
     """A GGUF on its way: SmolLM2's vocabulary and template, and weights as they are drawn."""
 
-    def __init__(self, path: Path, architecture: str, n_embd: int, n_ff: int, n_kv: int) -> None:
+    def __init__(
+        self, path: Path, architecture: str, n_embd: int, n_ff: int, n_kv: int,
+        n_layer: int = N_LAYER,
+    ) -> None:  # fmt: skip
         self.writer = gguf.GGUFWriter(path, architecture)
         self.n_embd, self.n_ff, self.n_head, self.n_kv = n_embd, n_ff, n_embd // N_HEAD_DIM, n_kv
         self._dice = np.random.RandomState(0)
         self._copy_vocabulary()
         self.writer.add_context_length(N_CTX)
-        self.writer.add_block_count(N_LAYER)
+        self.writer.add_block_count(n_layer)
         self.writer.add_embedding_length(n_embd)
         self.writer.add_feed_forward_length(n_ff)
         self.writer.add_head_count(self.n_head)
@@ -76,8 +79,9 @@ class Model:
         kind = gguf.GGMLQuantizationType.Q8_0
         self.writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
 
-    def attention(self, layer: str) -> None:
-        self.norms(f"{layer}.attn_q_norm", f"{layer}.attn_k_norm", n=N_HEAD_DIM)
+    def attention(self, layer: str, *, has_norms: bool = True) -> None:
+        if has_norms:
+            self.norms(f"{layer}.attn_q_norm", f"{layer}.attn_k_norm", n=N_HEAD_DIM)
         self.matrix(f"{layer}.attn_q", self.n_embd, self.n_embd)
         self.matrix(f"{layer}.attn_k", self.n_kv * N_HEAD_DIM, self.n_embd)
         self.matrix(f"{layer}.attn_v", self.n_kv * N_HEAD_DIM, self.n_embd)

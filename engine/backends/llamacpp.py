@@ -120,7 +120,7 @@ class LlamaDecoder:
         self.tokenizer: Tokenizer = tokenizer
         self._samplers = Samplers(self._model, tokenizer, self.n_cells)
         self._batch = _BatchArrays(self.n_batch)
-        self._can_round = not has_states and architecture != "deepseek4"
+        self.can_round = not has_states and architecture != "deepseek4"
         self._at_home, self._in_lanes = Rounding(), Rounding()
         self._n_rows = min(self.n_batch, spec.n_parallel * (MOST + 1))  # with logits, at most
         scratch = spec.n_parallel
@@ -141,7 +141,7 @@ class LlamaDecoder:
         slots = {chunk.slot for chunk in in_lanes.values()}
         at_home = {chunk.slot: chunk for chunk in batch.chunks if chunk.slot not in slots}
         rows: dict[int, list[Row]] = {}
-        can_round = self._can_round and not batch.is_steady
+        can_round = self.can_round and not batch.is_steady
         with self._threads.step(batch.n_tokens, batch.n_held, is_steady=batch.is_steady):
             if at_home:  # first: only there may cells be missing, and then nothing is computed
                 spare = self._spare if can_round and _are_alike(at_home) else ()
