@@ -11,7 +11,7 @@
    which costs what real ones cost.
 4. Short queries one after the other, alone and beside a request of many long documents: how long
    one takes. The same with a query and four short documents that are to be ranked, beside many
-   long ones.
+   long ones; and with passages of some sentences, alone.
 5. With --llama-server that server, on the same file and over HTTP, with 1, 2 and 4.
 6. With --flag FlagEmbedding's own encode on a Hugging Face directory of the same model, with 1 and
    2, and a service with the backend flag, with 1. It wants `./setup.sh --flag`.
@@ -59,10 +59,12 @@ WORDS = (
 ).split()
 
 N_QUERIES = 12
+N_PASSAGES = 24
+PASSAGE_WORDS = 42
 N_DOCUMENTS = 100  # beside them
 PAUSE_S = 0.7  # between queries
 
-IN_MS = ("queries", "rankings")
+IN_MS = ("queries", "passages", "rankings")
 Turn = Callable[[Sequence[str]], Awaitable[float]]  # tokens/s; of IN_MS ms
 
 
@@ -147,6 +149,10 @@ class Service:
         queries = [self._embed([_query(text)]) for text in texts[:N_QUERIES]]
         return await self._beside(self._embed([_long(text) for text in texts]), queries)
 
+    async def passages(self, texts: Sequence[str]) -> float:
+        """How long one of some sentences takes, in ms."""
+        return await self._each([self._embed([_passage(text)]) for text in texts])
+
     async def rankings(self, texts: Sequence[str]) -> float:
         """How long one of a few short documents takes, in ms."""
         return await self._each([self._rank(text, _short(text)) for text in texts[:N_QUERIES]])
@@ -210,6 +216,10 @@ class Service:
 
 def _query(text: str) -> str:
     return " ".join(text.split()[:6])
+
+
+def _passage(text: str) -> str:
+    return " ".join(random.Random(text).choices(WORDS, k=PASSAGE_WORDS))
 
 
 def _short(text: str) -> list[str]:
@@ -324,6 +334,7 @@ async def measure(
         "singles, bare": (bare.run, n_singles),
         "queries": (service.queries, N_QUERIES),
         "queries, beside": (service.queries_beside, N_DOCUMENTS),
+        "passages": (service.passages, N_PASSAGES),
         "rankings": (service.rankings, N_QUERIES),
         "rankings, beside": (service.rankings_beside, N_DOCUMENTS),
     }
@@ -331,6 +342,7 @@ async def measure(
         turns["bulk, llama-server"] = Service(peer).bulk, n_texts
         turns["singles, llama-server"] = Service(peer).singles, n_singles
         turns["queries, llama-server"] = Service(peer).queries, N_QUERIES
+        turns["passages, llama-server"] = Service(peer).passages, N_PASSAGES
         turns["queries, beside, llama-server"] = Service(peer).queries_beside, N_DOCUMENTS
     if flag is not None:
         flag_embedding, with_flag = flag
@@ -362,6 +374,7 @@ COMPARED = (
     ("the same, llama-server", "queries, beside, llama-server", "queries, llama-server"),
     ("a ranking beside a long one / alone", "rankings, beside", "rankings"),
     ("a query alone / llama-server", "queries", "queries, llama-server"),
+    ("a passage alone / llama-server", "passages", "passages, llama-server"),
     ("one request / FlagEmbedding", "bulk", "bulk, FlagEmbedding"),
     ("single requests / FlagEmbedding", "singles", "singles, FlagEmbedding"),
     ("backend flag / FlagEmbedding", "bulk, backend flag", "bulk, FlagEmbedding"),

@@ -8,67 +8,67 @@ few times, and again after a while.
 """
 
 import math
+from collections import deque
 
 GROUPS = 4, 8, 16, 64  # rows that kernels take at once; so many only where they are of attention
 LEAST, MOST = 3, 63  # rows wanted: of fewer each comes at its price, of more some are little
-TIMES = 3  # steps with each number, of which the shortest counts
+TIMES = 3  # last steps with a number, of which the shortest counts
 GAIN = 0.97  # of a step's time may one with more rows take at most, to be better
-AGAIN, SELDOM = 100, 6400  # steps from one trial to the next: at first, and at last
+MEMORY = 1000  # steps after which a number that was not computed is tried again
+
+NUMBERS = {  # of rows, by those that are wanted: these, and whole groups of less than twice as many
+    n: sorted({n} | {up for group in GROUPS if (up := math.ceil(n / group) * group) < 2 * n})
+    for n in range(LEAST, MOST + 1)
+}
 
 
 class Rounding:
     """Learns from steps that differ in their rows alone."""
 
     def __init__(self) -> None:
-        self._trials: dict[tuple[int, int], _Trial] = {}
+        self._n_steps = 0
+        self._measured: dict[tuple[int, int], _Measured] = {}  # by rows and threads
 
     def n_rows(self, n_wanted: int, n_most: int, n_threads: int) -> int:
         """How many to compute, of at most so many."""
         if not LEAST <= n_wanted <= MOST:
             return n_wanted
-        n_rows = self._trial(n_wanted, n_threads).n_rows
-        return n_rows if n_rows <= n_most else n_wanted
+        seconds = {}
+        for n in NUMBERS[n_wanted]:
+            if n <= max(n_most, n_wanted):
+                measured = self._measured.get((n, n_threads))
+                if measured is None or measured.is_due(self._n_steps):
+                    return n
+                seconds[n] = measured.least_s
+        best = min(seconds, key=seconds.__getitem__)
+        return best if seconds[best] <= GAIN * seconds[n_wanted] else n_wanted
 
-    def took(self, n_wanted: int, n_rows: int, n_threads: int, seconds: float) -> None:
-        """A step with so many rows, of which so many were wanted, took so long."""
-        if LEAST <= n_wanted <= MOST:
-            self._trial(n_wanted, n_threads).took(n_rows, seconds)
-
-    def _trial(self, n_wanted: int, n_threads: int) -> "_Trial":
-        key = n_wanted, n_threads
-        if key not in self._trials:
-            self._trials[key] = _Trial(n_wanted)
-        return self._trials[key]
+    def took(self, n_rows: int, n_threads: int, seconds: float) -> None:
+        """A step with so many rows took so long."""
+        self._n_steps += 1
+        if LEAST <= n_rows <= MOST + 1:
+            self._measured.setdefault((n_rows, n_threads), _Measured()).add(self._n_steps, seconds)
 
 
-class _Trial:
-    """Steps with one number of rows wanted."""
+class _Measured:
+    """The last steps with one number of rows."""
 
-    def __init__(self, n_wanted: int) -> None:
-        whole = {math.ceil(n_wanted / group) * group for group in GROUPS}
-        self._numbers = sorted({n_wanted} | {n for n in whole if n < 2 * n_wanted})
-        self._seconds: list[float] = []  # of the steps of this trial, by number
-        self._n_left = 0  # steps until there is one
-        self._again = AGAIN
-        self._best = n_wanted
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=TIMES)
+        self._last = 0
+
+    def add(self, step: int, seconds: float) -> None:
+        if self._is_old(step):
+            self._seconds.clear()
+        self._seconds.append(seconds)
+        self._last = step
+
+    def is_due(self, step: int) -> bool:
+        return len(self._seconds) < TIMES or self._is_old(step)
+
+    def _is_old(self, step: int) -> bool:
+        return step - self._last > MEMORY
 
     @property
-    def n_rows(self) -> int:
-        return self._best if self._n_left else self._numbers[len(self._seconds) // TIMES]
-
-    def took(self, n_rows: int, seconds: float) -> None:
-        if self._n_left:
-            self._n_left -= 1
-        elif n_rows == self.n_rows:  # else there was no room for more
-            self._seconds.append(seconds)
-            if len(self._seconds) == TIMES * len(self._numbers):
-                self._end()
-
-    def _end(self) -> None:
-        plain, *more = (
-            (min(self._seconds[i * TIMES :][:TIMES]), n) for i, n in enumerate(self._numbers)
-        )
-        least = min(more, default=plain)
-        self._best = (least if least[0] <= GAIN * plain[0] else plain)[1]
-        self._seconds.clear()
-        self._n_left, self._again = self._again, min(2 * self._again, SELDOM)
+    def least_s(self) -> float:
+        return min(self._seconds)

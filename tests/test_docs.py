@@ -469,6 +469,7 @@ MAY_IMPORT = {
     "engine.machine": set(),
     "engine.prefix": set(),
     "engine.pace": set(),
+    "engine.rounding": set(),
     "engine.speculation": {"engine.prefix"},
     "engine.file_names": set(),
     "engine.grammar_text": set(),
@@ -536,6 +537,7 @@ MAY_IMPORT = {
     "examples": set(),
     "bench.engine": {"chat", "engine"},
     "bench.speculation": {"engine"},
+    "bench.rows": {"bench.engine", "bench.speculation", "bench.uncut_models", "settings"},
     "bench.mlx": {"engine"},
 }
 # Libraries that only some modules may import.

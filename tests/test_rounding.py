@@ -14,7 +14,7 @@ from engine.backends.base import Engine, Interrupted
 from engine.backends.llama_encoder import LlamaEncoder
 from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
-from engine.rounding import AGAIN, GAIN, LEAST, MOST, SELDOM, TIMES, Rounding
+from engine.rounding import GAIN, LEAST, MEMORY, MOST, TIMES, Rounding
 from engine.types import Batch, Sequence
 from tests import encoder_fixtures, gguf_fixtures
 from tests.engines import GREEDY, engine_of, generate, ids, lanes_of, open_lanes
@@ -34,18 +34,18 @@ def by_rows(n: int) -> float:
     return 1.0 + n / 4
 
 
-def used(rounding: Rounding, n: int, n_steps: int, cost: Cost, **values: Any) -> list[int]:
+def used(rounding: Rounding, n: int, n_steps: int, cost: Cost, **values: int) -> list[int]:
     """The rows of so many steps in which `n` are wanted."""
     n_most, n_threads = values.get("n_most", PLENTY), values.get("n_threads", 2)
     rows = []
     for _ in range(n_steps):
         rows.append(rounding.n_rows(n, n_most, n_threads))
-        rounding.took(n, rows[-1], n_threads, cost(rows[-1]))
+        rounding.took(rows[-1], n_threads, cost(rows[-1]))
     return rows
 
 
 def settled(n: int, cost: Cost) -> int:
-    return used(Rounding(), n, AGAIN // 2, cost)[-1]
+    return used(Rounding(), n, 100, cost)[-1]
 
 
 def test_left_over_rows_are_rounded_up_where_that_is_faster() -> None:
@@ -73,6 +73,20 @@ def test_each_number_is_tried_a_few_times_and_the_shortest_counts() -> None:
     assert rounding.n_rows(7, PLENTY, 2) == 8
 
 
+def test_who_wants_other_rows_need_not_try_what_was_tried() -> None:
+    rounding = Rounding()
+    used(rounding, 50, 100, lambda rows: leftovers_one_by_one(rows, 64))
+    assert used(rounding, 51, 5, lambda rows: leftovers_one_by_one(rows, 64)) == [51] * 3 + [64] * 2
+
+
+def test_what_becomes_slow_is_left() -> None:
+    """As with the cells that are looked at."""
+    rounding = Rounding()
+    assert used(rounding, 7, 50, leftovers_one_by_one)[-1] == 8
+    assert used(rounding, 7, 2 * TIMES, lambda rows: 9.0)[-1] == 7
+    assert used(rounding, 7, 50, lambda rows: leftovers_one_by_one(rows) + 9)[-1] == 8
+
+
 def test_few_rows_and_many_are_taken_as_they_are() -> None:
     """Of those a trial would be most of what they cost, or gain nothing."""
     for n in (1, LEAST - 1, MOST + 1, 500):
@@ -86,20 +100,20 @@ def test_no_step_becomes_twice_as_long() -> None:
 
 def test_there_are_no_more_rows_than_have_room() -> None:
     rounding = Rounding()
-    assert max(used(rounding, 7, 20, leftovers_one_by_one, n_most=7)) == 7
+    assert used(rounding, 7, 20, leftovers_one_by_one, n_most=7) == [7] * 20
     assert used(rounding, 7, 20, leftovers_one_by_one)[-1] == 8, "when there is room it is tried"
     assert used(rounding, 7, 1, leftovers_one_by_one, n_most=7) == [7]
+    assert used(rounding, 7, 1, leftovers_one_by_one, n_most=5) == [7], "who are wanted are there"
 
 
-def test_it_is_asked_again_after_a_while_and_then_seldom() -> None:
-    rounding, n_trial = Rounding(), 2 * TIMES
-    rows = used(rounding, 7, n_trial + AGAIN + n_trial, by_rows)
-    assert rows.count(8) == 2 * TIMES
-    assert rows[-TIMES:] == [8] * TIMES
-    assert used(rounding, 7, 1, leftovers_one_by_one) == [7], "the last trial was another's"
-    rows = used(rounding, 7, 10 * SELDOM, leftovers_one_by_one)
-    assert rows[-1] == 8
-    assert rows.count(7) < 3 * AGAIN
+def test_what_was_not_best_is_tried_again_after_a_while() -> None:
+    rows = used(Rounding(), 7, 3 * MEMORY, by_rows)
+    assert rows.count(8) == 3 * TIMES
+    rounding = Rounding()
+    used(rounding, 7, MEMORY, by_rows)
+    rows = used(rounding, 7, MEMORY, leftovers_one_by_one)
+    assert rows[-1] == 8, "it has become best"
+    assert used(rounding, 7, MEMORY, by_rows)[-1] == 7, "and is no more"
 
 
 def test_threads_have_measurements_of_their_own() -> None:

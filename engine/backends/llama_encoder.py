@@ -233,7 +233,7 @@ class LlamaEncoder:
         self._has_no_numbers = bool(self._memory)  # unless it comes to its end, and has
         started_at = time.perf_counter()
         found = self._all_rows(n_tokens) if self.scale is None else self._scores(batch, n_tokens)
-        self._rounding.took(n_wanted, n_tokens, n_threads, time.perf_counter() - started_at)
+        self._rounding.took(n_tokens, n_threads, time.perf_counter() - started_at)
         self._has_no_numbers = self._has_no_numbers and not np.isfinite(found).all()
         return found if self.scale is not None else found[:n_wanted]
 

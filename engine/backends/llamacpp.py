@@ -169,7 +169,7 @@ class LlamaDecoder:
             lib.llama_synchronize(context)
         if spare:
             seconds = time.perf_counter() - started_at
-            rounding.took(n, self._batch.batch.n_tokens, n_threads, seconds)
+            rounding.took(self._batch.batch.n_tokens, n_threads, seconds)
         logits = iter(self._logits(context, sum(map(len, wanted))))
         return {
             chunk.slot: [(context, index, next(logits)) for index in indices]
