@@ -3,72 +3,72 @@
 Kernels take rows in groups of four, eight or sixteen, and those that are left over one by one: with
 seven rows a model in Q8_0 may take half as long again as with eight. There a row that nobody wants
 makes the step shorter. Where that is so depends on the weights' format, the processor and the
-kernels, so it is found out: steps that are to be computed anyway are computed with each number a
-few times, and again after a while.
+kernels, so it is found out with steps that are to be computed anyway: one with each number in turn,
+a few times.
 """
 
-import math
-from collections import deque
+from collections.abc import Sequence
+from statistics import median
 
-GROUPS = 4, 8, 16, 64  # rows that kernels take at once; so many only where they are of attention
 LEAST, MOST = 3, 63  # rows wanted: of fewer each comes at its price, of more some are little
-TIMES = 3  # last steps with a number, of which the shortest counts
-GAIN = 0.97  # of a step's time may one with more rows take at most, to be better
-MEMORY = 1000  # steps after which a number that was not computed is tried again
-
-NUMBERS = {  # of rows, by those that are wanted: these, and whole groups of less than twice as many
-    n: sorted({n} | {up for group in GROUPS if (up := math.ceil(n / group) * group) < 2 * n})
-    for n in range(LEAST, MOST + 1)
-}
+ROUNDS = 5  # of a trial: in each a step with each number, so that they are under equal conditions
+GAIN = 0.95  # of a step's time may one with more rows take at most, to be better
+AGAIN, SELDOM = 200, 6400  # steps from one trial to the next: at first, and at last
 
 
 class Rounding:
-    """Learns from steps that differ in their rows alone."""
+    """Learns from steps that differ in their rows alone. `groups`: rows that are taken at once."""
 
-    def __init__(self) -> None:
-        self._n_steps = 0
-        self._measured: dict[tuple[int, int], _Measured] = {}  # by rows and threads
+    def __init__(self, *groups: int) -> None:
+        self._groups = groups
+        self._trials: dict[tuple[int, int], _Trial] = {}  # by rows wanted, and threads
 
     def n_rows(self, n_wanted: int, n_most: int, n_threads: int) -> int:
-        """How many to compute, of at most so many."""
+        """How many to compute, of at most so many: always of as many for a number wanted."""
         if not LEAST <= n_wanted <= MOST:
             return n_wanted
-        seconds = {}
-        for n in NUMBERS[n_wanted]:
-            if n <= max(n_most, n_wanted):
-                measured = self._measured.get((n, n_threads))
-                if measured is None or measured.is_due(self._n_steps):
-                    return n
-                seconds[n] = measured.least_s
-        best = min(seconds, key=seconds.__getitem__)
-        return best if seconds[best] <= GAIN * seconds[n_wanted] else n_wanted
+        trial = self._trials.get((n_wanted, n_threads))
+        if trial is None:
+            up = {-(-n_wanted // group) * group for group in self._groups}
+            more = sorted(n for n in up if n_wanted < n <= min(2 * n_wanted - 1, n_most))
+            trial = self._trials[n_wanted, n_threads] = _Trial([n_wanted, *more])
+        return trial.n_rows
 
-    def took(self, n_rows: int, n_threads: int, seconds: float) -> None:
-        """A step with so many rows took so long."""
-        self._n_steps += 1
-        if LEAST <= n_rows <= MOST + 1:
-            self._measured.setdefault((n_rows, n_threads), _Measured()).add(self._n_steps, seconds)
+    def took(self, n_wanted: int, n_rows: int, n_threads: int, seconds: float) -> None:
+        """A step with so many rows, of which so many were wanted, took so long."""
+        if trial := self._trials.get((n_wanted, n_threads)):
+            trial.took(n_rows, seconds)
 
 
-class _Measured:
-    """The last steps with one number of rows."""
+class _Trial:
+    """Steps with one number of rows wanted, which is the first of `numbers`."""
 
-    def __init__(self) -> None:
-        self._seconds: deque[float] = deque(maxlen=TIMES)
-        self._last = 0
-
-    def add(self, step: int, seconds: float) -> None:
-        if self._is_old(step):
-            self._seconds.clear()
-        self._seconds.append(seconds)
-        self._last = step
-
-    def is_due(self, step: int) -> bool:
-        return len(self._seconds) < TIMES or self._is_old(step)
-
-    def _is_old(self, step: int) -> bool:
-        return step - self._last > MEMORY
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = numbers
+        self._best = numbers[0]
+        self._seconds: list[float] = []  # of the steps of this trial
+        self._again = AGAIN
+        self._n_left = 0  # steps until there is one
 
     @property
-    def least_s(self) -> float:
-        return min(self._seconds)
+    def n_rows(self) -> int:
+        is_over = self._n_left or len(self._numbers) == 1
+        return self._best if is_over else self._numbers[len(self._seconds) % len(self._numbers)]
+
+    def took(self, n_rows: int, seconds: float) -> None:
+        if self._n_left:
+            self._n_left -= 1
+        elif n_rows == self.n_rows and len(self._numbers) > 1:
+            self._seconds.append(seconds)
+            if len(self._seconds) == ROUNDS * len(self._numbers):
+                self._end()
+
+    def _end(self) -> None:
+        n, before = len(self._numbers), self._best
+        plain, *more = (self._seconds[i::n] for i in range(n))
+        shares = [median(a / b for a, b in zip(other, plain, strict=True)) for other in more]
+        least = min(shares)
+        self._best = self._numbers[1 + shares.index(least) if least <= GAIN else 0]
+        self._again = min(2 * self._again, SELDOM) if self._best == before else AGAIN
+        self._n_left = self._again
+        self._seconds.clear()

@@ -53,6 +53,7 @@ logger = logging.getLogger("llama.cpp")
 MAX_SPARE_BYTES = 1 << 29  # of room for outputs beyond what a batch needs
 SPARE_TOKENS = 128  # the same where its pages cannot be given back
 MAX_ROW_BYTES = 1 << 24  # then pages are given back
+GROUPS = 8, 64  # rows that kernels take at once: products, and flash attention
 OUT_OF_MEMORY = -2  # what llama_encode returns
 _POOLINGS: dict[int, Pooling] = {
     lib.LLAMA_POOLING_TYPE_CLS: "cls",
@@ -145,7 +146,7 @@ class LlamaEncoder:
         self.n_sequences = min(MAX_SEQUENCES, self._step)
         self._context = self._new_context(spec, encoder, facts)
         self._threads = ContextThreads(self._context, spec.n_threads)
-        self._rounding = Rounding()
+        self._rounding = Rounding(*GROUPS)
         self._memory = lib.llama_get_memory(self._context)
         # of cells nothing is seen that is not the text's own; a state goes on from what it was
         self._is_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(
@@ -221,8 +222,7 @@ class LlamaEncoder:
         n_wanted = check_batch(batch, self)
         has_spare = len(batch) < self.n_sequences and not self._is_state
         n_most = min(self._step, n_wanted + self.n_ctx) if has_spare else n_wanted
-        n_threads = self._threads.n
-        n_tokens = self._rounding.n_rows(n_wanted, n_most, n_threads)
+        n_tokens = self._rounding.n_rows(n_wanted, n_most, self._threads.n)
         if self._memory:
             lib.llama_memory_clear(self._memory, self._is_state or self._has_no_numbers)
         elif min(n_tokens, self._step) > self._room:
@@ -233,7 +233,8 @@ class LlamaEncoder:
         self._has_no_numbers = bool(self._memory)  # unless it comes to its end, and has
         started_at = time.perf_counter()
         found = self._all_rows(n_tokens) if self.scale is None else self._scores(batch, n_tokens)
-        self._rounding.took(n_tokens, n_threads, time.perf_counter() - started_at)
+        seconds = time.perf_counter() - started_at
+        self._rounding.took(n_wanted, n_tokens, self._threads.n, seconds)
         self._has_no_numbers = self._has_no_numbers and not np.isfinite(found).all()
         return found if self.scale is not None else found[:n_wanted]
 

@@ -108,7 +108,8 @@ class Lanes:
         """Lanes for rows that nobody wants in a step of these, and positions there: only
         neighbours with as many tokens are computed together."""
         n = len(chunks)
-        is_even = n == len(self._lanes) and all(len(c.tokens) == 1 for c in chunks.values())
+        is_even = chunks.keys() == set(range(len(self._lanes)))
+        is_even = is_even and all(len(chunk.tokens) == 1 for chunk in chunks.values())
         return [(lane, 0) for lane in range(n, self._n_lanes)] if is_even else []
 
     # a memory

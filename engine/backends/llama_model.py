@@ -77,6 +77,7 @@ class LlamaLog:
         "possible training context overflow",  # cells are for all; we bound each one's length
         "model default pooling_type is",  # we pool ourselves
         "model vocab missing newline token",  # encoders need none
+        "failed to find a memory slot",  # then there are less tokens, or fewer sequences
         # of a step that is broken off
         "removing memory module entries",
         "graph_compute_async failed with error 1",

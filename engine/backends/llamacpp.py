@@ -41,6 +41,7 @@ from errors import ModelLoadFailed
 logger = logging.getLogger("llama.cpp")
 
 NO_ROOM = 1  # what llama_decode returns without cells for a batch
+GROUPS = 4, 8, 16  # rows that kernels take at once
 BLOCK, MIN_BLOCK = 256, 16  # cells that are saved at once. Without flash attention values lie
 PLAIN_VALUES = 400_000  # transposed, and each is copied by itself where streams ran together
 Logits = npt.NDArray[np.float32]  # of a token, for each that may follow
@@ -121,7 +122,7 @@ class LlamaDecoder:
         self._samplers = Samplers(self._model, tokenizer, self.n_cells)
         self._batch = _BatchArrays(self.n_batch)
         self.can_round = not has_states and architecture != "deepseek4"
-        self._at_home, self._in_lanes = Rounding(), Rounding()
+        self._at_home, self._in_lanes = Rounding(*GROUPS), Rounding(*GROUPS)
         self._n_rows = min(self.n_batch, spec.n_parallel * (MOST + 1))  # with logits, at most
         scratch = spec.n_parallel
         self._spare = [(scratch, at) for at in range(self._n_rows)]
@@ -167,9 +168,9 @@ class LlamaDecoder:
             raise Error(f"llama_decode returned {status}")
         if self._has_gpu:  # or its work would be missing in the step's time
             lib.llama_synchronize(context)
-        if spare:
-            seconds = time.perf_counter() - started_at
-            rounding.took(self._batch.batch.n_tokens, n_threads, seconds)
+        # not what was computed anew, without them or with fewer threads
+        if spare and (self._batch.batch.n_tokens, self._threads.n) == (n_rows, n_threads):
+            rounding.took(n, n_rows, n_threads, time.perf_counter() - started_at)
         logits = iter(self._logits(context, sum(map(len, wanted))))
         return {
             chunk.slot: [(context, index, next(logits)) for index in indices]
