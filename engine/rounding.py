@@ -10,6 +10,7 @@ a few times.
 from collections.abc import Sequence
 from statistics import median
 
+AS_WANTED = 0  # rows, in place of their number
 LEAST, MOST = 3, 63  # rows wanted: of fewer each comes at its price, of more some are little
 ROUNDS = 5  # of a trial: in each a step with each number, so that they are under equal conditions
 GAIN = 0.95  # of a step's time may one with more rows take at most, to be better
@@ -17,31 +18,34 @@ AGAIN, SELDOM = 200, 6400  # steps from one trial to the next: at first, and at 
 
 
 class Rounding:
-    """Learns from steps that differ in their rows alone. `groups`: rows that are taken at once."""
+    """Learns from steps that differ in their rows alone. `groups`: rows that are taken at once.
+    `n_alike`: neighbours among the numbers wanted that are taken for one."""
 
-    def __init__(self, *groups: int) -> None:
-        self._groups = groups
+    def __init__(self, *groups: int, n_alike: int = 1) -> None:
+        self._groups, self._n_alike = groups, n_alike
         self._trials: dict[tuple[int, int], _Trial] = {}  # by rows wanted, and threads
 
     def n_rows(self, n_wanted: int, n_most: int, n_threads: int) -> int:
-        """How many to compute, of at most so many: always of as many for a number wanted."""
+        """How many to compute, of at most so many."""
         if not LEAST <= n_wanted <= MOST:
             return n_wanted
-        trial = self._trials.get((n_wanted, n_threads))
-        if trial is None:
-            up = {-(-n_wanted // group) * group for group in self._groups}
-            more = sorted(n for n in up if n_wanted < n <= min(2 * n_wanted - 1, n_most))
-            trial = self._trials[n_wanted, n_threads] = _Trial([n_wanted, *more])
-        return trial.n_rows
+        key = n_wanted // self._n_alike, n_threads
+        if key not in self._trials:
+            last = (key[0] + 1) * self._n_alike - 1
+            up = {-(-last // group) * group for group in self._groups}
+            more = sorted(n for n in up if last < n <= min(2 * last - 1, n_most))
+            self._trials[key] = _Trial([AS_WANTED, *more])
+        n_rows = self._trials[key].n_rows
+        return n_rows if n_wanted < n_rows <= n_most else n_wanted
 
     def took(self, n_wanted: int, n_rows: int, n_threads: int, seconds: float) -> None:
         """A step with so many rows, of which so many were wanted, took so long."""
-        if trial := self._trials.get((n_wanted, n_threads)):
-            trial.took(n_rows, seconds)
+        if trial := self._trials.get((n_wanted // self._n_alike, n_threads)):
+            trial.took(AS_WANTED if n_rows == n_wanted else n_rows, seconds)
 
 
 class _Trial:
-    """Steps with one number of rows wanted, which is the first of `numbers`."""
+    """Steps with one number of rows wanted, and the numbers that are tried."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self._numbers = numbers

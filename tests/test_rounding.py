@@ -4,6 +4,7 @@ import logging
 import random
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,6 +101,8 @@ def test_there_are_no_more_rows_than_have_room() -> None:
     assert used(rounding, 7, 20, leftovers_one_by_one, n_most=7) == [7] * 20
     assert set(used(rounding, 11, 20, by_rows, n_most=12)) == {11, 12}
     assert used(rounding, 8, 1, leftovers_one_by_one, n_most=5) == [8], "who are wanted are there"
+    assert used(rounding, 6, 20, leftovers_one_by_one)[-1] == 8
+    assert used(rounding, 6, 1, leftovers_one_by_one, n_most=7) == [6], "there was more room before"
 
 
 def test_what_was_not_asked_for_says_nothing() -> None:
@@ -122,6 +125,14 @@ def test_it_is_asked_again_and_the_more_seldom_the_oftener_it_is_the_same() -> N
         n_left -= 1
         n_right += used(rounding, 7, 1, leftovers_one_by_one) == [8]
     assert n_right > 0.998 * 40 * SELDOM
+
+
+def test_neighbours_may_count_as_one() -> None:
+    rounding, cost = Rounding(64, n_alike=8), partial(leftovers_one_by_one, group=64)
+    for n in (48, 55, 50, 52, 51):  # whichever comes first
+        assert used(rounding, n, 2, cost) == [n, 64]
+    assert used(rounding, 49, 1, cost) == [64]
+    assert used(rounding, 32, 2, cost) == [32, 64]
 
 
 def test_threads_have_measurements_of_their_own() -> None:

@@ -53,7 +53,7 @@ logger = logging.getLogger("llama.cpp")
 MAX_SPARE_BYTES = 1 << 29  # of room for outputs beyond what a batch needs
 SPARE_TOKENS = 128  # the same where its pages cannot be given back
 MAX_ROW_BYTES = 1 << 24  # then pages are given back
-GROUPS = 8, 64  # rows that kernels take at once: products, and flash attention
+TILE, N_ALIKE = 64, 8  # tokens that flash attention takes at once; and that make no difference
 OUT_OF_MEMORY = -2  # what llama_encode returns
 _POOLINGS: dict[int, Pooling] = {
     lib.LLAMA_POOLING_TYPE_CLS: "cls",
@@ -146,7 +146,7 @@ class LlamaEncoder:
         self.n_sequences = min(MAX_SEQUENCES, self._step)
         self._context = self._new_context(spec, encoder, facts)
         self._threads = ContextThreads(self._context, spec.n_threads)
-        self._rounding = Rounding(*GROUPS)
+        self._rounding = Rounding(TILE, n_alike=N_ALIKE)
         self._memory = lib.llama_get_memory(self._context)
         # of cells nothing is seen that is not the text's own; a state goes on from what it was
         self._is_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(
