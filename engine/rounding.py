@@ -14,7 +14,7 @@ AS_WANTED = 0  # rows, in place of their number
 LEAST, MOST = 3, 63  # rows wanted: of fewer each comes at its price, of more some are little
 ROUNDS = 5  # of a trial: in each a step with each number, so that they are under equal conditions
 GAIN = 0.95  # of a step's time may one with more rows take at most, to be better
-AGAIN, SELDOM = 200, 6400  # steps from one trial to the next: at first, and at last
+AGAIN, SELDOM = 200, 6400  # steps until the next trial: after a new outcome, and at last
 
 
 class Rounding:
@@ -23,13 +23,14 @@ class Rounding:
 
     def __init__(self, *groups: int, n_alike: int = 1) -> None:
         self._groups, self._n_alike = groups, n_alike
-        self._trials: dict[tuple[int, int], _Trial] = {}  # by rows wanted, and threads
+        self._trials: dict[tuple[int, ...], _Trial] = {}
 
-    def n_rows(self, n_wanted: int, n_most: int, n_threads: int) -> int:
-        """How many to compute, of at most so many."""
+    def n_rows(self, n_wanted: int, n_most: int, *conditions: int) -> int:
+        """How many to compute, of at most so many. Steps are alike where `conditions` are equal,
+        such as the number of threads."""
         if not LEAST <= n_wanted <= MOST:
             return n_wanted
-        key = n_wanted // self._n_alike, n_threads
+        key = n_wanted // self._n_alike, *conditions
         if key not in self._trials:
             last = (key[0] + 1) * self._n_alike - 1
             up = {-(-last // group) * group for group in self._groups}
@@ -38,9 +39,9 @@ class Rounding:
         n_rows = self._trials[key].n_rows
         return n_rows if n_wanted < n_rows <= n_most else n_wanted
 
-    def took(self, n_wanted: int, n_rows: int, n_threads: int, seconds: float) -> None:
+    def took(self, seconds: float, n_wanted: int, n_rows: int, *conditions: int) -> None:
         """A step with so many rows, of which so many were wanted, took so long."""
-        if trial := self._trials.get((n_wanted // self._n_alike, n_threads)):
+        if trial := self._trials.get((n_wanted // self._n_alike, *conditions)):
             trial.took(AS_WANTED if n_rows == n_wanted else n_rows, seconds)
 
 

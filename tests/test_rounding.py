@@ -42,7 +42,7 @@ def used(rounding: Rounding, n: int, n_steps: int, cost: Cost, **values: int) ->
     rows = []
     for _ in range(n_steps):
         rows.append(rounding.n_rows(n, n_most, n_threads))
-        rounding.took(n, rows[-1], n_threads, cost(rows[-1]))
+        rounding.took(cost(rows[-1]), n, rows[-1], n_threads)
     return rows
 
 
@@ -107,10 +107,10 @@ def test_there_are_no_more_rows_than_have_room() -> None:
 
 def test_what_was_not_asked_for_says_nothing() -> None:
     rounding = new()
-    rounding.took(7, 7, 2, 1.0)
+    rounding.took(1.0, 7, 7, 2)
     assert rounding.n_rows(7, PLENTY, 2) == 7
-    rounding.took(7, 8, 2, 0.1)
-    rounding.took(7, 7, 1, 1.0)
+    rounding.took(0.1, 7, 8, 2)
+    rounding.took(1.0, 7, 7, 1)
     assert rounding.n_rows(7, PLENTY, 2) == 7
 
 
@@ -135,7 +135,7 @@ def test_neighbours_may_count_as_one() -> None:
     assert used(rounding, 32, 2, cost) == [32, 64]
 
 
-def test_threads_have_measurements_of_their_own() -> None:
+def test_each_condition_has_measurements_of_its_own() -> None:
     rounding = new()
     assert settled(7, leftovers_one_by_one, rounding) == 8
     assert used(rounding, 7, 2, by_rows, n_threads=1) == [7, 8]
@@ -157,7 +157,7 @@ def test_noise_costs_little() -> None:
 # on real models
 
 
-def up_to_fours(_: Rounding, n_wanted: int, n_most: int, __: int) -> int:
+def up_to_fours(_: Rounding, n_wanted: int, n_most: int, *__: int) -> int:
     n_rows = -(-n_wanted // 4) * 4
     return n_rows if n_rows <= n_most and n_wanted <= MOST else n_wanted
 
@@ -363,27 +363,27 @@ def test_vectors_and_scores_are_the_same_beside_them(
         found = encoder.encode(batch)
         assert found.shape == expected.shape
         assert np.abs(found - expected).max() < 5e-3  # GELU is read off a table
-    assert [n for n in filled if n >= 4] == [4, 16, 8, 8, 36, 64]
+    assert filled == [4, 16, 8, 8, 36, 64]
 
 
 @pytest.mark.real
+@pytest.mark.parametrize(("n_ctx", "n_most"), [(512, 512), (64, 128), (63, 5)])
 def test_an_encoder_has_no_more_of_them_than_fit(
-    tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+    n_ctx: int, n_most: int, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "embedder.gguf"
     encoder_fixtures.write_embedder(path)
-    encoder = load(path, n_ctx=512)
+    encoder = load(path, n_ctx=n_ctx, batch_tokens=128)
     seen: list[int] = []
 
-    def n_rows(_: Rounding, n_wanted: int, n_most: int, __: int) -> int:
+    def n_rows(_: Rounding, n_wanted: int, n_most: int, *__: int) -> int:
         seen.append(n_most)
         return n_wanted
 
     monkeypatch.setattr(Rounding, "n_rows", n_rows)
     encoder.encode([np.full(5, 7, np.int32)])
     encoder.encode([np.full(1, 7, np.int32)] * encoder.n_sequences)
-    assert seen[0] > 64
-    assert seen[1] == encoder.n_sequences
+    assert seen == [n_most, encoder.n_sequences]
 
 
 @pytest.mark.real
@@ -392,7 +392,7 @@ def test_a_computation_that_is_given_up_teaches_nothing(tmp_path: Path, load: Lo
     encoder_fixtures.write_embedder(path)
     encoder = load(path)
     taught: list[int] = []
-    encoder._rounding.took = lambda n, *_: taught.append(n)  # type: ignore[attr-defined]
+    encoder._rounding.took = lambda _, n, *__: taught.append(n)  # type: ignore[attr-defined]
     with pytest.raises(Interrupted):
         encoder.encode([np.full(7, 7, np.int32)], lambda: False)
     encoder.encode([np.full(7, 7, np.int32)])

@@ -152,6 +152,7 @@ class LlamaEncoder:
         self._is_state = lib.llama_model_is_recurrent(self._model) or lib.llama_model_is_hybrid(
             self._model
         )
+        self._can_round = not self._is_state and self.n_ctx >= TILE
         self._has_no_numbers = False  # in the memory: 0 times them is none either
         self.tokenizer: Tokenizer = EncoderTokenizer(self._model, facts)
         vocab = lib.llama_model_get_vocab(self._model)
@@ -220,8 +221,8 @@ class LlamaEncoder:
 
     def encode(self, batch: Sequence[Ids], go_on: Callable[[], bool] = lambda: True) -> Floats:
         n_wanted = check_batch(batch, self)
-        has_spare = len(batch) < self.n_sequences and not self._is_state
-        n_most = min(self._step, n_wanted + self.n_ctx) if has_spare else n_wanted
+        has_spare = self._can_round and len(batch) < self.n_sequences
+        n_most = self._step if has_spare else n_wanted
         n_tokens = self._rounding.n_rows(n_wanted, n_most, self._threads.n)
         if self._memory:
             lib.llama_memory_clear(self._memory, self._is_state or self._has_no_numbers)
@@ -234,7 +235,7 @@ class LlamaEncoder:
         started_at = time.perf_counter()
         found = self._all_rows(n_tokens) if self.scale is None else self._scores(batch, n_tokens)
         seconds = time.perf_counter() - started_at
-        self._rounding.took(n_wanted, n_tokens, self._threads.n, seconds)
+        self._rounding.took(seconds, n_wanted, n_tokens, self._threads.n)
         self._has_no_numbers = self._has_no_numbers and not np.isfinite(found).all()
         return found if self.scale is not None else found[:n_wanted]
 

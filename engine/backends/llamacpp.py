@@ -143,23 +143,30 @@ class LlamaDecoder:
         at_home = {chunk.slot: chunk for chunk in batch.chunks if chunk.slot not in slots}
         rows: dict[int, list[Row]] = {}
         can_round = self.can_round and not batch.is_steady
+        depth = batch.n_held.bit_length()
         with self._threads.step(batch.n_tokens, batch.n_held, is_steady=batch.is_steady):
             if at_home:  # first: only there may cells be missing, and then nothing is computed
                 spare = self._spare if can_round and _are_alike(at_home) else ()
-                rows |= self._compute(self._context, at_home, self._at_home, spare)
+                rows |= self._compute(self._context, at_home, self._at_home, spare, depth)
             if self._lanes and in_lanes:
                 spare = self._lanes.spare(in_lanes) if can_round else ()
-                rows |= self._compute(self._lanes.context, in_lanes, self._in_lanes, spare)
+                rows |= self._compute(self._lanes.context, in_lanes, self._in_lanes, spare, depth)
         self._rows = [row for chunk in batch.chunks for row in rows[chunk.slot]]
 
     def _compute(
-        self, context: Any, chunks: dict[int, Chunk], rounding: Rounding, spare: Sequence_[Place]
+        self,
+        context: Any,
+        chunks: dict[int, Chunk],
+        rounding: Rounding,
+        spare: Sequence_[Place],
+        depth: int,
     ) -> dict[int, list[Row]]:
         """Compute chunks by sequence of a context, and as many of the spare places beside them as
         make it faster. Rows by slot."""
         wanted = self._batch.fill(chunks)
         n, n_threads = self._batch.batch.n_tokens, self._threads.n
-        n_rows = rounding.n_rows(n, min(n + len(spare), self._n_rows), n_threads) if spare else n
+        n_most = min(n + len(spare), self._n_rows)
+        n_rows = rounding.n_rows(n, n_most, n_threads, depth) if spare else n
         started_at = time.perf_counter()
         status = self._run(context, chunks, spare[: n_rows - n])
         if status == NO_ROOM and context is self._context:
@@ -170,7 +177,7 @@ class LlamaDecoder:
             lib.llama_synchronize(context)
         # not what was computed anew, without them or with fewer threads
         if spare and (self._batch.batch.n_tokens, self._threads.n) == (n_rows, n_threads):
-            rounding.took(n, n_rows, n_threads, time.perf_counter() - started_at)
+            rounding.took(time.perf_counter() - started_at, n, n_rows, n_threads, depth)
         logits = iter(self._logits(context, sum(map(len, wanted))))
         return {
             chunk.slot: [(context, index, next(logits)) for index in indices]
