@@ -13,7 +13,7 @@ from bench.plain_client import Client, Message, Reply
 
 Found = dict[str, float]  # by the metric's name
 LEVELS = (1, 4, 8, 16)  # of streams at once, and of sequences
-UNEVEN = (3, 7, 15)
+UNEVEN = (3, 7, 15)  # of which kernels take some rows one by one
 Run = Callable[[Client, str, "Sizes"], Awaitable[Found]]
 
 
@@ -68,27 +68,12 @@ def asking(seed: str, n: int, system: str = "") -> list[Message]:
     return [*messages, {"role": "user", "content": f"{words(seed, n)}. Tell a story of it."}]
 
 
-def streams(n: int) -> Run:
-    """So many short prompts at once."""
+def streams(name: str, n: int, *, is_long: bool = False) -> Run:
+    """So many short prompts at once, and short or long answers."""
 
     async def run(client: Client, seed: str, sizes: Sizes) -> Found:
-        return {f"streams_{n}": await _tokens_per_s(client, f"{seed}/{n}", n, sizes.n_answer)}
-
-    return run
-
-
-async def answers(client: Client, seed: str, sizes: Sizes) -> Found:
-    """As many with longer answers."""
-    n = LEVELS[-1]
-    return {f"answers_{n}": await _tokens_per_s(client, seed, n, sizes.n_long_answer)}
-
-
-def uneven(n: int) -> Run:
-    """So many that kernels take some of their rows one by one."""
-
-    async def run(client: Client, seed: str, sizes: Sizes) -> Found:
-        speed = await _tokens_per_s(client, f"{seed}/{n}", n, sizes.n_long_answer)
-        return {f"uneven_{n}": speed}
+        n_answer = sizes.n_long_answer if is_long else sizes.n_answer
+        return {f"{name}_{n}": await _tokens_per_s(client, f"{seed}/{n}", n, n_answer)}
 
     return run
 
@@ -193,7 +178,7 @@ async def gap(client: Client, seed: str, sizes: Sizes) -> Found:
 _GOALS = {1: 0.97, 4: 1.05}  # of more streams it is 1.1
 SCENARIOS = {
     "streams": Scenario(
-        tuple(map(streams, LEVELS)),
+        tuple(streams("streams", n) for n in LEVELS),
         {
             f"streams_{n}": Metric(
                 f"{n} stream{'s' if n > 1 else ''}, tokens/s", _GOALS.get(n, 1.1), True, 1
@@ -202,11 +187,11 @@ SCENARIOS = {
         },
     ),
     "answers": Scenario(
-        (answers,),
+        (streams("answers", 16, is_long=True),),
         {"answers_16": Metric("16 streams of 200 tokens each, tokens/s", 1.1, True, 1)},
     ),
     "uneven": Scenario(
-        tuple(map(uneven, UNEVEN)),
+        tuple(streams("uneven", n, is_long=True) for n in UNEVEN),
         {
             f"uneven_{n}": Metric(f"{n} streams of 200 tokens each, tokens/s", None, True, 1)
             for n in UNEVEN

@@ -7,6 +7,7 @@ kernels, so it is found out with steps that are to be computed anyway: one with 
 a few times.
 """
 
+import math
 from collections.abc import Sequence
 from statistics import median
 
@@ -53,17 +54,18 @@ class _Trial:
         self._best = numbers[0]
         self._seconds: list[float] = []  # of the steps of this trial
         self._again = AGAIN
-        self._n_left = 0  # steps until there is one
+        self._n_left = 0 if len(numbers) > 1 else math.inf  # steps until there is one
 
     @property
     def n_rows(self) -> int:
-        is_over = self._n_left or len(self._numbers) == 1
-        return self._best if is_over else self._numbers[len(self._seconds) % len(self._numbers)]
+        if self._n_left:
+            return self._best
+        return self._numbers[len(self._seconds) % len(self._numbers)]
 
     def took(self, n_rows: int, seconds: float) -> None:
         if self._n_left:
             self._n_left -= 1
-        elif n_rows == self.n_rows and len(self._numbers) > 1:
+        elif n_rows == self.n_rows:
             self._seconds.append(seconds)
             if len(self._seconds) == ROUNDS * len(self._numbers):
                 self._end()

@@ -162,6 +162,12 @@ def up_to_fours(_: Rounding, n_wanted: int, n_most: int, *__: int) -> int:
     return n_rows if n_rows <= n_most and n_wanted <= MOST else n_wanted
 
 
+@pytest.fixture
+def in_fours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are whole groups of four in any case, where there is room."""
+    monkeypatch.setattr(Rounding, "n_rows", up_to_fours)
+
+
 def decoder_of(engine: Engine) -> LlamaDecoder:
     return cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
 
@@ -186,12 +192,12 @@ def spare_cells(engine: Engine, n_parallel: int) -> int:
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("in_fours")
 @pytest.mark.parametrize("lane_tokens", [0, 256])
 @pytest.mark.parametrize("n", [3, 6, 7])
 def test_streams_say_the_same_beside_rows_that_nobody_wants(
-    tiny: Path, lane_tokens: int, n: int, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, lane_tokens: int, n: int
 ) -> None:
-    monkeypatch.setattr(Rounding, "n_rows", up_to_fours)
     engine = engine_of(tiny, n_parallel=8, lane_tokens=lane_tokens)
     if lane_tokens:
         open_lanes(engine)
@@ -227,8 +233,8 @@ def test_a_sliding_window_is_right_beside_them(
 
 
 @pytest.mark.real
-def test_states_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rounding, "n_rows", up_to_fours)
+@pytest.mark.usefixtures("in_fours")
+def test_states_have_none(tmp_path: Path) -> None:
     path = gguf_fixtures.write_tiny_lfm2(tmp_path / "lfm2.gguf")
     engine = engine_of(path, n_parallel=4, kv_tokens=1024, n_batch=128)
     counts = count_rows(engine)
@@ -238,9 +244,9 @@ def test_states_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.real
-def test_a_job_with_a_seed_has_none(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("in_fours")
+def test_a_job_with_a_seed_has_none(tiny: Path) -> None:
     """Which there are would be a matter of time, and change last digits."""
-    monkeypatch.setattr(Rounding, "n_rows", up_to_fours)
     engine = engine_of(tiny, n_parallel=4)
     counts = count_rows(engine)
     prompt = ids(engine, "Once upon a time")
@@ -263,10 +269,10 @@ def step_of(n: int) -> Batch:
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("in_fours")
 def test_where_cells_are_missing_they_are_given_up(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Rounding, "n_rows", up_to_fours)
     decode = llama_cpp.llama_decode
     found: list[tuple[int, int]] = []
 
@@ -291,11 +297,11 @@ def test_where_cells_are_missing_they_are_given_up(
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("in_fours")
 @pytest.mark.parametrize("lane_tokens", [0, 256])
 def test_a_step_that_is_broken_off_is_computed_without_them(
     tiny: Path, lane_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Rounding, "n_rows", up_to_fours)
     engine = engine_of(tiny, n_parallel=4, lane_tokens=lane_tokens)
     if lane_tokens:
         open_lanes(engine)
@@ -317,10 +323,8 @@ def test_a_step_that_is_broken_off_is_computed_without_them(
 
 
 @pytest.mark.real
-def test_they_are_no_more_than_a_batch_has_room_for(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Rounding, "n_rows", up_to_fours)
+@pytest.mark.usefixtures("in_fours")
+def test_they_are_no_more_than_a_batch_has_room_for(tiny: Path) -> None:
     for n, expected in ((3, 1), (5, 0)):
         engine = engine_of(tiny, n_parallel=5, n_batch=6)
         counts = count_rows(engine)

@@ -26,6 +26,7 @@ from engine.types import Batch, Chunk
 
 logger = logging.getLogger("llama.cpp")
 
+Place = tuple[int, int]  # a sequence of a context, and a position in it
 HEAD = 12  # bytes of a state before its streams: a mark, the sequence, the number of streams
 NO_CELLS = 4  # bytes of a stream in which the sequence has none: their number
 
@@ -104,9 +105,9 @@ class Lanes:
     def _fits(self, chunk: Chunk) -> bool:
         return len(chunk.sequence.tokens) + MOST <= self._n_cells
 
-    def spare(self, chunks: dict[int, Chunk]) -> list[tuple[int, int]]:
-        """Lanes for rows that nobody wants in a step of these, and positions there: only
-        neighbours with as many tokens are computed together."""
+    def spare(self, chunks: dict[int, Chunk]) -> list[Place]:
+        """For rows that nobody wants in a step of these: only neighbours with as many tokens are
+        computed together."""
         n = len(chunks)
         is_even = chunks.keys() == set(range(len(self._lanes)))
         is_even = is_even and all(len(chunk.tokens) == 1 for chunk in chunks.values())

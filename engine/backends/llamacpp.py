@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.backends.base import CacheFull, Engine, Memory, ReportProgress, Tokenizer
-from engine.backends.llama_lanes import Lanes
+from engine.backends.llama_lanes import Lanes, Place
 from engine.backends.llama_memory import LlamaMemory
 from engine.backends.llama_model import (
     Error,
@@ -45,7 +45,6 @@ GROUPS = 4, 8, 16  # rows that kernels take at once
 BLOCK, MIN_BLOCK = 256, 16  # cells that are saved at once. Without flash attention values lie
 PLAIN_VALUES = 400_000  # transposed, and each is copied by itself where streams ran together
 Logits = npt.NDArray[np.float32]  # of a token, for each that may follow
-Place = tuple[int, int]  # a sequence of a context, and a position in it
 Row = tuple[Any, int, Logits]  # a context, a token's index in its batch, and what came of it
 
 
@@ -142,9 +141,10 @@ class LlamaDecoder:
         slots = {chunk.slot for chunk in in_lanes.values()}
         at_home = {chunk.slot: chunk for chunk in batch.chunks if chunk.slot not in slots}
         rows: dict[int, list[Row]] = {}
-        can_round = self.can_round and not batch.is_steady
+        is_steady = batch.is_steady
+        can_round = self.can_round and not is_steady
         depth = batch.n_held.bit_length()
-        with self._threads.step(batch.n_tokens, batch.n_held, is_steady=batch.is_steady):
+        with self._threads.step(batch.n_tokens, batch.n_held, is_steady=is_steady):
             if at_home:  # first: only there may cells be missing, and then nothing is computed
                 spare = self._spare if can_round and _are_alike(at_home) else ()
                 rows |= self._compute(self._context, at_home, self._at_home, spare, depth)
