@@ -1,7 +1,7 @@
 """The KV cells of the slots: who holds which, what is shared, and what moves to the prefix tree."""
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,11 @@ class Cells:
     def can_share(self) -> bool:
         """Cells may be shared, cut and saved anywhere; else only where they are marked."""
         return self._memory.is_cells
+
+    @property
+    def takes_back(self) -> bool:
+        """What the last step computed can be dropped."""
+        return self._memory.takes_back
 
     @property
     def shares_cells(self) -> bool:
@@ -128,9 +133,16 @@ class Cells:
 
     def truncate(self, slot: int, n_tokens: int) -> None:
         """Drop all but the first cells of a slot, one at least; all, where the memory refuses."""
+        self._keep(slot, n_tokens, self._cut)
+
+    def drop(self, slot: int, n_tokens: int) -> None:
+        """Drop what the last step has computed of a slot behind its first cells, as `truncate`."""
+        self._keep(slot, n_tokens, self._memory.truncate)
+
+    def _keep(self, slot: int, n_tokens: int, cut: Callable[[int, int], bool]) -> None:
         if n_tokens == len(self.held[slot]):
             return
-        if not self._cut(slot, n_tokens):
+        if not cut(slot, n_tokens):
             self.clear(slot)
             return
         self._marks.forget(slot, n_tokens)

@@ -76,7 +76,7 @@ class Scheduler:
         self._n_batch = n_batch
         self._n_scored = n_scored
         self._pace = pace
-        self._speculation = speculation if self._cells.can_share else None
+        self._speculation = speculation if self._cells.takes_back else None
         self._slots = [Slot(i) for i in range(n_slots)]
         self._ended: dict[int, Slot] = {}  # slots whose sequences ended, in that order
         self._waiting: list[Sequence] = []  # both by rank, then by age: ids grow with arrival
@@ -441,7 +441,7 @@ class Scheduler:
     def _drop_guesses(self, sequence: Sequence) -> None:
         """Cells hold no more than what was said."""
         assert sequence.slot is not None
-        self._cells.truncate(sequence.slot, sequence.n_past)
+        self._cells.drop(sequence.slot, sequence.n_past)
         sequence.n_past = len(self._cells.tokens[sequence.slot])
 
     # 5. prompts

@@ -20,8 +20,9 @@ BLOCK = 256  # tokens that are saved at once
 
 class Memory:
     """What a decoder remembers: cells with a token each, which slots may share. `is_cells=False`
-    is a memory that cannot be saved, and cut and shared only where it was marked. It refuses what
-    it may refuse in so many cases of one."""
+    is a memory that cannot be saved, and cut and shared only where it was marked; but it can take
+    back guesses of the last step if it `takes_back`. It refuses what it may refuse in so many cases
+    of one."""
 
     def __init__(
         self,
@@ -29,23 +30,27 @@ class Memory:
         n_cells: int,
         *,
         is_cells: bool = True,
+        takes_back: bool = True,
         shares_cells: bool = True,
         refuses: float = 0.0,
     ) -> None:
         self.slots: list[list[list[int]]] = [[] for _ in range(n_slots)]
         self.n_cells = n_cells
         self.is_cells, self.can_mark, self.block = is_cells, not is_cells, BLOCK
-        self.shares_cells = shares_cells
+        self.shares_cells, self.takes_back = shares_cells, takes_back
         self.n_loaded = 0
         self.n_rewound = 0  # times
         self._uncut: set[int] = set()  # slots that share what must be cut first
+        self._ends: dict[int, int] = {}  # of what the last step computed but guesses, by slot
         self.refuses, self._dice = refuses, random.Random(1)
 
     def accepts(self) -> bool:
         return self._dice.random() >= self.refuses
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        assert self.is_cells
+        if not self.is_cells:
+            assert self.takes_back
+            assert n_tokens >= self._ends[slot], "only guesses of the last step are taken back"
         if not self.accepts():
             return False
         del self.slots[slot][n_tokens:]
@@ -100,6 +105,7 @@ class Memory:
         return len({id(cell) for slot in self.slots for cell in slot})
 
     def decode(self, batch: Batch) -> None:
+        self._ends = {chunk.slot: chunk.end for chunk in batch.chunks}
         for chunk in batch.chunks:
             cells = self.slots[chunk.slot]
             assert chunk.slot not in self._uncut
@@ -169,6 +175,7 @@ class Bench:
         n_scored: int = 64,
         tree_bytes: int = 1 << 20,  # four for each token
         is_cells: bool = True,
+        takes_back: bool = True,
         shares_cells: bool = True,
         refuses: float = 0.0,
         speculation: Speculation | None = None,
@@ -176,7 +183,12 @@ class Bench:
     ) -> None:
         self.next_token = next_token
         self.memory = Memory(
-            n_slots, n_cells, is_cells=is_cells, shares_cells=shares_cells, refuses=refuses
+            n_slots,
+            n_cells,
+            is_cells=is_cells,
+            takes_back=takes_back,
+            shares_cells=shares_cells,
+            refuses=refuses,
         )
         self.n_batch = n_batch
         self.tree = PrefixTree(tree_bytes)

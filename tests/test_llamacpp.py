@@ -38,7 +38,7 @@ from engine.machine import Cores
 from engine.model_file import read_model_file
 from engine.speculation import MOST
 from engine.threads import Lateness
-from engine.types import Batch, Sampled, SamplingParams, Sequence
+from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
 from errors import ModelLoadFailed
 from generation_jobs import Jobs, prepare
 from settings import TierSettings
@@ -53,6 +53,7 @@ from tests.engines import (
     open_lanes,
     seeded_answers,
 )
+from tests.scheduling import FixedSpeculation
 from tests.serving import events, serving, settings
 
 pytestmark = pytest.mark.real
@@ -366,6 +367,51 @@ def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -
     engine.close()
 
 
+@pytest.mark.parametrize("n_parallel", [1, 3])
+@pytest.mark.parametrize("flash_attention", [True, False])
+def test_wrong_guesses_behind_a_sliding_window_leave_no_trace(
+    n_parallel: int, flash_attention: bool, tmp_path: Path
+) -> None:
+    """Of what is said the logits are the same as without guesses, but for rounding."""
+    path = gguf_fixtures.write_tiny_gemma3(tmp_path / "gemma3.gguf", window=16)
+    dice = random.Random(1)
+
+    def drawn(n_tokens: int) -> "array[int]":
+        return array("i", [dice.randint(3, 390) for _ in range(n_tokens)])
+
+    said = [drawn(500) for _ in range(n_parallel)]
+
+    def heard(n_guesses: int) -> npt.NDArray[np.float32]:
+        room = {"n_parallel": 4, "n_batch": 128, "flash_attention": flash_attention}
+        engine = engine_of(path, **room)
+        decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
+        decoder.can_round = False
+        sequences = [Sequence(slot, text[:30], slot=slot) for slot, text in enumerate(said)]
+        logits = []
+        for n in range(30, 500):
+            batch = Batch()
+            for sequence in sequences:
+                batch.add(sequence, sequence.n_pending)
+                if n_guesses:
+                    batch.guess(batch.chunks[-1], drawn(dice.randint(0, n_guesses)))
+            decoder.decode(batch)
+            row = 0
+            for chunk, text in zip(batch.chunks, said, strict=True):
+                logits.append(decoder._rows[row][2].copy())
+                row += 1 + len(chunk.guesses)
+                chunk.sequence.n_past = chunk.end
+                assert decoder.memory.truncate(chunk.slot, chunk.end)
+                chunk.sequence.tokens.append(text[n])
+        assert not decoder.memory.truncate(0, 200)  # what was there is used again
+        assert decoder.memory.truncate(0, 490)
+        engine.close()
+        return np.array(logits)
+
+    plain, guessed = heard(0), heard(MOST)
+    assert np.abs(plain - guessed).max() < plain.std() / 20
+
+
+@pytest.mark.parametrize("n_guesses", [0, 5])
 @pytest.mark.parametrize(
     ("write", "kv_tokens"),
     [
@@ -378,6 +424,7 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
     tmp_path: Path,
     write: Callable[[Path], Path],
     kv_tokens: int,
+    n_guesses: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = write(tmp_path / "model.gguf")
@@ -396,11 +443,21 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
         n_loaded.append(end)
         return load(self, slot, saved, start, end)
 
+    n_guessed: list[int] = []
+    guess = Batch.guess
+
+    def guessed(self: Batch, chunk: Chunk, guesses: "array[int]") -> None:
+        n_guessed.append(len(guesses))
+        guess(self, chunk, guesses)
+
     monkeypatch.setattr(LlamaMemory, "rewind", counted)
     monkeypatch.setattr(LlamaMemory, "load", loaded)
+    monkeypatch.setattr(Batch, "guess", guessed)
     dice = random.Random(1)
-    engine = engine_of(path, **room)
-    memory = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder).memory
+    engine = cast(BatchEngine, engine_of(path, **room))
+    memory = cast(LlamaDecoder, engine._decoder).memory
+    if memory.takes_back and n_guesses:
+        engine._scheduler._speculation = FixedSpeculation(n_guesses)
     assert (memory.can_mark, memory.shares_cells) == (True, kv_tokens > 1024)
     history = [[dice.randint(3, 390) for _ in range(700)]]
     for number in range(0, 36, 3):
@@ -421,6 +478,7 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
     assert {n for n in n_rewound if n in (256, 512)}
     assert {n for n in n_rewound if n not in (256, 512)}
     assert n_loaded
+    assert bool(n_guessed) == (memory.takes_back and n_guesses > 0)
 
 
 def longest_repetition(tokens: list[int]) -> int:

@@ -218,7 +218,7 @@ def test_a_request_that_must_have_the_same_numbers_gets_no_guesses() -> None:
 
 
 def test_memory_that_cannot_drop_an_end_gets_no_guesses() -> None:
-    bench = guessing(is_cells=False)
+    bench = guessing(is_cells=False, takes_back=False)
     bench.add(1, [1, 2, 3] * 5, n_wanted=40)
     bench.run()
     assert bench.n_guessed == 0

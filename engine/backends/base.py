@@ -107,8 +107,11 @@ class Memory(Protocol):
 
     is_cells: bool
     """False for memories that are no list of cells (recurrent, hybrid, behind a sliding window):
-    they are never asked to truncate or save, load only whole slots, and are cut by `mark` and
-    `rewind`, as are slots that share with another; cells are never asked for these."""
+    they are never asked to save, load only whole slots, and are cut by `mark` and `rewind`, as are
+    slots that share with another; cells are never asked for these."""
+    takes_back: bool
+    """What the last step computed for a slot can be dropped again by `truncate`, also where there
+    is no list of cells. Who has such a list truncates anywhere, and who has none nowhere else."""
     can_mark: bool
     """Whether such a memory can; it shares too only where it can."""
     shares_cells: bool

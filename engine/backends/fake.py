@@ -161,7 +161,7 @@ class FakeDecoder:
     """Implements `engine.backends.base.Decoder`, and is its own `Memory`. A cell is a list with its
     token, since slots may share it."""
 
-    is_cells, can_mark, shares_cells, block = True, False, True, 256
+    is_cells, takes_back, can_mark, shares_cells, block = True, True, False, True, 256
 
     def __init__(
         self,

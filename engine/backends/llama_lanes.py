@@ -46,6 +46,7 @@ class Lanes:
     ) -> None:
         self.context: Any | None = None
         self.is_cells, self.can_mark, self.shares_cells = True, False, True
+        self.takes_back = True
         self.block = home.block
         self.load, self.mark, self.rewind = home.load, home.mark, home.rewind
         self._least = least  # answers, and times more cells in use than each one's own

@@ -15,7 +15,8 @@ _UNCUT = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # recurrent states, cells behin
 
 class LlamaMemory:
     """Implements `engine.backends.base.Memory`. `scratch` is a sequence of the context that nobody
-    else uses, for cells on their way out and in."""
+    else uses, for cells on their way out and in. `n_swa` is the length of a sliding window, 0 where
+    there is none."""
 
     def __init__(
         self,
@@ -23,17 +24,27 @@ class LlamaMemory:
         scratch: int,
         *,
         is_cells: bool,
+        takes_back: bool,
         can_mark: bool,
         shares_cells: bool,
         block: int,
+        n_swa: int = 0,
     ) -> None:
         self.context = context
+        self.takes_back = takes_back
         self.is_cells, self.can_mark, self.shares_cells = is_cells, can_mark, shares_cells
         self.block = block
         self._memory = lib.llama_get_memory(context)
         self._scratch = scratch
+        self._n_swa = n_swa
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
+        # Cells that a step finds behind the window it uses again. They are not seen from where it
+        # began either, unless llama.cpp has cut it into several; from the first one that a sequence
+        # has there it has all.
+        first_seen = max(n_tokens + 1 - self._n_swa, 0)
+        if self._n_swa and lib.llama_memory_seq_pos_min(self._memory, slot) > first_seen:
+            return False
         return bool(lib.llama_memory_seq_rm(self._memory, slot, n_tokens, -1))
 
     def share(self, source: int, slot: int, n_tokens: int) -> None:

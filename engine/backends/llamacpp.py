@@ -96,14 +96,17 @@ class LlamaDecoder:
         self.n_batch: int = lib.llama_n_batch(self._context)
         # slots of DeepSeek V4 can only be copied whole, and in a step of their own
         architecture = meta_text(self._model, "general.architecture")
+        self.can_round = not has_states and architecture != "deepseek4"
         n_windows = n_swa * (spec.n_parallel + 1) + self.n_batch
         home = LlamaMemory(
             self._context,
             spec.n_parallel,
             is_cells=is_cells,
+            takes_back=self.can_round,
             can_mark=not is_cells and architecture != "deepseek4",
             shares_cells=n_swa == 0 or n_windows <= self.n_cells,
             block=BLOCK if is_flash else _plain_block(self._model),
+            n_swa=n_swa,
         )
         self.memory: Memory = home
         self._lanes: Lanes | None = None
@@ -120,7 +123,6 @@ class LlamaDecoder:
         self.tokenizer: Tokenizer = tokenizer
         self._samplers = Samplers(self._model, tokenizer, self.n_cells)
         self._batch = _BatchArrays(self.n_batch)
-        self.can_round = not has_states and architecture != "deepseek4"
         self._at_home, self._in_lanes = Rounding(*GROUPS), Rounding(*GROUPS)
         self._n_rows = min(self.n_batch, spec.n_parallel * (MOST + 1))  # with logits, at most
         scratch = spec.n_parallel
