@@ -4,7 +4,7 @@ import logging
 import time
 from array import array
 
-from engine.backends.base import CacheFull, Constraint, Decoder
+from engine.backends.base import CacheFull, CellsLost, Constraint, Decoder
 from engine.pace import Pace
 from engine.prefix import PrefixTree
 from engine.scheduler import MOST_SCORED, Scheduler
@@ -105,6 +105,9 @@ class BatchEngine:
         except CacheFull as error:
             if not self._scheduler.lack_cells(batch):
                 result.failed = [(s.id, error) for s in self._scheduler.fail(batch)]
+            return result
+        except CellsLost:
+            self._scheduler.lose(batch)
             return result
         except Exception as error:
             self._n_failed_steps += 1

@@ -153,6 +153,13 @@ class Scheduler:
         self._is_full = False
         return failed
 
+    def lose(self, batch: Batch) -> None:
+        """The batch was not computed, and the cells of its sequences are lost: all that they have
+        is computed anew."""
+        for chunk in batch.chunks:
+            self._cells.clear(chunk.slot)
+            chunk.sequence.n_past = 0
+
     def lack_cells(self, batch: Batch) -> bool:
         """The memory had no room for a batch that should have fitted: its guesses are given up, or
         something else, and nobody joins until somebody ends. False if there is nothing."""

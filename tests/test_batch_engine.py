@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from engine.backends.base import CacheFull
+from engine.backends.base import CacheFull, CellsLost
 from engine.backends.fake import FakeDecoder, Script
 from engine.batch_engine import MAX_FAILED_STEPS, BatchEngine
 from engine.types import Batch, Sampled, SamplingParams, Sequence
@@ -186,6 +186,20 @@ def test_a_full_cache_preempts_the_youngest_and_nothing_fails() -> None:
     assert [bytes(answers.decoder.tokens(slot)) for slot in (0, 1)] == [b"old", b""]
     answers.run()
     assert answers.texts == {1: b"You said: old", 2: b"You said: young"}
+    assert answers.failed == {}
+
+
+def test_what_lost_its_cells_is_computed_anew_and_nothing_fails() -> None:
+    answers = Answers()
+    answers.add(1, "first")
+    answers.step()
+    answers.step()
+    answers.add(2, "second")
+    answers.decoder.decode_errors = [CellsLost()] * (MAX_FAILED_STEPS + 1)
+    answers.step()
+    assert not any(answers.decoder.cells)
+    answers.run()
+    assert answers.texts == {1: b"You said: first", 2: b"You said: second"}
     assert answers.failed == {}
 
 

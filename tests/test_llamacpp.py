@@ -23,7 +23,7 @@ import pytest
 from chat.infill import FAMILIES, Marks, infill, marks_of
 from chat.template import ChatTemplate
 from engine import wire
-from engine.backends import llama_threads
+from engine.backends import llama_memory, llama_threads, llamacpp
 from engine.backends.base import Engine
 from engine.backends.llama_memory import LlamaMemory
 from engine.backends.llama_model import LlamaLog
@@ -36,7 +36,7 @@ from engine.grammar import Compiler
 from engine.llama_limits import PLAIN_TOKENS
 from engine.machine import Cores
 from engine.model_file import read_model_file
-from engine.speculation import MOST
+from engine.speculation import MOST, Guesses
 from engine.threads import Lateness
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
 from errors import ModelLoadFailed
@@ -150,6 +150,56 @@ def test_a_step_that_is_broken_off_is_computed_anew(
     assert say() == whole
     assert n_broken_off > 3
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_step_behind_a_sliding_window_is_computed_anew_too(
+    is_lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also all of a sequence, where the window cannot be brought back."""
+    path = gguf_fixtures.write_tiny_gemma3(tmp_path / "gemma3.gguf", window=16)
+
+    def say() -> dict[int, list[int]]:
+        engine = cast(BatchEngine, engine_of(path, n_threads=2, n_parallel=4, n_batch=128))
+        engine._scheduler._speculation = FixedSpeculation(5)
+        prompts = {i: [*range(20 + i, 60 + i)] * 3 for i in range(4)}
+        try:
+            return generate(engine, prompts, 80)
+        finally:
+            engine.close()
+
+    monkeypatch.setattr(ContextThreads, "_look", lambda _: None)
+    whole = say()
+    n_begun = n_broken_off = n_lost = 0
+
+    def begin(timer: llama_threads._Timer, _: float) -> None:
+        nonlocal n_begun
+        n_begun += 1
+        if n_begun % 3 == 0:
+            timer._text[0] = b"!"
+
+    def fewer(threads: ContextThreads) -> None:
+        nonlocal n_broken_off
+        n_broken_off += 1
+        threads._timer.end()  # type: ignore[union-attr]
+
+    def lost(*given: Any) -> bool:
+        nonlocal n_lost
+        n_lost += 1
+        return n_lost % 4 > 0 and llama_memory.cut(*given)
+
+    monkeypatch.setattr(Lateness, "limit_s", lambda *_: 0.0)
+    monkeypatch.setattr(llama_threads._Timer, "begin", begin)
+    monkeypatch.setattr(ContextThreads, "fewer", fewer)
+    if is_lost:
+        monkeypatch.setattr(llamacpp, "cut", lost)
+    n_same = 10 if is_lost else 80  # other chunks of a prompt are rounded otherwise
+    found = say()
+    assert {i: said[:n_same] for i, said in found.items()} == {
+        i: said[:n_same] for i, said in whole.items()
+    }
+    assert n_broken_off > 20
+    assert bool(n_lost) == is_lost
 
 
 def test_the_timer_of_steps_ends_whenever_it_is_told_to() -> None:
@@ -369,46 +419,53 @@ def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
 @pytest.mark.parametrize("flash_attention", [True, False])
-def test_wrong_guesses_behind_a_sliding_window_leave_no_trace(
-    n_parallel: int, flash_attention: bool, tmp_path: Path
+@pytest.mark.parametrize("write", [gguf_fixtures.write_tiny_gemma3, gguf_fixtures.write_tiny_lfm2])
+def test_wrong_guesses_leave_no_trace_in_windows_and_states(
+    write: Callable[[Path], Path], n_parallel: int, flash_attention: bool, tmp_path: Path
 ) -> None:
     """Of what is said the logits are the same as without guesses, but for rounding."""
-    path = gguf_fixtures.write_tiny_gemma3(tmp_path / "gemma3.gguf", window=16)
+    path = write(tmp_path / "model.gguf")
     dice = random.Random(1)
 
     def drawn(n_tokens: int) -> "array[int]":
         return array("i", [dice.randint(3, 390) for _ in range(n_tokens)])
 
-    said = [drawn(500) for _ in range(n_parallel)]
+    texts = [drawn(500) for _ in range(n_parallel)]
 
-    def heard(n_guesses: int) -> npt.NDArray[np.float32]:
+    def heard(n_guesses: int) -> dict[tuple[int, int], Logits]:
+        """Logits by slot and number of tokens."""
         room = {"n_parallel": 4, "n_batch": 128, "flash_attention": flash_attention}
-        engine = engine_of(path, **room)
-        decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
+        engine = cast(BatchEngine, engine_of(path, **room, speculates=True))
+        decoder = cast(LlamaDecoder, engine._decoder)
         decoder.can_round = False
-        sequences = [Sequence(slot, text[:30], slot=slot) for slot, text in enumerate(said)]
-        logits = []
-        for n in range(30, 500):
+        sequences = [Sequence(slot, text[:30], slot=slot) for slot, text in enumerate(texts)]
+        logits = {}
+        while going := [sequence for sequence in sequences if len(sequence.tokens) < 480]:
             batch = Batch()
-            for sequence in sequences:
+            n_right = []
+            for sequence in going:
                 batch.add(sequence, sequence.n_pending)
-                if n_guesses:
-                    batch.guess(batch.chunks[-1], drawn(dice.randint(0, n_guesses)))
+                n, text = len(sequence.tokens), texts[sequence.id]
+                n_right.append(dice.randint(0, n_guesses))
+                guesses = text[n : n + n_right[-1]] + drawn(dice.randint(0, n_guesses))
+                batch.guess(batch.chunks[-1], guesses[:n_guesses])
             decoder.decode(batch)
             row = 0
-            for chunk, text in zip(batch.chunks, said, strict=True):
-                logits.append(decoder._rows[row][2].copy())
+            for chunk, n in zip(batch.chunks, n_right, strict=True):
+                for right in range(n + 1):
+                    logits[chunk.slot, chunk.end + right] = decoder._rows[row + right][2].copy()
                 row += 1 + len(chunk.guesses)
-                chunk.sequence.n_past = chunk.end
-                assert decoder.memory.truncate(chunk.slot, chunk.end)
-                chunk.sequence.tokens.append(text[n])
+                chunk.sequence.n_past = chunk.end + n
+                assert decoder.memory.truncate(chunk.slot, chunk.end + n)
+                chunk.sequence.tokens += texts[chunk.slot][chunk.end : chunk.end + n + 1]
         assert not decoder.memory.truncate(0, 200)  # what was there is used again
-        assert decoder.memory.truncate(0, 490)
         engine.close()
-        return np.array(logits)
+        return logits
 
     plain, guessed = heard(0), heard(MOST)
-    assert np.abs(plain - guessed).max() < plain.std() / 20
+    assert len(plain) > 400
+    for place, logits in plain.items():
+        assert np.abs(logits - guessed[place]).max() < logits.std() / 20
 
 
 @pytest.mark.parametrize("n_guesses", [0, 5])
@@ -429,6 +486,7 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
 ) -> None:
     path = write(tmp_path / "model.gguf")
     room = {"n_parallel": 3, "kv_tokens": kv_tokens, "n_batch": 128, "prefix_cache_bytes": 32 << 20}
+    room["speculates"] = n_guesses > 0
     n_rewound: list[int] = []
     rewind = LlamaMemory.rewind
 
@@ -453,10 +511,13 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
     monkeypatch.setattr(LlamaMemory, "rewind", counted)
     monkeypatch.setattr(LlamaMemory, "load", loaded)
     monkeypatch.setattr(Batch, "guess", guessed)
+    # nearly all wrong
+    monkeypatch.setattr(Guesses, "exist", True)
+    monkeypatch.setattr(Guesses, "next", lambda _, tokens, n: tokens[-n:])
     dice = random.Random(1)
     engine = cast(BatchEngine, engine_of(path, **room))
     memory = cast(LlamaDecoder, engine._decoder).memory
-    if memory.takes_back and n_guesses:
+    if n_guesses:
         engine._scheduler._speculation = FixedSpeculation(n_guesses)
     assert (memory.can_mark, memory.shares_cells) == (True, kv_tokens > 1024)
     history = [[dice.randint(3, 390) for _ in range(700)]]
@@ -478,7 +539,7 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
     assert {n for n in n_rewound if n in (256, 512)}
     assert {n for n in n_rewound if n not in (256, 512)}
     assert n_loaded
-    assert bool(n_guessed) == (memory.takes_back and n_guesses > 0)
+    assert bool(n_guessed) == (n_guesses > 0)
 
 
 def longest_repetition(tokens: list[int]) -> int:

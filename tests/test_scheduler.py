@@ -514,6 +514,8 @@ def test_whatever_the_order_of_calls_all_that_is_not_cancelled_ends_as_it_would_
         elif action < 0.07:
             for sequence in bench.scheduler.fail(bench.plan()):
                 del bench.sequences[sequence.id], expected[sequence.id]
+        elif action < 0.08:
+            bench.scheduler.lose(bench.plan())
         elif todo and action < 0.4:
             id = min(todo)
             n_logprobs = rng.choice([None, None, 0])

@@ -34,6 +34,11 @@ class CacheFull(Exception):
     """The memory had no cells for a batch, which was not computed. The memory is unchanged."""
 
 
+class CellsLost(Exception):
+    """A batch was not computed, and its slots no longer hold what they did: they are to be cleared.
+    """
+
+
 class Tokenizer(Protocol):
     """Text to token ids and back. Every method may be called from any thread."""
 
@@ -154,7 +159,7 @@ class Decoder(Protocol):
         """A new sampler for one sequence. It is dropped with the sequence."""
 
     def decode(self, batch: Batch) -> None:
-        """Compute one batch. Raises CacheFull, or anything else when the batch failed."""
+        """Compute one batch. Raises CacheFull, CellsLost, or anything else when the batch failed."""
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
         """The next token of the sequence whose logits are the batch's `row`-th wanted ones; behind

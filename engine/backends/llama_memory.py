@@ -39,13 +39,7 @@ class LlamaMemory:
         self._n_swa = n_swa
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        # Cells that a step finds behind the window it uses again. They are not seen from where it
-        # began either, unless llama.cpp has cut it into several; from the first one that a sequence
-        # has there it has all.
-        first_seen = max(n_tokens + 1 - self._n_swa, 0)
-        if self._n_swa and lib.llama_memory_seq_pos_min(self._memory, slot) > first_seen:
-            return False
-        return bool(lib.llama_memory_seq_rm(self._memory, slot, n_tokens, -1))
+        return cut(self._memory, slot, n_tokens, self._n_swa)
 
     def share(self, source: int, slot: int, n_tokens: int) -> None:
         lib.llama_memory_seq_cp(self._memory, source, slot, 0, n_tokens)
@@ -83,6 +77,18 @@ class LlamaMemory:
 
     def clear(self, slot: int) -> None:
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+
+def cut(memory: Any, sequence: int, n_tokens: int, n_swa: int = 0) -> bool:
+    """Keep the first tokens of a sequence. False, and unchanged, where the memory has no longer
+    what the next token sees of them, in states or through a window of `n_swa`."""
+    # Cells that a step finds behind the window it uses again. From where it began they are not seen
+    # either, unless llama.cpp has computed it in parts. From its first position on a sequence has
+    # all there.
+    first_seen = max(n_tokens + 1 - n_swa, 0)
+    if n_swa and lib.llama_memory_seq_pos_min(memory, sequence) > first_seen:
+        return False
+    return bool(lib.llama_memory_seq_rm(memory, sequence, n_tokens, -1))
 
 
 def state_size(context: Any, sequence: int, flags: int = 0) -> int:

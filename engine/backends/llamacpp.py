@@ -12,9 +12,9 @@ import llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
-from engine.backends.base import CacheFull, Engine, Memory, ReportProgress, Tokenizer
+from engine.backends.base import CacheFull, CellsLost, Engine, Memory, ReportProgress, Tokenizer
 from engine.backends.llama_lanes import Lanes, Place
-from engine.backends.llama_memory import LlamaMemory
+from engine.backends.llama_memory import LlamaMemory, cut
 from engine.backends.llama_model import (
     Error,
     LlamaLog,
@@ -44,6 +44,7 @@ NO_ROOM = 1  # what llama_decode returns without cells for a batch
 GROUPS = 4, 8, 16  # rows that kernels take at once
 BLOCK, MIN_BLOCK = 256, 16  # cells that are saved at once. Without flash attention values lie
 PLAIN_VALUES = 400_000  # transposed, and each is copied by itself where streams ran together
+SMALL_STATES = {"lfm2", "lfm2moe"}  # of a few kilobytes, so those of guesses are kept
 Logits = npt.NDArray[np.float32]  # of a token, for each that may follow
 Row = tuple[Any, int, Logits]  # a context, a token's index in its batch, and what came of it
 
@@ -71,7 +72,12 @@ class LlamaDecoder:
         if is_flash and not spec.flash_attention:
             key = f"{spec.name.upper()}_FLASH_ATTENTION"
             logger.warning("%s=false is for CPUs, and does nothing with a GPU", key)
-        new_context = partial(_new_context, self._model, spec, is_flash=is_flash)
+        # slots of DeepSeek V4 can only be copied whole, and in a step of their own
+        architecture = meta_text(self._model, "general.architecture")
+        n_states = MOST if spec.speculates and architecture in SMALL_STATES else 0
+        new_context = partial(
+            _new_context, self._model, spec, is_flash=is_flash, n_states=n_states
+        )
         # beyond the length it was trained on a model's answers are noise, and encoders abort
         n_ctx = max(min(spec.n_ctx, self.n_ctx_train), spec.kv_tokens)
         # the scratch sequence comes after those of the slots
@@ -85,24 +91,23 @@ class LlamaDecoder:
             raise ModelLoadFailed(f"{name_of(spec)} is an encoder; it cannot generate text.")
         # behind a sliding window llama.cpp uses cells again, and does not tell; parts of a
         # recurrent memory it takes for cells: answers would be wrong
-        n_swa: int = lib.llama_model_n_swa(self._model)
+        self._n_swa = n_swa = int(lib.llama_model_n_swa(self._model))
         has_states = lib.llama_model_is_recurrent(self._model)
         has_states = has_states or lib.llama_model_is_hybrid(self._model)
         is_cells = not (has_states or n_swa > 0)
-        # what is not in cells cannot be taken back, and GPUs are not asked
-        breaks_off = is_cells and not self._has_gpu
+        takes_back = self.can_round = not has_states and architecture != "deepseek4"
+        # states cannot be taken back, nor a window that has moved on in parts of a step; and GPUs
+        # are not asked
+        breaks_off = takes_back and (is_cells or is_flash) and not self._has_gpu
         self._threads = ContextThreads(self._context, spec.n_threads, breaks_off=breaks_off)
         self.n_cells: int = lib.llama_n_ctx(self._context)
         self.n_batch: int = lib.llama_n_batch(self._context)
-        # slots of DeepSeek V4 can only be copied whole, and in a step of their own
-        architecture = meta_text(self._model, "general.architecture")
-        self.can_round = not has_states and architecture != "deepseek4"
         n_windows = n_swa * (spec.n_parallel + 1) + self.n_batch
         home = LlamaMemory(
             self._context,
             spec.n_parallel,
             is_cells=is_cells,
-            takes_back=self.can_round,
+            takes_back=takes_back or lib.llama_n_rs_seq(self._context) >= MOST,
             can_mark=not is_cells and architecture != "deepseek4",
             shares_cells=n_swa == 0 or n_windows <= self.n_cells,
             block=BLOCK if is_flash else _plain_block(self._model),
@@ -203,7 +208,8 @@ class LlamaDecoder:
             self._threads.fewer()
             logger.info("a step waits for a core that others use, and is computed anew")
             for sequence, chunk in chunks.items():  # what was computed of it
-                lib.llama_memory_seq_rm(memory, sequence, chunk.start, -1)
+                if not cut(memory, sequence, chunk.start, self._n_swa):
+                    raise CellsLost
             status = lib.llama_decode(context, batch)
         return status
 
@@ -295,9 +301,11 @@ def _plain_block(model: Any) -> int:
 
 
 def _new_context(
-    model: Any, spec: WorkerSpec, *, n_ctx: int, n_seq_max: int, is_flash: bool, is_unified: bool
-) -> Any | None:
-    """A context, in which sequences share their cells if it is unified; None where that fails."""
+    model: Any, spec: WorkerSpec, *, n_ctx: int, n_seq_max: int, is_flash: bool, is_unified: bool,
+    n_states: int,
+) -> Any | None:  # fmt: skip
+    """A context, in which sequences share their cells if it is unified, and keep the states of as
+    many tokens before the last one; None where that fails."""
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx, n_seq_max, is_unified
     # a context aborts that has more sequences than a batch has tokens
@@ -306,6 +314,7 @@ def _new_context(
     # rows of logits for which there is room, which else are as many as a batch has tokens; to want
     # more ends the process
     params.n_outputs_max = min(n_batch, n_seq_max + spec.n_parallel * MOST)
+    params.n_rs_seq = n_states
     params.swa_full = False  # behind a sliding window there are cells for the windows only
     if not is_flash:
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
