@@ -1,12 +1,14 @@
-"""Makes two chat models whose memory cannot be cut, of random weights as large as SmolLM2's and
-with its vocabulary, so that what such models cost can be measured without having one.
+"""Makes chat models whose memory cannot be cut, of random weights and with SmolLM2's vocabulary, so
+that what such models cost can be measured without having one.
 
     python -m bench.uncut_models /tmp/made
     python -m bench.compare /tmp/made/gemma3.gguf --only prefix,conversations
     python -m bench.compare /tmp/made/lfm2.gguf --only prefix,conversations
+    python -m bench.speculation /tmp/made/qwen35.gguf
 
-1. gemma3: five of six layers see 512 tokens back.
-2. lfm2: two of three layers have a state in the place of cells.
+1. gemma3, as large as SmolLM2: five of six layers see 512 tokens back.
+2. lfm2, as large: two of three layers have a state in the place of cells.
+3. qwen35, as large as Qwen3.5-0.8B: in three of four layers the state is a megabyte.
 
 What they say is noise.
 """
@@ -139,6 +141,46 @@ def write_lfm2(path: Path) -> None:
     model.close()
 
 
+def write_qwen35(path: Path) -> None:
+    n_layer, n_keys, n_heads, n_head_dim = 24, 128, 16, 256
+    n_values = n_keys * n_heads
+    model = Model(path, "qwen35", n_embd=1024, n_ff=3584, n_kv=2, n_layer=n_layer)
+    model.writer.add_head_count_kv(model.n_kv)
+    model.writer.add_key_length(n_head_dim)
+    model.writer.add_value_length(n_head_dim)
+    model.writer.add_rope_dimension_count(n_head_dim // 4)
+    model.writer.add_rope_dimension_sections([11, 11, 10, 0])
+    model.writer.add_ssm_conv_kernel(N_CONV + 1)
+    model.writer.add_ssm_inner_size(n_values)
+    model.writer.add_ssm_state_size(n_keys)
+    model.writer.add_ssm_time_step_rank(n_heads)
+    model.writer.add_ssm_group_count(n_heads)
+    model.norms("output_norm")
+    model.matrix("token_embd", model.n_vocab, model.n_embd)
+    for n in range(n_layer):
+        layer = f"blk.{n}"
+        model.norms(f"{layer}.attn_norm", f"{layer}.post_attention_norm")
+        if n % 4 == 3:
+            n_query = model.n_head * n_head_dim
+            model.norms(f"{layer}.attn_q_norm", f"{layer}.attn_k_norm", n=n_head_dim)
+            model.matrix(f"{layer}.attn_q", 2 * n_query, model.n_embd)
+            model.matrix(f"{layer}.attn_k", model.n_kv * n_head_dim, model.n_embd)
+            model.matrix(f"{layer}.attn_v", model.n_kv * n_head_dim, model.n_embd)
+            model.matrix(f"{layer}.attn_output", model.n_embd, n_query)
+        else:
+            model.matrix(f"{layer}.attn_qkv", 3 * n_values, model.n_embd)
+            model.matrix(f"{layer}.attn_gate", n_values, model.n_embd)
+            model.matrix(f"{layer}.ssm_conv1d", 3 * n_values, N_CONV + 1)
+            model.writer.add_tensor(f"{layer}.ssm_dt.bias", np.zeros(n_heads, np.float32))
+            model.writer.add_tensor(f"{layer}.ssm_a", -np.ones(n_heads, np.float32))
+            model.matrix(f"{layer}.ssm_alpha", n_heads, model.n_embd)
+            model.matrix(f"{layer}.ssm_beta", n_heads, model.n_embd)
+            model.norms(f"{layer}.ssm_norm", n=n_keys)
+            model.matrix(f"{layer}.ssm_out", model.n_embd, n_values)
+        model.feed_forward(layer)
+    model.close()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
@@ -146,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write_gemma3(folder / "gemma3.gguf")
     write_lfm2(folder / "lfm2.gguf")
+    write_qwen35(folder / "qwen35.gguf")
     return 0
 
 

@@ -35,7 +35,9 @@ class BatchEngine:
             n_batch=n_batch,
             pace=Pace(spec.max_stall_s, has_tiles=spec.flash_attention),
             tree=PrefixTree(spec.prefix_cache_bytes),
-            speculation=Speculation() if spec.speculates else None,
+            speculation=Speculation(repeats=not decoder.memory.takes_back)
+            if spec.speculates
+            else None,
             # decoders have room for the rows of as many guesses, which there are none then
             n_scored=min(MOST_SCORED, spec.n_parallel * MOST),
         )
@@ -84,6 +86,7 @@ class BatchEngine:
             for row, chunk in rows:
                 self._sample(row, chunk, result)
             return result
+        planned_at = time.perf_counter()
         batch, started = self._scheduler.plan()
         result = StepResult(started=[(s.id, s.n_cached) for s in started])
         if not batch.chunks:
@@ -124,7 +127,8 @@ class BatchEngine:
                 result.scored.append((sequence.id, self._decoder.score(row, token, n_top)))
             except Exception as error:
                 failed[sequence] = error
-        seconds = time.perf_counter() - started_at
+        # to make guesses, and copies to come back to, is a part of their price
+        seconds = time.perf_counter() - (planned_at if batch.n_guesses else started_at)
         self._scheduler.commit(batch, seconds)
         result.failed += ((sequence.id, fault) for sequence, fault in failed.items())
         for sequence in failed:

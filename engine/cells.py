@@ -27,6 +27,7 @@ class Cells:
         self.can_mark = memory.can_mark and tree.max_bytes > 0
         self._free = list(range(n_cells))
         self._n_holders = np.zeros(n_cells, np.int32)
+        self._marked_for_step: dict[int, int] = {}  # slots, at so many tokens
 
     @property
     def can_share(self) -> bool:
@@ -35,8 +36,20 @@ class Cells:
 
     @property
     def takes_back(self) -> bool:
-        """What the last step computed can be dropped."""
+        """What a step computes can be dropped, and no more than that."""
         return self._memory.takes_back
+
+    def can_drop(self, slot: int) -> bool:
+        """Whether what the next step computes of a slot can be dropped; its end is marked, if need
+        be, until then."""
+        n_tokens = len(self.tokens[slot])
+        if self.takes_back or self._marks.last(slot, n_tokens) == n_tokens:
+            return True
+        self.mark(slot)
+        if self._marks.last(slot, n_tokens) < n_tokens:
+            return False
+        self._marked_for_step[slot] = n_tokens
+        return True
 
     @property
     def shares_cells(self) -> bool:
@@ -136,8 +149,16 @@ class Cells:
         self._keep(slot, n_tokens, self._cut)
 
     def drop(self, slot: int, n_tokens: int) -> None:
-        """Drop what the last step has computed of a slot behind its first cells, as `truncate`."""
-        self._keep(slot, n_tokens, self._memory.truncate)
+        """Drop what the last step has computed of a slot behind its first cells, for which it must
+        have said `can_drop`; all of that step where it cannot be cut in its midst."""
+        if self.takes_back:
+            self._keep(slot, n_tokens, self._memory.truncate)
+            return
+        if n_tokens < len(self.held[slot]):
+            n_marked = self._marks.last(slot, n_tokens)
+            self.truncate(slot, n_marked) if n_marked else self.clear(slot)
+        if slot in self._marked_for_step:
+            self._marks.drop(slot, self._marked_for_step.pop(slot))
 
     def _keep(self, slot: int, n_tokens: int, cut: Callable[[int, int], bool]) -> None:
         if n_tokens == len(self.held[slot]):

@@ -76,7 +76,8 @@ class Scheduler:
         self._n_batch = n_batch
         self._n_scored = n_scored
         self._pace = pace
-        self._speculation = speculation if self._cells.takes_back else None
+        can_guess = self._cells.takes_back or self._cells.can_mark
+        self._speculation = speculation if can_guess else None
         self._slots = [Slot(i) for i in range(n_slots)]
         self._ended: dict[int, Slot] = {}  # slots whose sequences ended, in that order
         self._waiting: list[Sequence] = []  # both by rank, then by age: ids grow with arrival
@@ -442,7 +443,7 @@ class Scheduler:
         for chunk, n in zip(guessing, numbers, strict=True):
             tokens = chunk.sequence.tokens
             n = min(n, self._n_ctx - len(tokens))  # a model may have no more positions
-            if n > 0:
+            if n > 0 and self._cells.can_drop(chunk.slot):
                 batch.guess(chunk, chunk.sequence.guesses.next(tokens, n))
 
     def _drop_guesses(self, sequence: Sequence) -> None:

@@ -71,9 +71,11 @@ class Speculation:
        were measured lies a straight line; beyond the last one the next tokens are taken to be
        cheap, so that it is tried.
     2. Guesses are worth the tokens that they are likely to give.
+    3. Where it `repeats` a step with a wrong guess, that is paid twice.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, repeats: bool = False) -> None:
+        self._repeats = repeats
         self._n_steps = 0
         self._measured: dict[int, tuple[float, int]] = {}  # seconds, and in which step
 
@@ -107,6 +109,8 @@ class Speculation:
                 if (n_tokens + n) % ROUND:
                     continue
                 seconds = self._seconds(n_tokens + n)
+                if self._repeats:
+                    seconds *= 2 - trusts[i] ** n
                 if n_sequences > 1 and seconds > BESIDE * plain_s:
                     break
                 if (expected + gained) / seconds > wanted:

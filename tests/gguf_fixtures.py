@@ -162,6 +162,52 @@ def write_tiny_lfm2(path: Path, *, n_ctx: int = 1024, seed: int = 0) -> Path:
     return path
 
 
+def write_tiny_qwen35(path: Path, *, n_ctx: int = 1024, seed: int = 0) -> Path:
+    """A qwen35 of random F32 weights: three of four layers have a matrix as their state."""
+    n_vocab = len(spm_vocabulary()[0])
+    n_layer, n_embd, n_head, n_head_kv, n_keys, n_conv = 4, 64, 4, 2, 16, 4
+    n_values = n_keys * n_head
+    writer = _small_writer(path, "qwen35", n_ctx, n_layer, n_embd, n_head)
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_key_length(n_keys)
+    writer.add_value_length(n_keys)
+    writer.add_rope_dimension_count(n_keys)
+    writer.add_rope_dimension_sections([3, 3, 2, 0])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_ssm_conv_kernel(n_conv)
+    writer.add_ssm_inner_size(n_values)
+    writer.add_ssm_state_size(n_keys)
+    writer.add_ssm_time_step_rank(n_head)
+    writer.add_ssm_group_count(n_head)
+    weights = _Weights(writer, seed)
+    weights.matrix("token_embd", n_vocab, n_embd, np.sqrt(n_embd))
+    weights.norm("output_norm", n_embd)
+    weights.matrix("output", n_vocab, n_embd, np.sqrt(n_embd))
+    for i in range(n_layer):
+        weights.norm(f"blk.{i}.attn_norm", n_embd)
+        weights.norm(f"blk.{i}.post_attention_norm", n_embd)
+        if i % 4 == 3:
+            weights.norm(f"blk.{i}.attn_q_norm", n_keys)
+            weights.norm(f"blk.{i}.attn_k_norm", n_keys)
+            weights.matrix(f"blk.{i}.attn_q", 2 * n_head * n_keys, n_embd, 1.7)
+            weights.matrix(f"blk.{i}.attn_k", n_head_kv * n_keys, n_embd, 1.7)
+            weights.matrix(f"blk.{i}.attn_v", n_head_kv * n_keys, n_embd, 1.5)
+            weights.matrix(f"blk.{i}.attn_output", n_embd, n_head * n_keys, 1.5)
+        else:
+            weights.matrix(f"blk.{i}.attn_qkv", 3 * n_values, n_embd, 1.5)
+            weights.matrix(f"blk.{i}.attn_gate", n_values, n_embd, 1.5)
+            weights.matrix(f"blk.{i}.ssm_conv1d", 3 * n_values, n_conv, 1.5)
+            writer.add_tensor(f"blk.{i}.ssm_dt.bias", np.zeros(n_head, np.float32))
+            writer.add_tensor(f"blk.{i}.ssm_a", np.full(n_head, -0.05, np.float32))
+            weights.matrix(f"blk.{i}.ssm_alpha", n_head, n_embd, 1.0)
+            weights.matrix(f"blk.{i}.ssm_beta", n_head, n_embd, 1.0)
+            weights.norm(f"blk.{i}.ssm_norm", n_keys)
+            weights.matrix(f"blk.{i}.ssm_out", n_embd, n_values, 1.5)
+        weights.feed_forward(f"blk.{i}", n_embd)
+    _write(writer)
+    return path
+
+
 def spm_vocabulary() -> tuple[list[str], list[float], list[int]]:
     """Texts, scores and types of write_tiny_spm's tokens."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]

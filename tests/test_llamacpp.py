@@ -31,11 +31,13 @@ from engine.backends.llama_threads import N_LOOKS, ContextThreads
 from engine.backends.llama_tokenizer import LlamaTokenizer
 from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
+from engine.cells import Cells
 from engine.client import launch_process
 from engine.grammar import Compiler
 from engine.llama_limits import PLAIN_TOKENS
 from engine.machine import Cores
 from engine.model_file import read_model_file
+from engine.prefix import PrefixTree
 from engine.speculation import MOST, Guesses
 from engine.threads import Lateness
 from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
@@ -419,7 +421,14 @@ def test_a_sliding_window_says_the_same_with_and_without_reuse(tmp_path: Path) -
 
 @pytest.mark.parametrize("n_parallel", [1, 3])
 @pytest.mark.parametrize("flash_attention", [True, False])
-@pytest.mark.parametrize("write", [gguf_fixtures.write_tiny_gemma3, gguf_fixtures.write_tiny_lfm2])
+@pytest.mark.parametrize(
+    "write",
+    [
+        gguf_fixtures.write_tiny_gemma3,
+        gguf_fixtures.write_tiny_lfm2,
+        gguf_fixtures.write_tiny_qwen35,
+    ],
+)
 def test_wrong_guesses_leave_no_trace_in_windows_and_states(
     write: Callable[[Path], Path], n_parallel: int, flash_attention: bool, tmp_path: Path
 ) -> None:
@@ -438,6 +447,7 @@ def test_wrong_guesses_leave_no_trace_in_windows_and_states(
         engine = cast(BatchEngine, engine_of(path, **room, speculates=True))
         decoder = cast(LlamaDecoder, engine._decoder)
         decoder.can_round = False
+        cells = Cells(decoder.memory, PrefixTree(1 << 24), n_slots=4, n_cells=decoder.n_cells)
         sequences = [Sequence(slot, text[:30], slot=slot) for slot, text in enumerate(texts)]
         logits = {}
         while going := [sequence for sequence in sequences if len(sequence.tokens) < 480]:
@@ -446,18 +456,22 @@ def test_wrong_guesses_leave_no_trace_in_windows_and_states(
             for sequence in going:
                 batch.add(sequence, sequence.n_pending)
                 n, text = len(sequence.tokens), texts[sequence.id]
-                n_right.append(dice.randint(0, n_guesses))
-                guesses = text[n : n + n_right[-1]] + drawn(dice.randint(0, n_guesses))
-                batch.guess(batch.chunks[-1], guesses[:n_guesses])
+                n_most = n_guesses if sequence.n_pending == 1 else 0
+                n_right.append(dice.randint(0, n_most))
+                guesses = text[n : n + n_right[-1]] + drawn(dice.randint(0, n_most))
+                assert cells.can_drop(sequence.id)
+                batch.guess(batch.chunks[-1], guesses[:n_most])
             decoder.decode(batch)
             row = 0
             for chunk, n in zip(batch.chunks, n_right, strict=True):
                 for right in range(n + 1):
                     logits[chunk.slot, chunk.end + right] = decoder._rows[row + right][2].copy()
                 row += 1 + len(chunk.guesses)
-                chunk.sequence.n_past = chunk.end + n
-                assert decoder.memory.truncate(chunk.slot, chunk.end + n)
                 chunk.sequence.tokens += texts[chunk.slot][chunk.end : chunk.end + n + 1]
+                cells.extend(chunk.slot, chunk.tokens)
+                cells.drop(chunk.slot, chunk.end + n)
+                chunk.sequence.n_past = len(cells.tokens[chunk.slot])
+                assert chunk.sequence.n_past in (chunk.start, chunk.end + n)
         assert not decoder.memory.truncate(0, 200)  # what was there is used again
         engine.close()
         return logits
@@ -473,6 +487,7 @@ def test_wrong_guesses_leave_no_trace_in_windows_and_states(
     ("write", "kv_tokens"),
     [
         (gguf_fixtures.write_tiny_lfm2, 3072),
+        (gguf_fixtures.write_tiny_qwen35, 3072),
         (gguf_fixtures.write_tiny_gemma3, 3072),
         (partial(gguf_fixtures.write_tiny_gemma3, window=256), 1024),  # each needs its own cells
     ],

@@ -86,8 +86,8 @@ def test_trust_follows_what_was_right_also_while_nothing_is_computed() -> None:
 # whether it pays
 
 
-def taught(cost: dict[int, float]) -> Speculation:
-    found = Speculation()
+def taught(cost: dict[int, float], *, repeats: bool = False) -> Speculation:
+    found = Speculation(repeats=repeats)
     for n_tokens, seconds in cost.items():
         found.observe(n_tokens, seconds)
     return found
@@ -217,8 +217,29 @@ def test_a_request_that_must_have_the_same_numbers_gets_no_guesses() -> None:
     assert bench.n_guessed == 0
 
 
-def test_memory_that_cannot_drop_an_end_gets_no_guesses() -> None:
+def test_memory_that_cannot_drop_an_end_comes_back_to_a_copy() -> None:
     bench = guessing(is_cells=False, takes_back=False)
+    bench.add(1, tokens(1000, 9), n_wanted=100)
+    n_steps = 0
+    while not bench.scheduler.idle:
+        bench.step()  # which checks the cells
+        n_steps += 1
+    assert bench.answers[1] == answer_to(tokens(1000, 9), 100, repetitive_token)
+    assert 0 < bench.memory.n_rewound < bench.n_right < bench.n_guessed
+    assert n_steps < 100
+
+
+def test_a_step_that_is_computed_again_is_paid_twice() -> None:
+    found = taught(CHEAP)
+    (n,) = found.plan([0.8], 0, 100)
+    found = taught(CHEAP, repeats=True)
+    assert found.plan([1.0], 0, 100) == [MOST - 1]
+    assert 0 < found.plan([0.8], 0, 100)[0] < n
+    assert found.plan([0.4], 0, 100) == [0]
+
+
+def test_memory_that_cannot_be_copied_either_gets_no_guesses() -> None:
+    bench = guessing(is_cells=False, takes_back=False, tree_bytes=0)
     bench.add(1, [1, 2, 3] * 5, n_wanted=40)
     bench.run()
     assert bench.n_guessed == 0

@@ -35,8 +35,7 @@ class CacheFull(Exception):
 
 
 class CellsLost(Exception):
-    """A batch was not computed, and its slots no longer hold what they did: they are to be cleared.
-    """
+    """A batch was not computed, and its slots no longer hold what they did: they are to be cleared."""
 
 
 class Tokenizer(Protocol):
@@ -115,8 +114,8 @@ class Memory(Protocol):
     they are never asked to save, load only whole slots, and are cut by `mark` and `rewind`, as are
     slots that share with another; cells are never asked for these."""
     takes_back: bool
-    """What the last step computed for a slot can be dropped again by `truncate`, also where there
-    is no list of cells. Who has such a list truncates anywhere, and who has none nowhere else."""
+    """What the last step computed for a slot can be dropped again by `truncate`; without a list of
+    cells it is asked for nothing else."""
     can_mark: bool
     """Whether such a memory can; it shares too only where it can."""
     shares_cells: bool

@@ -44,7 +44,6 @@ NO_ROOM = 1  # what llama_decode returns without cells for a batch
 GROUPS = 4, 8, 16  # rows that kernels take at once
 BLOCK, MIN_BLOCK = 256, 16  # cells that are saved at once. Without flash attention values lie
 PLAIN_VALUES = 400_000  # transposed, and each is copied by itself where streams ran together
-SMALL_STATES = {"lfm2", "lfm2moe"}  # of a few kilobytes, so those of guesses are kept
 Logits = npt.NDArray[np.float32]  # of a token, for each that may follow
 Row = tuple[Any, int, Logits]  # a context, a token's index in its batch, and what came of it
 
@@ -74,10 +73,7 @@ class LlamaDecoder:
             logger.warning("%s=false is for CPUs, and does nothing with a GPU", key)
         # slots of DeepSeek V4 can only be copied whole, and in a step of their own
         architecture = meta_text(self._model, "general.architecture")
-        n_states = MOST if spec.speculates and architecture in SMALL_STATES else 0
-        new_context = partial(
-            _new_context, self._model, spec, is_flash=is_flash, n_states=n_states
-        )
+        new_context = partial(_new_context, self._model, spec, is_flash=is_flash)
         # beyond the length it was trained on a model's answers are noise, and encoders abort
         n_ctx = max(min(spec.n_ctx, self.n_ctx_train), spec.kv_tokens)
         # the scratch sequence comes after those of the slots
@@ -107,7 +103,7 @@ class LlamaDecoder:
             self._context,
             spec.n_parallel,
             is_cells=is_cells,
-            takes_back=takes_back or lib.llama_n_rs_seq(self._context) >= MOST,
+            takes_back=takes_back,
             can_mark=not is_cells and architecture != "deepseek4",
             shares_cells=n_swa == 0 or n_windows <= self.n_cells,
             block=BLOCK if is_flash else _plain_block(self._model),
@@ -301,11 +297,9 @@ def _plain_block(model: Any) -> int:
 
 
 def _new_context(
-    model: Any, spec: WorkerSpec, *, n_ctx: int, n_seq_max: int, is_flash: bool, is_unified: bool,
-    n_states: int,
-) -> Any | None:  # fmt: skip
-    """A context, in which sequences share their cells if it is unified, and keep the states of as
-    many tokens before the last one; None where that fails."""
+    model: Any, spec: WorkerSpec, *, n_ctx: int, n_seq_max: int, is_flash: bool, is_unified: bool
+) -> Any | None:
+    """A context, in which sequences share their cells if it is unified; None where that fails."""
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx, n_seq_max, is_unified
     # a context aborts that has more sequences than a batch has tokens
@@ -314,7 +308,6 @@ def _new_context(
     # rows of logits for which there is room, which else are as many as a batch has tokens; to want
     # more ends the process
     params.n_outputs_max = min(n_batch, n_seq_max + spec.n_parallel * MOST)
-    params.n_rs_seq = n_states
     params.swa_full = False  # behind a sliding window there are cells for the windows only
     if not is_flash:
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
