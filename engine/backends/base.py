@@ -35,7 +35,7 @@ class CacheFull(Exception):
 
 
 class CellsLost(Exception):
-    """A batch was not computed, and its slots no longer hold what they did: they are to be cleared."""
+    """A batch was not computed, and its slots are to be cleared: they do not hold what they did."""
 
 
 class Tokenizer(Protocol):
@@ -158,7 +158,7 @@ class Decoder(Protocol):
         """A new sampler for one sequence. It is dropped with the sequence."""
 
     def decode(self, batch: Batch) -> None:
-        """Compute one batch. Raises CacheFull, CellsLost, or anything else when the batch failed."""
+        """Compute one batch. Raises CacheFull, CellsLost, or anything else when it failed."""
 
     def sample(self, row: int, sequence: Sequence) -> Sampled:
         """The next token of the sequence whose logits are the batch's `row`-th wanted ones; behind
