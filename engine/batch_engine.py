@@ -127,8 +127,9 @@ class BatchEngine:
                 result.scored.append((sequence.id, self._decoder.score(row, token, n_top)))
             except Exception as error:
                 failed[sequence] = error
-        # to make guesses, and copies to come back to, is a part of their price
-        seconds = time.perf_counter() - (planned_at if batch.n_guesses else started_at)
+        if batch.n_guesses and not self._decoder.memory.takes_back:
+            started_at = planned_at  # copies to come back to are a part of the price
+        seconds = time.perf_counter() - started_at
         self._scheduler.commit(batch, seconds)
         result.failed += ((sequence.id, fault) for sequence, fault in failed.items())
         for sequence in failed:

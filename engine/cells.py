@@ -8,7 +8,9 @@ import numpy.typing as npt
 
 from engine.backends.base import Memory
 from engine.marks import Kept, Marks
-from engine.prefix import Match, PrefixTree, Tokens, n_common
+from engine.prefix import Match, PrefixTree, Saved, Tokens, n_common
+
+FOR_STEPS = 4  # one part of so many of the room for copies is for those of a step
 
 
 class Cells:
@@ -23,11 +25,13 @@ class Cells:
         self.tokens = [array("i") for _ in range(n_slots)]  # and what they were computed from
         self._memory = memory
         self._tree = tree
-        self._marks = Marks(tree.max_bytes)
+        self._step_bytes = 0 if memory.takes_back else tree.max_bytes // FOR_STEPS
+        self._marks = Marks(tree.max_bytes - self._step_bytes)
         self.can_mark = memory.can_mark and tree.max_bytes > 0
         self._free = list(range(n_cells))
         self._n_holders = np.zeros(n_cells, np.int32)
-        self._marked_for_step: dict[int, int] = {}  # slots, at so many tokens
+        # slots as they were before the last step, with their lengths
+        self._before: dict[int, tuple[int, Saved]] = {}
 
     @property
     def can_share(self) -> bool:
@@ -40,16 +44,16 @@ class Cells:
         return self._memory.takes_back
 
     def can_drop(self, slot: int) -> bool:
-        """Whether what the next step computes of a slot can be dropped; its end is marked, if need
-        be, until then."""
-        n_tokens = len(self.tokens[slot])
-        if self.takes_back or self._marks.last(slot, n_tokens) == n_tokens:
+        """Whether what the next step computes of a slot can be dropped; what cannot be cut is
+        copied for that."""
+        if self.takes_back:
             return True
-        self.mark(slot)
-        if self._marks.last(slot, n_tokens) < n_tokens:
-            return False
-        self._marked_for_step[slot] = n_tokens
-        return True
+        self._before.pop(slot, None)
+        n_bytes = sum(saved.nbytes for _, saved in self._before.values())
+        saved = self._memory.mark(slot, self._step_bytes - n_bytes)
+        if saved is not None:
+            self._before[slot] = len(self.tokens[slot]), saved
+        return saved is not None
 
     @property
     def shares_cells(self) -> bool:
@@ -154,11 +158,11 @@ class Cells:
         if self.takes_back:
             self._keep(slot, n_tokens, self._memory.truncate)
             return
+        before = self._before.pop(slot, None)
         if n_tokens < len(self.held[slot]):
-            n_marked = self._marks.last(slot, n_tokens)
-            self.truncate(slot, n_marked) if n_marked else self.clear(slot)
-        if slot in self._marked_for_step:
-            self._marks.drop(slot, self._marked_for_step.pop(slot))
+            assert before is not None
+            n_before, saved = before
+            self._keep(slot, n_before, lambda slot, n: self._memory.rewind(slot, saved, n))
 
     def _keep(self, slot: int, n_tokens: int, cut: Callable[[int, int], bool]) -> None:
         if n_tokens == len(self.held[slot]):

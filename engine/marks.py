@@ -79,10 +79,6 @@ class Marks:
         for n in [n for n in self._of(source) if n <= n_tokens]:
             self._saved[slot, n] = self._saved[source, n]
 
-    def drop(self, slot: int, n_tokens: int) -> None:
-        """A slot need not come back to there any more."""
-        self._saved.pop((slot, n_tokens), None)
-
     def forget(self, slot: int, n_tokens: int = 0) -> None:
         """A slot has only its first tokens."""
         self._wanted = {place for place in self._wanted if place[0] != slot}

@@ -121,8 +121,8 @@ class Scheduler:
     def commit(self, batch: Batch, seconds: float) -> None:
         """The batch was computed in so many seconds. Each sequence whose chunk wanted logits must
         get a token by `take`, or be cancelled, before the next plan."""
-        n_prefill = batch.n_tokens - batch.n_decodes - batch.n_guesses
-        if not batch.n_guesses:
+        n_prefill = batch.n_prefill
+        if not batch.n_guesses and not batch.n_again:
             self._pace.observe(batch.n_decodes, n_prefill, seconds, is_beginning=batch.is_beginning)
         if self._speculation and not n_prefill:
             self._speculation.observe(batch.n_tokens, seconds)
@@ -246,7 +246,7 @@ class Scheduler:
         """The one that it goes on from has not come through its prompt. If that has ended by now
         its slot still has the prompt, and else it is computed anew."""
         for other in (*self._running, *self._waiting):
-            if other.id == sequence.goes_on_from and other.n_pending > 1:
+            if other.id == sequence.goes_on_from and not other.is_decoding:
                 if other.slot is not None and not self._cells.can_share:
                     self._cells.want_mark(other.slot, len(wanted))
                 return True
@@ -254,7 +254,7 @@ class Scheduler:
 
     def _is_coming(self, wanted: Tokens) -> bool:
         """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
-        prefilling = [other for other in self._running if other.n_pending > 1]
+        prefilling = [other for other in self._running if not other.is_decoding]
         coming = [
             (n_tokens, other)
             for other in prefilling
@@ -385,7 +385,7 @@ class Scheduler:
         idle = self._idle()
         if not (self._running and idle):
             return
-        is_alone = all(sequence.n_pending > 1 for sequence in self._running)  # nobody waits
+        is_alone = not any(sequence.is_decoding for sequence in self._running)  # nobody waits
         if not self._cells.can_share:
             if self._cells.can_mark and is_alone:  # whole, which takes too long beside streams
                 any(self._cells.put_away(slot.index) for slot in idle)
@@ -406,11 +406,16 @@ class Scheduler:
 
     def _plan_decodes(self, batch: Batch) -> None:
         while True:
-            decoding = [s for s in self._running if s.n_pending == 1][: self._n_batch]
-            if self._cells.n_free >= len(decoding) or not self._make_room():
+            decoding = [s for s in self._running if s.is_decoding][: self._n_batch]
+            n_pending = sum(sequence.n_pending for sequence in decoding)
+            if self._cells.n_free >= n_pending or not self._make_room():
                 break
-        for sequence in decoding[: self._cells.n_free]:
-            batch.add(sequence, 1)
+        n_left = min(self._n_batch, self._cells.n_free)
+        for n_behind in range(len(decoding) - 1, -1, -1):
+            sequence = decoding[-1 - n_behind]
+            if (n_tokens := min(sequence.n_pending, max(n_left - n_behind, 1), n_left)) > 0:
+                batch.add(sequence, n_tokens)
+                n_left -= n_tokens
 
     def _make_room(self) -> bool:
         """Free some cells; False when nothing is left to give up."""
@@ -426,6 +431,8 @@ class Scheduler:
 
     def _plan_guesses(self, batch: Batch) -> None:
         if not self._speculation or self._is_full or len(batch.chunks) < len(self._running):
+            return
+        if batch.n_again:  # or more and more would be computed again
             return
         guessing = []
         for chunk in batch.chunks:
@@ -455,7 +462,7 @@ class Scheduler:
     # 5. prompts
 
     def _plan_prefills(self, batch: Batch) -> None:
-        prefilling = [s for s in self._running if s.n_pending > 1]
+        prefilling = [s for s in self._running if not s.is_decoding]
         if not prefilling:
             return
         prefilling.sort(key=self._length)

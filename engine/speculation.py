@@ -10,10 +10,11 @@ from array import array
 import numpy as np
 
 from engine.prefix import Tokens
+from engine.types import MOST_GUESSES
 
 SHORTEST = 2  # tokens that must be as they were somewhere before
 LONGEST = 16  # of which the longest match is taken; of equal ones the last
-MOST = 16  # guesses in one step
+MOST = MOST_GUESSES
 ROUND = 4  # only multiples: kernels compute so many tokens for the price of one less
 LEAST = 0.3  # trust with which it is asked whether guesses pay
 RATE = 0.15  # weight of the newest token in a sequence's trust
@@ -98,6 +99,7 @@ class Speculation:
         if n_sequences not in self._measured:
             return n_guesses
         plain_s = self._seconds(n_sequences)
+        all_right = 1.0  # how likely that is for the guesses so far
         expected, best_rate = float(n_sequences), n_sequences / plain_s
         for i in sorted(range(len(trusts)), key=lambda i: -trusts[i]):
             if trusts[i] < LEAST:
@@ -109,14 +111,15 @@ class Speculation:
                 if (n_tokens + n) % ROUND:
                     continue
                 seconds = self._seconds(n_tokens + n)
-                if self._repeats:
-                    seconds *= 2 - trusts[i] ** n
                 if n_sequences > 1 and seconds > BESIDE * plain_s:
                     break
+                if self._repeats:
+                    seconds *= 2 - all_right * trusts[i] ** n
                 if (expected + gained) / seconds > wanted:
                     n_best, expected_best = n, expected + gained
                     wanted = best_rate = expected_best / seconds
             n_guesses[i] = n_best
+            all_right *= trusts[i] ** n_best
             n_tokens += n_best
             n_room -= n_best
             expected = expected_best

@@ -15,6 +15,7 @@ Scale = Literal["logit", "probability", "similarity"]  # of scores
 Pooling = Literal["cls", "mean", "last"]  # which rows of its tokens make the vector of a text
 Truncate = Literal["none", "start", "end"]  # where a text that is too long is cut
 Role = Literal["none", "query", "passage"]  # of a text, for models that want a prefix
+MOST_GUESSES = 16  # of a sequence in one step
 MIN_TEMPERATURE = 1e-4  # below it logits would overflow, and the likeliest token is certain
 
 
@@ -109,6 +110,14 @@ class Sequence(Admitted):
         return len(self.tokens) - self.n_past
 
     @property
+    def is_decoding(self) -> bool:
+        """It is past its prompt, and has but its last token to be computed; or a few more, of a
+        step that is computed again."""
+        return self.n_pending == 1 or (
+            self.n_past >= self.n_prompt and self.n_pending <= MOST_GUESSES + 1
+        )
+
+    @property
     def n_to_score(self) -> int:
         """Prompt tokens whose logits are wanted still. Those of the last are the answer's."""
         return 0 if self.prompt_logprobs is None else self.n_prompt - 1 - self.n_scored
@@ -163,16 +172,23 @@ class Batch:
     chunks: list[Chunk] = field(default_factory=list)
     n_tokens: int = 0  # with guesses
     n_decodes: int = 0  # chunks of sequences that are past their prompts
+    n_again: int = 0  # tokens of these but the last, which a step before has computed already
     n_new: int = 0  # of these, that have said no more than one token
     n_guesses: int = 0
     n_held: int = 0  # cells in use before it, by whomever
 
     def add(self, sequence: Sequence, n_tokens: int) -> None:
-        if sequence.n_pending == 1:
+        if sequence.is_decoding:
             self.n_decodes += 1
+            self.n_again += n_tokens - 1
             self.n_new += len(sequence.tokens) <= sequence.n_prompt + 1
         self.chunks.append(Chunk(sequence, sequence.n_past, n_tokens))
         self.n_tokens += n_tokens
+
+    @property
+    def n_prefill(self) -> int:
+        """Tokens of prompts."""
+        return self.n_tokens - self.n_decodes - self.n_again - self.n_guesses
 
     @property
     def is_steady(self) -> bool:

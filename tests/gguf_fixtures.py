@@ -133,14 +133,17 @@ def write_tiny_gemma3(path: Path, *, n_ctx: int = 1024, window: int = 16, seed: 
     return path
 
 
-def write_tiny_lfm2(path: Path, *, n_ctx: int = 1024, seed: int = 0) -> Path:
-    """An lfm2 of random F32 weights: every second layer has no cells but a state."""
+def write_tiny_lfm2(path: Path, *, n_ctx: int = 1024, window: int = 0, seed: int = 0) -> Path:
+    """An lfm2 of random F32 weights: every second layer has no cells but a state. The others may
+    see through a sliding window."""
     n_vocab = len(spm_vocabulary()[0])
     n_layer, n_embd, n_head, n_head_kv, n_conv = 6, 64, 4, 2, 4
     n_embd_head = n_embd // n_head
     writer = _small_writer(path, "lfm2", n_ctx, n_layer, n_embd, n_head)
     writer.add_head_count_kv([0, n_head_kv] * (n_layer // 2))
     writer.add_shortconv_l_cache(n_conv)
+    if window:
+        writer.add_sliding_window(window)
     writer.add_layer_norm_rms_eps(1e-5)
     weights = _Weights(writer, seed)
     weights.matrix("token_embd", n_vocab, n_embd, np.sqrt(n_embd))

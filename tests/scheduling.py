@@ -265,7 +265,7 @@ class Bench:
                 assert first >= chunk.start
                 places = self.scored.setdefault(chunk.sequence.id, [])
                 places += range(first, first + chunk.n_scored)
-        self.n_decoded += batch.n_tokens - batch.n_decodes - batch.n_guesses
+        self.n_decoded += batch.n_prefill
         self.n_guessed += batch.n_guesses
         self.scheduler.commit(batch, seconds)
         for chunk in wanting:

@@ -229,6 +229,69 @@ def test_memory_that_cannot_drop_an_end_comes_back_to_a_copy() -> None:
     assert n_steps < 100
 
 
+def said_in(bench: Bench, id: int) -> int:
+    """Tokens that a sequence said in the next step, in which it may have ended."""
+    sequence = bench.sequences[id]
+    n_before = len(sequence.tokens)
+    bench.step()
+    return len(sequence.tokens) - n_before
+
+
+@pytest.mark.parametrize("takes_back", [True, False])
+@pytest.mark.parametrize("n_batch", [24, 100])
+def test_whoever_is_past_its_prompt_says_more_in_each_step_whatever_comes(
+    takes_back: bool, n_batch: int
+) -> None:
+    """Also where a step is computed again, and beside prompts that come first."""
+    bench = guessing(8, is_cells=False, takes_back=takes_back, n_cells=3000, n_batch=n_batch)
+    for id in (1, 2):
+        bench.add(id, [id, *tokens(1000, 9)], rank=1.0)
+    while any(sequence.n_pending > 1 for sequence in bench.sequences.values()):
+        bench.step()
+    for _ in range(20):
+        assert said_in(bench, 1) > 0
+    bench.add(3, tokens(5000, 1500))
+    while bench.sequences[3].n_past < 1400:
+        sequence = bench.sequences[2]
+        n_before = len(sequence.tokens)
+        assert said_in(bench, 1) > 0
+        assert len(sequence.tokens) > n_before
+
+
+def test_idle_slots_stay_beside_a_stream_whose_step_is_computed_again() -> None:
+    bench = guessing(4, is_cells=False, takes_back=False, n_slots=4, n_cells=4000)
+    bench.add(3, tokens(3000, 9), n_wanted=200)
+    bench.step()
+    for id in (1, 2):
+        bench.add(id, tokens(1000 * id, 400), n_wanted=3)
+    bench.run()
+    assert bench.memory.n_rewound > 5
+    assert sorted(map(len, bench.memory.slots))[-2:] == [402, 402]
+
+
+@pytest.mark.parametrize("n_copies", [0, 1, 2, 20])
+def test_copies_for_guesses_cost_no_conversation_what_is_remembered_of_it(n_copies: int) -> None:
+    """Each has so many bytes as its tokens; a quarter of the room is for those of steps."""
+    n_prompt = 600
+    room = {"n_slots": 3, "n_cells": 9000, "n_batch": 700, "tree_bytes": 4 * 4 * 620 * n_copies}
+    n_cached, n_decoded = [], []
+    for n_guesses in (0, 8):
+        bench = guessing(n_guesses, is_cells=False, takes_back=False, **room)
+        prompts = {id: tokens(1000 * id, n_prompt) for id in (1, 2, 3)}
+        for id, prompt in prompts.items():
+            bench.add(id, prompt, n_wanted=10)
+        bench.run()
+        for id, prompt in prompts.items():
+            again = bench.talk(id + 10, [*prompt, *bench.answers[id], 7], n_wanted=10)
+            n_cached.append(again.n_cached)
+            assert bench.answers[id] == answer_to(prompt, 10, repetitive_token)
+        n_decoded.append(bench.n_decoded)
+        assert bool(bench.n_guessed) == bool(n_guesses and n_copies)
+    # an answer that ends among guesses may end a step earlier in the cells
+    assert all(n - 8 <= guessed <= n for n, guessed in zip(n_cached[:3], n_cached[3:], strict=True))
+    assert n_decoded[0] <= n_decoded[1] <= n_decoded[0] + 3 * 8
+
+
 def test_a_step_that_is_computed_again_is_paid_twice() -> None:
     found = taught(CHEAP)
     (n,) = found.plan([0.8], 0, 100)

@@ -1,7 +1,7 @@
 """The KV cells of a context of llama.cpp whose sequences share them."""
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp as lib
 import numpy as np
@@ -15,8 +15,7 @@ _UNCUT = lib.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # recurrent states, cells behin
 
 class LlamaMemory:
     """Implements `engine.backends.base.Memory`. `scratch` is a sequence of the context that nobody
-    else uses, for cells on their way out and in. `n_swa` is the length of a sliding window, 0 where
-    there is none."""
+    else uses, for cells on their way out and in."""
 
     def __init__(
         self,
@@ -28,7 +27,7 @@ class LlamaMemory:
         can_mark: bool,
         shares_cells: bool,
         block: int,
-        n_swa: int = 0,
+        window: "Window | None" = None,
     ) -> None:
         self.context = context
         self.takes_back = takes_back
@@ -36,10 +35,10 @@ class LlamaMemory:
         self.block = block
         self._memory = lib.llama_get_memory(context)
         self._scratch = scratch
-        self._n_swa = n_swa
+        self._window = window
 
     def truncate(self, slot: int, n_tokens: int) -> bool:
-        return cut(self._memory, slot, n_tokens, self._n_swa)
+        return cut(self._memory, slot, n_tokens, self._window)
 
     def share(self, source: int, slot: int, n_tokens: int) -> None:
         lib.llama_memory_seq_cp(self._memory, source, slot, 0, n_tokens)
@@ -66,7 +65,8 @@ class LlamaMemory:
         return None if is_larger else self._saved(slot, flags)
 
     def rewind(self, slot: int, saved: Any, n_tokens: int) -> bool:
-        return write_state(self.context, slot, saved, _UNCUT) and self.truncate(slot, n_tokens)
+        # with what was saved the window is whole
+        return write_state(self.context, slot, saved, _UNCUT) and cut(self._memory, slot, n_tokens)
 
     def _saved(self, sequence: int, flags: int = 0) -> Bytes | None:
         try:
@@ -79,14 +79,26 @@ class LlamaMemory:
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
 
 
-def cut(memory: Any, sequence: int, n_tokens: int, n_swa: int = 0) -> bool:
+class Window(NamedTuple):
+    """Where tokens do not see all that is before them."""
+
+    n_tokens: int
+    is_chunked: bool  # they see the others of their chunk; else so many, with themselves
+
+    def begin(self, position: int) -> int:
+        """The first position that a token at this one sees."""
+        if self.is_chunked:
+            return position // self.n_tokens * self.n_tokens
+        return max(position + 1 - self.n_tokens, 0)
+
+
+def cut(memory: Any, sequence: int, n_tokens: int, window: Window | None = None) -> bool:
     """Keep the first tokens of a sequence. False, and unchanged, where the memory has no longer
-    what the next token sees of them, in states or through a window of `n_swa`."""
+    what the next token sees of them, in states or through a window."""
     # Cells that a step finds behind the window it uses again. From where it began they are not seen
     # either, unless llama.cpp has computed it in parts. From its first position on a sequence has
     # all there.
-    first_seen = max(n_tokens + 1 - n_swa, 0)
-    if n_swa and lib.llama_memory_seq_pos_min(memory, sequence) > first_seen:
+    if window and lib.llama_memory_seq_pos_min(memory, sequence) > window.begin(n_tokens):
         return False
     return bool(lib.llama_memory_seq_rm(memory, sequence, n_tokens, -1))
 

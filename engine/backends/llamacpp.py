@@ -9,12 +9,13 @@ from functools import lru_cache, partial
 from typing import Any
 
 import llama_cpp as lib
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from engine.backends.base import CacheFull, CellsLost, Engine, Memory, ReportProgress, Tokenizer
 from engine.backends.llama_lanes import Lanes, Place
-from engine.backends.llama_memory import LlamaMemory, cut
+from engine.backends.llama_memory import LlamaMemory, Window, cut
 from engine.backends.llama_model import (
     Error,
     LlamaLog,
@@ -52,7 +53,7 @@ def load(spec: WorkerSpec, progress: ReportProgress) -> Engine:
     decoder = LlamaDecoder(spec, progress)
     return BatchEngine(
         decoder,
-        spec,
+        msgspec.structs.replace(spec, n_parallel=decoder.n_parallel),
         n_ctx=min(spec.n_ctx, decoder.n_cells, decoder.n_ctx_train),
         n_cells=decoder.n_cells,
         n_batch=decoder.n_batch,
@@ -71,9 +72,23 @@ class LlamaDecoder:
         if is_flash and not spec.flash_attention:
             key = f"{spec.name.upper()}_FLASH_ATTENTION"
             logger.warning("%s=false is for CPUs, and does nothing with a GPU", key)
-        # slots of DeepSeek V4 can only be copied whole, and in a step of their own
         architecture = meta_text(self._model, "general.architecture")
-        new_context = partial(_new_context, self._model, spec, is_flash=is_flash)
+        n_swa: int = lib.llama_model_n_swa(self._model)
+        self._window = Window(n_swa, is_chunked=architecture == "llama4") if n_swa > 0 else None
+        is_deepseek4 = architecture == "deepseek4"  # which has windows too, and does not tell
+        has_states = is_deepseek4 or lib.llama_model_is_recurrent(self._model)
+        has_states = has_states or lib.llama_model_is_hybrid(self._model)
+        # Where llama.cpp computes a step in parts, behind a window the first of them may miss cells
+        # that it has given to a later one. So there steps are no larger than a part, and with
+        # states, which have tokens of several sequences in parts, they are one sequence's.
+        if has_states and (is_deepseek4 or self._window):
+            if spec.n_parallel > 1:
+                logger.info("%s is computed for one request at a time", name_of(spec))
+            spec = msgspec.structs.replace(spec, n_parallel=1)
+        self.n_parallel = spec.n_parallel
+        new_context = partial(
+            _new_context, self._model, spec, is_flash=is_flash, has_parts=not self._window
+        )
         # beyond the length it was trained on a model's answers are noise, and encoders abort
         n_ctx = max(min(spec.n_ctx, self.n_ctx_train), spec.kv_tokens)
         # the scratch sequence comes after those of the slots
@@ -87,14 +102,10 @@ class LlamaDecoder:
             raise ModelLoadFailed(f"{name_of(spec)} is an encoder; it cannot generate text.")
         # behind a sliding window llama.cpp uses cells again, and does not tell; parts of a
         # recurrent memory it takes for cells: answers would be wrong
-        self._n_swa = n_swa = int(lib.llama_model_n_swa(self._model))
-        has_states = lib.llama_model_is_recurrent(self._model)
-        has_states = has_states or lib.llama_model_is_hybrid(self._model)
-        is_cells = not (has_states or n_swa > 0)
-        takes_back = self.can_round = not has_states and architecture != "deepseek4"
-        # states cannot be taken back, nor a window that has moved on in parts of a step; and GPUs
-        # are not asked
-        breaks_off = takes_back and (is_cells or is_flash) and not self._has_gpu
+        is_cells = not (has_states or self._window)
+        takes_back = self.can_round = not has_states
+        # states cannot be taken back, and GPUs are not asked
+        breaks_off = takes_back and not self._has_gpu
         self._threads = ContextThreads(self._context, spec.n_threads, breaks_off=breaks_off)
         self.n_cells: int = lib.llama_n_ctx(self._context)
         self.n_batch: int = lib.llama_n_batch(self._context)
@@ -104,10 +115,11 @@ class LlamaDecoder:
             spec.n_parallel,
             is_cells=is_cells,
             takes_back=takes_back,
-            can_mark=not is_cells and architecture != "deepseek4",
+            # slots of DeepSeek V4 can only be copied whole, and in a step of their own
+            can_mark=not (is_cells or is_deepseek4),
             shares_cells=n_swa == 0 or n_windows <= self.n_cells,
             block=BLOCK if is_flash else _plain_block(self._model),
-            n_swa=n_swa,
+            window=self._window,
         )
         self.memory: Memory = home
         self._lanes: Lanes | None = None
@@ -204,10 +216,20 @@ class LlamaDecoder:
             self._threads.fewer()
             logger.info("a step waits for a core that others use, and is computed anew")
             for sequence, chunk in chunks.items():  # what was computed of it
-                if not cut(memory, sequence, chunk.start, self._n_swa):
+                if not cut(memory, sequence, chunk.start, self._window):
                     raise CellsLost
             status = lib.llama_decode(context, batch)
+        if status == 0 and self.can_round and not self._has_windows(memory, chunks):
+            raise CellsLost
         return status
+
+    def _has_windows(self, memory: Any, chunks: dict[int, Chunk]) -> bool:
+        """All that the chunks' first tokens see was there: llama.cpp did not compute the step in
+        parts, as it tries to where cells are short."""
+        return not self._window or all(
+            lib.llama_memory_seq_pos_min(memory, sequence) <= self._window.begin(chunk.start)
+            for sequence, chunk in chunks.items()
+        )
 
     def _logits(self, context: Any, n_rows: int) -> Sequence_[Logits]:
         """All that the last batch wanted, in its order, until the next one is computed."""
@@ -297,17 +319,16 @@ def _plain_block(model: Any) -> int:
 
 
 def _new_context(
-    model: Any, spec: WorkerSpec, *, n_ctx: int, n_seq_max: int, is_flash: bool, is_unified: bool
-) -> Any | None:
-    """A context, in which sequences share their cells if it is unified; None where that fails."""
+    model: Any, spec: WorkerSpec, *, n_ctx: int, n_seq_max: int, is_flash: bool, is_unified: bool,
+    has_parts: bool,
+) -> Any | None:  # fmt: skip
+    """A context, in which sequences share their cells if it is unified, and a batch may be computed
+    in parts; None where that fails."""
     params = lib.llama_context_default_params()
     params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx, n_seq_max, is_unified
     # a context aborts that has more sequences than a batch has tokens
     n_batch = max(min(spec.n_batch, n_ctx), spec.n_parallel + 1)
     params.n_batch = params.n_ubatch = n_batch
-    # rows of logits for which there is room, which else are as many as a batch has tokens; to want
-    # more ends the process
-    params.n_outputs_max = min(n_batch, n_seq_max + spec.n_parallel * MOST)
     params.swa_full = False  # behind a sliding window there are cells for the windows only
     if not is_flash:
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -315,5 +336,10 @@ def _new_context(
         # scores for all cells lie in memory, so of fewer tokens at once, which take no longer; and
         # what is no prompt has no more
         params.n_ubatch = min(n_batch, max(PLAIN_TOKENS, n_seq_max))
+        if not has_parts:
+            n_batch = params.n_batch = params.n_ubatch
+    # rows of logits for which there is room, which else are as many as a batch has tokens; to want
+    # more ends the process
+    params.n_outputs_max = min(n_batch, n_seq_max + spec.n_parallel * MOST)
     params.n_threads = params.n_threads_batch = spec.n_threads
     return lib.llama_init_from_model(model, params) or None
