@@ -155,7 +155,9 @@ def test_a_step_that_is_broken_off_is_computed_anew(
 
 
 def test_a_window_begins_where_a_token_sees_the_first_other() -> None:
-    sliding, chunked = (llama_memory.Window(8, is_chunked=is_chunked) for is_chunked in (False, True))
+    sliding, chunked = (
+        llama_memory.Window(8, is_chunked=is_chunked) for is_chunked in (False, True)
+    )
     assert [sliding.begin(n) for n in (0, 7, 8, 20)] == [0, 0, 1, 13]
     assert [chunked.begin(n) for n in (0, 7, 8, 20, 24)] == [0, 0, 8, 16, 24]
 

@@ -243,9 +243,10 @@ def test_whoever_is_past_its_prompt_says_more_in_each_step_whatever_comes(
     takes_back: bool, n_batch: int
 ) -> None:
     """Also where a step is computed again, and beside prompts that come first."""
-    bench = guessing(8, is_cells=False, takes_back=takes_back, n_cells=3000, n_batch=n_batch)
+    room = {"n_cells": 3000, "n_batch": n_batch, "n_prefill": 16}
+    bench = guessing(8, is_cells=False, takes_back=takes_back, **room)
     for id in (1, 2):
-        bench.add(id, [id, *tokens(1000, 9)], rank=1.0)
+        bench.add(id, [id, *tokens(1000, 9)], rank=100.0)
     while any(sequence.n_pending > 1 for sequence in bench.sequences.values()):
         bench.step()
     for _ in range(20):
