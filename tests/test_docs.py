@@ -470,7 +470,7 @@ MAY_IMPORT = {
     "engine.prefix": set(),
     "engine.pace": set(),
     "engine.rounding": set(),
-    "engine.speculation": {"engine.prefix"},
+    "engine.speculation": {"engine.prefix", "engine.types"},
     "engine.file_names": set(),
     "engine.grammar_text": set(),
     "engine.heads": {
