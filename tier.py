@@ -434,7 +434,10 @@ class Tier:
 
     def _wait_s(self, n_waiting: int) -> int:
         """How long so many requests will take, as the last ones did."""
-        wait_s = self._job_s * n_waiting / self.settings.n_parallel
+        n_at_once = self.settings.n_parallel
+        if (worker := self.life.worker) is not None:  # which may not be able to
+            n_at_once = min(n_at_once, worker.ready.n_parallel)
+        wait_s = self._job_s * n_waiting / n_at_once
         return min(max(1, math.ceil(wait_s)), MAX_RETRY_AFTER_S)
 
     def drop(self, generation: Job) -> None:

@@ -20,12 +20,22 @@ class Cells:
     The numbers of cells are our own: a memory finds its places by itself.
     """
 
-    def __init__(self, memory: Memory, tree: PrefixTree, *, n_slots: int, n_cells: int) -> None:
+    def __init__(
+        self,
+        memory: Memory,
+        tree: PrefixTree,
+        *,
+        n_slots: int,
+        n_cells: int,
+        has_guesses: bool = True,
+    ) -> None:
         self.held = [array("i") for _ in range(n_slots)]  # cells, by slot
         self.tokens = [array("i") for _ in range(n_slots)]  # and what they were computed from
         self._memory = memory
         self._tree = tree
-        self._step_bytes = 0 if memory.takes_back else tree.max_bytes // FOR_STEPS
+        self._step_bytes = 0
+        if has_guesses and not memory.takes_back:
+            self._step_bytes = tree.max_bytes // FOR_STEPS
         self._marks = Marks(tree.max_bytes - self._step_bytes)
         self.can_mark = memory.can_mark and tree.max_bytes > 0
         self._free = list(range(n_cells))

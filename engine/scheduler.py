@@ -71,7 +71,8 @@ class Scheduler:
         speculation: Speculation | None = None,
         n_scored: int = MOST_SCORED,
     ) -> None:
-        self._cells = Cells(memory, tree, n_slots=n_slots, n_cells=n_cells)
+        has_guesses = speculation is not None
+        self._cells = Cells(memory, tree, n_slots=n_slots, n_cells=n_cells, has_guesses=has_guesses)
         self._n_ctx = n_ctx
         self._n_batch = n_batch
         self._n_scored = n_scored
@@ -124,7 +125,7 @@ class Scheduler:
         n_prefill = batch.n_prefill
         if not batch.n_guesses and not batch.n_again:
             self._pace.observe(batch.n_decodes, n_prefill, seconds, is_beginning=batch.is_beginning)
-        if self._speculation and not n_prefill:
+        if self._speculation and not n_prefill and not batch.n_again:
             self._speculation.observe(batch.n_tokens, seconds)
         for chunk in batch.chunks:
             mark = self._next_mark(chunk.sequence)

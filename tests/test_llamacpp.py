@@ -559,7 +559,7 @@ def test_what_cannot_be_cut_goes_on_from_its_marks_and_says_the_same(
 ) -> None:
     path = write(tmp_path / "model.gguf")
     room = {"n_parallel": 3, "kv_tokens": kv_tokens, "n_batch": 128, "prefix_cache_bytes": 32 << 20}
-    room["speculates"] = n_guesses > 0
+    room |= {"n_ctx": 1024, "speculates": n_guesses > 0}
     n_rewound: list[int] = []
     rewind = LlamaMemory.rewind
 

@@ -84,10 +84,12 @@ class LlamaDecoder:
         if has_states and (is_deepseek4 or self._window):
             if spec.n_parallel > 1:
                 logger.info("%s is computed for one request at a time", name_of(spec))
-            spec = msgspec.structs.replace(spec, n_parallel=1)
+            n_ctx = min(spec.n_ctx, spec.kv_tokens)
+            spec = msgspec.structs.replace(spec, n_parallel=1, kv_tokens=n_ctx)
         self.n_parallel = spec.n_parallel
+        has_parts = not (self._window or is_deepseek4)
         new_context = partial(
-            _new_context, self._model, spec, is_flash=is_flash, has_parts=not self._window
+            _new_context, self._model, spec, is_flash=is_flash, has_parts=has_parts
         )
         # beyond the length it was trained on a model's answers are noise, and encoders abort
         n_ctx = max(min(spec.n_ctx, self.n_ctx_train), spec.kv_tokens)
