@@ -412,11 +412,11 @@ class Scheduler:
             if self._cells.n_free >= n_pending or not self._make_room():
                 break
         n_left = min(self._n_batch, self._cells.n_free)
-        for n_behind in range(len(decoding) - 1, -1, -1):
-            sequence = decoding[-1 - n_behind]
-            if (n_tokens := min(sequence.n_pending, max(n_left - n_behind, 1), n_left)) > 0:
-                batch.add(sequence, n_tokens)
-                n_left -= n_tokens
+        for n_before, sequence in enumerate(decoding[:n_left]):
+            n_others = len(decoding) - n_before - 1  # whose token comes first
+            n_tokens = min(sequence.n_pending, max(n_left - n_others, 1))
+            batch.add(sequence, n_tokens)
+            n_left -= n_tokens
 
     def _make_room(self) -> bool:
         """Free some cells; False when nothing is left to give up."""

@@ -155,6 +155,19 @@ def test_the_queue_is_bounded_also_while_the_model_loads() -> None:
     run(test, launcher, light=fake(queue_size=3))
 
 
+def test_a_worker_that_answers_one_at_a_time_is_waited_for_longer() -> None:
+    async def test(manager: ModelManager) -> None:
+        tier = manager.tiers["light"]
+        tier._job_s = 2.0
+        before = tier._wait_s(8)
+        await ask(tier)
+        assert tier.life.worker is not None
+        tier._job_s, tier.life.worker.ready = 2.0, wire.Ready(100, 1)
+        assert (before, tier._wait_s(8)) == (4, 16)
+
+    run(test, light=fake(n_parallel=4))
+
+
 def test_requests_are_served_in_the_order_in_which_they_came(tmp_path: Path) -> None:
     async def test(manager: ModelManager) -> list[int]:
         order: list[int] = []
