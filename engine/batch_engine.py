@@ -8,8 +8,8 @@ from engine.backends.base import CacheFull, CellsLost, Constraint, Decoder
 from engine.pace import Pace
 from engine.prefix import PrefixTree
 from engine.scheduler import MOST_SCORED, Scheduler
-from engine.speculation import MOST, Speculation
-from engine.types import Chunk, SamplingParams, Sequence, StepResult
+from engine.speculation import Speculation
+from engine.types import MOST_GUESSES, Chunk, SamplingParams, Sequence, StepResult
 from engine.wire import WorkerSpec
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class BatchEngine:
             if spec.speculates
             else None,
             # decoders have room for the rows of as many guesses, which there are none then
-            n_scored=min(MOST_SCORED, spec.n_parallel * MOST),
+            n_scored=min(MOST_SCORED, spec.n_parallel * MOST_GUESSES),
         )
         self._right: list[tuple[int, Chunk]] = []  # rows after guesses that were right
         self._n_failed_steps = 0

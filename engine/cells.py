@@ -50,7 +50,7 @@ class Cells:
 
     @property
     def takes_back(self) -> bool:
-        """What a step computes can be dropped, and no more than that."""
+        """What a step computes can be dropped without a copy."""
         return self._memory.takes_back
 
     def can_drop(self, slot: int) -> bool:

@@ -14,7 +14,6 @@ from engine.types import MOST_GUESSES
 
 SHORTEST = 2  # tokens that must be as they were somewhere before
 LONGEST = 16  # of which the longest match is taken; of equal ones the last
-MOST = MOST_GUESSES
 ROUND = 4  # only multiples: kernels compute so many tokens for the price of one less
 LEAST = 0.3  # trust with which it is asked whether guesses pay
 RATE = 0.15  # weight of the newest token in a sequence's trust
@@ -106,7 +105,7 @@ class Speculation:
                 break
             gained, n_best, expected_best = 0.0, 0, expected
             wanted = best_rate * GAIN
-            for n in range(1, min(MOST - n_tokens % ROUND, n_room) + 1):
+            for n in range(1, min(MOST_GUESSES - n_tokens % ROUND, n_room) + 1):
                 gained += trusts[i] ** n
                 if (n_tokens + n) % ROUND:
                     continue

@@ -305,10 +305,11 @@ class Bench:
         assert sequence.slot is not None
         return self.memory.tokens(sequence.slot)
 
-    def run(self, max_steps: int = 1000) -> None:
-        for _ in range(max_steps):
+    def run(self, max_steps: int = 1000) -> int:
+        """Until all is idle, which takes so many steps."""
+        for n_steps in range(max_steps):
             if self.scheduler.idle:
-                return
+                return n_steps
             assert self.step(), "while anything is there to do, something is done"
         pytest.fail("it does not end")
 

@@ -17,8 +17,7 @@ from engine.backends.llama_model import Error
 from engine.backends.llamacpp import LlamaDecoder
 from engine.batch_engine import BatchEngine
 from engine.prefix import Saved
-from engine.speculation import MOST
-from engine.types import Batch, Sequence
+from engine.types import MOST_GUESSES, Batch, Sequence
 from tests.engines import engine_of, generate, lanes_of, open_lanes
 
 pytestmark = pytest.mark.real
@@ -185,17 +184,17 @@ def test_few_go_home_to_a_prompt_that_is_too_long_for_a_lane(twins: Twins) -> No
 
 
 def test_an_answer_that_becomes_too_long_for_its_lane_goes_home(twins: Twins) -> None:
-    twins.step({0: LANE - MOST - 4, 1: 50, 2: 30, 3: 20})
-    for n in range(LANE - MOST - 3, LANE - MOST + 6):
+    twins.step({0: LANE - MOST_GUESSES - 4, 1: 50, 2: 30, 3: 20})
+    for n in range(LANE - MOST_GUESSES - 3, LANE - MOST_GUESSES + 6):
         assert twins.answer(0, 1, 2, 3) < CLOSE
-        assert (0 in twins.slots) == (n <= LANE - MOST)  # guesses have room in any case
+        assert (0 in twins.slots) == (n <= LANE - MOST_GUESSES)  # guesses have room in any case
     assert sorted(twins.slots) == [1, 2, 3]
 
 
 def test_guesses_in_lanes_are_computed_and_dropped(twins: Twins) -> None:
-    twins.step({0: LANE - MOST - 2, 1: 50, 2: 30, 3: 20})
+    twins.step({0: LANE - MOST_GUESSES - 2, 1: 50, 2: 30, 3: 20})
     twins.answer(0, 1, 2, 3)
-    assert twins.step({0: 1, 1: 1, 2: 1, 3: 1}, n_guesses=MOST) < CLOSE
+    assert twins.step({0: 1, 1: 1, 2: 1, 3: 1}, n_guesses=MOST_GUESSES) < CLOSE
     assert len(twins.slots) == 4
     assert twins.answer(0, 1, 2, 3) < CLOSE
 

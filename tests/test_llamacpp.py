@@ -38,9 +38,9 @@ from engine.llama_limits import PLAIN_TOKENS
 from engine.machine import Cores
 from engine.model_file import read_model_file
 from engine.prefix import PrefixTree
-from engine.speculation import MOST, Guesses
+from engine.speculation import Guesses
 from engine.threads import Lateness
-from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
+from engine.types import MOST_GUESSES, Batch, Chunk, Sampled, SamplingParams, Sequence
 from errors import ModelLoadFailed
 from generation_jobs import Jobs, prepare
 from settings import TierSettings
@@ -123,6 +123,19 @@ def test_sixteen_streams_at_once_say_what_each_says_alone(
     assert n_differ < 16
 
 
+def break_steps_off(monkeypatch: pytest.MonkeyPatch) -> list[ContextThreads]:
+    """Every step is late from now on. One entry for each that is broken off."""
+    broken_off: list[ContextThreads] = []
+
+    def fewer(threads: ContextThreads) -> None:  # but as many, so that the same numbers come
+        broken_off.append(threads)
+        threads._timer.end()  # type: ignore[union-attr]
+
+    monkeypatch.setattr(Lateness, "limit_s", lambda *_: 0.0)
+    monkeypatch.setattr(ContextThreads, "fewer", fewer)
+    return broken_off
+
+
 @pytest.mark.parametrize("lane_tokens", [0, 256])
 def test_a_step_that_is_broken_off_is_computed_anew(
     smollm2: Path, lane_tokens: int, monkeypatch: pytest.MonkeyPatch,
@@ -139,18 +152,10 @@ def test_a_step_that_is_broken_off_is_computed_anew(
     # all threads, whatever else the machine does: one thread alone waits for nobody
     monkeypatch.setattr(ContextThreads, "_look", lambda _: None)
     whole = say()
-    n_broken_off = 0
-
-    def fewer(threads: ContextThreads) -> None:  # but as many, so that the same numbers come
-        nonlocal n_broken_off
-        n_broken_off += 1
-        threads._timer.end()  # type: ignore[union-attr]
-
     monkeypatch.setattr(llama_threads, "TICK_S", 0.0005)
-    monkeypatch.setattr(Lateness, "limit_s", lambda *_: 0.0)
-    monkeypatch.setattr(ContextThreads, "fewer", fewer)
+    broken_off = break_steps_off(monkeypatch)
     assert say() == whole
-    assert n_broken_off > 3
+    assert len(broken_off) > 3
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -180,7 +185,7 @@ def test_a_step_behind_a_sliding_window_is_computed_anew_too(
 
     monkeypatch.setattr(ContextThreads, "_look", lambda _: None)
     whole = say()
-    n_begun = n_broken_off = n_lost = 0
+    n_begun = n_lost = 0
 
     def begin(timer: llama_threads._Timer, _: float) -> None:
         nonlocal n_begun
@@ -188,19 +193,13 @@ def test_a_step_behind_a_sliding_window_is_computed_anew_too(
         if n_begun % 3 == 0:
             timer._text[0] = b"!"
 
-    def fewer(threads: ContextThreads) -> None:
-        nonlocal n_broken_off
-        n_broken_off += 1
-        threads._timer.end()  # type: ignore[union-attr]
-
     def lost(*given: Any) -> bool:
         nonlocal n_lost
         n_lost += 1
         return n_lost % 4 > 0 and llama_memory.cut(*given)
 
-    monkeypatch.setattr(Lateness, "limit_s", lambda *_: 0.0)
     monkeypatch.setattr(llama_threads._Timer, "begin", begin)
-    monkeypatch.setattr(ContextThreads, "fewer", fewer)
+    broken_off = break_steps_off(monkeypatch)
     if is_lost:
         monkeypatch.setattr(llamacpp, "cut", lost)
     n_same = 10 if is_lost else 30  # other chunks of a prompt are rounded otherwise
@@ -208,7 +207,7 @@ def test_a_step_behind_a_sliding_window_is_computed_anew_too(
     assert {i: said[:n_same] for i, said in found.items()} == {
         i: said[:n_same] for i, said in whole.items()
     }
-    assert n_broken_off > 20
+    assert len(broken_off) > 20
     assert bool(n_lost) == is_lost
 
 
@@ -394,15 +393,15 @@ def test_there_is_room_for_the_logits_of_all_guesses_and_for_no_more(
 ) -> None:
     caplog.set_level("DEBUG", "llama.cpp")
     engine = engine_of(tiny, n_parallel=4, n_batch=256)
-    assert re.search(rf"n_outputs_max += {4 + 1 + 4 * MOST}\n", caplog.text)
+    assert re.search(rf"n_outputs_max += {4 + 1 + 4 * MOST_GUESSES}\n", caplog.text)
     decoder = cast(LlamaDecoder, cast(BatchEngine, engine)._decoder)
     batch = Batch()
     for slot in range(4):
         sequence = Sequence(slot, array("i", [1000 + slot]), slot=slot)
         batch.add(sequence, 1)
-        batch.guess(batch.chunks[-1], array("i", range(2000, 2000 + MOST)))
+        batch.guess(batch.chunks[-1], array("i", range(2000, 2000 + MOST_GUESSES)))
     decoder.decode(batch)
-    assert len(decoder._rows) == 4 * (1 + MOST)
+    assert len(decoder._rows) == 4 * (1 + MOST_GUESSES)
     engine.close()
 
 
@@ -488,7 +487,7 @@ def test_wrong_guesses_leave_no_trace_in_windows_and_states(
         engine.close()
         return logits
 
-    plain, guessed = heard(0), heard(MOST)
+    plain, guessed = heard(0), heard(MOST_GUESSES)
     assert len(plain) > 400
     for place, logits in plain.items():
         assert np.abs(logits - guessed[place]).max() < logits.std() / 20

@@ -16,8 +16,8 @@ from engine import speculation, wire
 from engine.backends.fake import FakeDecoder, Script
 from engine.batch_engine import BatchEngine
 from engine.grammar import Compiler
-from engine.speculation import BESIDE, LEAST, LONGEST, MEMORY, MOST, UNKNOWN, Guesses, Speculation
-from engine.types import Batch, SamplingParams
+from engine.speculation import BESIDE, LEAST, LONGEST, MEMORY, UNKNOWN, Guesses, Speculation
+from engine.types import MOST_GUESSES, Batch, SamplingParams
 from tests.engines import lanes_of, open_lanes
 from tests.scheduling import Bench, FixedSpeculation, answer_to, repetitive_token, tokens
 from tests.serving import fake, script, serving
@@ -116,9 +116,9 @@ def test_a_price_that_is_not_known_lies_between_its_neighbours_or_a_little_above
 
 
 def test_cheap_guesses_are_many_and_dear_ones_are_none() -> None:
-    assert taught(CHEAP).plan([1.0], 0, 100) == [MOST - 1]
+    assert taught(CHEAP).plan([1.0], 0, 100) == [MOST_GUESSES - 1]
     assert taught(DEAR).plan([1.0], 0, 100) == [0]
-    assert 0 < taught(CHEAP).plan([0.6], 0, 100)[0] < MOST - 1
+    assert 0 < taught(CHEAP).plan([0.6], 0, 100)[0] < MOST_GUESSES - 1
 
 
 def test_guesses_that_are_likely_wrong_are_not_computed() -> None:
@@ -166,7 +166,7 @@ def test_a_step_without_guesses_is_measured_again_after_a_while() -> None:
 
 def test_one_slow_step_does_not_decide() -> None:
     found = taught(CHEAP)
-    found.observe(MOST, 100.0)
+    found.observe(MOST_GUESSES, 100.0)
     assert found.plan([1.0], 0, 100)[0] > 0
 
 
@@ -180,10 +180,7 @@ def guessing(n: int = 4, **values: Any) -> Bench:
 def test_right_guesses_save_steps_and_wrong_ones_leave_no_cells() -> None:
     bench = guessing()
     bench.add(1, tokens(1000, 9), n_wanted=100)
-    n_steps = 0
-    while not bench.scheduler.idle:
-        bench.step()  # which checks the cells
-        n_steps += 1
+    n_steps = bench.run()  # which checks the cells
     assert bench.answers[1] == answer_to(tokens(1000, 9), 100, repetitive_token)
     assert n_steps - 1 <= 100 - bench.n_right <= n_steps  # the last may have been guessed
     assert 0 < bench.n_right < bench.n_guessed
@@ -220,10 +217,7 @@ def test_a_request_that_must_have_the_same_numbers_gets_no_guesses() -> None:
 def test_memory_that_cannot_drop_an_end_comes_back_to_a_copy() -> None:
     bench = guessing(is_cells=False, takes_back=False)
     bench.add(1, tokens(1000, 9), n_wanted=100)
-    n_steps = 0
-    while not bench.scheduler.idle:
-        bench.step()  # which checks the cells
-        n_steps += 1
+    n_steps = bench.run()  # which checks the cells
     assert bench.answers[1] == answer_to(tokens(1000, 9), 100, repetitive_token)
     assert 0 < bench.memory.n_rewound < bench.n_right < bench.n_guessed
     assert n_steps < 100
@@ -299,7 +293,7 @@ def test_a_step_that_is_computed_again_is_paid_twice() -> None:
     found = taught(CHEAP)
     (n,) = found.plan([0.8], 0, 100)
     found = taught(CHEAP, repeats=True)
-    assert found.plan([1.0], 0, 100) == [MOST - 1]
+    assert found.plan([1.0], 0, 100) == [MOST_GUESSES - 1]
     assert 0 < found.plan([0.8], 0, 100)[0] < n
     assert found.plan([0.4], 0, 100) == [0]
 

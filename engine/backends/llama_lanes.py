@@ -21,8 +21,7 @@ import numpy as np
 from engine.backends.llama_memory import Bytes, LlamaMemory, read_state, state_size, write_state
 from engine.backends.llama_threads import ContextThreads
 from engine.prefix import Saved
-from engine.speculation import MOST
-from engine.types import Batch, Chunk
+from engine.types import MOST_GUESSES, Batch, Chunk
 
 logger = logging.getLogger("llama.cpp")
 
@@ -104,7 +103,7 @@ class Lanes:
         return fitting if lengths and can_go_on else {}
 
     def _fits(self, chunk: Chunk) -> bool:
-        return len(chunk.sequence.tokens) + MOST <= self._n_cells
+        return len(chunk.sequence.tokens) + MOST_GUESSES <= self._n_cells
 
     def spare(self, chunks: dict[int, Chunk]) -> list[Place]:
         """For rows that nobody wants in a step of these: only neighbours with as many tokens are

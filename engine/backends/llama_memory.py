@@ -95,12 +95,17 @@ class Window(NamedTuple):
 def cut(memory: Any, sequence: int, n_tokens: int, window: Window | None = None) -> bool:
     """Keep the first tokens of a sequence. False, and unchanged, where the memory has no longer
     what the next token sees of them, in states or through a window."""
+    if not sees_all(memory, sequence, n_tokens, window):
+        return False
+    return bool(lib.llama_memory_seq_rm(memory, sequence, n_tokens, -1))
+
+
+def sees_all(memory: Any, sequence: int, position: int, window: Window | None) -> bool:
+    """What a token at this position sees of a sequence through a window is there."""
     # Cells that a step finds behind the window it uses again. From where it began they are not seen
     # either, unless llama.cpp has computed it in parts. From its first position on a sequence has
     # all there.
-    if window and lib.llama_memory_seq_pos_min(memory, sequence) > window.begin(n_tokens):
-        return False
-    return bool(lib.llama_memory_seq_rm(memory, sequence, n_tokens, -1))
+    return not window or (lib.llama_memory_seq_pos_min(memory, sequence) <= window.begin(position))
 
 
 def state_size(context: Any, sequence: int, flags: int = 0) -> int:

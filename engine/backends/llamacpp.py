@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from engine.backends.base import CacheFull, CellsLost, Engine, Memory, ReportProgress, Tokenizer
 from engine.backends.llama_lanes import Lanes, Place
-from engine.backends.llama_memory import LlamaMemory, Window, cut
+from engine.backends.llama_memory import LlamaMemory, Window, cut, sees_all
 from engine.backends.llama_model import (
     Error,
     LlamaLog,
@@ -34,8 +34,7 @@ from engine.drawing import RowSampler
 from engine.llama_limits import LEAST_IN_LANES, LEAST_IN_PLAIN_LANES, PLAIN_TOKENS
 from engine.rounding import Rounding
 from engine.sampling import scored
-from engine.speculation import MOST
-from engine.types import Batch, Chunk, Sampled, SamplingParams, Sequence
+from engine.types import MOST_GUESSES, Batch, Chunk, Sampled, SamplingParams, Sequence
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
 
@@ -74,20 +73,21 @@ class LlamaDecoder:
             logger.warning("%s=false is for CPUs, and does nothing with a GPU", key)
         architecture = meta_text(self._model, "general.architecture")
         n_swa: int = lib.llama_model_n_swa(self._model)
-        self._window = Window(n_swa, is_chunked=architecture == "llama4") if n_swa > 0 else None
+        window = Window(n_swa, is_chunked=architecture == "llama4") if n_swa > 0 else None
         is_deepseek4 = architecture == "deepseek4"  # which has windows too, and does not tell
         has_states = is_deepseek4 or lib.llama_model_is_recurrent(self._model)
         has_states = has_states or lib.llama_model_is_hybrid(self._model)
         # Where llama.cpp computes a step in parts, behind a window the first of them may miss cells
         # that it has given to a later one. So there steps are no larger than a part, and with
         # states, which have tokens of several sequences in parts, they are one sequence's.
-        if has_states and (is_deepseek4 or self._window):
+        if has_states and (is_deepseek4 or window):
             if spec.n_parallel > 1:
                 logger.info("%s is computed for one request at a time", name_of(spec))
             n_ctx = min(spec.n_ctx, spec.kv_tokens)
             spec = msgspec.structs.replace(spec, n_parallel=1, kv_tokens=n_ctx)
         self.n_parallel = spec.n_parallel
-        has_parts = not (self._window or is_deepseek4)
+        self._window = None if has_states else window  # that can be looked at
+        has_parts = not (window or is_deepseek4)
         new_context = partial(
             _new_context, self._model, spec, is_flash=is_flash, has_parts=has_parts
         )
@@ -104,7 +104,7 @@ class LlamaDecoder:
             raise ModelLoadFailed(f"{name_of(spec)} is an encoder; it cannot generate text.")
         # behind a sliding window llama.cpp uses cells again, and does not tell; parts of a
         # recurrent memory it takes for cells: answers would be wrong
-        is_cells = not (has_states or self._window)
+        is_cells = not (has_states or window)
         takes_back = self.can_round = not has_states
         # states cannot be taken back, and GPUs are not asked
         breaks_off = takes_back and not self._has_gpu
@@ -139,7 +139,9 @@ class LlamaDecoder:
         self._samplers = Samplers(self._model, tokenizer, self.n_cells)
         self._batch = _BatchArrays(self.n_batch)
         self._at_home, self._in_lanes = Rounding(*GROUPS), Rounding(*GROUPS)
-        self._n_rows = min(self.n_batch, spec.n_parallel * (MOST + 1))  # with logits, at most
+        self._n_rows = min(
+            self.n_batch, spec.n_parallel * (MOST_GUESSES + 1)
+        )  # with logits, at most
         scratch = spec.n_parallel
         self._spare = [(scratch, at) for at in range(self._n_rows)]
         self._rows: list[Row] = []  # of the last batch
@@ -221,17 +223,11 @@ class LlamaDecoder:
                 if not cut(memory, sequence, chunk.start, self._window):
                     raise CellsLost
             status = lib.llama_decode(context, batch)
-        if status == 0 and self.can_round and not self._has_windows(memory, chunks):
-            raise CellsLost
+        if status == 0 and self._window:  # llama.cpp tries parts where cells are short
+            for sequence, chunk in chunks.items():
+                if not sees_all(memory, sequence, chunk.start, self._window):
+                    raise CellsLost
         return status
-
-    def _has_windows(self, memory: Any, chunks: dict[int, Chunk]) -> bool:
-        """All that the chunks' first tokens see was there: llama.cpp did not compute the step in
-        parts, as it tries to where cells are short."""
-        return not self._window or all(
-            lib.llama_memory_seq_pos_min(memory, sequence) <= self._window.begin(chunk.start)
-            for sequence, chunk in chunks.items()
-        )
 
     def _logits(self, context: Any, n_rows: int) -> Sequence_[Logits]:
         """All that the last batch wanted, in its order, until the next one is computed."""
@@ -342,6 +338,6 @@ def _new_context(
             n_batch = params.n_batch = params.n_ubatch
     # rows of logits for which there is room, which else are as many as a batch has tokens; to want
     # more ends the process
-    params.n_outputs_max = min(n_batch, n_seq_max + spec.n_parallel * MOST)
+    params.n_outputs_max = min(n_batch, n_seq_max + spec.n_parallel * MOST_GUESSES)
     params.n_threads = params.n_threads_batch = spec.n_threads
     return lib.llama_init_from_model(model, params) or None
