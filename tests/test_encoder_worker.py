@@ -197,7 +197,9 @@ def test_one_big_request_does_not_keep_a_small_one_waiting(serve: Serve) -> None
 
 
 def test_a_large_batch_gives_way_to_a_small_request(serve: Serve) -> None:
-    served = serve({"match": "stall", "fault": "stall"}, n_ctx=512)
+    # it has no room for the small one, which may come before it begins
+    room = {"batch_tokens": WORTH_GIVING_UP}
+    served = serve({"match": "stall", "fault": "stall"}, n_ctx=512, encoder=room)
     served.ready()
     served.send(embed("stall " * WORTH_GIVING_UP, job=1), wire.Ping())
     assert served.read() == wire.Pong(), "it is being computed"
@@ -588,7 +590,8 @@ def test_what_is_cut_off_counts_when_texts_are_tokenised(tmp_path: Path) -> None
 
 
 def test_a_request_that_is_cancelled_while_it_is_computed_ends_at_once(serve: Serve) -> None:
-    served = serve({"match": "stall", "fault": "stall"})
+    # each text in a batch of its own: one that somebody else is in too goes on
+    served = serve({"match": "stall", "fault": "stall"}, encoder={"batch_tokens": 1})
     served.ready()
     served.send(embed("stall", job=1), wire.Ping())
     assert served.read() == wire.Pong(), "also in the middle of a batch"

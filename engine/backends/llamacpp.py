@@ -139,9 +139,8 @@ class LlamaDecoder:
         self._samplers = Samplers(self._model, tokenizer, self.n_cells)
         self._batch = _BatchArrays(self.n_batch)
         self._at_home, self._in_lanes = Rounding(*GROUPS), Rounding(*GROUPS)
-        self._n_rows = min(
-            self.n_batch, spec.n_parallel * (MOST_GUESSES + 1)
-        )  # with logits, at most
+        # with logits, at most
+        self._n_rows = min(self.n_batch, spec.n_parallel * (MOST_GUESSES + 1))
         scratch = spec.n_parallel
         self._spare = [(scratch, at) for at in range(self._n_rows)]
         self._rows: list[Row] = []  # of the last batch
