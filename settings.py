@@ -55,7 +55,7 @@ EMBEDDING = {
 # of encoders
 ENCODING = {"queue_texts", "batch_tokens", "truncate"}
 # of other backends
-IDLE_WITH = {"mlx": {"n_threads", "speculation", "flash_attention"}, "onnx": {"n_gpu_layers"}}
+IDLE_WITH = {"mlx": {"n_threads", "flash_attention"}, "onnx": {"n_gpu_layers"}}
 SECRETS = {"api_keys", "api_keys_file", "admin_api_keys"}  # faults in them quote nothing
 LEAST_LIKENESS = 0.9  # of a variable of the environment to a key, to be taken for it misspelt
 FOREIGN = {"CCACHE_DIR"}  # variables of other programs that are as like

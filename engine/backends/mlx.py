@@ -11,12 +11,14 @@ import threading
 import time
 from array import array
 from bisect import insort
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from engine.backends.base import QUIET, Constraint, Engine, ReportProgress, Tokenizer, install
+from engine.backends.mlx_ahead import takes_back
 from engine.backends.mlx_prompts import Cache, Prompts, beginning, can_cut, n_usable
 from engine.backends.mlx_rows import Rows, ScoredPrompt, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
@@ -28,6 +30,7 @@ from engine.model_file import ModelFile
 from engine.pace import MIN_BESIDE, MIN_TOKENS, Pace
 from engine.prefix import Tokens, n_common
 from engine.scheduler import MOST_SCORED, WORTH_WAITING_FOR
+from engine.speculation import Guesses, Speculation
 from engine.types import Admitted, SamplingParams, StepResult, is_one_steady_job, order
 from engine.wire import WorkerSpec
 from errors import ModelLoadFailed
@@ -109,6 +112,7 @@ class Live(Admitted):
     chooser: Chooser  # survives being put off
     n_joined: int = 0  # tokens with which it joined the rows
     scored: ScoredPrompt | None = None  # what it is before it joins them, if that is asked for
+    guesses: Guesses = field(default_factory=Guesses)
 
     @property
     def is_decoding(self) -> bool:
@@ -130,7 +134,13 @@ class MlxEngine:
         self._spec = spec
         self._mx = import_module("mlx.core")
         self._n_alone = min(spec.n_batch, CPU_PREFILL) if is_on_cpu(self._mx) else spec.n_batch
-        self._can_cut = can_cut(import_module("mlx_lm.models.cache").make_prompt_cache(model))
+        cache = import_module("mlx_lm.models.cache").make_prompt_cache(model)
+        self._can_cut = can_cut(cache)
+        self._speculation = (
+            Speculation(repeats=not takes_back(cache)) if spec.speculates else None
+        )
+        self._said: deque[tuple[int, bool]] = deque()  # by the only row, not told yet; if guessed
+        self._has_guessed = False  # in the last step, so nothing is computed ahead of the next
         self._rows = self._new_rows()
         self.n_parallel = spec.n_parallel
         self._prompts = Prompts(spec.prefix_cache_bytes)
@@ -183,6 +193,9 @@ class MlxEngine:
 
     def step(self) -> StepResult:
         result = StepResult()
+        if self._said:
+            self._tell(result)
+            return result
         self._make_room(result)
         self._join(result)
         if not self._running:
@@ -195,6 +208,9 @@ class MlxEngine:
             n_prefill = min(max(self._n_least, n_allowed), self._spec.n_batch)
         started_at = time.perf_counter()
         try:
+            if guesses := self._next_guesses():
+                self._guess(guesses, result)
+                return result
             n_scored = self._score(min(n_prefill, MOST_SCORED), result)
             told: list[tuple[int, int]] = []
             n_prefilled = 0
@@ -204,11 +220,63 @@ class MlxEngine:
             self._fail(result, error)
             return result
         self._n_failed_steps = 0
-        self._pace.observe(n_decodes, n_scored + n_prefilled, time.perf_counter() - started_at)
+        self._observe(n_decodes, n_scored + n_prefilled, time.perf_counter() - started_at)
         by_id = {live.id: live for live in self._running}
         for number, token in told:
             self._take(by_id[number], token, result)
         return result
+
+    def _observe(self, n_decodes: int, n_prefilled: int, seconds: float) -> None:
+        if self._has_guessed and n_prefilled == 0:  # it only sent for a token
+            self._has_guessed = False
+            return
+        self._pace.observe(n_decodes, n_prefilled, seconds)
+        if self._speculation and n_decodes == 1 and n_prefilled == 0:
+            self._speculation.observe(1, seconds)
+
+    def _next_guesses(self) -> list[int]:
+        """What the only row may say next, where computing that ahead pays: there what is chosen of
+        it already is waited for."""
+        live = self._running[0]
+        if self._speculation is None or len(self._running) > 1:
+            return []
+        if not live.is_decoding or not live.reuses:  # without reuse it has the same steps each time
+            return []
+        tokens = live.tokens
+        live.guesses.follow(tokens)
+        if self._n_paying(live.guesses, tokens) == 0:
+            return []
+        tokens = tokens + array("i", self._rows.untold(live.id))
+        live.guesses.follow(tokens)
+        guesses = live.guesses.next(tokens, self._n_paying(live.guesses, tokens)).tolist()
+        # what is behind an end would stay in memory that cannot be cut
+        return guesses[: next((n for n, at in enumerate(guesses, 1) if at in self._ends), None)]
+
+    def _n_paying(self, guesses: Guesses, tokens: "array[int]") -> int:
+        n_room = self.n_ctx - len(tokens)
+        if self._speculation is None or not guesses.exist or n_room <= 0:
+            return 0
+        return self._speculation.plan([guesses.trust], 0, n_room)[0]
+
+    def _guess(self, guesses: list[int], result: StepResult) -> None:
+        """Compute guesses. What is right is told by this step and, a token each, by the next."""
+        live = self._running[0]
+        n_untold = len(self._rows.untold(live.id))
+        started_at = time.perf_counter()
+        said, n_right = self._rows.guess(live.id, guesses)
+        self._speculation.observe(1 + len(guesses), time.perf_counter() - started_at)
+        self._has_guessed = True
+        self._n_failed_steps = 0
+        result.guessed.append((live.id, len(guesses)))
+        self._said.extend((token, 0 <= n - n_untold < n_right) for n, token in enumerate(said))
+        self._tell(result)
+
+    def _tell(self, result: StepResult) -> None:
+        live = self._running[0]
+        token, is_guessed = self._said.popleft()
+        if is_guessed:
+            result.right.append(live.id)
+        self._take(live, token, result)
 
     def _score(self, n_tokens: int, result: StepResult) -> int:
         """Compute so many tokens at most of a prompt that is scored, of that which has the fewest
@@ -249,6 +317,7 @@ class MlxEngine:
         logger.error("A step failed; its %d sequences end", len(self._running), exc_info=error)
         result.failed += [(live.id, error) for live in self._running]
         self._running.clear()
+        self._said.clear()
         self._rows = self._new_rows()
         self._mx.clear_cache()
 
@@ -392,6 +461,7 @@ class MlxEngine:
     def _leave(self, live: Live) -> None:
         """What is computed of it is remembered."""
         self._running.remove(live)
+        self._said.clear()
         self._share_cells()
         if live.scored is not None:
             live.scored = None

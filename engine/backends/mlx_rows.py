@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engine.backends.mlx_ahead import compute_ahead, parts
 from engine.backends.mlx_prompts import Cache, as_tokens, can_cut
 from engine.backends.mlx_sampling import Chooser
 from engine.prefix import Tokens
@@ -29,6 +30,14 @@ class Rows(Protocol):
     def step(self, n_prefill: int) -> tuple[list[tuple[int, int]], int]:
         """One token for each row that is past its prompt, by number; and by how many tokens prompts
         got on, of so many at most. After an exception all of this is of no further use."""
+
+    def untold(self, number: int) -> list[int]:
+        """What is chosen of a row past its prompt, and told by the next step. Waits for it."""
+
+    def guess(self, number: int, guesses: list[int]) -> tuple[list[int], int]:
+        """A step of the only row, which is past its prompt, with guesses of what comes after all
+        that is chosen. Returns its tokens, what was untold and one more at least, and how many of
+        them were guessed. After an exception all of this is of no further use."""
 
     def remove(self, number: int) -> None: ...
 
@@ -54,10 +63,9 @@ def _can_merge(layer: Any) -> bool:
 def _counters(cache: Iterable[Any]) -> Iterator[Any]:
     """What layers count in each step. Where nothing asks for it, as without RoPE and in a state, it
     would stay a sum that grows by a term a step, each with a buffer, of which Metal has so many."""
-    for layer in cache:
-        for part in getattr(layer, "caches", [layer]):
-            found = (getattr(part, name, None) for name in ("offset", "left_padding", "lengths"))
-            yield from (counter for counter in found if counter is not None)
+    for part in parts(cache):
+        found = (getattr(part, name, None) for name in ("offset", "left_padding", "lengths"))
+        yield from (counter for counter in found if counter is not None)
 
 
 class BatchRows:
@@ -69,6 +77,7 @@ class BatchRows:
         generator = import_module("mlx_lm.generate").BatchGenerator
         self._mx = import_module("mlx.core")
         self.n_most = n_most
+        self._model = model
         self._n_prompts = n_prompts
         self._generator = generator(
             model,
@@ -78,6 +87,7 @@ class BatchRows:
         )
         self._uids: dict[int, int] = {}  # by number
         self._numbers: dict[int, int] = {}  # by uid
+        self._choosers: dict[int, Chooser] = {}  # by number
         self._prefilled: dict[int, int] = {}  # tokens so far, by uid, of rows in their prompts
 
     def add(
@@ -92,6 +102,7 @@ class BatchRows:
             logits_processors=[list(chooser.processors)],
         )
         self._uids[number] = uid
+        self._choosers[number] = chooser
         self._numbers[uid] = number
         self._prefilled[uid] = 0
 
@@ -110,9 +121,27 @@ class BatchRows:
                 self._prefilled[prompt.uid] = prompt.progress[0]
         return [(self._numbers[one.uid], one.token) for one in told], n_prefilled
 
+    def untold(self, number: int) -> list[int]:
+        at = self._generator._generation_batch.uids.index(self._uids[number])
+        return [self._generator._generation_batch._next_tokens[at].item()]
+
+    def guess(self, number: int, guesses: list[int]) -> tuple[list[int], int]:
+        batch = self._generator._generation_batch
+        (token,) = self.untold(number)
+        with self._mx.stream(self._generator.stream):
+            computed, following, n_right = compute_ahead(
+                self._model, batch.prompt_cache, token, guesses, self._choosers[number]
+            )
+            batch._next_tokens = self._mx.array([following], dtype=self._mx.uint32)
+        (tokens,) = batch.tokens
+        tokens += computed
+        if len(tokens) % GROWTH < len(computed):
+            self._mx.clear_cache()
+        return computed, n_right
+
     def remove(self, number: int) -> None:
         uid = self._uids.pop(number)
-        del self._numbers[uid]
+        del self._numbers[uid], self._choosers[number]
         self._prefilled.pop(uid, None)
         self._generator.remove([uid])
 
@@ -198,13 +227,24 @@ class SingleRow:
             self._mx.clear_cache()  # as a BatchGenerator does
         if n_left:
             return [], n
-        scores = logits[:, -1, :]
-        for process in self._chooser.processors:
-            scores = process(None, scores)
-        scores = scores - self._mx.logsumexp(scores, axis=-1, keepdims=True)
-        token = int(self._chooser.sample(scores).item())
+        (token,) = self._chooser.ahead(logits[0, -1:], [])
         self._tokens.append(token)
         return [(self._number, token)], 0
+
+    def untold(self, number: int) -> list[int]:
+        return []
+
+    def guess(self, number: int, guesses: list[int]) -> tuple[list[int], int]:
+        assert self._chooser is not None
+        computed, following, n_right = compute_ahead(
+            self._model, self._cache, self._tokens[-1], guesses, self._chooser
+        )
+        self._n_past += len(computed)
+        if self._n_past % GROWTH < len(computed):
+            self._mx.clear_cache()
+        said = [*computed[1:], following]
+        self._tokens += said
+        return said, n_right
 
     def remove(self, number: int) -> None:
         self._number = self._chooser = None

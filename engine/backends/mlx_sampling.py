@@ -22,6 +22,10 @@ class Chooser(Protocol):
     processors: tuple[Callable[[Any, Any], Any], ...]
     sample: Callable[[Any], Any]
 
+    def ahead(self, logits: Any, guesses: list[int]) -> list[int]:
+        """What comes after each of some tokens, by logits of [n_guesses + 1, n_vocab], up to the
+        first that is not as guessed."""
+
     def taken(self, token: int) -> Sampled:
         """What was chosen, in the order in which MLX tells it. Raises what went wrong then."""
 
@@ -59,6 +63,9 @@ class Likeliest:
     def __init__(self) -> None:
         self.sample: Callable[[Any], Any] = _likeliest
 
+    def ahead(self, logits: Any, guesses: list[int]) -> list[int]:
+        return _up_to_wrong(_likeliest(normalised(logits)).tolist(), guesses)
+
     def taken(self, token: int) -> Sampled:
         return Sampled(token)
 
@@ -68,6 +75,18 @@ class Likeliest:
 
 def _likeliest(scores: Any) -> Any:
     return import_module("mlx.core").argmax(scores, axis=-1)
+
+
+def normalised(logits: Any) -> Any:
+    """As a BatchGenerator gives them to `sample`."""
+    return logits - import_module("mlx.core").logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _up_to_wrong(chosen: list[int], guesses: list[int]) -> list[int]:
+    for n, guess in enumerate(guesses):
+        if chosen[n] != guess:
+            return chosen[: n + 1]
+    return chosen
 
 
 class Drawn:
@@ -108,6 +127,17 @@ class Drawn:
         self._drawn.append(token)
         return token
 
+    def ahead(self, logits: Any, guesses: list[int]) -> list[int]:
+        scores, keys = normalised(logits), []
+        for n in range(len(guesses) + 1):
+            self._sample(scores[n : n + 1])
+            keys.append(self._key)
+        drawn = [self._drawn.pop() for _ in keys][::-1]
+        chosen = _up_to_wrong(self._mx.concatenate(drawn).tolist(), guesses)
+        self._drawn.extend(drawn[: len(chosen)])
+        self._key = keys[len(chosen) - 1]  # who was not asked has drawn nothing
+        return chosen
+
     def taken(self, token: int) -> Sampled:
         self._drawn.popleft()
         return Sampled(token)
@@ -129,20 +159,33 @@ class RowChooser:
         self.sample: Callable[[Any], Any] = self._sample
 
     def _process(self, tokens: Any, logits: Any) -> Any:
+        self._choose(logits[0].astype(self._mx.float32))
+        return logits
+
+    def _choose(self, logits: Any) -> bool:
         """An exception would be the whole batch's: it waits until the token is asked for. One step
         goes on behind the end of an answer, where a grammar may have nothing to say."""
         try:
-            row = np.array(logits[0].astype(self._mx.float32))
-            sampled = self._sampler.choose(row, self._constraint)
+            sampled = self._sampler.choose(np.array(logits), self._constraint)
         except Exception as error:
             self._chosen.append(error)
-        else:
-            self._chosen.append(sampled)
-            self._token = sampled.token
-        return logits
+            return False
+        self._chosen.append(sampled)
+        self._token = sampled.token
+        return True
 
     def _sample(self, scores: Any) -> Any:
         return self._mx.array([self._token], dtype=self._mx.uint32)
+
+    def ahead(self, logits: Any, guesses: list[int]) -> list[int]:
+        chosen: list[int] = []
+        rows = np.array(logits.astype(self._mx.float32))
+        for row, guess in zip(rows, [*guesses, None], strict=True):
+            is_chosen = self._choose(row)
+            chosen.append(self._token)
+            if not is_chosen or self._token != guess:
+                break
+        return chosen
 
     def taken(self, token: int) -> Sampled:
         chosen = self._chosen.popleft()
