@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 

@@ -540,8 +540,8 @@ def test_ordinary_variables_of_a_shell_are_not_ours(monkeypatch: pytest.MonkeyPa
         ),
         (
             "LIGHT",
-            "N_THREADS=1 SPECULATION=false FLASH_ATTENTION=false",
-            "BACKEND=mlx KV_TOKENS=64 N_CTX=64 N_GPU_LAYERS=0 QUEUE_SIZE=3",
+            "N_THREADS=1 FLASH_ATTENTION=false",
+            "BACKEND=mlx SPECULATION=false KV_TOKENS=64 N_CTX=64 N_GPU_LAYERS=0 QUEUE_SIZE=3",
             "the backend mlx has no use for it",
         ),
         (

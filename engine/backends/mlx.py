@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends.base import QUIET, Constraint, Engine, ReportProgress, Tokenizer, install
-from engine.backends.mlx_ahead import takes_back
+from engine.backends.mlx_ahead import can_take_back
 from engine.backends.mlx_prompts import Cache, Prompts, beginning, can_cut, n_usable
 from engine.backends.mlx_rows import Rows, ScoredPrompt, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
@@ -137,7 +137,7 @@ class MlxEngine:
         cache = import_module("mlx_lm.models.cache").make_prompt_cache(model)
         self._can_cut = can_cut(cache)
         self._speculation = (
-            Speculation(repeats=not takes_back(cache)) if spec.speculates else None
+            Speculation(repeats=not can_take_back(cache)) if spec.speculates else None
         )
         self._said: deque[tuple[int, bool]] = deque()  # by the only row, not told yet; if guessed
         self._has_guessed = False  # in the last step, so nothing is computed ahead of the next
@@ -248,9 +248,7 @@ class MlxEngine:
             return []
         tokens = tokens + array("i", self._rows.untold(live.id))
         live.guesses.follow(tokens)
-        guesses = live.guesses.next(tokens, self._n_paying(live.guesses, tokens)).tolist()
-        # what is behind an end would stay in memory that cannot be cut
-        return guesses[: next((n for n, at in enumerate(guesses, 1) if at in self._ends), None)]
+        return live.guesses.next(tokens, self._n_paying(live.guesses, tokens)).tolist()
 
     def _n_paying(self, guesses: Guesses, tokens: "array[int]") -> int:
         n_room = self.n_ctx - len(tokens)
@@ -260,15 +258,15 @@ class MlxEngine:
 
     def _guess(self, guesses: list[int], result: StepResult) -> None:
         """Compute guesses. What is right is told by this step and, a token each, by the next."""
+        assert self._speculation is not None
         live = self._running[0]
         n_untold = len(self._rows.untold(live.id))
-        started_at = time.perf_counter()
-        said, n_right = self._rows.guess(live.id, guesses)
-        self._speculation.observe(1 + len(guesses), time.perf_counter() - started_at)
+        said, ahead = self._rows.guess(live.id, guesses)
+        self._speculation.observe(1 + len(guesses), ahead.seconds)
         self._has_guessed = True
         self._n_failed_steps = 0
         result.guessed.append((live.id, len(guesses)))
-        self._said.extend((token, 0 <= n - n_untold < n_right) for n, token in enumerate(said))
+        self._said += ((token, 0 <= n - n_untold < ahead.n_right) for n, token in enumerate(said))
         self._tell(result)
 
     def _tell(self, result: StepResult) -> None:
@@ -459,9 +457,8 @@ class MlxEngine:
         insort(self._waiting, last, key=order)
 
     def _leave(self, live: Live) -> None:
-        """What is computed of it is remembered."""
+        """What is computed of it is remembered, as far as it is told."""
         self._running.remove(live)
-        self._said.clear()
         self._share_cells()
         if live.scored is not None:
             live.scored = None
@@ -473,9 +470,12 @@ class MlxEngine:
     def _leave_rows(self, live: Live) -> None:
         if not self._prompts.is_off:
             try:
+                if self._said:
+                    self._rows.retract(live.id, len(self._said))
                 self._prompts.remember(*self._rows.cache_of(live.id))
             except Exception as error:
                 self._forget_all(error)
+        self._said.clear()
         self._rows.remove(live.id)
 
     def _forget_all(self, error: Exception) -> None:

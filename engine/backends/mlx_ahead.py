@@ -1,54 +1,75 @@
 """Guessed tokens in one pass of a model on MLX, and what was wrong of them taken back."""
 
 import copy
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from engine.backends.mlx_prompts import Cache
 from engine.backends.mlx_sampling import Chooser
 
-# kinds of mlx-lm's memories, of which what the last pass computed can be cut off
+# memories of mlx-lm's that are lists of cells
 CUTS = {"KVCache", "BatchKVCache", "ChunkedKVCache"}
-# the same with a window: a pass with several tokens leaves all that its first one sees
+# and with a window: a pass with several tokens leaves all that its first one sees
 ROTATES = {"RotatingKVCache", "BatchRotatingKVCache"}
 
 
-def takes_back(cache: Cache) -> bool:
-    """What a pass computed can be cut off again. Else it has to go on from a copy, which is free
-    for what is replaced in each pass, as states are, and what was right is computed again."""
-    return all(type(part).__name__ in CUTS | ROTATES for part in parts(cache))
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Tokens that a cache got at once, and what cannot be cut of it as it was before. That is free
+    for states, which each pass replaces."""
+
+    tokens: list[int]
+    before: list[tuple[Any, dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    last: Pass  # the cache has its tokens more: the next one, what was right, perhaps one more
+    following: int  # what is chosen to come after them
+    n_right: int
+    seconds: float  # of the pass with all guesses
+
+
+def can_take_back(cache: Cache) -> bool:
+    """Any of the last pass's tokens, and not only all."""
+    return all(map(_takes_back, parts(cache)))
+
+
+def take_back(cache: Cache, last: Pass, n_tokens: int) -> int:
+    """Take so many of the last pass's tokens out of a cache, or all. Returns how many."""
+    n_tokens = len(last.tokens) if last.before else n_tokens
+    for part in filter(_takes_back, parts(cache)):
+        part.trim(n_tokens)
+        if type(part).__name__ in ROTATES:  # whose next pass takes all that is there for said
+            part.keys = part.keys[..., : part._idx, :]
+            part.values = part.values[..., : part._idx, :]
+    for part, values in last.before:
+        vars(part).update(copy.deepcopy(values))
+    return n_tokens
 
 
 def compute_ahead(
     model: Any, cache: Cache, token: int, guesses: list[int], chooser: Chooser
-) -> tuple[list[int], int, int]:
-    """Compute the next token of the one sequence in `cache`, and guesses of what comes after it.
-
-    Returns the tokens that `cache` has more then, of which that is the first; the one that is
-    chosen to come after them; and how many guesses were right.
-    """
-    mx = import_module("mlx.core")
-    copies = [
-        (part, copy.deepcopy(vars(part)))
-        for part in parts(cache)
-        if type(part).__name__ not in CUTS | ROTATES
-    ]
-    tokens = [token, *guesses]
-    chosen = chooser.ahead(model(mx.array([tokens]), cache=cache)[0], guesses)
+) -> Ahead:
+    """Compute the next token of the one sequence in `cache`, and guesses of what comes after it."""
+    started_at = time.perf_counter()
+    logits, last = _compute(model, cache, [token, *guesses])
+    chosen = chooser.ahead(logits, guesses)
+    seconds = time.perf_counter() - started_at
     n_right = len(chosen) - 1
-    right = tokens[: n_right + 1]
-    if len(right) < len(tokens):
-        for part in parts(cache):
-            if type(part).__name__ in CUTS | ROTATES:
-                _cut(part, len(tokens) - (0 if copies else len(right)))
-        for part, values in copies:
-            vars(part).update(values)
-        if copies:
-            right.append(chosen[-1])
-            chosen = chooser.ahead(model(mx.array([right]), cache=cache)[0, -1:], [])
-    mx.async_eval([layer.state for layer in cache])
-    return right, chosen[-1], n_right
+    n_wrong = len(guesses) - n_right
+    if n_wrong:
+        right = last.tokens[:-n_wrong]
+        if take_back(cache, last, n_wrong) > n_wrong:
+            logits, last = _compute(model, cache, [*right, chosen[-1]])
+            chosen = chooser.ahead(logits[-1:], [])
+        else:
+            last = Pass(right, [])
+    import_module("mlx.core").async_eval([layer.state for layer in cache])
+    return Ahead(last, chosen[-1], n_right, seconds)
 
 
 def parts(cache: Iterable[Any]) -> Iterator[Any]:
@@ -57,8 +78,12 @@ def parts(cache: Iterable[Any]) -> Iterator[Any]:
         yield from getattr(layer, "caches", [layer])
 
 
-def _cut(part: Any, n_tokens: int) -> None:
-    part.trim(n_tokens)
-    if type(part).__name__ in ROTATES:  # whose next pass takes all that is there for said
-        part.keys = part.keys[..., : part._idx, :]
-        part.values = part.values[..., : part._idx, :]
+def _compute(model: Any, cache: Cache, tokens: list[int]) -> tuple[Any, Pass]:
+    """The logits of all tokens, [n_tokens, n_vocab]."""
+    before = [(part, copy.deepcopy(vars(part))) for part in parts(cache) if not _takes_back(part)]
+    logits = model(import_module("mlx.core").array([tokens]), cache=cache)[0]
+    return logits, Pass(tokens, before)
+
+
+def _takes_back(part: Any) -> bool:
+    return type(part).__name__ in CUTS | ROTATES

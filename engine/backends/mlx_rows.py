@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.backends.mlx_ahead import compute_ahead, parts
+from engine.backends.mlx_ahead import Ahead, compute_ahead, parts, take_back
 from engine.backends.mlx_prompts import Cache, as_tokens, can_cut
 from engine.backends.mlx_sampling import Chooser
 from engine.prefix import Tokens
@@ -34,10 +34,14 @@ class Rows(Protocol):
     def untold(self, number: int) -> list[int]:
         """What is chosen of a row past its prompt, and told by the next step. Waits for it."""
 
-    def guess(self, number: int, guesses: list[int]) -> tuple[list[int], int]:
+    def guess(self, number: int, guesses: list[int]) -> tuple[list[int], Ahead]:
         """A step of the only row, which is past its prompt, with guesses of what comes after all
-        that is chosen. Returns its tokens, what was untold and one more at least, and how many of
-        them were guessed. After an exception all of this is of no further use."""
+        that is chosen. Returns its tokens: what was untold, the guesses that were right, and
+        perhaps more. After an exception all of this is of no further use."""
+
+    def retract(self, number: int, n_tokens: int) -> None:
+        """Forget so many at least of the tokens that the last `guess` returned, and never more than
+        all of them. The row must be removed then."""
 
     def remove(self, number: int) -> None: ...
 
@@ -89,6 +93,7 @@ class BatchRows:
         self._numbers: dict[int, int] = {}  # by uid
         self._choosers: dict[int, Chooser] = {}  # by number
         self._prefilled: dict[int, int] = {}  # tokens so far, by uid, of rows in their prompts
+        self._ahead: Ahead | None = None  # of the last step, if it had guesses
 
     def add(
         self, number: int, tokens: list[int], cached: Cache | None, n_cached: int, chooser: Chooser
@@ -107,6 +112,7 @@ class BatchRows:
         self._prefilled[uid] = 0
 
     def step(self, n_prefill: int) -> tuple[list[tuple[int, int]], int]:
+        self._ahead = None
         n_prompts = min(max(len(self._prefilled), 1), self._n_prompts)
         # rounded up: from fewer tokens than are allowed the pace learns nothing
         self._generator.prefill_step_size = -(-n_prefill // n_prompts)
@@ -125,23 +131,31 @@ class BatchRows:
         at = self._generator._generation_batch.uids.index(self._uids[number])
         return [self._generator._generation_batch._next_tokens[at].item()]
 
-    def guess(self, number: int, guesses: list[int]) -> tuple[list[int], int]:
+    def guess(self, number: int, guesses: list[int]) -> tuple[list[int], Ahead]:
         batch = self._generator._generation_batch
         (token,) = self.untold(number)
         with self._mx.stream(self._generator.stream):
-            computed, following, n_right = compute_ahead(
+            ahead = self._ahead = compute_ahead(
                 self._model, batch.prompt_cache, token, guesses, self._choosers[number]
             )
-            batch._next_tokens = self._mx.array([following], dtype=self._mx.uint32)
+            batch._next_tokens = self._mx.array([ahead.following], dtype=self._mx.uint32)
         (tokens,) = batch.tokens
-        tokens += computed
-        if len(tokens) % GROWTH < len(computed):
+        tokens += ahead.last.tokens
+        if len(tokens) % GROWTH < len(ahead.last.tokens):
             self._mx.clear_cache()
-        return computed, n_right
+        return ahead.last.tokens, ahead
+
+    def retract(self, number: int, n_tokens: int) -> None:
+        assert self._ahead is not None
+        batch = self._generator._generation_batch
+        (tokens,) = batch.tokens
+        with self._mx.stream(self._generator.stream):
+            del tokens[-take_back(batch.prompt_cache, self._ahead.last, n_tokens) :]
 
     def remove(self, number: int) -> None:
         uid = self._uids.pop(number)
         del self._numbers[uid], self._choosers[number]
+        self._ahead = None
         self._prefilled.pop(uid, None)
         self._generator.remove([uid])
 
@@ -204,6 +218,7 @@ class SingleRow:
         self._n_past = 0
         self._cache: Cache = []
         self._chooser: Chooser | None = None
+        self._ahead: Ahead | None = None  # of the last step, if it had guesses
 
     def add(
         self, number: int, tokens: list[int], cached: Cache | None, n_cached: int, chooser: Chooser
@@ -217,6 +232,7 @@ class SingleRow:
     def step(self, n_prefill: int) -> tuple[list[tuple[int, int]], int]:
         if self._number is None or self._chooser is None:
             return [], 0
+        self._ahead = None
         n_left = len(self._tokens) - 1 - self._n_past
         n = min(n_left, n_prefill, self._n_batch) if n_left else 1
         part = self._mx.array([self._tokens[self._n_past : self._n_past + n]])
@@ -234,20 +250,24 @@ class SingleRow:
     def untold(self, number: int) -> list[int]:
         return []
 
-    def guess(self, number: int, guesses: list[int]) -> tuple[list[int], int]:
+    def guess(self, number: int, guesses: list[int]) -> tuple[list[int], Ahead]:
         assert self._chooser is not None
-        computed, following, n_right = compute_ahead(
+        ahead = self._ahead = compute_ahead(
             self._model, self._cache, self._tokens[-1], guesses, self._chooser
         )
-        self._n_past += len(computed)
-        if self._n_past % GROWTH < len(computed):
+        self._n_past += len(ahead.last.tokens)
+        if self._n_past % GROWTH < len(ahead.last.tokens):
             self._mx.clear_cache()
-        said = [*computed[1:], following]
+        said = [*ahead.last.tokens[1:], ahead.following]
         self._tokens += said
-        return said, n_right
+        return said, ahead
+
+    def retract(self, number: int, n_tokens: int) -> None:
+        assert self._ahead is not None
+        self._n_past -= take_back(self._cache, self._ahead.last, n_tokens)
 
     def remove(self, number: int) -> None:
-        self._number = self._chooser = None
+        self._number = self._chooser = self._ahead = None
         self._cache = []
 
     def cache_of(self, number: int) -> tuple[Tokens, Cache]:
