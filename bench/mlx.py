@@ -4,6 +4,9 @@
 
 Tokens/s by the clock, with the prompts; and CPU for each token, of the process and outside mlx.
 That is what the thread does beside BatchGenerator's steps, and in them what is chosen in numpy.
+Then a conversation of four turns whose answers are left without their beginnings in the next turn,
+as thoughts are: seconds to the first token of the first turn, and of the others together, and how
+much of their prompts was computed before; with a prompt cache, and without.
 """
 
 import argparse
@@ -47,12 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--runs", type=int, default=3)
     asked = parser.parse_args()
-    spec = WorkerSpec(
-        name="bench", backend="mlx", model_path=asked.model, n_ctx=1024, n_parallel=4,
-        kv_tokens=4096, n_batch=512, n_threads=1, n_gpu_layers=-1, max_stall_s=10.0,
-        prefix_cache_bytes=0,
-    )  # fmt: skip
-    engine = cast(MlxEngine, load_engine(spec, lambda _: None))
+    engine = load(asked.model, prefix_cache_bytes=0)
     in_mlx, in_numpy = Clock(), Clock()
     kind = import_module("mlx_lm.generate").BatchGenerator
     kind._next = in_mlx.of(kind._next)
@@ -97,7 +95,45 @@ def main() -> None:
             sorted(column)[len(found) // 2] for column in zip(*found, strict=True)
         )
         print(f"{name:24} {speed:8.1f} {each:15.2f} {outside:12.3f}")
+    remembering = load(asked.model, prefix_cache_bytes=1 << 30)
+    print("conversation               first s     others s       reused")
+    for name, of in [("with a prompt cache", remembering), ("without", engine)] * asked.runs:
+        first, others, reused = conversation(of)
+        print(f"{name:24} {first:9.2f} {others:12.2f} {reused:12.2f}")
     engine.close()
+    remembering.close()
+
+
+def load(model: str, *, prefix_cache_bytes: int) -> MlxEngine:
+    spec = WorkerSpec(
+        name="bench", backend="mlx", model_path=model, n_ctx=2048, n_parallel=4,
+        kv_tokens=4096, n_batch=512, n_threads=1, n_gpu_layers=-1, max_stall_s=10.0,
+        prefix_cache_bytes=prefix_cache_bytes,
+    )  # fmt: skip
+    return cast(MlxEngine, load_engine(spec, lambda _: None))
+
+
+def conversation(engine: MlxEngine) -> tuple[float, float, float]:
+    dice = random.Random(time.perf_counter())
+    history = dice.choices(range(1000, 40_000), k=600)
+    n_cached: list[int] = []
+    n_asked: list[int] = []
+    waits: list[float] = []
+    for turn in range(4):
+        engine.admit(turn, history, GREEDY)
+        n_asked.append(len(history))
+        at = time.perf_counter()
+        answer: list[int] = []
+        while not engine.idle:
+            result = engine.step()
+            n_cached += [n for _, n in result.started]
+            answer += [token for _, (token, *_) in result.tokens]
+            if len(answer) == 1 and len(waits) == turn:
+                waits.append(time.perf_counter() - at)
+            if len(answer) == 16:
+                engine.cancel(turn)
+        history = [*history, *answer[8:], *dice.choices(range(1000, 40_000), k=60)]
+    return waits[0], sum(waits[1:]), sum(n_cached[1:]) / sum(n_asked[1:])
 
 
 def prompt(seed: int) -> list[int]:

@@ -182,9 +182,6 @@ class Scripted:
     def taken(self, token: int) -> Sampled:
         return Sampled(token)
 
-    def pending(self) -> Sampled | None:
-        return None
-
 
 def new_runner(model: str, n_threads: int, *, speculates: bool, flash_attention: bool) -> Runner:
     is_mlx = Path(model).is_dir()

@@ -25,6 +25,7 @@ class Kept:
 
     tokens: Tokens
     saved: Saved
+    is_cells: bool = False  # a list of them still, which can be cut anywhere
 
 
 Place = tuple[int | Kept, int]  # a slot, or one that is kept, and a number of its tokens
@@ -38,6 +39,10 @@ class Marks:
         self._saved: OrderedDict[Place, Saved] = OrderedDict()
         self._kept: list[Kept] = []  # least recently used first
         self._wanted: set[tuple[int, int]] = set()
+
+    @property
+    def n_kept(self) -> int:
+        return len(self._kept)
 
     @property
     def n_bytes(self) -> int:
@@ -70,14 +75,21 @@ class Marks:
         self._saved[slot, n_tokens] = saved
         self._shrink()
 
-    def get(self, slot: int, n_tokens: int) -> Saved:
-        self._saved.move_to_end((slot, n_tokens))
-        return self._saved[slot, n_tokens]
+    def get(self, of: int | Kept, n_tokens: int) -> Saved:
+        self._saved.move_to_end((of, n_tokens))
+        return self._saved[of, n_tokens]
 
     def copy(self, source: int | Kept, slot: int, n_tokens: int) -> None:
         """A slot has so many of another's first tokens."""
         for n in [n for n in self._of(source) if n <= n_tokens]:
             self._saved[slot, n] = self._saved[source, n]
+
+    def give_up_first(self, slot: int) -> bool:
+        """Forget the shortest beginning that is marked; False: there is none."""
+        first = min(self._of(slot), default=None)
+        if first is not None:
+            del self._saved[slot, first]
+        return first is not None
 
     def forget(self, slot: int, n_tokens: int = 0) -> None:
         """A slot has only its first tokens."""
@@ -91,9 +103,13 @@ class Marks:
         marks = {id(s): s.nbytes for (of, _), s in self._saved.items() if isinstance(of, int)}
         return self.max_bytes - sum(marks.values())
 
-    def keep(self, slot: int, tokens: Tokens, saved: Saved) -> None:
+    def resize(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._shrink()
+
+    def keep(self, slot: int, tokens: Tokens, saved: Saved, *, is_cells: bool = False) -> None:
         """A slot leaves the memory, and its marks are those of the one that is kept."""
-        kept = Kept(tokens.copy(), saved)
+        kept = Kept(tokens.copy(), saved, is_cells)
         for n in list(self._of(slot)):
             self._saved[kept, n] = self._saved.pop((slot, n))
         self._kept.append(kept)
@@ -107,7 +123,7 @@ class Marks:
             n = n_common(kept.tokens, wanted)
             if not n or n < best_n:  # before its marks are looked through
                 continue
-            n = n if n == len(kept.tokens) else self.last(kept, n)
+            n = n if n == len(kept.tokens) or kept.is_cells else self.last(kept, n)
             is_shorter = best is not None and len(kept.tokens) < len(best.tokens)
             if n > best_n or (n == best_n and is_shorter):
                 best, best_n = kept, n
@@ -125,7 +141,8 @@ class Marks:
     def take(self, kept: Kept, slot: int, n_tokens: int) -> None:
         """Its first tokens are in a slot again. It stays if it has more than an answer beyond."""
         self.copy(kept, slot, n_tokens)
-        if self.last(kept, len(kept.tokens)) <= n_tokens:
+        n_worth = len(kept.tokens) if kept.is_cells else self.last(kept, len(kept.tokens))
+        if n_worth <= n_tokens:
             self._kept.remove(kept)
             self._forget_all(kept)
 

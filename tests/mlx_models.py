@@ -5,6 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from engine.prefix import Tokens
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {
         "intermediate_size": 256, "state_size": 64, "num_hidden_layers": 2, "conv_kernel": 4,
@@ -119,3 +121,11 @@ def write_random(folder: Path, family: str, *, tokenizer_of: Path) -> Path:
     }
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder
+
+
+def remembered(engine: Any) -> list[tuple[Tokens, int]]:
+    """The prompts that an engine remembers, and their bytes without marks, as they were used."""
+    prompts = engine._prompts
+    if hasattr(prompts, "_marks"):
+        return [(kept.tokens, kept.saved.nbytes) for kept in prompts._marks._kept]
+    return [(entry.tokens, entry.n_bytes) for entry in prompts._entries]

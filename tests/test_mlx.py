@@ -28,7 +28,7 @@ from engine.types import SamplingParams, StepResult
 from errors import ModelLoadFailed
 from tests.engines import GREEDY, engine_of, generate, ids, needs_mlx, seeded_answers
 from tests.gguf_fixtures import spm_vocabulary, write_tiny_spm
-from tests.mlx_models import FAMILIES, write_random
+from tests.mlx_models import FAMILIES, remembered, write_random
 
 pytestmark = [pytest.mark.real, needs_mlx]
 
@@ -598,10 +598,9 @@ def test_what_a_row_keeps_is_known_from_its_config(
     engine, facts = load(folder), read_chat_folder(folder)
     generate(engine, {1: [5] * 7}, 1)
     generate(engine, {2: [6] * 15}, 1)
-    short, long = engine._prompts._entries
-    n_more = len(long.tokens) - len(short.tokens)
-    assert long.n_bytes - short.n_bytes == n_more * facts.kv_bytes_per_token
-    n_states = short.n_bytes - len(short.tokens) * facts.kv_bytes_per_token
+    (short, n_short), (long, n_long) = remembered(engine)
+    assert n_long - n_short == (len(long) - len(short)) * facts.kv_bytes_per_token
+    n_states = n_short - len(short) * facts.kv_bytes_per_token
     assert 0.5 * facts.state_bytes <= n_states <= 1.3 * facts.state_bytes
 
 

@@ -27,12 +27,12 @@ class Layer:
 
 
 def remember(prompts: Prompts, *tokens: int, can_trim: bool = True) -> None:
-    prompts.remember(as_tokens(tokens), [Layer(len(tokens), can_trim)])
+    prompts.remember(0, as_tokens(tokens), [Layer(len(tokens), can_trim)])
 
 
 def recalled(prompts: Prompts, *wanted: int) -> int:
     """How many tokens the cache that comes back has."""
-    found = prompts.recall(as_tokens(wanted))
+    found = prompts.recall(1, as_tokens(wanted))
     if found is None:
         return 0
     n, (layer,) = found
@@ -65,8 +65,8 @@ def test_what_cannot_be_cut_comes_back_whole_or_not_at_all() -> None:
 def test_what_has_lost_its_beginning_comes_back_whole_or_not_at_all() -> None:
     """Though its layers say that they can be cut."""
     prompts = Prompts(10_000)
-    prompts.remember(as_tokens([1, 2, 3, 4]), [Layer(4), Layer(4, start_position=2)])
-    assert prompts.recall(as_tokens([1, 2, 3])) is None
+    prompts.remember(0, as_tokens([1, 2, 3, 4]), [Layer(4), Layer(4, start_position=2)])
+    assert prompts.recall(1, as_tokens([1, 2, 3])) is None
     assert prompts.n_known(as_tokens([1, 2, 3, 9])) == 0
     assert prompts.n_known(as_tokens([1, 2, 3, 4, 5])) == 4
 

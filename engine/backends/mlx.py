@@ -19,7 +19,7 @@ from typing import Any
 
 from engine.backends.base import QUIET, Constraint, Engine, ReportProgress, Tokenizer, install
 from engine.backends.mlx_ahead import can_take_back
-from engine.backends.mlx_prompts import Cache, Prompts, beginning, can_cut, n_usable
+from engine.backends.mlx_prompts import Cache, new_prompts
 from engine.backends.mlx_rows import Rows, ScoredPrompt, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
 from engine.backends.mlx_tokenizer import MlxTokenizer
@@ -135,7 +135,7 @@ class MlxEngine:
         self._mx = import_module("mlx.core")
         self._n_alone = min(spec.n_batch, CPU_PREFILL) if is_on_cpu(self._mx) else spec.n_batch
         cache = import_module("mlx_lm.models.cache").make_prompt_cache(model)
-        self._can_cut = can_cut(cache)
+        self._prompts = new_prompts(cache, spec.prefix_cache_bytes)
         self._speculation = (
             Speculation(repeats=not can_take_back(cache)) if spec.speculates else None
         )
@@ -143,7 +143,6 @@ class MlxEngine:
         self._has_guessed = False  # in the last step, so nothing is computed ahead of the next
         self._rows = self._new_rows()
         self.n_parallel = spec.n_parallel
-        self._prompts = Prompts(spec.prefix_cache_bytes)
         self._cell_bytes = facts.kv_bytes_per_token
         self._pace = Pace(spec.max_stall_s, has_tiles=False)
         # a prompt has a pass of its own in every step, which has a price
@@ -293,7 +292,9 @@ class MlxEngine:
         if live.scored.n_left == 0:
             tokens = live.tokens.tolist()
             result.scored += [(live.id, sampled) for sampled in live.scored.scored]
-            self._rows.add(live.id, tokens, live.scored.cache, len(tokens) - 1, live.chooser)
+            n_past = len(tokens) - 1
+            cache = live.scored.cache
+            self._rows.add(live.id, tokens, cache, n_past, live.chooser, is_marked=False)
             live.scored = live.prompt_logprobs = None
         return n_tokens
 
@@ -314,6 +315,8 @@ class MlxEngine:
             raise error
         logger.error("A step failed; its %d sequences end", len(self._running), exc_info=error)
         result.failed += [(live.id, error) for live in self._running]
+        for live in self._running:
+            self._prompts.forget(live.id)
         self._running.clear()
         self._said.clear()
         self._rows = self._new_rows()
@@ -364,8 +367,8 @@ class MlxEngine:
             live.scored = ScoredPrompt(self._model, tokens, live.prompt_logprobs)
         else:
             live.prompt_logprobs = None
-            n_cached, cached = self._beginning(wanted, first)
-            self._rows.add(live.id, tokens, cached, n_cached, live.chooser)
+            n_cached, cached = self._beginning(live, wanted, first)
+            self._rows.add(live.id, tokens, cached, n_cached, live.chooser, is_marked=live.reuses)
         live.n_joined = len(live.tokens)
         insort(self._running, live, key=order)
         if not live.has_started:
@@ -382,38 +385,59 @@ class MlxEngine:
         """The prompt is there for who goes on from it."""
         return first is live or (first in self._running and first.is_decoding)
 
-    def _beginning(self, wanted: Tokens, first: Live | None) -> tuple[int, Cache | None]:
+    def _beginning(
+        self, live: Live, wanted: Tokens, first: Live | None
+    ) -> tuple[int, Cache | None]:
         """None, where it cannot be had."""
         try:
-            return self._longest_beginning(wanted, first)
+            return self._longest_beginning(live, wanted, first)
         except Exception as error:
             self._forget_all(error)
             return 0, None
 
-    def _longest_beginning(self, wanted: Tokens, first: Live | None) -> tuple[int, Cache | None]:
+    def _longest_beginning(
+        self, live: Live, wanted: Tokens, first: Live | None
+    ) -> tuple[int, Cache | None]:
         """The longest beginning of a prompt that is computed, of one that runs or that ended, or
         only of the first of its job. Never all of the prompt: the last token is computed for what
         follows it."""
         n_known = 0 if first else self._prompts.n_known(wanted)
-        decoding = [first] if first else [live for live in self._running if live.is_decoding]
-        source = max(decoding, key=lambda live: n_common(view(live.tokens), wanted), default=None)
+        decoding = [first] if first else [other for other in self._running if other.is_decoding]
+        source = max(
+            decoding,
+            key=lambda other: (self._n_held(other, wanted), n_common(view(other.tokens), wanted)),
+            default=None,
+        )
         if source and n_common(view(source.tokens), wanted) > n_known:
             tokens, cache = self._rows.cache_of(source.id)
-            n = n_usable(tokens, cache, wanted)
+            n, begun = self._prompts.begin(live.id, source.id, tokens, cache, wanted)
             if n > n_known:
-                return n, beginning(cache, len(tokens), n)
-        recalled = None if first else self._prompts.recall(wanted)
+                return n, begun
+        recalled = None if first else self._prompts.recall(live.id, wanted)
         return recalled or (0, None)
+
+    def _n_held(self, live: Live, wanted: Tokens) -> int:
+        return self._prompts.n_held(live.id, view(live.tokens), wanted)
 
     def _is_coming(self, wanted: Tokens) -> bool:
         """Somebody's prefill is on its way to a beginning of `wanted` that is worth waiting for."""
         prefilling = [live for live in self._running if not (live.is_decoding or live.scored)]
-        coming = max((n_common(view(live.tokens), wanted) for live in prefilling), default=0)
-        if coming < WORTH_WAITING_FOR or not self._can_cut:
+        coming = [(self._n_coming(live, wanted), live) for live in prefilling]
+        n_coming, other = max(coming, key=lambda of: of[0], default=(0, None))
+        if other is None or n_coming < WORTH_WAITING_FOR:
             return False
-        decoding = [live for live in self._running if live.is_decoding]
-        settled = [n_common(view(live.tokens), wanted) for live in decoding]
-        return coming >= max(self._prompts.n_known(wanted), *settled, 0) + WORTH_WAITING_FOR
+        settled = [self._n_held(live, wanted) for live in self._running if live.is_decoding]
+        if n_coming < max(self._prompts.n_known(wanted), *settled, 0) + WORTH_WAITING_FOR:
+            return False
+        self._prompts.want(other.id, n_coming)
+        return True
+
+    def _n_coming(self, live: Live, wanted: Tokens) -> int:
+        # the last token of a prompt is computed with what comes after it
+        n = min(n_common(view(live.tokens), wanted), len(live.tokens) - 1)
+        # without reuse there are no marks
+        n_past = self._rows.n_past(live.id) if live.reuses else n
+        return self._prompts.n_coming(live.id, n, n_past)
 
     def _fits(self, live: Live, beside: list[Live]) -> bool:
         """Each row of a batch takes as much memory as the longest one."""
@@ -438,23 +462,24 @@ class MlxEngine:
             self._prompts.resize(self._spec.prefix_cache_bytes + n_free * self._cell_bytes)
 
     def _outranks(self, live: Live) -> bool:
-        """Somebody who runs comes after it, and can be put off without loss."""
-        return bool(self._running) and live.rank < self._running[-1].rank and self._can_cut
+        """Somebody who runs comes after it, and is put off without loss."""
+        return bool(self._running) and live.rank < self._running[-1].rank
 
     def _put_off_last(self, result: StepResult) -> None:
         """Back to the queue, with its tokens. What mlx has chosen ahead is told now, since its
         chooser has gone on."""
         last = self._running[-1]
-        self._leave(last)
         try:
-            sampled = last.chooser.pending()
+            untold = [] if last.scored else self._rows.untold(last.id)
         except Exception as error:
             result.failed.append((last.id, error))
+            self._leave(last)
             return
-        if sampled is not None:
-            last.tokens.append(sampled.token)
-            result.tokens.append((last.id, sampled))
-        insort(self._waiting, last, key=order)
+        for token in untold:
+            self._take(last, token, result)
+        if last in self._running:
+            self._leave(last)
+            insort(self._waiting, last, key=order)
 
     def _leave(self, live: Live) -> None:
         """What is computed of it is remembered, as far as it is told."""
@@ -472,7 +497,7 @@ class MlxEngine:
             try:
                 if self._said:
                     self._rows.retract(live.id, len(self._said))
-                self._prompts.remember(*self._rows.cache_of(live.id))
+                self._prompts.remember(live.id, *self._rows.cache_of(live.id))
             except Exception as error:
                 self._forget_all(error)
         self._said.clear()
@@ -485,4 +510,4 @@ class MlxEngine:
         self._mx.clear_cache()
 
     def _new_rows(self) -> Rows:
-        return new_rows(self._model, self._spec.n_parallel, self._spec.n_batch)
+        return new_rows(self._model, self._spec.n_parallel, self._spec.n_batch, self._prompts)

@@ -2,12 +2,11 @@
 
 import copy
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from engine.backends.mlx_prompts import Cache
+from engine.backends.mlx_prompts import Cache, parts
 from engine.backends.mlx_sampling import Chooser
 
 # memories of mlx-lm's that are lists of cells
@@ -70,12 +69,6 @@ def compute_ahead(
             last = Pass(right, [])
     import_module("mlx.core").async_eval([layer.state for layer in cache])
     return Ahead(last, chosen[-1], n_right, seconds)
-
-
-def parts(cache: Iterable[Any]) -> Iterator[Any]:
-    """What the layers keep, each memory for itself."""
-    for layer in cache:
-        yield from getattr(layer, "caches", [layer])
 
 
 def _compute(model: Any, cache: Cache, tokens: list[int]) -> tuple[Any, Pass]:

@@ -1,14 +1,74 @@
 """The caches of prompts seen before, for a model on MLX: the longest beginning of a new one."""
 
 import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from engine.marks import Kept, Marks
 from engine.prefix import Tokens, n_common
 
+logger = logging.getLogger("worker.mlx")
+
 Cache = list[Any]  # mlx-lm's, one for each layer
+
+
+class Beginnings(Protocol):
+    """What is remembered. Rows are known by their numbers."""
+
+    @property
+    def n_bytes(self) -> int: ...
+
+    @property
+    def is_off(self) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+    def n_known(self, wanted: Tokens) -> int:
+        """How many tokens the longest remembered beginning of `wanted` has."""
+
+    def n_held(self, number: int, tokens: Tokens, wanted: Tokens) -> int:
+        """How much of it can be had of a row with these tokens, at least."""
+
+    def n_coming(self, number: int, n_tokens: int, n_past: int) -> int:
+        """How much of the first tokens of a prompt can be had of a row that has computed `n_past`
+        of it, when it is through."""
+
+    def recall(self, number: int, wanted: Tokens) -> tuple[int, Cache] | None:
+        """The longest remembered beginning of `wanted`, and a cache with just that, which is the
+        new row's own. Whoever asks leaves the last token of a prompt out: it has to be computed."""
+
+    def begin(
+        self, number: int, source: int, tokens: Tokens, cache: Cache, wanted: Tokens
+    ) -> tuple[int, Cache]:
+        """The same of a row's tokens, whose memory is given."""
+
+    def remember(self, number: int, tokens: Tokens, cache: Cache) -> None:
+        """The row ends, and this is its memory."""
+
+    def forget(self, number: int) -> None:
+        """The row ends."""
+
+    def resize(self, max_bytes: int) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def want(self, number: int, n_tokens: int) -> None:
+        """Somebody waits for so many tokens of the prompt that a row computes."""
+
+    def next_mark(self, number: int, n_past: int, n_prompt: int) -> int:
+        """How many tokens of its prompt a row is to have when it is marked next; 0: nowhere."""
+
+    def mark(self, number: int, n_tokens: int, copied: Callable[[], Cache]) -> None:
+        """A row has so many tokens, and this is a copy of what cannot be cut of it."""
+
+
+def new_prompts(cache: Cache, max_bytes: int) -> Beginnings:
+    """For a model that makes such a cache."""
+    return Prompts(max_bytes) if all(map(is_cells, parts(cache))) else MarkedPrompts(max_bytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -36,14 +96,17 @@ class Prompts:
         return len(self._entries)
 
     def n_known(self, wanted: Tokens) -> int:
-        """How many tokens the longest remembered beginning of `wanted` has."""
         return max(
             (n_usable(entry.tokens, entry.cache, wanted) for entry in self._entries), default=0
         )
 
-    def recall(self, wanted: Tokens) -> tuple[int, Cache] | None:
-        """The longest remembered beginning of `wanted`, and a cache with just that, which is the
-        caller's own. Whoever asks leaves the last token of a prompt out: it has to be computed."""
+    def n_held(self, number: int, tokens: Tokens, wanted: Tokens) -> int:
+        return n_common(tokens, wanted)
+
+    def n_coming(self, number: int, n_tokens: int, n_past: int) -> int:
+        return n_tokens
+
+    def recall(self, number: int, wanted: Tokens) -> tuple[int, Cache] | None:
         best = max(
             self._entries,
             key=lambda entry: n_usable(entry.tokens, entry.cache, wanted),
@@ -56,7 +119,13 @@ class Prompts:
         best.last_used = self._clock
         return n, beginning(best.cache, len(best.tokens), n)
 
-    def remember(self, tokens: Tokens, cache: Cache) -> None:
+    def begin(
+        self, number: int, source: int, tokens: Tokens, cache: Cache, wanted: Tokens
+    ) -> tuple[int, Cache]:
+        n = n_usable(tokens, cache, wanted)
+        return n, beginning(cache, len(tokens), n)
+
+    def remember(self, number: int, tokens: Tokens, cache: Cache) -> None:
         """What is a beginning of another is not kept twice, where that can be cut."""
         n_bytes = sum(layer.nbytes for layer in cache)
         if not len(tokens) or n_bytes > self._max_bytes:
@@ -92,6 +161,119 @@ class Prompts:
         self._entries.clear()
         self.n_bytes = 0
 
+    def forget(self, number: int) -> None: ...
+
+    def want(self, number: int, n_tokens: int) -> None: ...
+
+    def next_mark(self, number: int, n_past: int, n_prompt: int) -> int:
+        return 0
+
+    def mark(self, number: int, n_tokens: int, copied: Callable[[], Cache]) -> None:
+        raise NotImplementedError("these are cut anywhere")
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Caches of layers, or of what cannot be cut in them."""
+
+    caches: Cache
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+
+class MarkedPrompts:
+    """The same for memories that are no lists of cells, such as states and cells behind a window:
+    a prompt goes on where another ended, or where that was marked (`engine/marks.py`)."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._marks = Marks(max_bytes)
+
+    @property
+    def n_bytes(self) -> int:
+        return self._marks.n_bytes
+
+    @property
+    def is_off(self) -> bool:
+        return self._marks.max_bytes == 0
+
+    def __len__(self) -> int:
+        return self._marks.n_kept
+
+    def n_known(self, wanted: Tokens) -> int:
+        return self._marks.match(wanted)[0]
+
+    def n_held(self, number: int, tokens: Tokens, wanted: Tokens) -> int:
+        n = n_common(tokens, wanted)
+        return n if n == len(tokens) else self._marks.last(number, n)
+
+    def n_coming(self, number: int, n_tokens: int, n_past: int) -> int:
+        return n_tokens if n_tokens > n_past else self._marks.last(number, n_tokens)
+
+    def recall(self, number: int, wanted: Tokens) -> tuple[int, Cache] | None:
+        n, kept = self._marks.match(wanted)
+        if kept is None or n == 0:
+            return None
+        assert isinstance(kept.saved, Copied)
+        cache = self._begun(kept, kept.tokens, kept.saved.caches, n)
+        self._marks.touch(kept)
+        self._marks.take(kept, number, n)
+        return n, cache
+
+    def begin(
+        self, number: int, source: int, tokens: Tokens, cache: Cache, wanted: Tokens
+    ) -> tuple[int, Cache]:
+        n = n_usable(tokens, cache, wanted) or self.n_held(source, tokens, wanted)
+        begun = self._begun(source, tokens, cache, n)
+        self._marks.copy(source, number, n)
+        return n, begun
+
+    def remember(self, number: int, tokens: Tokens, cache: Cache) -> None:
+        saved = Copied(cache)
+        n, kept = self._marks.match(tokens)
+        if kept is not None and n == len(tokens):
+            self._marks.touch(kept)
+        elif len(tokens) and saved.nbytes <= self._marks.max_bytes:
+            while saved.nbytes > self._marks.room_to_keep:
+                if not self._marks.give_up_first(number):
+                    break
+            else:
+                self._marks.keep(number, tokens, saved, is_cells=can_cut(cache))
+        self._marks.forget(number)
+
+    def forget(self, number: int) -> None:
+        self._marks.forget(number)
+
+    def resize(self, max_bytes: int) -> None:
+        self._marks.resize(max_bytes)
+
+    def clear(self) -> None:
+        self._marks = Marks(self._marks.max_bytes)
+
+    def want(self, number: int, n_tokens: int) -> None:
+        self._marks.want(number, n_tokens)
+
+    def next_mark(self, number: int, n_past: int, n_prompt: int) -> int:
+        return 0 if self.is_off else self._marks.next(number, n_past, n_prompt)
+
+    def mark(self, number: int, n_tokens: int, copied: Callable[[], Cache]) -> None:
+        try:
+            saved = Copied(copied())
+        except Exception as error:  # mostly for want of memory; it would only have saved time
+            logger.error("A row cannot be copied; all prompts are forgotten", exc_info=error)
+            self.clear()
+            return
+        if saved.nbytes <= self._marks.max_bytes:
+            self._marks.put(number, n_tokens, saved)
+
+    def _begun(self, of: int | Kept, tokens: Tokens, cache: Cache, n: int) -> Cache:
+        if n in (0, len(tokens)) or can_cut(cache):
+            return beginning(cache, len(tokens), n)
+        saved = self._marks.get(of, n)
+        assert isinstance(saved, Copied)
+        return beginning(cache, len(tokens), n, saved.caches)
+
 
 def n_usable(tokens: Tokens, cache: Cache, wanted: Tokens) -> int:
     """How many tokens of `wanted` a cache of `tokens` can begin: all or nothing, where it cannot be
@@ -106,14 +288,38 @@ def can_cut(cache: Cache) -> bool:
     return all(layer.is_trimmable() and not getattr(layer, "start_position", 0) for layer in cache)
 
 
-def beginning(cache: Cache, n_tokens: int, n: int) -> Cache:
-    """A cache with the first `n` of the `n_tokens` tokens of another. Memory is shared until one of
-    them is written."""
+def beginning(cache: Cache, n_tokens: int, n: int, mark: Cache | None = None) -> Cache:
+    """A cache with the first `n` of the `n_tokens` tokens of another; with what it was there in
+    place of what cannot be cut. Memory is shared until one of them is written."""
     own = copy.deepcopy(cache)
-    if n < n_tokens:
-        for layer in own:
-            layer.trim(n_tokens - n)
+    marked = iter(copy.deepcopy(mark or []))
+    for part in parts(own) if n < n_tokens else ():
+        if mark is None or is_cells(part):
+            part.trim(n_tokens - n)
+        else:
+            vars(part).update(vars(next(marked)))
     return own
+
+
+def parts(cache: Iterable[Any]) -> Iterator[Any]:
+    """What the layers keep, each memory for itself."""
+    for layer in cache:
+        yield from getattr(layer, "caches", [layer])
+
+
+def cut_to_window(part: Any) -> None:
+    """Drop what only the last pass's first tokens have seen: it may be several windows long."""
+    if type(part).__name__ != "RotatingKVCache" or part.keep or part.empty():
+        return
+    if part._idx == part.keys.shape[2] > part.max_size:
+        part.keys = part.keys[..., -part.max_size :, :]
+        part.values = part.values[..., -part.max_size :, :]
+        part._idx = part.max_size
+
+
+def is_cells(part: Any) -> bool:
+    """A list of them, which can be cut anywhere."""
+    return type(part).__name__ in ("KVCache", "BatchKVCache")
 
 
 def as_tokens(tokens: Any) -> Tokens:

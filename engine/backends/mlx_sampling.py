@@ -29,9 +29,6 @@ class Chooser(Protocol):
     def taken(self, token: int) -> Sampled:
         """What was chosen, in the order in which MLX tells it. Raises what went wrong then."""
 
-    def pending(self) -> Sampled | None:
-        """What is chosen and not told yet, where it must not be chosen again."""
-
 
 def new_chooser(
     sampling: SamplingParams,
@@ -68,9 +65,6 @@ class Likeliest:
 
     def taken(self, token: int) -> Sampled:
         return Sampled(token)
-
-    def pending(self) -> Sampled | None:
-        return None
 
 
 def _likeliest(scores: Any) -> Any:
@@ -142,9 +136,6 @@ class Drawn:
         self._drawn.popleft()
         return Sampled(token)
 
-    def pending(self) -> Sampled | None:
-        return Sampled(int(self._drawn.popleft().item())) if self._drawn else None
-
 
 class RowChooser:
     """Chooses in numpy, by every rule there is."""
@@ -192,6 +183,3 @@ class RowChooser:
         if isinstance(chosen, Exception):
             raise chosen
         return chosen
-
-    def pending(self) -> Sampled | None:
-        return self.taken(0) if self._chosen else None

@@ -1,0 +1,181 @@
+"""Prompts on MLX that begin with what others had, where memory cannot be cut anywhere."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.backends import mlx_rows
+from engine.types import SamplingParams
+from tests.engines import GREEDY, generate, needs_mlx
+from tests.mlx_models import remembered, write_random
+
+pytestmark = [pytest.mark.real, needs_mlx]
+
+Load = Callable[..., Any]
+MARKED = ["mamba", "jamba", "gemma3_text", "lfm2", "falcon_h1", "qwen3_5", "nemotron_h", "llama4"]
+PROMPT = [1000 + 7 * i for i in range(700)]
+SYSTEM = PROMPT[:600]
+
+
+def run(engine: Any, prompts: dict[int, list[int]], n_tokens: int) -> tuple[Any, Any]:
+    """What is said to all prompts at once, and how much of each was cached."""
+    for number, prompt in prompts.items():
+        engine.admit(number, prompt, GREEDY)
+    said: dict[int, list[int]] = {number: [] for number in prompts}
+    cached: dict[int, int] = {}
+    while not engine.idle:
+        result = engine.step()
+        assert not result.failed
+        cached |= dict(result.started)
+        for number, (token, *_) in result.tokens:
+            said[number].append(token)
+            if len(said[number]) == n_tokens:
+                engine.cancel(number)
+    return said, cached
+
+
+@pytest.mark.parametrize("family", MARKED)
+def test_a_prompt_goes_on_where_another_was_marked(
+    family: str, tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    """With other thoughts or none in the last answer, with another question about the same text,
+    and exactly where an answer ended."""
+    model = write_random(tmp_path / family, family, tokenizer_of=tiny_mlx)
+    engine = load(model, n_ctx=1024, n_batch=200)
+    fresh = load(model, n_ctx=1024, n_batch=1024, prefix_cache_bytes=0)
+    said, cached = run(engine, {1: PROMPT}, 5)
+    assert cached == {1: 0}
+    ended = [*PROMPT, *said[1]]
+    for prompt, n_cached in (
+        ([*ended, 55, 56], len(ended)),
+        ([*PROMPT[:-3], 55, 56, 57], len(PROMPT) - 4),
+        ([*SYSTEM, 58, 59], 512),
+        ([*PROMPT[:300], 60], 256),
+        ([*PROMPT[:200], 61], 0),
+    ):
+        said, cached = run(engine, {2: prompt}, 4)
+        # of one row the last token is never in its memory
+        assert cached[2] in ((n_cached, n_cached - 1) if family == "llama4" else (n_cached,))
+        assert said == run(fresh, {2: prompt}, 4)[0]
+
+
+@pytest.mark.parametrize("family", ["mamba", "gemma3_text", "falcon_h1", "qwen3_5"])
+def test_who_comes_together_has_its_beginning_computed_once(
+    family: str, tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    model = write_random(tmp_path / family, family, tokenizer_of=tiny_mlx)
+    engine = load(model, n_ctx=1024, n_batch=128, n_parallel=4)
+    fresh = load(model, n_ctx=1024, n_batch=1024, prefix_cache_bytes=0)
+    prompts = {n: [*PROMPT[:150], *(2000 + n + 3 * i for i in range(20 + 9 * n))] for n in range(4)}
+    said, cached = run(engine, prompts, 6)
+    assert cached == {0: 0, 1: 150, 2: 150, 3: 150}
+    for number, prompt in prompts.items():
+        assert said[number] == generate(fresh, {number: prompt}, 6)[number]
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "lfm2", "llama4"])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=2.0, top_k=20, seed=3)])
+def test_who_is_put_off_goes_on_where_it_was(
+    family: str, sampling: SamplingParams, tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    model = write_random(tmp_path / family, family, tokenizer_of=tiny_mlx)
+    engine = load(model, n_parallel=1)
+    undisturbed = generate(load(model), {1: PROMPT[:50]}, 16, sampling)[1]
+    engine.admit(2, PROMPT[:50], sampling, rank=5.0)
+    said: dict[int, list[int]] = {2: [], 3: []}
+    started: list[tuple[int, int]] = []
+    while not engine.idle:
+        result = engine.step()
+        started += result.started
+        for number, (token, *_) in result.tokens:
+            said[number].append(token)
+            if len(said[number]) == {2: 16, 3: 2}[number]:
+                engine.cancel(number)
+            if number == 2 and len(said[2]) == 5:
+                engine.admit(3, [7, 8, 9], GREEDY, rank=1.0)
+        if started[-1:] == [(3, 0)] and not said[3]:
+            ((tokens, _),) = remembered(engine)
+            assert len(tokens) == 50 + len(said[2]) - 1, "all but its last token is computed"
+    assert started == [(2, 0), (3, 0)]
+    assert said[2] == undisturbed
+
+
+def test_marks_are_bounded_with_what_is_remembered(
+    tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    model = write_random(tmp_path / "qwen3_5", "qwen3_5", tokenizer_of=tiny_mlx)
+    engine = load(model, n_ctx=1024)
+    run(engine, {1: PROMPT}, 2)
+    n_whole = engine._prompts.n_bytes
+    ((_, n_kept),) = remembered(engine)
+    assert n_whole > 1.5 * n_kept, "with three marks"
+    most = int(0.9 * n_whole)
+    engine = load(model, n_ctx=1024, kv_tokens=1, prefix_cache_bytes=most)
+    for number in range(4):
+        engine.admit(number, [5 + number, *PROMPT], GREEDY)
+        while not engine.idle:
+            result = engine.step()
+            assert engine._prompts.n_bytes <= most
+            for of, _ in result.tokens:
+                engine.cancel(of)
+    assert engine._prompts.n_bytes > 0
+
+
+def test_a_mark_behind_a_window_has_no_more_than_the_window(
+    tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    """Though a pass leaves all that its first token sees."""
+    model = write_random(tmp_path / "gemma3_text", "gemma3_text", tokenizer_of=tiny_mlx)
+    engine = load(model, n_ctx=1024, n_batch=512)
+    engine.admit(1, PROMPT, GREEDY)
+    while engine._prompts.n_bytes == 0:
+        engine.step()
+    (mark,) = engine._prompts._marks._saved.values()
+    assert {layer.keys.shape[2] for layer in mark.caches} == {16}
+    engine.cancel(1)
+
+
+def test_an_answer_that_is_to_have_the_same_numbers_makes_no_marks(
+    tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    """Its prompt is computed in the same pieces every time; nor does anybody wait for some."""
+    model = write_random(tmp_path / "lfm2", "lfm2", tokenizer_of=tiny_mlx)
+    engine = load(model, n_ctx=1024)
+    engine.admit(1, PROMPT, GREEDY, reuses=False)
+    assert engine.step().started == [(1, 0)]
+    engine.admit(2, PROMPT, GREEDY)
+    assert engine.step().started == [(2, 0)]
+    assert engine._prompts._marks.n_bytes == 0
+
+
+def test_what_cannot_be_copied_costs_no_answer(
+    tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_random(tmp_path / "lfm2", "lfm2", tokenizer_of=tiny_mlx)
+    expected = generate(load(model, n_ctx=1024), {1: PROMPT}, 4)[1]
+    engine = load(model, n_ctx=1024)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no buffer is left")
+
+    monkeypatch.setattr(mlx_rows.BatchRows, "_copied", fails)
+    assert run(engine, {1: PROMPT}, 4) == ({1: expected}, {1: 0})
+
+
+def test_a_step_that_fails_leaves_no_marks(
+    tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_random(tmp_path / "lfm2", "lfm2", tokenizer_of=tiny_mlx)
+    engine = load(model, n_ctx=1024, n_batch=256)
+    engine.admit(1, PROMPT, GREEDY)
+    while engine._prompts.n_bytes == 0:
+        engine.step()
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(type(engine._model), "__call__", fails)
+    assert [number for number, _ in engine.step().failed] == [1]
+    assert engine._prompts.n_bytes == 0
