@@ -24,6 +24,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1, "sliding_window": 16, "query_pre_attn_scalar": 16,
         "max_position_embeddings": 1024,
     },  # cells behind a window are written again
+    "recurrent_gemma": {
+        "attention_bias": False, "conv1d_width": 4, "intermediate_size": 64,
+        "logits_soft_cap": 30.0, "num_attention_heads": 2, "num_hidden_layers": 3,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+        "attention_window_size": 16, "block_types": ["recurrent", "recurrent", "attention"],
+        "max_position_embeddings": 1024, "lru_width": 32,
+    },  # states, and cells behind a window
     "lfm2": {
         "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
         "norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 32,
@@ -86,6 +93,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_conv": 4, "mamba_n_groups": 1, "mamba_conv_bias": True,
         "shared_intermediate_size": 64, "max_position_embeddings": 1024,
     },
+    "plamo3": {
+        "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-5, "window_size": 16,
+        "sliding_window_pattern": 2, "max_position_embeddings": 1024,
+    },  # several tokens see another window than one
     "llama4": {
         "text_config": {
             "model_type": "llama4_text", "vocab_size": 49152, "hidden_size": 32,
@@ -99,7 +111,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def write_random(folder: Path, family: str, *, tokenizer_of: Path) -> Path:
+def write_random(folder: Path, family: str, *, tokenizer_of: Path, **values: Any) -> Path:
     """A small model of random weights, larger than they begin: what stood before has to count."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -107,6 +119,7 @@ def write_random(folder: Path, family: str, *, tokenizer_of: Path) -> Path:
     config = {
         "model_type": family, "vocab_size": 49152, "hidden_size": 32,
         "architectures": ["AnyForCausalLM"], "tie_word_embeddings": True, **FAMILIES[family],
+        **values,
     }  # fmt: skip
     mx.random.seed(7)
     library = import_module(f"mlx_lm.models.{family}")

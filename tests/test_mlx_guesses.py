@@ -71,12 +71,16 @@ def answer(
 def model_of(name: str, tiny_mlx: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     if name in FAMILIES:
         return write_random(folder / name, name, tokenizer_of=tiny_mlx)
+    if name == "gemma3, wide":
+        return write_random(folder / name, "gemma3_text", tokenizer_of=tiny_mlx, sliding_window=64)
     if name == "one row":
         monkeypatch.setattr("engine.backends.mlx_rows._can_merge", lambda _: False)
     return tiny_mlx
 
 
-@pytest.mark.parametrize("name", ["plain", "one row", *FAMILIES])
+@pytest.mark.parametrize(
+    "name", ["plain", "one row", *[name for name in FAMILIES if name != "plamo3"]]
+)
 def test_what_is_said_is_the_same_with_guesses(
     name: str,
     tiny_mlx: Path,
@@ -113,7 +117,9 @@ def test_what_is_to_have_the_same_numbers_every_time_has_no_guesses(
     assert n_guessed == 0
 
 
-@pytest.mark.parametrize("name", ["plain", "one row", "gemma3_text", "lfm2", "falcon_h1", "llama4"])
+@pytest.mark.parametrize(
+    "name", ["plain", "one row", "gemma3_text", "recurrent_gemma", "lfm2", "falcon_h1", "llama4"]
+)
 def test_an_answer_that_ends_before_its_guesses_is_remembered_as_it_was_told(
     name: str,
     tiny_mlx: Path,
@@ -155,7 +161,7 @@ def test_an_answer_that_ends_before_its_guesses_is_remembered_as_it_was_told(
     assert max(n_lost) <= (1 if is_exact else 8)
 
 
-@pytest.mark.parametrize("name", ["plain", "gemma3_text", "lfm2"])
+@pytest.mark.parametrize("name", ["plain", "gemma3_text", "gemma3, wide", "lfm2"])
 def test_a_row_that_had_company_has_guesses_when_it_is_alone(
     name: str,
     tiny_mlx: Path,
@@ -168,7 +174,7 @@ def test_a_row_that_had_company_has_guesses_when_it_is_alone(
     of its guesses joins it."""
     model = model_of(name, tiny_mlx, tmp_path, monkeypatch)
     without, speculating = load(model), load(model, speculates=True)
-    prompt, other = [1000 + 7 * i for i in range(12)], [2000 + 3 * i for i in range(90)]
+    prompt, other = [1000 + 7 * i for i in range(10)], [2000 + 3 * i for i in range(58)]
     expected, others = (
         [sampled.token for sampled in answer(without, of, GREEDY, 60)[0]] for of in (prompt, other)
     )
@@ -185,11 +191,11 @@ def test_a_row_that_had_company_has_guesses_when_it_is_alone(
         n_guessed += sum(n for _, n in result.guessed)
         for number, (token, *_) in result.tokens:
             said[number].append(token)
-            if number > 1 and len(said[number]) == 8:
+            if number > 1 and len(said[number]) == 14:
                 speculating.cancel(number)
     speculating.cancel(1)
-    assert n_guessed > 30
-    assert said == {1: expected, 2: others[:8], 3: others[:8]}
+    assert n_guessed > 20
+    assert said == {1: expected, 2: others[:14], 3: others[:14]}
 
 
 class Says:
@@ -250,3 +256,14 @@ def test_what_repeats_the_prompt_takes_few_passes(
     assert failed == ([] if is_ended else ["it leads nowhere"])
     assert n_right > 45
     assert n_passes < 20
+
+
+def test_what_says_something_else_in_long_passes_has_no_guesses(
+    tiny_mlx: Path, tmp_path: Path, load: Load, guess: Callable[[list[int]], None]
+) -> None:
+    engine = load(
+        write_random(tmp_path / "plamo3", "plamo3", tokenizer_of=tiny_mlx), speculates=True
+    )
+    guess([])
+    said, n_guessed, _ = answer(engine, [5, 6, 7], GREEDY, 20)
+    assert (len(said), n_guessed) == (20, 0)

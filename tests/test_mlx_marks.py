@@ -14,7 +14,17 @@ from tests.mlx_models import remembered, write_random
 pytestmark = [pytest.mark.real, needs_mlx]
 
 Load = Callable[..., Any]
-MARKED = ["mamba", "jamba", "gemma3_text", "lfm2", "falcon_h1", "qwen3_5", "nemotron_h", "llama4"]
+MARKED = [
+    "mamba",
+    "jamba",
+    "gemma3_text",
+    "lfm2",
+    "falcon_h1",
+    "qwen3_5",
+    "nemotron_h",
+    "llama4",
+    "recurrent_gemma",
+]
 PROMPT = [1000 + 7 * i for i in range(700)]
 SYSTEM = PROMPT[:600]
 

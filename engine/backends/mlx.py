@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends.base import QUIET, Constraint, Engine, ReportProgress, Tokenizer, install
-from engine.backends.mlx_ahead import can_take_back
+from engine.backends.mlx_ahead import can_guess, can_take_back
 from engine.backends.mlx_prompts import Cache, new_prompts
 from engine.backends.mlx_rows import Rows, ScoredPrompt, new_rows
 from engine.backends.mlx_sampling import Chooser, new_chooser
@@ -136,9 +136,10 @@ class MlxEngine:
         self._n_alone = min(spec.n_batch, CPU_PREFILL) if is_on_cpu(self._mx) else spec.n_batch
         cache = import_module("mlx_lm.models.cache").make_prompt_cache(model)
         self._prompts = new_prompts(cache, spec.prefix_cache_bytes)
-        self._speculation = (
-            Speculation(repeats=not can_take_back(cache)) if spec.speculates else None
-        )
+        can_speculate = spec.speculates and can_guess(model)
+        repeats = not can_take_back(cache)
+        self._speculation = Speculation(repeats=repeats) if can_speculate else None
+        self._met: set[int] = set()  # sizes of passes; the first of one may have made its kernels
         self._said: deque[tuple[int, bool]] = deque()  # by the only row, not told yet; if guessed
         self._has_guessed = False  # in the last step, so nothing is computed ahead of the next
         self._rows = self._new_rows()
@@ -261,7 +262,10 @@ class MlxEngine:
         live = self._running[0]
         n_untold = len(self._rows.untold(live.id))
         said, ahead = self._rows.guess(live.id, guesses)
-        self._speculation.observe(1 + len(guesses), ahead.seconds)
+        n_tokens = 1 + len(guesses)
+        if n_tokens in self._met:
+            self._speculation.observe(n_tokens, ahead.seconds)
+        self._met.add(n_tokens)
         self._has_guessed = True
         self._n_failed_steps = 0
         result.guessed.append((live.id, len(guesses)))

@@ -11,14 +11,16 @@ from engine.backends.mlx_sampling import Chooser
 
 # memories of mlx-lm's that are lists of cells
 CUTS = {"KVCache", "BatchKVCache", "ChunkedKVCache"}
-# and with a window: a pass with several tokens leaves all that its first one sees
+# and with a window: a pass with several tokens leaves what its second one sees
 ROTATES = {"RotatingKVCache", "BatchRotatingKVCache"}
+# families of mlx-lm's in which several tokens at once see another window than one at a time
+UNEVEN = {"plamo3"}
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Tokens that a cache got at once, and what cannot be cut of it as it was before. That is free
-    for states, which each pass replaces."""
+    """Tokens that a cache got at once; and where not all of it can be cut, what has states or a
+    window as it was before. That is free for what each pass makes anew."""
 
     tokens: list[int]
     before: list[tuple[Any, dict[str, Any]]]
@@ -32,21 +34,28 @@ class Ahead:
     seconds: float  # of the pass with all guesses
 
 
+def can_guess(model: Any) -> bool:
+    """It says the same in passes with several tokens."""
+    return type(model).__module__.rpartition(".")[2] not in UNEVEN
+
+
 def can_take_back(cache: Cache) -> bool:
     """Any of the last pass's tokens, and not only all."""
-    return all(map(_takes_back, parts(cache)))
+    return all(type(part).__name__ in CUTS | ROTATES for part in parts(cache))
 
 
 def take_back(cache: Cache, last: Pass, n_tokens: int) -> int:
     """Take so many of the last pass's tokens out of a cache, or all. Returns how many."""
     n_tokens = len(last.tokens) if last.before else n_tokens
-    for part in filter(_takes_back, parts(cache)):
+    before = {id(part): values for part, values in last.before}
+    for part in parts(cache):
+        if id(part) in before:
+            vars(part).update(copy.deepcopy(before[id(part)]))
+            continue
         part.trim(n_tokens)
         if type(part).__name__ in ROTATES:  # whose next pass takes all that is there for said
             part.keys = part.keys[..., : part._idx, :]
             part.values = part.values[..., : part._idx, :]
-    for part, values in last.before:
-        vars(part).update(copy.deepcopy(values))
     return n_tokens
 
 
@@ -73,10 +82,11 @@ def compute_ahead(
 
 def _compute(model: Any, cache: Cache, tokens: list[int]) -> tuple[Any, Pass]:
     """The logits of all tokens, [n_tokens, n_vocab]."""
-    before = [(part, copy.deepcopy(vars(part))) for part in parts(cache) if not _takes_back(part)]
+    cut = CUTS | ROTATES if can_take_back(cache) else CUTS
+    kept = [part for part in parts(cache) if type(part).__name__ not in cut]
+    before = [(part, copy.deepcopy(vars(part))) for part in kept]
+    for part in parts(cache):
+        if type(part).__name__ == "BatchRotatingKVCache":
+            part._temporal_order()  # or its mask of several tokens misses one that was filled up
     logits = model(import_module("mlx.core").array([tokens]), cache=cache)[0]
     return logits, Pass(tokens, before)
-
-
-def _takes_back(part: Any) -> bool:
-    return type(part).__name__ in CUTS | ROTATES

@@ -209,6 +209,7 @@ class BatchRows:
     def guess(self, number: int, guesses: list[int]) -> tuple[list[int], Ahead]:
         batch = self._generator._generation_batch
         (token,) = self.untold(number)
+        self._ahead = None  # with the states before it
         with self._mx.stream(self._generator.stream):
             ahead = self._ahead = compute_ahead(
                 self._model, batch.prompt_cache, token, guesses, self._row(number).chooser
@@ -356,6 +357,7 @@ class SingleRow:
 
     def guess(self, number: int, guesses: list[int]) -> tuple[list[int], Ahead]:
         assert self._chooser is not None
+        self._ahead = None  # with the states before it
         ahead = self._ahead = compute_ahead(
             self._model, self._cache, self._tokens[-1], guesses, self._chooser
         )

@@ -96,7 +96,11 @@ class Drawn:
         self.sample: Callable[[Any], Any] = self._sample
 
     def _sample(self, scores: Any) -> Any:
-        """The order of llama.cpp: top_k, top_p, min_p, temperature."""
+        return self._draw(*self._filtered(scores))
+
+    def _filtered(self, scores: Any) -> tuple[Any, Any]:
+        """The tokens of each row that may be drawn, and their scores. The order of llama.cpp:
+        top_k, top_p, min_p, temperature."""
         mx, sampling = self._mx, self._sampling
         scores = scores.astype(mx.float32)
         n = scores.shape[-1]
@@ -115,16 +119,22 @@ class Drawn:
         if sampling.min_p > 0:
             least = scores[..., :1] + float(np.log(sampling.min_p))
             scores = mx.where(scores >= least, scores, -mx.inf)
+        return ids, scores * (1 / sampling.temperature)
+
+    def _draw(self, ids: Any, scores: Any) -> Any:
+        """The token of one row."""
+        mx = self._mx
         self._key, own = mx.random.split(self._key)
-        at = mx.random.categorical(scores * (1 / sampling.temperature), key=own)
+        at = mx.random.categorical(scores, key=own)
         token = mx.take_along_axis(ids, at[..., None], axis=-1)[..., 0].astype(mx.uint32)
         self._drawn.append(token)
         return token
 
     def ahead(self, logits: Any, guesses: list[int]) -> list[int]:
-        scores, keys = normalised(logits), []
+        keys = []
+        ids, scores = self._filtered(normalised(logits))
         for n in range(len(guesses) + 1):
-            self._sample(scores[n : n + 1])
+            self._draw(ids[n : n + 1], scores[n : n + 1])
             keys.append(self._key)
         drawn = [self._drawn.pop() for _ in keys][::-1]
         chosen = _up_to_wrong(self._mx.concatenate(drawn).tolist(), guesses)
