@@ -29,11 +29,15 @@ PROMPT = [1000 + 7 * i for i in range(700)]
 SYSTEM = PROMPT[:600]
 
 
-def run(engine: Any, prompts: dict[int, list[int]], n_tokens: int) -> tuple[Any, Any]:
-    """What is said to all prompts at once, and how much of each was cached."""
+def run(
+    engine: Any, prompts: dict[int, list[int]], n_tokens: int, *, ends: dict[int, int] | None = None
+) -> tuple[Any, Any]:
+    """What is said to all prompts at once, and how much of each was cached. Others that run end
+    after so many tokens."""
     for number, prompt in prompts.items():
         engine.admit(number, prompt, GREEDY)
-    said: dict[int, list[int]] = {number: [] for number in prompts}
+    n_each = dict.fromkeys(prompts, n_tokens) | (ends or {})
+    said: dict[int, list[int]] = {number: [] for number in n_each}
     cached: dict[int, int] = {}
     while not engine.idle:
         result = engine.step()
@@ -41,7 +45,7 @@ def run(engine: Any, prompts: dict[int, list[int]], n_tokens: int) -> tuple[Any,
         cached |= dict(result.started)
         for number, (token, *_) in result.tokens:
             said[number].append(token)
-            if len(said[number]) == n_tokens:
+            if len(said[number]) == n_each[number]:
                 engine.cancel(number)
     return said, cached
 
@@ -85,14 +89,109 @@ def test_who_comes_together_has_its_beginning_computed_once(
         assert said[number] == generate(fresh, {number: prompt}, 6)[number]
 
 
+def test_a_row_that_has_no_mark_in_common_costs_nothing(
+    tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    model = write_random(tmp_path / "lfm2", "lfm2", tokenizer_of=tiny_mlx)
+    engine = load(model, n_ctx=1024)
+    run(engine, {1: [5, *PROMPT]}, 3)
+    ((kept, _),) = remembered(engine)
+    engine.admit(2, PROMPT[:60], GREEDY)
+    while not engine.step().tokens:
+        pass
+    engine.admit(3, [*PROMPT[:50], 9, 8, 7], GREEDY)
+    assert engine.step().started == [(3, 0)]
+    assert [tokens.tolist() for tokens, _ in remembered(engine)] == [kept.tolist()]
+    engine.cancel(2)
+    engine.cancel(3)
+
+
+def test_a_prompt_that_joins_another_one_before_its_mark_keeps_its_first_token(
+    tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece of one token leaves a window in an order for which mlx-lm's mask is one off."""
+    model = write_random(tmp_path / "gemma3_text", "gemma3_text", tokenizer_of=tiny_mlx)
+    engine = load(model, n_ctx=1024, n_batch=51, n_parallel=2)
+    fresh = load(model, n_ctx=1024, prefix_cache_bytes=0)
+    monkeypatch.setattr(engine._pace, "n_prefill", lambda *_: 51)
+    engine.admit(1, PROMPT[:400], GREEDY)
+    while not engine._running or engine._rows.n_past(1) < 255:
+        engine.step()
+    assert engine._rows.n_past(1) == 255
+    other = [20000 + 3 * i for i in range(12)]
+    assert run(engine, {2: other}, 6, ends={1: 6})[0][2] == run(fresh, {2: other}, 6)[0][2]
+
+
+def test_below_a_window_beginnings_are_shared_wherever_they_end(
+    tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    """Also by who comes when the other's prefill has come further than that."""
+    model = write_random(
+        tmp_path / "wide", "gemma3_text", tokenizer_of=tiny_mlx, sliding_window=512
+    )
+    prompt = [*PROMPT[:200], 5, 6]
+    expected = generate(load(model), {1: prompt}, 3)[1]
+    for n_bytes in (1 << 28, 0):
+        engine = load(model, n_ctx=1024, n_batch=64, n_parallel=4, prefix_cache_bytes=n_bytes)
+        engine.admit(1, PROMPT[:400], GREEDY)
+        while not engine._running or engine._rows.n_past(1) < 250:
+            engine.step()
+        said, cached = run(engine, {2: prompt}, 3, ends={1: 3})
+        assert cached == {2: 200}
+        assert said[2] == expected
+
+
+def test_without_a_prompt_cache_nobody_waits_for_a_mark(
+    tiny_mlx: Path, tmp_path: Path, load: Load
+) -> None:
+    model = write_random(tmp_path / "lfm2", "lfm2", tokenizer_of=tiny_mlx)
+    engine = load(model, n_ctx=1024, n_batch=64, n_parallel=2, prefix_cache_bytes=0)
+    engine.admit(1, PROMPT, GREEDY)
+    engine.step()
+    engine.admit(2, [*PROMPT[:400], 5], GREEDY)
+    assert engine.step().started == [(2, 0)]
+    assert not engine._prompts._marks._wanted
+
+
+def test_a_piece_that_a_mark_has_cut_says_nothing_of_the_pace(
+    tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_random(tmp_path / "lfm2", "lfm2", tokenizer_of=tiny_mlx)
+    engine = load(model, n_ctx=1024, n_batch=200)
+    observed: list[int] = []
+    monkeypatch.setattr(engine._pace, "n_prefill", lambda *_: 200)
+    monkeypatch.setattr(engine._pace, "observe", lambda _, n, seconds: observed.append(n))
+    engine.admit(1, PROMPT, GREEDY)
+    while not engine.step().tokens:
+        pass
+    engine.cancel(1)
+    assert [n for n in observed if n] == [200, 200, 3], "of 200, 56, 200, 56, 184, 3"
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "lfm2", "llama4"])
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=2.0, top_k=20, seed=3)])
 def test_who_is_put_off_goes_on_where_it_was(
-    family: str, sampling: SamplingParams, tiny_mlx: Path, tmp_path: Path, load: Load
+    family: str,
+    sampling: SamplingParams,
+    tiny_mlx: Path,
+    tmp_path: Path,
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = write_random(tmp_path / family, family, tokenizer_of=tiny_mlx)
     engine = load(model, n_parallel=1)
     undisturbed = generate(load(model), {1: PROMPT[:50]}, 16, sampling)[1]
+    joined: list[tuple[int, int]] = []
+    kind = type(engine._rows)
+    add = kind.add
+
+    def added(
+        self: Any, number: int, tokens: list[int], cached: Any, n: int, *rest: Any, is_marked: bool
+    ) -> None:
+        joined.append((number, len(tokens) - n))
+        add(self, number, tokens, cached, n, *rest, is_marked=is_marked)
+
+    monkeypatch.setattr(kind, "add", added)
     engine.admit(2, PROMPT[:50], sampling, rank=5.0)
     said: dict[int, list[int]] = {2: [], 3: []}
     started: list[tuple[int, int]] = []
@@ -105,10 +204,8 @@ def test_who_is_put_off_goes_on_where_it_was(
                 engine.cancel(number)
             if number == 2 and len(said[2]) == 5:
                 engine.admit(3, [7, 8, 9], GREEDY, rank=1.0)
-        if started[-1:] == [(3, 0)] and not said[3]:
-            ((tokens, _),) = remembered(engine)
-            assert len(tokens) == 50 + len(said[2]) - 1, "all but its last token is computed"
     assert started == [(2, 0), (3, 0)]
+    assert joined == [(2, 50), (3, 3), (2, 1)], "all but its last token was computed"
     assert said[2] == undisturbed
 
 

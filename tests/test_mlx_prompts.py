@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.backends.mlx_prompts import Prompts, as_tokens, beginning
+from engine.backends.mlx_prompts import Prompts, as_tokens, beginning, can_cut
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Layer:
         self.n_tokens -= n
 
 
-def remember(prompts: Prompts, *tokens: int, can_trim: bool = True) -> None:
-    prompts.remember(0, as_tokens(tokens), [Layer(len(tokens), can_trim)])
+def remember(prompts: Prompts, *tokens: int) -> None:
+    prompts.remember(0, as_tokens(tokens), [Layer(len(tokens))])
 
 
 def recalled(prompts: Prompts, *wanted: int) -> int:
@@ -52,23 +52,11 @@ def test_the_longest_beginning_comes_back_cut_to_what_is_wanted() -> None:
     assert recalled(prompts, 1, 2, 3, 4, 5) == 4, "what came back was a copy"
 
 
-def test_what_cannot_be_cut_comes_back_whole_or_not_at_all() -> None:
-    prompts = Prompts(10_000)
-    remember(prompts, 1, 2, 3, can_trim=False)
-    assert recalled(prompts, 1, 2) == 0
-    assert recalled(prompts, 1, 2, 4) == 0
-    assert recalled(prompts, 1, 2, 3, 4) == 3
-    remember(prompts, 1, 2, 3, 4, can_trim=False)
-    assert len(prompts) == 2, "the longer one does not stand for the shorter"
-
-
-def test_what_has_lost_its_beginning_comes_back_whole_or_not_at_all() -> None:
-    """Though its layers say that they can be cut."""
-    prompts = Prompts(10_000)
-    prompts.remember(0, as_tokens([1, 2, 3, 4]), [Layer(4), Layer(4, start_position=2)])
-    assert prompts.recall(1, as_tokens([1, 2, 3])) is None
-    assert prompts.n_known(as_tokens([1, 2, 3, 9])) == 0
-    assert prompts.n_known(as_tokens([1, 2, 3, 4, 5])) == 4
+def test_what_has_lost_its_beginning_cannot_be_cut() -> None:
+    """Though its layers say that they can be."""
+    assert can_cut([Layer(4), Layer(4)])
+    assert not can_cut([Layer(4), Layer(4, start_position=2)])
+    assert not can_cut([Layer(4), Layer(4, can_trim=False)])
 
 
 def test_a_beginning_of_another_is_not_kept_twice() -> None:

@@ -230,7 +230,8 @@ class MlxEngine:
         if self._has_guessed and n_prefilled == 0:  # it only sent for a token
             self._has_guessed = False
             return
-        self._pace.observe(n_decodes, n_prefilled, seconds)
+        if not self._rows.was_cut:  # few tokens cost more each
+            self._pace.observe(n_decodes, n_prefilled, seconds)
         if self._speculation and n_decodes == 1 and n_prefilled == 0:
             self._speculation.observe(1, seconds)
 
@@ -407,12 +408,8 @@ class MlxEngine:
         follows it."""
         n_known = 0 if first else self._prompts.n_known(wanted)
         decoding = [first] if first else [other for other in self._running if other.is_decoding]
-        source = max(
-            decoding,
-            key=lambda other: (self._n_held(other, wanted), n_common(view(other.tokens), wanted)),
-            default=None,
-        )
-        if source and n_common(view(source.tokens), wanted) > n_known:
+        source = max(decoding, key=lambda other: self._n_held(other, wanted), default=None)
+        if source and self._n_held(source, wanted) > n_known:
             tokens, cache = self._rows.cache_of(source.id)
             n, begun = self._prompts.begin(live.id, source.id, tokens, cache, wanted)
             if n > n_known:
@@ -441,7 +438,7 @@ class MlxEngine:
         n = min(n_common(view(live.tokens), wanted), len(live.tokens) - 1)
         # without reuse there are no marks
         n_past = self._rows.n_past(live.id) if live.reuses else n
-        return self._prompts.n_coming(live.id, n, n_past)
+        return self._prompts.n_coming(live.id, n, n_past, len(live.tokens))
 
     def _fits(self, live: Live, beside: list[Live]) -> bool:
         """Each row of a batch takes as much memory as the longest one."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from engine.backends.mlx_prompts import Cache, parts
+from engine.backends.mlx_prompts import Cache, parts, restore_order
 from engine.backends.mlx_sampling import Chooser
 
 # memories of mlx-lm's that are lists of cells
@@ -85,8 +85,6 @@ def _compute(model: Any, cache: Cache, tokens: list[int]) -> tuple[Any, Pass]:
     cut = CUTS | ROTATES if can_take_back(cache) else CUTS
     kept = [part for part in parts(cache) if type(part).__name__ not in cut]
     before = [(part, copy.deepcopy(vars(part))) for part in kept]
-    for part in parts(cache):
-        if type(part).__name__ == "BatchRotatingKVCache":
-            part._temporal_order()  # or its mask of several tokens misses one that was filled up
+    restore_order(cache)
     logits = model(import_module("mlx.core").array([tokens]), cache=cache)[0]
     return logits, Pass(tokens, before)

@@ -14,6 +14,7 @@ from engine.prefix import Tokens, n_common
 logger = logging.getLogger("worker.mlx")
 
 Cache = list[Any]  # mlx-lm's, one for each layer
+SAID_MEANWHILE = 8  # tokens that a row has said at most when those that wait for its prompt begin
 
 
 class Beginnings(Protocol):
@@ -33,9 +34,9 @@ class Beginnings(Protocol):
     def n_held(self, number: int, tokens: Tokens, wanted: Tokens) -> int:
         """How much of it can be had of a row with these tokens, at least."""
 
-    def n_coming(self, number: int, n_tokens: int, n_past: int) -> int:
-        """How much of the first tokens of a prompt can be had of a row that has computed `n_past`
-        of it, when it is through."""
+    def n_coming(self, number: int, n_tokens: int, n_past: int, n_prompt: int) -> int:
+        """How much of its first tokens can be had of a row that has computed `n_past` of its
+        prompt, when it is through."""
 
     def recall(self, number: int, wanted: Tokens) -> tuple[int, Cache] | None:
         """The longest remembered beginning of `wanted`, and a cache with just that, which is the
@@ -68,7 +69,13 @@ class Beginnings(Protocol):
 
 def new_prompts(cache: Cache, max_bytes: int) -> Beginnings:
     """For a model that makes such a cache."""
-    return Prompts(max_bytes) if all(map(is_cells, parts(cache))) else MarkedPrompts(max_bytes)
+    others = [part for part in parts(cache) if not is_cells(part)]
+    return MarkedPrompts(max_bytes, min(map(_window, others))) if others else Prompts(max_bytes)
+
+
+def _window(part: Any) -> int:
+    """How many tokens it holds as a list of cells; with fewer it is one."""
+    return int(getattr(part, "max_size", getattr(part, "chunk_size", 0)))
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +87,8 @@ class Entry:
 
 
 class Prompts:
-    """Remembers up to `max_bytes` of caches, and forgets the least recently used first."""
+    """Implements Beginnings for memories that are lists of cells, which are cut anywhere.
+    Remembers up to `max_bytes` of caches, and forgets the least recently used first."""
 
     def __init__(self, max_bytes: int) -> None:
         self.n_bytes = 0
@@ -96,23 +104,17 @@ class Prompts:
         return len(self._entries)
 
     def n_known(self, wanted: Tokens) -> int:
-        return max(
-            (n_usable(entry.tokens, entry.cache, wanted) for entry in self._entries), default=0
-        )
+        return max((n_common(entry.tokens, wanted) for entry in self._entries), default=0)
 
     def n_held(self, number: int, tokens: Tokens, wanted: Tokens) -> int:
         return n_common(tokens, wanted)
 
-    def n_coming(self, number: int, n_tokens: int, n_past: int) -> int:
+    def n_coming(self, number: int, n_tokens: int, n_past: int, n_prompt: int) -> int:
         return n_tokens
 
     def recall(self, number: int, wanted: Tokens) -> tuple[int, Cache] | None:
-        best = max(
-            self._entries,
-            key=lambda entry: n_usable(entry.tokens, entry.cache, wanted),
-            default=None,
-        )
-        n = n_usable(best.tokens, best.cache, wanted) if best else 0
+        best = max(self._entries, key=lambda entry: n_common(entry.tokens, wanted), default=None)
+        n = n_common(best.tokens, wanted) if best else 0
         if best is None or n == 0:
             return None
         self._clock += 1
@@ -122,23 +124,21 @@ class Prompts:
     def begin(
         self, number: int, source: int, tokens: Tokens, cache: Cache, wanted: Tokens
     ) -> tuple[int, Cache]:
-        n = n_usable(tokens, cache, wanted)
+        n = n_common(tokens, wanted)
         return n, beginning(cache, len(tokens), n)
 
     def remember(self, number: int, tokens: Tokens, cache: Cache) -> None:
-        """What is a beginning of another is not kept twice, where that can be cut."""
+        """What is a beginning of another is not kept twice."""
         n_bytes = sum(layer.nbytes for layer in cache)
         if not len(tokens) or n_bytes > self._max_bytes:
             return
         self._clock += 1
         for entry in self._entries:
-            if n_usable(entry.tokens, entry.cache, tokens) == len(tokens):
+            if n_common(entry.tokens, tokens) == len(tokens):
                 entry.last_used = self._clock
                 return
         covered = [
-            entry
-            for entry in self._entries
-            if n_usable(tokens, cache, entry.tokens) == len(entry.tokens)
+            entry for entry in self._entries if n_common(tokens, entry.tokens) == len(entry.tokens)
         ]
         for entry in covered:
             self._forget(entry)
@@ -177,18 +177,20 @@ class Copied:
     """Caches of layers, or of what cannot be cut in them."""
 
     caches: Cache
+    nbytes: int
 
-    @property
-    def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches)
+
+def copied_of(caches: Cache) -> Copied:
+    return Copied(caches, sum(cache.nbytes for cache in caches))
 
 
 class MarkedPrompts:
-    """The same for memories that are no lists of cells, such as states and cells behind a window:
-    a prompt goes on where another ended, or where that was marked (`engine/marks.py`)."""
+    """Implements Beginnings for others, such as states and cells behind a window: a prompt goes on
+    where another ended, or where that was marked (`engine/marks.py`)."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, window: int) -> None:
         self._marks = Marks(max_bytes)
+        self._window = window  # so many tokens are a list of cells
 
     @property
     def n_bytes(self) -> int:
@@ -206,10 +208,14 @@ class MarkedPrompts:
 
     def n_held(self, number: int, tokens: Tokens, wanted: Tokens) -> int:
         n = n_common(tokens, wanted)
-        return n if n == len(tokens) else self._marks.last(number, n)
+        is_held = n == len(tokens) or len(tokens) < self._window
+        return n if is_held else self._marks.last(number, n)
 
-    def n_coming(self, number: int, n_tokens: int, n_past: int) -> int:
-        return n_tokens if n_tokens > n_past else self._marks.last(number, n_tokens)
+    def n_coming(self, number: int, n_tokens: int, n_past: int, n_prompt: int) -> int:
+        is_marked = n_tokens > n_past and not self.is_off
+        if is_marked or n_prompt + SAID_MEANWHILE < self._window:
+            return n_tokens
+        return self._marks.last(number, n_tokens)
 
     def recall(self, number: int, wanted: Tokens) -> tuple[int, Cache] | None:
         n, kept = self._marks.match(wanted)
@@ -224,13 +230,13 @@ class MarkedPrompts:
     def begin(
         self, number: int, source: int, tokens: Tokens, cache: Cache, wanted: Tokens
     ) -> tuple[int, Cache]:
-        n = n_usable(tokens, cache, wanted) or self.n_held(source, tokens, wanted)
-        begun = self._begun(source, tokens, cache, n)
+        n = n_common(tokens, wanted) if can_cut(cache) else self.n_held(source, tokens, wanted)
+        begun = self._begun(source, tokens, cache, n) if n else []
         self._marks.copy(source, number, n)
         return n, begun
 
     def remember(self, number: int, tokens: Tokens, cache: Cache) -> None:
-        saved = Copied(cache)
+        saved = copied_of(cache)
         n, kept = self._marks.match(tokens)
         if kept is not None and n == len(tokens):
             self._marks.touch(kept)
@@ -252,34 +258,27 @@ class MarkedPrompts:
         self._marks = Marks(self._marks.max_bytes)
 
     def want(self, number: int, n_tokens: int) -> None:
-        self._marks.want(number, n_tokens)
+        if not self.is_off:
+            self._marks.want(number, n_tokens)
 
     def next_mark(self, number: int, n_past: int, n_prompt: int) -> int:
         return 0 if self.is_off else self._marks.next(number, n_past, n_prompt)
 
     def mark(self, number: int, n_tokens: int, copied: Callable[[], Cache]) -> None:
         try:
-            saved = Copied(copied())
+            saved = copied_of(copied())
+            if saved.nbytes <= self._marks.max_bytes:
+                self._marks.put(number, n_tokens, saved)
         except Exception as error:  # mostly for want of memory; it would only have saved time
             logger.error("A row cannot be copied; all prompts are forgotten", exc_info=error)
             self.clear()
-            return
-        if saved.nbytes <= self._marks.max_bytes:
-            self._marks.put(number, n_tokens, saved)
 
     def _begun(self, of: int | Kept, tokens: Tokens, cache: Cache, n: int) -> Cache:
-        if n in (0, len(tokens)) or can_cut(cache):
+        if n == len(tokens) or can_cut(cache):
             return beginning(cache, len(tokens), n)
         saved = self._marks.get(of, n)
         assert isinstance(saved, Copied)
         return beginning(cache, len(tokens), n, saved.caches)
-
-
-def n_usable(tokens: Tokens, cache: Cache, wanted: Tokens) -> int:
-    """How many tokens of `wanted` a cache of `tokens` can begin: all or nothing, where it cannot be
-    cut."""
-    n = n_common(tokens, wanted)
-    return n if n == len(tokens) or can_cut(cache) else 0
 
 
 def can_cut(cache: Cache) -> bool:
@@ -305,6 +304,14 @@ def parts(cache: Iterable[Any]) -> Iterator[Any]:
     """What the layers keep, each memory for itself."""
     for layer in cache:
         yield from getattr(layer, "caches", [layer])
+
+
+def restore_order(cache: Cache) -> None:
+    """For a pass with several tokens. Once a batch has gone round its window the mask of such a
+    pass is one cell off, and hides a row's first token while that is filled up."""
+    for part in parts(cache):
+        if type(part).__name__ == "BatchRotatingKVCache" and part.rotated:
+            part._temporal_order()
 
 
 def cut_to_window(part: Any) -> None:

@@ -18,6 +18,7 @@ from engine.backends.mlx_prompts import (
     cut_to_window,
     is_cells,
     parts,
+    restore_order,
 )
 from engine.backends.mlx_sampling import Chooser
 from engine.prefix import Tokens
@@ -31,6 +32,7 @@ class Rows(Protocol):
     """Rows are known by the numbers of their sequences."""
 
     n_most: int
+    was_cut: bool  # by a mark the pieces of prompts of the last step were
 
     def add(
         self,
@@ -133,6 +135,7 @@ class BatchRows:
             prefill_batch_size=n_prompts,
             prefill_step_size=n_batch,
         )
+        self.was_cut = False
         self._rows: dict[int, Row] = {}  # by uid
         self._ahead: Ahead | None = None  # of the last step, if it had guesses
 
@@ -158,12 +161,16 @@ class BatchRows:
 
     def step(self, n_prefill: int) -> tuple[list[tuple[int, int]], int]:
         self._ahead = None
+        restore_order(self._generator._prompt_batch.prompt_cache)
         prefilling = self._prefilling()
         # rounded up: from fewer tokens than are allowed the pace learns nothing
         n_each = -(-n_prefill // max(len(prefilling), 1))
         marks = {row.uid: mark for row in prefilling if (mark := self._next_mark(row))}
-        n_each = min([n_each, *(mark - self._rows[uid].n_past for uid, mark in marks.items())])
-        self._generator.prefill_step_size = n_each
+        to_mark = min(
+            (mark - self._rows[uid].n_past for uid, mark in marks.items()), default=n_each
+        )
+        self.was_cut = to_mark < n_each
+        self._generator.prefill_step_size = min(n_each, to_mark)
         prompts, told = self._generator.next()
         self._mx.async_eval(list(_counters(self._generator._generation_batch.prompt_cache)))
         n_prefilled = 0
@@ -298,6 +305,7 @@ class SingleRow:
         self._tokens: list[int] = []
         self._n_past = 0
         self._is_marked = False
+        self.was_cut = False
         self._cache: Cache = []
         self._chooser: Chooser | None = None
         self._ahead: Ahead | None = None  # of the last step, if it had guesses
@@ -328,7 +336,8 @@ class SingleRow:
         mark = 0
         if n_left and self._is_marked:
             mark = self._prompts.next_mark(self._number, self._n_past, len(self._tokens))
-            n = min(n, mark - self._n_past) if mark else n
+        self.was_cut = 0 < mark - self._n_past < n
+        n = mark - self._n_past if self.was_cut else n
         part = self._mx.array([self._tokens[self._n_past : self._n_past + n]])
         logits = self._model(part, cache=self._cache)
         self._mx.eval([layer.state for layer in self._cache])
