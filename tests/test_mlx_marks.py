@@ -153,19 +153,19 @@ def test_without_a_prompt_cache_nobody_waits_for_a_mark(
     assert not engine._prompts._marks._wanted
 
 
-def test_a_piece_that_a_mark_has_cut_says_nothing_of_the_pace(
+def test_a_few_tokens_before_a_mark_say_nothing_of_the_pace(
     tiny_mlx: Path, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_random(tmp_path / "lfm2", "lfm2", tokenizer_of=tiny_mlx)
-    engine = load(model, n_ctx=1024, n_batch=200)
+    engine = load(model, n_ctx=1024, n_batch=250)
     observed: list[int] = []
-    monkeypatch.setattr(engine._pace, "n_prefill", lambda *_: 200)
+    monkeypatch.setattr(engine._pace, "n_prefill", lambda *_: 250)
     monkeypatch.setattr(engine._pace, "observe", lambda _, n, seconds: observed.append(n))
     engine.admit(1, PROMPT, GREEDY)
     while not engine.step().tokens:
         pass
     engine.cancel(1)
-    assert [n for n in observed if n] == [200, 200, 3], "of 200, 56, 200, 56, 184, 3"
+    assert [n for n in observed if n] == [250, 250, 184, 3], "of 250, 6, 250, 6, 184, 3"
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "lfm2", "llama4"])

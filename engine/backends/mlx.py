@@ -230,7 +230,7 @@ class MlxEngine:
         if self._has_guessed and n_prefilled == 0:  # it only sent for a token
             self._has_guessed = False
             return
-        if not self._rows.was_cut:  # few tokens cost more each
+        if not self._rows.was_cut or n_prefilled >= MIN_TOKENS:  # few cost more each
             self._pace.observe(n_decodes, n_prefilled, seconds)
         if self._speculation and n_decodes == 1 and n_prefilled == 0:
             self._speculation.observe(1, seconds)
