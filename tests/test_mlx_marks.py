@@ -14,17 +14,7 @@ from tests.mlx_models import remembered, write_random
 pytestmark = [pytest.mark.real, needs_mlx]
 
 Load = Callable[..., Any]
-MARKED = [
-    "mamba",
-    "jamba",
-    "gemma3_text",
-    "lfm2",
-    "falcon_h1",
-    "qwen3_5",
-    "nemotron_h",
-    "llama4",
-    "recurrent_gemma",
-]
+MARKED = ["mamba", "gemma3_text", "recurrent_gemma", "falcon_h1", "qwen3_5", "llama4"]
 PROMPT = [1000 + 7 * i for i in range(700)]
 SYSTEM = PROMPT[:600]
 
