@@ -79,6 +79,22 @@ def generate(
     return tokens
 
 
+def run(engine: Engine, n_tokens: dict[int, int]) -> tuple[dict[int, list[int]], dict[int, int]]:
+    """Steps until nothing is left: what was said, each up to its number of tokens; and how much of
+    each prompt was cached."""
+    said: dict[int, list[int]] = {}
+    cached: dict[int, int] = {}
+    while not engine.idle:
+        result = engine.step()
+        assert not result.failed
+        cached |= dict(result.started)
+        for number, (token, *_) in result.tokens:
+            said.setdefault(number, []).append(token)
+            if len(said[number]) == n_tokens[number]:
+                engine.cancel(number)
+    return said, cached
+
+
 def seeded_answers(engine: Engine, prompt: list[int], *, n: int) -> list[list[tuple[bytes, float]]]:
     """Tokens and log probabilities of the answers to a request with a seed, which end at different
     times, in an engine that is idle."""

@@ -26,7 +26,7 @@ from engine.chat_folder import (
 from engine.grammar import Compiler
 from engine.types import SamplingParams, StepResult
 from errors import ModelLoadFailed
-from tests.engines import GREEDY, engine_of, generate, ids, needs_mlx, seeded_answers
+from tests.engines import GREEDY, engine_of, generate, ids, needs_mlx, run, seeded_answers
 from tests.gguf_fixtures import spm_vocabulary, write_tiny_spm
 from tests.mlx_models import FAMILIES, remembered, write_random
 
@@ -42,22 +42,6 @@ def engine(tiny_mlx: Path) -> Iterator[Engine]:
     engine = engine_of(tiny_mlx, n_parallel=8, prefix_cache_bytes=0)
     yield engine
     engine.close()
-
-
-def run(engine: Engine, n_tokens: dict[int, int]) -> tuple[dict[int, list[int]], dict[int, int]]:
-    """Steps until nothing is left: what was said, each up to its number of tokens; and how much of
-    each prompt was cached."""
-    said: dict[int, list[int]] = {}
-    cached: dict[int, int] = {}
-    while not engine.idle:
-        result = engine.step()
-        assert not result.failed
-        cached |= dict(result.started)
-        for number, (token, *_) in result.tokens:
-            said.setdefault(number, []).append(token)
-            if len(said[number]) == n_tokens[number]:
-                engine.cancel(number)
-    return said, cached
 
 
 # many at once

@@ -72,28 +72,33 @@ def answer(
     return said, n_guessed, n_right
 
 
-def model_of(name: str, tiny_mlx: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    if name in FAMILIES:
-        return write_random(folder / name, name, tokenizer_of=tiny_mlx)
-    if name == "gemma3, wide":
-        return write_random(folder / name, "gemma3_text", tokenizer_of=tiny_mlx, sliding_window=64)
-    if name == "one row":
-        monkeypatch.setattr("engine.backends.mlx_rows._can_merge", lambda _: False)
-    return tiny_mlx
+@pytest.fixture
+def model_of(
+    tiny_mlx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Path]:
+    def model_of(name: str) -> Path:
+        if name in FAMILIES:
+            return write_random(tmp_path / name, name, tokenizer_of=tiny_mlx)
+        if name == "gemma3, wide":
+            return write_random(
+                tmp_path / name, "gemma3_text", tokenizer_of=tiny_mlx, sliding_window=64
+            )
+        if name == "one row":
+            monkeypatch.setattr("engine.backends.mlx_rows._can_merge", lambda _: False)
+        return tiny_mlx
+
+    return model_of
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_said_is_the_same_with_guesses(
     name: str,
-    tiny_mlx: Path,
-    tmp_path: Path,
+    model_of: Callable[[str], Path],
     load: Load,
-    monkeypatch: pytest.MonkeyPatch,
     guess: Callable[[list[int]], None],
 ) -> None:
-    """Of every kind of memory, also where windows and chunks are long left; and what is remembered
-    of it afterwards is what was said."""
-    model = model_of(name, tiny_mlx, tmp_path, monkeypatch)
+    """Of every kind of memory, also where windows and chunks are long left."""
+    model = model_of(name)
     without, speculating = load(model, n_batch=64), load(model, n_batch=64, speculates=True)
     prompt = [1000 + 7 * i for i in range(40)]
     for sampling in SAMPLINGS:
@@ -122,15 +127,13 @@ def test_what_is_to_have_the_same_numbers_every_time_has_no_guesses(
 @pytest.mark.parametrize("name", ["one row", "gemma3_text", "recurrent_gemma", "lfm2", "llama4"])
 def test_an_answer_that_ends_before_its_guesses_is_remembered_as_it_was_told(
     name: str,
-    tiny_mlx: Path,
-    tmp_path: Path,
+    model_of: Callable[[str], Path],
     load: Load,
-    monkeypatch: pytest.MonkeyPatch,
     guess: Callable[[list[int]], None],
 ) -> None:
     """Or the next turn of a conversation would begin from nothing, where memory cannot be cut.
     Where it can only be put back some tokens are lost."""
-    model = model_of(name, tiny_mlx, tmp_path, monkeypatch)
+    model = model_of(name)
     without, speculating = load(model, prefix_cache_bytes=0), load(model, speculates=True)
     prompt = [1000 + 7 * i for i in range(40)]
     expected = prompt + [sampled.token for sampled in answer(without, prompt, GREEDY, 30)[0]]
@@ -164,15 +167,13 @@ def test_an_answer_that_ends_before_its_guesses_is_remembered_as_it_was_told(
 @pytest.mark.parametrize("name", ["plain", "gemma3_text", "gemma3, wide", "lfm2"])
 def test_a_row_that_had_company_has_guesses_when_it_is_alone(
     name: str,
-    tiny_mlx: Path,
-    tmp_path: Path,
+    model_of: Callable[[str], Path],
     load: Load,
-    monkeypatch: pytest.MonkeyPatch,
     guess: Callable[[list[int]], None],
 ) -> None:
     """Its cells begin behind those of the other's longer prompt then; and who comes in the midst
     of its guesses joins it."""
-    model = model_of(name, tiny_mlx, tmp_path, monkeypatch)
+    model = model_of(name)
     without, speculating = load(model), load(model, speculates=True)
     prompt, other = [1000 + 7 * i for i in range(10)], [2000 + 3 * i for i in range(58)]
     expected, others = (
@@ -220,14 +221,13 @@ class Says:
 def test_what_repeats_the_prompt_takes_few_passes(
     name: str,
     is_ended: bool,
-    tiny_mlx: Path,
-    tmp_path: Path,
+    model_of: Callable[[str], Path],
     load: Load,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As soon as the guesses are known to be right, where passes with several tokens cost no more;
     and what goes wrong behind the last token is told after it."""
-    model = model_of(name, tiny_mlx, tmp_path, monkeypatch)
+    model = model_of(name)
     engine = load(model, speculates=True)
     monkeypatch.setattr(Speculation, "_seconds", lambda *_: 1.0)
     n_passes = 0

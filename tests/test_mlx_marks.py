@@ -8,7 +8,7 @@ import pytest
 
 from engine.backends import mlx_rows
 from engine.types import SamplingParams
-from tests.engines import GREEDY, generate, needs_mlx
+from tests.engines import GREEDY, generate, needs_mlx, run
 from tests.mlx_models import remembered, write_random
 
 pytestmark = [pytest.mark.real, needs_mlx]
@@ -19,25 +19,14 @@ PROMPT = [1000 + 7 * i for i in range(700)]
 SYSTEM = PROMPT[:600]
 
 
-def run(
+def answers(
     engine: Any, prompts: dict[int, list[int]], n_tokens: int, *, ends: dict[int, int] | None = None
-) -> tuple[Any, Any]:
+) -> tuple[dict[int, list[int]], dict[int, int]]:
     """What is said to all prompts at once, and how much of each was cached. Others that run end
     after so many tokens."""
     for number, prompt in prompts.items():
         engine.admit(number, prompt, GREEDY)
-    n_each = dict.fromkeys(prompts, n_tokens) | (ends or {})
-    said: dict[int, list[int]] = {number: [] for number in n_each}
-    cached: dict[int, int] = {}
-    while not engine.idle:
-        result = engine.step()
-        assert not result.failed
-        cached |= dict(result.started)
-        for number, (token, *_) in result.tokens:
-            said[number].append(token)
-            if len(said[number]) == n_each[number]:
-                engine.cancel(number)
-    return said, cached
+    return run(engine, dict.fromkeys(prompts, n_tokens) | (ends or {}))
 
 
 @pytest.mark.parametrize("family", MARKED)
@@ -49,7 +38,7 @@ def test_a_prompt_goes_on_where_another_was_marked(
     model = write_random(tmp_path / family, family, tokenizer_of=tiny_mlx)
     engine = load(model, n_ctx=1024, n_batch=200)
     fresh = load(model, n_ctx=1024, n_batch=1024, prefix_cache_bytes=0)
-    said, cached = run(engine, {1: PROMPT}, 5)
+    said, cached = answers(engine, {1: PROMPT}, 5)
     assert cached == {1: 0}
     ended = [*PROMPT, *said[1]]
     for prompt, n_cached in (
@@ -59,10 +48,10 @@ def test_a_prompt_goes_on_where_another_was_marked(
         ([*PROMPT[:300], 60], 256),
         ([*PROMPT[:200], 61], 0),
     ):
-        said, cached = run(engine, {2: prompt}, 4)
+        said, cached = answers(engine, {2: prompt}, 4)
         # of one row the last token is never in its memory
         assert cached[2] in ((n_cached, n_cached - 1) if family == "llama4" else (n_cached,))
-        assert said == run(fresh, {2: prompt}, 4)[0]
+        assert said == answers(fresh, {2: prompt}, 4)[0]
 
 
 @pytest.mark.parametrize("family", ["mamba", "gemma3_text", "falcon_h1", "qwen3_5"])
@@ -73,7 +62,7 @@ def test_who_comes_together_has_its_beginning_computed_once(
     engine = load(model, n_ctx=1024, n_batch=128, n_parallel=4)
     fresh = load(model, n_ctx=1024, n_batch=1024, prefix_cache_bytes=0)
     prompts = {n: [*PROMPT[:150], *(2000 + n + 3 * i for i in range(20 + 9 * n))] for n in range(4)}
-    said, cached = run(engine, prompts, 6)
+    said, cached = answers(engine, prompts, 6)
     assert cached == {0: 0, 1: 150, 2: 150, 3: 150}
     for number, prompt in prompts.items():
         assert said[number] == generate(fresh, {number: prompt}, 6)[number]
@@ -84,7 +73,7 @@ def test_a_row_that_has_no_mark_in_common_costs_nothing(
 ) -> None:
     model = write_random(tmp_path / "lfm2", "lfm2", tokenizer_of=tiny_mlx)
     engine = load(model, n_ctx=1024)
-    run(engine, {1: [5, *PROMPT]}, 3)
+    answers(engine, {1: [5, *PROMPT]}, 3)
     ((kept, _),) = remembered(engine)
     engine.admit(2, PROMPT[:60], GREEDY)
     while not engine.step().tokens:
@@ -109,7 +98,7 @@ def test_a_prompt_that_joins_another_one_before_its_mark_keeps_its_first_token(
         engine.step()
     assert engine._rows.n_past(1) == 255
     other = [20000 + 3 * i for i in range(12)]
-    assert run(engine, {2: other}, 6, ends={1: 6})[0][2] == run(fresh, {2: other}, 6)[0][2]
+    assert answers(engine, {2: other}, 6, ends={1: 6})[0][2] == answers(fresh, {2: other}, 6)[0][2]
 
 
 def test_below_a_window_beginnings_are_shared_wherever_they_end(
@@ -126,7 +115,7 @@ def test_below_a_window_beginnings_are_shared_wherever_they_end(
         engine.admit(1, PROMPT[:400], GREEDY)
         while not engine._running or engine._rows.n_past(1) < 250:
             engine.step()
-        said, cached = run(engine, {2: prompt}, 3, ends={1: 3})
+        said, cached = answers(engine, {2: prompt}, 3, ends={1: 3})
         assert cached == {2: 200}
         assert said[2] == expected
 
@@ -204,7 +193,7 @@ def test_marks_are_bounded_with_what_is_remembered(
 ) -> None:
     model = write_random(tmp_path / "qwen3_5", "qwen3_5", tokenizer_of=tiny_mlx)
     engine = load(model, n_ctx=1024)
-    run(engine, {1: PROMPT}, 2)
+    answers(engine, {1: PROMPT}, 2)
     n_whole = engine._prompts.n_bytes
     ((_, n_kept),) = remembered(engine)
     assert n_whole > 1.5 * n_kept, "with three marks"
@@ -258,7 +247,7 @@ def test_what_cannot_be_copied_costs_no_answer(
         raise RuntimeError("no buffer is left")
 
     monkeypatch.setattr(mlx_rows.BatchRows, "_copied", fails)
-    assert run(engine, {1: PROMPT}, 4) == ({1: expected}, {1: 0})
+    assert answers(engine, {1: PROMPT}, 4) == ({1: expected}, {1: 0})
 
 
 def test_a_step_that_fails_leaves_no_marks(

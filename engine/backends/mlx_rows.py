@@ -88,6 +88,11 @@ def _can_merge(layer: Any) -> bool:
     return all(map(_can_merge, parts)) if parts is not None else hasattr(layer, "merge")
 
 
+def _has_grown(n_tokens: int, n_new: int) -> bool:
+    """A memory with so many tokens got cells for the last of them."""
+    return n_tokens % GROWTH < n_new
+
+
 def _counters(cache: Iterable[Any]) -> Iterator[Any]:
     """What layers count in each step. Where nothing asks for it, as without RoPE and in a state, it
     would stay a sum that grows by a term a step, each with a buffer, of which Metal has so many."""
@@ -107,7 +112,6 @@ class Row:
     n_prompt: int
     is_marked: bool
     n_prefilled: int = 0
-    is_prefilling: bool = True
 
     @property
     def n_past(self) -> int:
@@ -175,10 +179,9 @@ class BatchRows:
         self._mx.async_eval(list(_counters(self._generator._generation_batch.prompt_cache)))
         n_prefilled = 0
         for prompt in prompts:
-            row = self._rows[prompt.uid]
             if prompt.end_of_prompt:
-                row.is_prefilling = False
                 continue
+            row = self._rows[prompt.uid]
             n_prefilled += prompt.progress[0] - row.n_prefilled
             row.n_prefilled = prompt.progress[0]
             if marks.get(row.uid) == row.n_past:
@@ -224,7 +227,7 @@ class BatchRows:
             batch._next_tokens = self._mx.array([ahead.following], dtype=self._mx.uint32)
         (tokens,) = batch.tokens
         tokens += ahead.last.tokens
-        if len(tokens) % GROWTH < len(ahead.last.tokens):
+        if _has_grown(len(tokens), len(ahead.last.tokens)):
             self._mx.clear_cache()
         return ahead.last.tokens, ahead
 
@@ -342,7 +345,7 @@ class SingleRow:
         logits = self._model(part, cache=self._cache)
         self._mx.eval([layer.state for layer in self._cache])
         self._n_past += n
-        if n_left or self._n_past % GROWTH == 0:
+        if n_left or _has_grown(self._n_past, 1):
             self._mx.clear_cache()  # as a BatchGenerator does
         if self._n_past == mark:
             self._prompts.mark(self._number, mark, self._copied)
@@ -371,7 +374,7 @@ class SingleRow:
             self._model, self._cache, self._tokens[-1], guesses, self._chooser
         )
         self._n_past += len(ahead.last.tokens)
-        if self._n_past % GROWTH < len(ahead.last.tokens):
+        if _has_grown(self._n_past, len(ahead.last.tokens)):
             self._mx.clear_cache()
         said = [*ahead.last.tokens[1:], ahead.following]
         self._tokens += said
